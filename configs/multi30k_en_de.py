@@ -1,0 +1,54 @@
+"""Multi30k, English to German, all three models from scratch (about an hour on 2 CPU cores).
+
+    python -m l2s_jax.main --config=configs/multi30k_en_de.py --workdir=runs/multi30k_en_de
+
+The data: github.com/multi30k/dataset, folder data/task1/raw (gzip files, line-aligned), in
+config.task.data_dir.
+"""
+
+from ml_collections import ConfigDict
+
+from l2s_jax.config import default
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.task.name = "multi30k_en_de"
+    config.task.source = "text"
+    config.task.data_dir = "data/multi30k"
+    config.task.splits = ConfigDict(
+        {
+            "train": {"en": "train.en.gz", "de": "train.de.gz"},
+            "validation": {"en": "val.en.gz", "de": "val.de.gz"},
+            "test": {"en": "test_2016_flickr.en.gz", "de": "test_2016_flickr.de.gz"},
+        }
+    )
+    config.task.prompt = "{en}"
+    config.task.response = "de"
+    config.tokenizer.train_vocab_size = 5000
+    config.max_prompt_tokens = 64
+    config.max_response_tokens = 64
+    config.buckets = ((16, 16), (24, 24), (64, 64))
+
+    config.llm.model.update(
+        width=128,
+        num_heads=4,
+        head_width=32,
+        feed_forward_width=512,
+        num_encoder_layers=4,
+        num_decoder_layers=5,
+        activation="relu",
+    )
+    config.llm.train.update(
+        steps=5400,
+        batch_size=128,
+        learning_rate=2e-3,
+        warmup_steps=400,
+        label_smoothing=0.1,
+        dropout_rate=0.15,
+        weight_decay=0.01,
+        ema_decay=0.998,
+        evaluate_every=400,
+        log_every=20,
+    )
+    return config

@@ -1,0 +1,100 @@
+"""Training checkpoints: Orbax, one item per part of the state.
+
+Items: each top-level entry of the trained parameters ("projector", "slm" or "llm"), "opt" (step,
+optimizer state, averaged parameters), "data" (the data iterator's state) and "config".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+
+class Checkpoints:
+    """The latest checkpoint of a run, to resume from, and the best one, to keep.
+
+    A context manager: leaving it waits for the last write.
+    """
+
+    def __init__(self, directory: str, *, best_metric: str | None) -> None:
+        """`best_metric`: which of the metrics given to `save` ranks checkpoints, higher is better;
+        None: the latest is the best.
+        """
+        keep = [preservation_policy.LatestN(1)]
+        if best_metric:
+            keep.append(
+                preservation_policy.BestN(get_metric_fn=lambda metrics: metrics[best_metric], n=1)
+            )
+        self._best_metric = best_metric
+        self._manager = ocp.CheckpointManager(
+            os.path.abspath(directory),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+                best_mode="max",
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint to keep."""
+        return self._manager.best_step() if self._best_metric else self.latest_step
+
+    def save(
+        self,
+        step: int,
+        *,
+        params: Mapping[str, Any],
+        opt: Any,
+        data: Mapping[str, Any],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Writes a checkpoint in the background; a kill leaves the ones before it whole."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **items,
+                opt=ocp.args.StandardSave(opt),
+                data=ocp.args.JsonSave(dict(data)),
+                config=ocp.args.JsonSave(dict(config)),
+            ),
+            metrics=dict(metrics),
+        )
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config that `step` was saved with."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )
+        return restored.config
+
+    def restore(
+        self, step: int, *, params: Mapping[str, Any], opt: Any
+    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+        """(params, opt, data) of `step`, placed as the abstract arrays given."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in params.items()}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **items, opt=ocp.args.StandardRestore(opt), data=ocp.args.JsonRestore()
+            ),
+        )
+        return {name: restored[name] for name in params}, restored.opt, restored.data

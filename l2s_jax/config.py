@@ -1,0 +1,117 @@
+"""Every setting of an experiment, with its default. Files in configs/ start here and set values."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+
+def model_config() -> ConfigDict:
+    """Geometry of a model that is made here (T5; the names are those of `T5Config`)."""
+    return ConfigDict(
+        {
+            "width": 512,
+            "num_heads": 8,
+            "head_width": 64,
+            "feed_forward_width": 2048,
+            "num_encoder_layers": 6,
+            "num_decoder_layers": 6,
+            "activation": "relu",
+            "tied_head": True,
+            "num_buckets": 32,
+            "max_distance": 128,
+        }
+    )
+
+
+def train_config(steps: int = 0) -> ConfigDict:
+    """How one system is trained; `steps` 0 leaves an LLM from a directory as it is."""
+    return ConfigDict(
+        {
+            "steps": steps,
+            "batch_size": 64,  # examples per update, over all devices
+            "accumulation": 1,  # parts that a batch is taken in, to save memory
+            "optimizer": "adamw",  # adamw | adafactor
+            "learning_rate": 1e-3,  # peak
+            "schedule": "cosine",  # cosine | inverse_sqrt | constant
+            "warmup_steps": 0,
+            "adam_b2": 0.98,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,  # of the global gradient; 0: no clipping
+            "label_smoothing": 0.0,
+            "dropout_rate": 0.1,
+            "ema_decay": 0.0,  # the run returns averaged parameters; 0: the last ones
+            "evaluate_every": 1000,  # steps between validations, each with a checkpoint
+            "log_every": 10,  # steps between lines of metrics
+            "select": "best",  # checkpoint to return: best (validation accuracy) | last
+        }
+    )
+
+
+def default() -> ConfigDict:
+    """A whole experiment."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "dtype": "auto",  # of the products: float32 | bfloat16 | auto (float32 on CPU)
+            "task": {
+                "name": "",
+                "source": "",  # tfds | jsonl | tsv | text
+                "data_dir": "",  # where relative file names start; any fsspec URL
+                "tfds_name": "",
+                "splits": ConfigDict(),  # see data/tasks.py
+                "prompt": "",  # template over field names: "translate to German: {en}"
+                "response": "",  # field name
+                "references": "",  # field of further references, if there is one
+            },
+            # 0: the tokenizer lies in the LLM's directory. Else: trained on the train split.
+            "tokenizer": {"train_vocab_size": 0},
+            "max_prompt_tokens": 128,
+            "max_response_tokens": 128,
+            # (prompt, response) lengths that batches are padded to, ascending.
+            "buckets": ((128, 128),),
+            "labels": "data",  # what the SLM and L2S learn to say: data | llm
+            "llm": {
+                "path": "",  # a Hugging Face directory, or RUN/llm/model; "": made here
+                "model": model_config(),
+                "train": train_config(),
+            },
+            "slm": {
+                "path": "",  # a directory to start from; "": random parameters
+                "model": model_config(),
+                "train": train_config(1000),
+            },
+            "l2s": {
+                "fusion": "add",  # add | replace | cross
+                "projector_width": 0,  # hidden units; 0: the SLM's width
+                "train": train_config(1000),
+            },
+            "decoding": {"max_new_tokens": 128, "batch_size": 32},
+            "evaluation": {
+                "split": "test",
+                "max_examples": 0,  # of the split; 0: all
+                "validation_examples": 2000,  # of the validation split, at most, while training
+                "metrics": ("bleu", "chrf"),  # the first is the primary one
+                "latency": {
+                    "batch_size": 8,  # the larger batch, beside batch 1
+                    "prompt_tokens": 32,
+                    "new_tokens": 32,
+                    "repeats": 20,
+                },
+            },
+            # Device mesh; one axis may be -1, which takes the devices that are left.
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        }
+    )
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype that `config.dtype` names, on this machine's devices."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name == "float16":
+        raise ValueError("config.dtype='float16': T5 overflows in it; use 'bfloat16' or 'float32'")
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"config.dtype={name!r}: expected 'float32', 'bfloat16' or 'auto'")
+    return jnp.dtype(name)

@@ -1,0 +1,154 @@
+"""Checkpoints: Hugging Face directories <-> our parameters, and our own format.
+
+`load` takes either kind. Reading needs no torch and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2s_jax.convert import t5
+from l2s_jax.convert.engine import (
+    Entry,
+    Family,
+    Params,
+    make_entries,
+    param_shapes,
+    read_params,
+    write_tensors,
+)
+from l2s_jax.convert.files import TensorFiles, content_hash, listed, read_json, write_directory
+
+__all__ = [
+    "content_hash",
+    "family_of",
+    "load",
+    "load_hf",
+    "load_native",
+    "save_hf",
+    "save_native",
+]
+
+FORMAT = "l2s_jax"
+FAMILIES: tuple[Family, ...] = (t5.FAMILY,)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model config such as T5Config."""
+    for family in FAMILIES:
+        if isinstance(config, family.config_class):
+            return family
+    raise ValueError(f"no conversion for a {type(config).__name__}")
+
+
+def _read_config(directory: str) -> tuple[dict[str, Any], str]:
+    if not os.path.isdir(directory):
+        raise ValueError(f"{directory}: no such directory")
+    path = os.path.join(directory, "config.json")
+    return read_json(path), path
+
+
+def load_hf(
+    directory: str, *, encoder_only: bool = False, dtype: Any = jnp.float32
+) -> tuple[nn.Module, Params]:
+    """(module, params) of a Hugging Face directory: config.json and safetensors, whole or sharded.
+
+    Params are float32 numpy arrays, whatever the file's dtype; `dtype` is the compute dtype of the
+    module. With `encoder_only`, only what encodes a prompt is read, and params holds only that.
+    ValueError, in one line, names the file that cannot be read or does not fit.
+    """
+    fields, path = _read_config(directory)
+    model_type = fields.get("model_type")
+    family = next((f for f in FAMILIES if model_type in f.model_types), None)
+    if family is None:
+        known = ", ".join(name for f in FAMILIES for name in f.model_types)
+        raise ValueError(f"{path}: model_type is {model_type!r}, expected one of {known}")
+    with TensorFiles(directory, "model") as files:
+        config = dataclasses.replace(family.config_from_hf(fields, files.keys, path), dtype=dtype)
+        module = family.make_module(config)
+        shapes = param_shapes(family.abstract_params(module))
+        params = read_params(
+            files,
+            make_entries(family.make_rules(config), list(shapes)),
+            shapes,
+            ignored=family.ignored_keys,
+            prefixes=family.encoder_parameters if encoder_only else None,
+        )
+    return module, params
+
+
+def save_hf(config: Any, params: Params, directory: str) -> None:
+    """Writes config.json and model.safetensors (float32), as transformers reads them."""
+    family = family_of(config)
+    shapes = param_shapes(family.abstract_params(family.make_module(config)))
+    entries = make_entries(family.make_rules(config), list(shapes))
+    tensors = write_tensors(params, entries, shapes)
+    write_directory(directory, family.config_to_hf(config), tensors, "model")
+
+
+def _own_entries(shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    return [Entry(path, (path,)) for path in shapes]
+
+
+def _config_from_native(family: Family, fields: dict[str, Any], path: str) -> Any:
+    defaults = {f.name: f.default for f in dataclasses.fields(family.config_class)}
+    del defaults["dtype"]
+    given = {name: value for name, value in fields.items() if name not in ("format", "family")}
+    marked = [f"- {name}" for name in sorted(defaults.keys() - given.keys())]
+    marked += [f"+ {name}" for name in sorted(given.keys() - defaults.keys())]
+    if marked:
+        raise ValueError(f"{path}: fields missing (-) or unknown (+): {listed(marked)}")
+    for name, value in given.items():
+        if type(value) is not type(defaults[name]):
+            expected = type(defaults[name]).__name__
+            raise ValueError(f"{path}: {name} is {value!r}, expected a value of type {expected}")
+    try:
+        return family.config_class(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_native(
+    directory: str, *, encoder_only: bool = False, dtype: Any = jnp.float32
+) -> tuple[nn.Module, Params]:
+    """(module, params) of a directory that `save_native` wrote; arguments as in `load_hf`."""
+    fields, path = _read_config(directory)
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
+    family = next((f for f in FAMILIES if f.name == fields.get("family")), None)
+    if family is None:
+        known = ", ".join(f.name for f in FAMILIES)
+        raise ValueError(f"{path}: family is {fields.get('family')!r}, expected one of {known}")
+    config = dataclasses.replace(_config_from_native(family, fields, path), dtype=dtype)
+    module = family.make_module(config)
+    shapes = param_shapes(family.abstract_params(module))
+    with TensorFiles(directory, "params") as files:
+        prefixes = family.encoder_parameters if encoder_only else None
+        params = read_params(files, _own_entries(shapes), shapes, prefixes=prefixes)
+    return module, params
+
+
+def save_native(config: Any, params: Params, directory: str) -> None:
+    """Writes config.json (the config's own fields but dtype) and params.safetensors (float32)."""
+    family = family_of(config)
+    shapes = param_shapes(family.abstract_params(family.make_module(config)))
+    tensors = write_tensors(params, _own_entries(shapes), shapes)
+    fields = dataclasses.asdict(config)
+    del fields["dtype"]
+    write_directory(
+        directory, {"format": FORMAT, "family": family.name, **fields}, tensors, "params"
+    )
+
+
+def load(
+    directory: str, *, encoder_only: bool = False, dtype: Any = jnp.float32
+) -> tuple[nn.Module, Params]:
+    """(module, params) of a directory of either kind; arguments as in `load_hf`."""
+    fields, _ = _read_config(directory)
+    read = load_native if "format" in fields else load_hf
+    return read(directory, encoder_only=encoder_only, dtype=dtype)

@@ -1,0 +1,202 @@
+"""Checkpoint directories: a config.json and safetensors files, read lazily and written whole.
+
+Nothing is ever unpickled. Errors are ValueErrors of one line that name the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def listed(marked: Sequence[str], limit: int = 8) -> str:
+    """Joins marked names for an error of one line, the first `limit` of them."""
+    more = f" and {len(marked) - limit} more" if len(marked) > limit else ""
+    return ", ".join(marked[:limit]) + more
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _weight_map(index_path: str) -> dict[str, str]:
+    """Tensor name -> file name, from a model.safetensors.index.json."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_path}: expected an object weight_map of tensor name to file name")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or os.path.basename(name) != name or not name:
+            raise ValueError(f"{index_path}: {key}: {name!r} is not the name of a file beside it")
+    return weight_map
+
+
+def _no_weights(directory: str, stem: str) -> ValueError:
+    pickles = sorted(
+        name for name in os.listdir(directory) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))
+    )
+    if pickles:
+        return ValueError(
+            f"{os.path.join(directory, pickles[0])}: pickled weights are not read; save the model "
+            "as safetensors first (save_pretrained of a recent transformers does)"
+        )
+    return ValueError(f"{directory}: no {stem}.safetensors or {stem}.safetensors.index.json")
+
+
+def _single_path(directory: str, stem: str) -> str:
+    return os.path.join(directory, f"{stem}.safetensors")
+
+
+def _index_path(directory: str, stem: str) -> str:
+    return os.path.join(directory, f"{stem}.safetensors.index.json")
+
+
+class TensorFiles:
+    """The tensors of `stem`.safetensors, or of the shards that its index names.
+
+    A file is opened when a tensor of it is first asked for. Use as a context manager. `source` is
+    the file that lists the tensors; `keys` their names.
+    """
+
+    def __init__(self, directory: str, stem: str) -> None:
+        single = _single_path(directory, stem)
+        index = _index_path(directory, stem)
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._expected: dict[str, set[str]] = {}
+        if os.path.exists(single):
+            self.source = single
+            self._files = dict.fromkeys(self._opened(single).keys(), single)
+        elif os.path.exists(index):
+            self.source = index
+            self._files = {
+                key: os.path.join(directory, name) for key, name in _weight_map(index).items()
+            }
+            for key, file in self._files.items():
+                self._expected.setdefault(file, set()).add(key)
+        else:
+            raise _no_weights(directory, stem)
+        self.keys = frozenset(self._files)
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _opened(self, file: str) -> Any:
+        if file in self._open:
+            return self._open[file]
+        try:
+            handle = self._stack.enter_context(safetensors.safe_open(file, framework="np"))
+        except FileNotFoundError:
+            raise ValueError(f"{file}: no such file, but {self.source} names it") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+        if file in self._expected:
+            found = set(handle.keys())
+            differing = [f"- {key}" for key in sorted(self._expected[file] - found)]
+            differing += [f"+ {key}" for key in sorted(found - self._expected[file])]
+            if differing:
+                raise ValueError(f"{file}: differs from {self.source}: {listed(differing)}")
+        self._open[file] = handle
+        return handle
+
+    def file(self, key: str) -> str:
+        """Path of the file that holds `key`."""
+        return self._files[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._opened(self._files[key]).get_slice(key).get_shape())
+
+    def read(self, key: str) -> np.ndarray:
+        """A tensor as float32."""
+        file = self._files[key]
+        dtype = self._opened(file).get_slice(key).get_dtype()
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{file}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+        return np.asarray(self._opened(file).get_tensor(key), dtype=np.float32)
+
+
+def content_hash(directory: str) -> str:
+    """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads."""
+    stem = "params" if "format" in read_json(os.path.join(directory, "config.json")) else "model"
+    names = ["config.json"]
+    index = _index_path(directory, stem)
+    if os.path.exists(index) and not os.path.exists(_single_path(directory, stem)):
+        names += [os.path.basename(index), *sorted(set(_weight_map(index).values()))]
+    else:
+        names.append(f"{stem}.safetensors")
+    digest = hashlib.sha256()
+    for name in names:
+        path = os.path.join(directory, name)
+        try:
+            with open(path, "rb") as file:
+                digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def write_directory(
+    directory: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], stem: str
+) -> None:
+    """Writes config.json and `stem`.safetensors; a reader never sees half of either.
+
+    A new directory appears at once. In an existing one the old config.json goes first and the new
+    one comes last, so that a write cut short leaves no directory that loads as something mixed.
+    """
+    directory = os.path.abspath(directory)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise ValueError(f"{directory}: exists and is not a directory")
+    parent = os.path.dirname(directory)
+    os.makedirs(parent, exist_ok=True)
+    weights = f"{stem}.safetensors"
+    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(directory)}.", dir=parent)
+    try:
+        # safetensors writes from the array's memory, whatever its strides.
+        whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        save_file(whole, os.path.join(temporary, weights), metadata={"format": "pt"})
+        with open(os.path.join(temporary, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, sort_keys=True)
+            file.write("\n")
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        os.chmod(os.path.join(temporary, weights), 0o666 & ~umask)
+        if not os.path.isdir(directory) or not os.listdir(directory):
+            os.replace(temporary, directory)
+            return
+        if os.path.exists(os.path.join(directory, "config.json")):
+            os.remove(os.path.join(directory, "config.json"))
+        for name in (weights, "config.json"):
+            os.replace(os.path.join(temporary, name), os.path.join(directory, name))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{directory}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,270 @@
+"""T5, Flan-T5 and mT5: Hugging Face's names and config.json <-> ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from l2s_jax.convert.engine import TRANSPOSED, Family, Params, Rule
+from l2s_jax.models.t5 import T5, T5Config
+
+ACTIVATION_OF = {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu"}
+PROJECTION_OF = {ours: theirs for theirs, ours in ACTIVATION_OF.items()}
+# What transformers 4 and 5 write beside feed_forward_proj, and what it must then say.
+DENSE_ACTIVATION_OF = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
+
+# transformers' defaults for what a config.json leaves out.
+DEFAULTS = {
+    "t5": {
+        "vocab_size": 32128,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feed_forward_proj": "relu",
+    },
+    "mt5": {
+        "vocab_size": 250112,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+
+# Options that would change the computation, and the values under which they do not.
+NEUTRAL = {
+    "tie_encoder_decoder": (False, None),
+    "scalable_attention": (False, None),
+    "quantization_config": (None,),
+    "is_decoder": (False, None),
+}
+
+
+def _side(side: str, number: int, attention: str, ours: str) -> list[Rule]:
+    """Rules of one attention with its norm, at `number` in the layer of the side."""
+    key, path = f"{side}.block.{{layer}}.layer.{number}", f"{side}/layers_{{layer}}"
+    names = {"q": "query", "k": "key", "v": "value", "o": "output"}
+    rules = [
+        Rule(f"{key}.{attention}.{q}.weight", (f"{path}/{ours}/{query}/kernel",), TRANSPOSED)
+        for q, query in names.items()
+    ]
+    return [*rules, Rule(f"{key}.layer_norm.weight", (f"{path}/{ours}_norm/scale",))]
+
+
+def _feed_forward(side: str, number: int, gated: bool) -> list[Rule]:
+    key, path = f"{side}.block.{{layer}}.layer.{number}", f"{side}/layers_{{layer}}/feed_forward"
+    names = {"wi_0": "wi_gate", "wi_1": "wi", "wo": "wo"} if gated else {"wi": "wi", "wo": "wo"}
+    rules = [
+        Rule(f"{key}.DenseReluDense.{theirs}.weight", (f"{path}/{ours}/kernel",), TRANSPOSED)
+        for theirs, ours in names.items()
+    ]
+    return [*rules, Rule(f"{key}.layer_norm.weight", (f"{path}_norm/scale",))]
+
+
+def make_rules(config: T5Config) -> Sequence[Rule]:
+    """The table for one config."""
+    gated = config.activation.startswith("gated")
+    same = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    head = ("lm_head.weight",)
+    rules = [
+        Rule(
+            "shared.weight",
+            ("token_embedding/embedding",),
+            aliases=same + head if config.tied_head else same,
+        ),
+        *_side("encoder", 0, "SelfAttention", "attention"),
+        *_feed_forward("encoder", 1, gated),
+        *_side("decoder", 0, "SelfAttention", "attention"),
+        *_side("decoder", 1, "EncDecAttention", "cross_attention"),
+        *_feed_forward("decoder", 2, gated),
+    ]
+    for side in ("encoder", "decoder"):
+        bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        rules.append(Rule(bias, (f"{side}/relative_bias/embedding",)))
+        rules.append(Rule(f"{side}.final_layer_norm.weight", (f"{side}/final_norm/scale",)))
+    if not config.tied_head:
+        rules.append(Rule(*head, ("head/kernel",), TRANSPOSED))
+    return rules
+
+
+def _number(fields: Mapping[str, Any], name: str, default: Any, source: str, low: int = 1) -> int:
+    value = fields.get(name, default)
+    if type(value) is not int or value < low:
+        raise ValueError(f"{source}: {name} is {value!r}, expected an integer >= {low}")
+    return value
+
+
+def _fraction(fields: Mapping[str, Any], name: str, default: float, source: str) -> float:
+    value = fields.get(name, default)
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"{source}: {name} is {value!r}, expected a number in [0, 1)")
+    return float(value)
+
+
+def _head(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> tuple[bool, bool]:
+    """(tied_head, scaled_head), by the rules of transformers 5, to which 4's agree but for one.
+
+    T5's logits are scaled unless tie_word_embeddings is false (scale_decoder_outputs, where
+    written, says so itself); mT5's never are. An unscaled head is its own matrix if the file holds
+    one, else the embedding.
+    """
+    scaled = fields.get("scale_decoder_outputs")
+    if scaled is None:
+        tied = fields.get("tie_word_embeddings")
+        scaled = fields["model_type"] == "t5" and tied is not False
+        by_version_4 = str(fields.get("transformers_version", "5")).startswith("4.")
+        if fields["model_type"] == "mt5" and tied and by_version_4 and "lm_head.weight" not in keys:
+            raise ValueError(
+                f"{source}: an mt5 with tied embeddings, whose logits transformers 4 scales and 5 "
+                "does not; set scale_decoder_outputs to true or false"
+            )
+    if type(scaled) is not bool:
+        raise ValueError(f"{source}: scale_decoder_outputs is {scaled!r}, expected true or false")
+    tied_head = scaled or "lm_head.weight" not in keys
+    return tied_head, scaled or not tied_head
+
+
+def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> T5Config:
+    """config.json -> T5Config. `keys` are the tensors' names; `source` is named in errors."""
+    defaults = DEFAULTS[fields["model_type"]]
+    for name, values in NEUTRAL.items():
+        if fields.get(name) not in values:
+            raise ValueError(f"{source}: {name} is {fields[name]!r}, which is not supported")
+    projection = fields.get("feed_forward_proj", defaults["feed_forward_proj"])
+    if not isinstance(projection, str) or projection not in ACTIVATION_OF:
+        raise ValueError(
+            f"{source}: feed_forward_proj is {projection!r}, expected one of {list(ACTIVATION_OF)}"
+        )
+    implied = {
+        "is_gated_act": projection.startswith("gated"),
+        "dense_act_fn": DENSE_ACTIVATION_OF[projection],
+    }
+    for name, value in implied.items():
+        if fields.get(name, value) != value:
+            raise ValueError(
+                f"{source}: {name} is {fields[name]!r}, expected {value!r} beside "
+                f"feed_forward_proj {projection!r}"
+            )
+    eos = fields.get("eos_token_id", 1)
+    if isinstance(eos, list) and len(eos) == 1:
+        fields = {**fields, "eos_token_id": eos[0]}
+
+    def number(name: str, default: Any = None, low: int = 1) -> int:
+        return _number(fields, name, defaults.get(name, default), source, low)
+
+    def token(name: str, default: int) -> int:
+        value = number(name, default, 0)
+        if value >= vocab_size:
+            raise ValueError(f"{source}: {name} is {value}, not below vocab_size {vocab_size}")
+        return value
+
+    vocab_size = number("vocab_size")
+    num_layers = number("num_layers")
+    if fields.get("num_decoder_layers") is None:
+        fields = {**fields, "num_decoder_layers": num_layers}
+    if fields.get("decoder_start_token_id") is None:
+        fields = {**fields, "decoder_start_token_id": fields.get("pad_token_id", 0)}
+    num_buckets = number("relative_attention_num_buckets", 32, 4)
+    tied_head, scaled_head = _head(fields, keys, source)
+    return T5Config(
+        vocab_size=vocab_size,
+        width=number("d_model", 512),
+        num_heads=number("num_heads"),
+        head_width=number("d_kv", 64),
+        feed_forward_width=number("d_ff"),
+        num_encoder_layers=num_layers,
+        num_decoder_layers=number("num_decoder_layers"),
+        activation=ACTIVATION_OF[projection],
+        tied_head=tied_head,
+        scaled_head=scaled_head,
+        num_buckets=num_buckets,
+        max_distance=number("relative_attention_max_distance", 128, num_buckets // 2 + 1),
+        norm_epsilon=_fraction(fields, "layer_norm_epsilon", 1e-6, source),
+        dropout_rate=_fraction(fields, "dropout_rate", 0.1, source),
+        pad_id=token("pad_token_id", 0),
+        eos_id=token("eos_token_id", 1),
+        decoder_start_id=token("decoder_start_token_id", 0),
+    )
+
+
+def config_to_hf(config: T5Config) -> dict[str, Any]:
+    """T5Config -> config.json of a T5ForConditionalGeneration (of any mT5 as well)."""
+    projection = PROJECTION_OF[config.activation]
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "d_model": config.width,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_width,
+        "d_ff": config.feed_forward_width,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": projection,
+        "is_gated_act": projection.startswith("gated"),
+        "dense_act_fn": DENSE_ACTIVATION_OF[projection],
+        "tie_word_embeddings": config.tied_head,
+        "scale_decoder_outputs": config.tied_head and config.scaled_head,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "dropout_rate": config.dropout_rate,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": config.eos_id,
+        "decoder_start_token_id": config.decoder_start_id,
+    }
+
+
+def abstract_params(module: nn.Module) -> Params:
+    """Shapes and dtypes of the parameters, without making any."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    return jax.eval_shape(module.init, jax.random.key(0), ids, mask, ids)["params"]
+
+
+def compare_logits(directory: str, module: nn.Module, params: Params) -> tuple[float, float]:
+    """Logits of our model against transformers' of `directory`, on random prompts with padding."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    reference = AutoModelForSeq2SeqLM.from_pretrained(directory, local_files_only=True)
+    reference = reference.float().eval()
+    random = np.random.default_rng(0)
+    vocab_size = module.config.vocab_size
+    prompt_ids = random.integers(0, vocab_size, (2, 24), dtype=np.int32)
+    mask = np.arange(24) < np.array([[24], [13]])
+    decoder_ids = random.integers(0, vocab_size, (2, 12), dtype=np.int32)
+    with torch.no_grad():
+        expected = reference(
+            input_ids=torch.tensor(prompt_ids, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            decoder_input_ids=torch.tensor(decoder_ids, dtype=torch.long),
+        ).logits.numpy()
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(module.apply)({"params": params}, prompt_ids, mask, decoder_ids)
+    return float(np.abs(np.asarray(found) - expected).max()), float(np.abs(expected).max())
+
+
+FAMILY = Family(
+    name="t5",
+    model_types=("t5", "mt5"),
+    config_class=T5Config,
+    make_module=T5,
+    abstract_params=abstract_params,
+    make_rules=make_rules,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    compare_logits=compare_logits,
+    # In files of the first T5 release; no code ever read it.
+    ignored_keys=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    encoder_parameters=("token_embedding/", "encoder/"),
+)

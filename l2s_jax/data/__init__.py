@@ -1,0 +1,1 @@
+"""Data: sources (files, TFDS) -> tasks (prompt templates) -> batches (Grain)."""

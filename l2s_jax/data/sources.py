@@ -1,0 +1,233 @@
+"""Records of text fields from line-aligned text files, JSON Lines, TSV and tensorflow-datasets.
+
+Files are read through fsspec, so that a path may be any URL that it knows; names ending in .gz are
+decompressed. Text is UTF-8 and lines end at "\\n" alone ("\\r\\n" counts as one ending): further
+separators such as U+2028 or a lone "\\r" would shift the lines of aligned files against each other.
+"""
+
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+
+_READ_AT_ONCE = 1024
+
+
+class Record(NamedTuple):
+    """One example as its source holds it."""
+
+    fields: Mapping[str, Any]
+    files: str | Mapping[str, str]
+    line: int | None
+
+    def where(self, field: str | None = None) -> str:
+        """The place of the record, or of one field of it, for messages: "file:line"."""
+        if self.line is None:
+            return str(self.files)
+        if isinstance(self.files, str):
+            return f"{self.files}:{self.line}"
+        files = [self.files[field]] if field in self.files else self.files.values()
+        return ", ".join(f"{file}:{self.line}" for file in files)
+
+
+def resolve(data_dir: str, file: str) -> str:
+    """`file` itself if it is absolute or a URL, else `file` in `data_dir`."""
+    if not data_dir or file.startswith(("/", "~")) or "://" in file:
+        return file
+    return f"{data_dir.rstrip('/')}/{file}"
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """Lines of a UTF-8 file, without their endings and without a byte order mark.
+
+    Raises:
+      ValueError: the file is missing, unreadable, broken gzip or not UTF-8.
+    """
+    count = 0
+    compression = "gzip" if path.endswith(".gz") else None
+    try:
+        with fsspec.open(path, "rb", compression=compression) as file:
+            for count, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if count == 1 else "utf-8")
+                yield text.removesuffix("\n").removesuffix("\r")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: broken gzip after line {count}: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{count}: not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from error
+
+
+def read_text(files: Mapping[str, str]) -> Iterator[Record]:
+    """Records of line-aligned files: line i of each file is a field of record i.
+
+    Args:
+      files: path by field name.
+
+    Raises:
+      ValueError: as `read_lines`, or two files differ in their number of lines.
+    """
+    columns = [read_lines(path) for path in files.values()]
+    number = 0
+    for number, values in enumerate(itertools.zip_longest(*columns), 1):
+        if None in values:
+            _raise_misaligned(files, values, columns, number)
+        yield Record(dict(zip(files, values, strict=True)), files, number)
+
+
+def _raise_misaligned(
+    files: Mapping[str, str],
+    values: Sequence[str | None],
+    columns: Sequence[Iterator[str]],
+    number: int,
+) -> None:
+    counts = [
+        number - 1 if value is None else number + sum(1 for _ in column)
+        for value, column in zip(values, columns, strict=True)
+    ]
+    described = ", ".join(
+        f"{path} has {count}" for path, count in zip(files.values(), counts, strict=True)
+    )
+    raise ValueError(f"line-aligned files differ in their number of lines: {described}")
+
+
+def read_jsonl(path: str) -> Iterator[Record]:
+    """Records of a JSON Lines file, one object a line; blank lines are skipped.
+
+    Raises:
+      ValueError: as `read_lines`, or a line is no JSON object.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: malformed JSON: {_one_line(error)}") from error
+        if not isinstance(fields, dict):
+            kind = type(fields).__name__
+            raise ValueError(f"{path}:{number}: expected a JSON object, found a {kind}")
+        yield Record(fields, path, number)
+
+
+def read_tsv(path: str) -> Iterator[Record]:
+    """Records of a tab-separated file whose first row names the columns; there is no quoting.
+
+    Raises:
+      ValueError: as `read_lines`, the header names a column twice, or a row differs from it in
+        its number of columns.
+    """
+    lines = read_lines(path)
+    header = next(lines, "").split("\t")
+    if header == [""]:
+        raise ValueError(f"{path}:1: expected a header row of column names, found nothing")
+    if repeated := {name for name in header if header.count(name) > 1}:
+        raise ValueError(f"{path}:1: the header names {sorted(repeated)[0]!r} more than once")
+    for number, line in enumerate(lines, 2):
+        values = line.split("\t")
+        if len(values) != len(header):
+            raise ValueError(
+                f"{path}:{number}: expected {len(header)} columns ({', '.join(header)}), "
+                f"found {len(values)}"
+            )
+        yield Record(dict(zip(header, values, strict=True)), path, number)
+
+
+class TfdsRecords(Sequence[Record]):
+    """Random access to one split of a tensorflow-datasets dataset; a record's `line` is its index.
+
+    TensorFlow is not used: the dataset lies in ArrayRecord files, which are made at first use.
+
+    Args:
+      name: dataset name, such as "wmt14_translate/de-en".
+      split: any TFDS split, such as "train" or "train[:10%]".
+      data_dir: where TFDS keeps its datasets; "" for its own default.
+
+    Raises:
+      ValueError: TFDS has no such dataset or split, cannot prepare it, or holds it in files
+        without random access.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str = ""):
+        builder = _tfds_builder(name, data_dir)
+        known = sorted(builder.info.splits)
+        try:
+            self._source = builder.as_data_source(split)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"TFDS dataset {name!r} cannot give split {split!r} "
+                f"(it has: {', '.join(known)}): {_first_line(error)}"
+            ) from error
+        self._origin = f"TFDS {name}, split {split}"
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        index = range(len(self))[index]
+        return self._record(index, self._source[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), _READ_AT_ONCE):
+            indices = range(start, min(start + _READ_AT_ONCE, len(self)))
+            for index, fields in zip(indices, self._source.__getitems__(indices), strict=True):
+                yield self._record(index, fields)
+
+    def _record(self, index: int, fields: Mapping[str, Any]) -> Record:
+        return Record(
+            {key: _to_python(value) for key, value in fields.items()}, self._origin, index
+        )
+
+
+def _tfds_builder(name: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    # Registers our own dataset with TFDS.
+    from l2s_jax.data import synthetic  # noqa: F401
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TFDS has no dataset {name!r}") from error
+    except Exception as error:
+        raise ValueError(f"TFDS cannot open {name!r}: {_first_line(error)}") from error
+    if not builder.is_prepared():
+        try:
+            builder.download_and_prepare()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise ValueError(
+                f"TFDS cannot prepare {name!r} in {builder.data_dir}: {reason}"
+            ) from error
+    return builder
+
+
+def _to_python(value: Any) -> Any:
+    """UTF-8 bytes as text and arrays as lists; anything else unchanged."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, np.ndarray):
+        return _to_python(value.tolist())
+    if isinstance(value, list):
+        return [_to_python(item) for item in value]
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""The compiled decoding loop. It knows no model, only `step(params, token, cache)`."""

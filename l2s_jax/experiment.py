@@ -1,0 +1,353 @@
+"""The main job, stage by stage: tokenizer, LLM, labels, SLM alone, L2S.
+
+Each stage leaves its result in a folder of its own, is skipped where the result is there and was
+made from the same settings, and continues from its checkpoint where it was interrupted:
+
+    DIR/tokenizer/spiece.model  DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/slm/model/  DIR/l2s/model/
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from l2s_jax import bundle, convert, labels, metrics, sharding, train
+from l2s_jax.config import compute_dtype
+from l2s_jax.convert.files import content_hash
+from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
+from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.generate import Generator
+from l2s_jax.models.l2s import FUSIONS
+from l2s_jax.models.systems import LlmToSlm, Params, Seq2Seq, System, encoder_only
+from l2s_jax.models.t5 import T5Config
+from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece
+from l2s_jax.workdir import atomic_directory, fingerprint, open_stage
+
+log = logging.getLogger(__name__)
+
+
+class Experiment:
+    """An experiment in its workdir; every result is made, or found, on first use."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        """Checks what can be checked before any work is done.
+
+        Raises:
+          ValueError: a setting that no run could use.
+        """
+        self.config = config
+        self.workdir = workdir
+        self.dtype = compute_dtype(config.dtype)
+        self.task = load_task(config.task)
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.buckets = tuple(tuple(bucket) for bucket in config.buckets)
+        _check(config, self.mesh)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that LLM and SLM share."""
+        size = self.config.tokenizer.train_vocab_size
+        if not size:
+            tokenizer = load_tokenizer(self.config.llm.path)
+            slm_path = self.config.slm.path
+            if slm_path and load_tokenizer(slm_path).fingerprint != tokenizer.fingerprint:
+                raise ValueError(
+                    f"{slm_path}: its tokenizer differs from that of {self.config.llm.path}, "
+                    "expected the same: LLM and SLM share one vocabulary"
+                )
+            return tokenizer
+        inputs = {"task": self._task_inputs(), "vocab_size": size, "seed": self.config.seed}
+        directory = open_stage(self.workdir, "tokenizer", inputs)
+        if os.path.exists(os.path.join(directory, "spiece.model")):
+            return load_tokenizer(directory)
+        log.info("tokenizer: training %d pieces", size)
+        texts = (text for e in self._examples("train") for text in (e.prompt, e.response))
+        return train_sentencepiece(
+            texts, vocab_size=size, directory=directory, seed=self.config.seed
+        )
+
+    @functools.cached_property
+    def llm_directory(self) -> str:
+        """Where the LLM lies that all else is built on; trained first where so configured."""
+        config = self.config.llm
+        if not config.train.steps:
+            return os.path.abspath(config.path)
+        inputs = {
+            "path_hash": content_hash(config.path) if config.path else "",
+            "model": None if config.path else config.model.to_dict(),
+            **self._training_inputs(config.train),
+        }
+        return self._train_alone("llm", inputs, self._examples("train"))
+
+    @functools.cached_property
+    def llm(self) -> tuple[Seq2Seq, Params, Params]:
+        """(system, parameters, nothing frozen) of the LLM."""
+        return self._load_alone("llm", self.llm_directory)
+
+    @functools.cached_property
+    def slm(self) -> tuple[Seq2Seq, Params, Params]:
+        """(system, parameters, nothing frozen) of the SLM trained alone."""
+        inputs = {**self._slm_inputs(), **self._training_inputs(self.config.slm.train)}
+        return self._load_alone("slm", self._train_alone("slm", inputs, self._labelled))
+
+    @functools.cached_property
+    def l2s(self) -> tuple[LlmToSlm, Params, Params]:
+        """(system, trained parameters, the LLM's frozen ones)."""
+        config = self.config.l2s
+        llm_hash = content_hash(self.llm_directory)
+        inputs = {
+            **self._slm_inputs(),
+            **self._training_inputs(config.train),
+            "llm_hash": llm_hash,
+            "fusion": config.fusion,
+            "projector_width": config.projector_width,
+        }
+        directory = open_stage(self.workdir, "l2s", inputs)
+        model = os.path.join(directory, "model")
+        if not os.path.isdir(model):
+            llm, llm_params, _ = self.llm
+            slm_config, slm_params = self._starting_point("slm", config.train.dropout_rate)
+            system = LlmToSlm(
+                llm_config=llm.config,
+                slm_config=slm_config,
+                projector_width=config.projector_width or slm_config.width,
+                fusion=config.fusion,
+            )
+            params = self._init(system)
+            if slm_params is not None:
+                params = {**params, "slm": {k: slm_params[k] for k in params["slm"]}}
+            frozen = encoder_only(llm_params["llm"])
+            trained = self._fit("l2s", system, params, frozen, directory, inputs, self._labelled)
+            # A model and an LLM of the same workdir stay together when the workdir is moved.
+            inside = os.path.join(os.path.abspath(self.workdir), "llm", "model")
+            with atomic_directory(model) as temporary:
+                bundle.save(
+                    system,
+                    trained,
+                    temporary,
+                    llm_path="../../llm/model"
+                    if os.path.abspath(self.llm_directory) == inside
+                    else os.path.abspath(self.llm_directory),
+                    llm_hash=llm_hash,
+                )
+                self.tokenizer.save(temporary)
+        return bundle.load(model, dtype=self.dtype)
+
+    def evaluation_examples(self) -> Sequence[Example]:
+        """The examples that the report is about."""
+        limit = self.config.evaluation.max_examples
+        examples = self._examples(self.config.evaluation.split)
+        return examples[:limit] if limit else examples
+
+    def generator(self, loaded: tuple[System, Params, Params]) -> Generator:
+        """Text in, text out, with one of the systems above."""
+        system, trained, frozen = loaded
+        return Generator(
+            system,
+            trained,
+            frozen,
+            self.tokenizer,
+            prompt_lengths=tuple(prompt for prompt, _ in self.buckets),
+            max_new_tokens=self.config.decoding.max_new_tokens,
+            batch_size=self.config.decoding.batch_size,
+        )
+
+    @functools.cached_property
+    def _labelled(self) -> Sequence[Example]:
+        """The train split as the SLM and L2S learn it."""
+        examples = self._examples("train")
+        if self.config.labels == "data":
+            return examples
+        inputs = self._label_inputs()
+        directory = open_stage(self.workdir, "labels", inputs)
+        return labels.label(examples, lambda: self.generator(self.llm), directory)
+
+    @functools.cache  # noqa: B019  an experiment lives as long as its process
+    def _examples(self, split: str) -> Sequence[Example]:
+        return self.task.examples(split)
+
+    def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
+        return TokenizedExamples(
+            examples,
+            prompt_tokenizer=self.tokenizer,
+            response_tokenizer=self.tokenizer,
+            max_prompt_tokens=self.config.max_prompt_tokens,
+            max_response_tokens=self.config.max_response_tokens,
+        )
+
+    def _task_inputs(self) -> dict[str, Any]:
+        # Where the files lie says nothing about what is in them.
+        return {k: v for k, v in self.config.task.to_dict().items() if k != "data_dir"}
+
+    def _training_inputs(self, train_config: ConfigDict) -> dict[str, Any]:
+        config = self.config
+        return {
+            "task": self._task_inputs(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "max_response_tokens": config.max_response_tokens,
+            "buckets": self.buckets,
+            "dtype": str(self.dtype),
+            "seed": config.seed,
+            "train": train_config.to_dict(),
+        }
+
+    def _label_inputs(self) -> dict[str, Any]:
+        return {
+            "llm_hash": content_hash(self.llm_directory),
+            "task": self._task_inputs(),
+            "max_prompt_tokens": self.config.max_prompt_tokens,
+            "max_new_tokens": self.config.decoding.max_new_tokens,
+        }
+
+    def _slm_inputs(self) -> dict[str, Any]:
+        path = self.config.slm.path
+        return {
+            "slm": {"path_hash": content_hash(path)} if path else self.config.slm.model.to_dict(),
+            "labels": "data" if self.config.labels == "data" else self._label_inputs(),
+        }
+
+    def _starting_point(self, name: str, dropout_rate: float) -> tuple[T5Config, Params | None]:
+        """Config, and parameters unless they are to be random, of an LLM or SLM to train."""
+        section = self.config[name]
+        if section.path:
+            module, params = convert.load(section.path, dtype=self.dtype)
+            _check_vocabulary(self.tokenizer, module.config, section.path)
+            return dataclasses.replace(module.config, dropout_rate=dropout_rate), params
+        config = T5Config(
+            vocab_size=self.tokenizer.vocab_size,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            decoder_start_id=self.tokenizer.pad_id,
+            dropout_rate=dropout_rate,
+            dtype=self.dtype,
+            **section.model.to_dict(),
+        )
+        return config, None
+
+    def _init(self, system: System) -> Params:
+        return jax.jit(system.init)(jax.random.key(self.config.seed))
+
+    def _train_alone(self, name: str, inputs: dict[str, Any], examples: Sequence[Example]) -> str:
+        """Trains an encoder-decoder on its own; gives the directory of the result."""
+        directory = open_stage(self.workdir, name, inputs)
+        model = os.path.join(directory, "model")
+        if not os.path.isdir(model):
+            config, params = self._starting_point(name, self.config[name].train.dropout_rate)
+            system = Seq2Seq(name, config)
+            start = self._init(system) if params is None else {name: params}
+            trained = self._fit(name, system, start, {}, directory, inputs, examples)
+            with atomic_directory(model) as temporary:
+                convert.save_hf(config, trained[name], temporary)
+                self.tokenizer.save(temporary)
+        return model
+
+    def _load_alone(self, name: str, directory: str) -> tuple[Seq2Seq, Params, Params]:
+        module, params = convert.load(directory, dtype=self.dtype)
+        _check_vocabulary(self.tokenizer, module.config, directory)
+        return Seq2Seq(name, module.config), {name: params}, {}
+
+    def _fit(
+        self,
+        name: str,
+        system: System,
+        params: Params,
+        frozen: Params,
+        directory: str,
+        inputs: dict[str, Any],
+        examples: Sequence[Example],
+    ) -> Params:
+        config = self.config[name].train
+        data = self._tokenized(examples)
+        for what, cut in (
+            ("prompts", data.truncated_prompts),
+            ("responses", data.truncated_responses),
+        ):
+            if cut:
+                log.warning("%s: %d of %d %s were truncated", name, cut, len(data), what)
+        log.info("%s: training on %d examples, %d steps", name, len(data), config.steps)
+        limit = self.config.evaluation.validation_examples
+        validation = evaluation_batches(
+            self._tokenized(self._examples("validation")[:limit]),
+            prompt_name=system.prompt_name,
+            buckets=self.buckets,
+            batch_size=config.batch_size,
+        )
+        return train.fit(
+            system,
+            frozen,
+            params,
+            config,
+            batches=training_batches(
+                data,
+                prompt_name=system.prompt_name,
+                buckets=self.buckets,
+                batch_size=config.batch_size,
+                seed=self.config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+            validation=[batch for _, batch in validation],
+            directory=directory,
+            fingerprint=fingerprint(inputs),
+            seed=self.config.seed,
+            mesh=self.mesh,
+        )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: T5Config, where: str) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer makes "
+            f"ids up to {tokenizer.vocab_size - 1}"
+        )
+    if (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.eos_id):
+        raise ValueError(
+            f"{where}: the model's pad and eos ids are {config.pad_id} and {config.eos_id}, "
+            f"the tokenizer's {tokenizer.pad_id} and {tokenizer.eos_id}"
+        )
+
+
+def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """One-line errors for settings that no run could use."""
+    if config.labels not in ("data", "llm"):
+        raise ValueError(f"config.labels={config.labels!r}: expected 'data' or 'llm'")
+    if config.l2s.fusion not in FUSIONS:
+        raise ValueError(f"config.l2s.fusion={config.l2s.fusion!r}: expected one of {FUSIONS}")
+    if not config.llm.path and not config.llm.train.steps:
+        raise ValueError(
+            "config.llm: expected a path (a Hugging Face directory) or train.steps above 0"
+        )
+    if not config.llm.path and not config.tokenizer.train_vocab_size:
+        raise ValueError(
+            "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
+            "take a tokenizer from"
+        )
+    for name in config.evaluation.metrics:
+        if name not in metrics.METRICS:
+            raise ValueError(
+                f"config.evaluation.metrics has {name!r}: expected some of {tuple(metrics.METRICS)}"
+            )
+    if config.decoding.max_new_tokens < 1 or config.decoding.batch_size < 1:
+        raise ValueError(
+            f"config.decoding: max_new_tokens={config.decoding.max_new_tokens}, "
+            f"batch_size={config.decoding.batch_size}: expected positive numbers"
+        )
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in ("llm", "slm", "l2s"):
+        section = config[name].train
+        if name == "llm" and not section.steps:
+            continue
+        train.check_config(section, f"config.{name}.train")
+        if section.batch_size % ways:
+            raise ValueError(
+                f"config.{name}.train.batch_size={section.batch_size}: expected a multiple of the "
+                f"{ways} devices that share a batch"
+            )

@@ -1,0 +1,89 @@
+"""Command line: flags, then one call per mode.
+
+python -m l2s_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]
+python -m l2s_jax.main --mode=generate --workdir=DIR --input=FILE [--output=FILE]
+
+Exit status: 0; 2 for bad input, with one line that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+MODES = ("train", "evaluate", "generate")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment; default: that of the workdir.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results are, or will be.", required=True)
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "train (and evaluate), evaluate or generate.")
+_SYSTEM = flags.DEFINE_enum(
+    "system", "l2s", ("llm", "slm", "l2s"), "generate: the system that answers."
+)
+_INPUT = flags.DEFINE_string(
+    "input", "-", "generate: prompts, one per line, or records in a .jsonl file; -: stdin."
+)
+_OUTPUT = flags.DEFINE_string("output", "-", "generate: where the responses go; -: stdout.")
+_JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
+
+log = logging.getLogger("l2s_jax")
+
+
+def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
+    """One mode of the command."""
+    # Imported here, so that --help and wrong flags don't wait for them.
+    from l2s_jax import workdir as workdirs
+    from l2s_jax.evaluate import evaluate
+    from l2s_jax.experiment import Experiment
+    from l2s_jax.generate import generate_file
+
+    config = config or workdirs.read_config(workdir)
+    if mode == "generate":
+        generate_file(
+            config,
+            workdir,
+            system=_SYSTEM.value,
+            source=_INPUT.value,
+            target=_OUTPUT.value,
+            jsonl=_JSONL.value,
+        )
+        return
+    experiment = Experiment(config, workdir)
+    workdirs.write_config(workdir, config)
+    evaluate(experiment)
+    with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
+        print(file.read())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags and runs; the exit status."""
+    logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+        run(_CONFIG.value, _WORKDIR.value, _MODE.value)
+    except flags.Error as error:
+        return _fail(str(error))
+    except (ValueError, OSError) as error:
+        log.debug("bad input", exc_info=True)
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues from the last checkpoint", 130)
+    return 0
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

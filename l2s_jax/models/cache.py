@@ -1,0 +1,52 @@
+"""The key/value cache of cached decoding: its shapes, dtypes and axes, declared once.
+
+A cache is a plain pytree that a model's `prefill` makes and its `step` returns anew. Leaves with a
+batch axis carry it first; `DecoderCache.index` is the one scalar.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class KeyValue:
+    """Keys and values of one attention, each [B, N, K, H] in the compute dtype."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+@struct.dataclass
+class DecoderCache:
+    """State of an encoder-decoder's decoder between two steps.
+
+    index: int32 [], tokens decoded so far, the same for every row.
+    self_attention: one KeyValue [B, N, S, H] per layer; positions >= index are not yet written.
+    cross_attention: one KeyValue [B, N, T, H] per layer, computed once from the encoder's output.
+    prompt_mask: bool [B, T], true at real prompt positions.
+    """
+
+    index: jax.Array
+    self_attention: tuple[KeyValue, ...]
+    cross_attention: tuple[KeyValue, ...]
+    prompt_mask: jax.Array
+
+
+def empty_key_value(
+    batch_size: int, num_heads: int, length: int, head_width: int, dtype: jnp.dtype
+) -> KeyValue:
+    """A zeroed KeyValue for `length` positions."""
+    zeros = jnp.zeros((batch_size, num_heads, length, head_width), dtype)
+    return KeyValue(zeros, zeros)
+
+
+def write_position(cache: KeyValue, new: KeyValue, index: jax.Array) -> KeyValue:
+    """Puts the one position of `new` [B, N, 1, H] at `index` of `cache` [B, N, S, H]."""
+
+    def write(old: jax.Array, one: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, one.astype(old.dtype), index, axis=2)
+
+    return KeyValue(write(cache.key, new.key), write(cache.value, new.value))

@@ -1,0 +1,142 @@
+"""Layers shared by the model families.
+
+B batch, T or S positions, Q queries, K keys, D width, N heads, H head width, F feed-forward,
+V vocabulary. Parameters are float32; `dtype` is the dtype of the products. Sums that feed a
+softmax, a norm or the logits, and the residual stream, are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2s_jax.models.cache import KeyValue
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+# Added to attention scores where the mask is false. Finite, so that a row that is masked throughout
+# gives uniform weights and not NaN.
+MASKED = -1e10
+
+
+class Linear(nn.Module):
+    """x [..., in] -> [..., features]: `x @ kernel`, no bias."""
+
+    features: int
+    initializer: Initializer
+    dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None  # accumulate and return in this dtype; None: `dtype`
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
+        return jnp.dot(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            preferred_element_type=self.out_dtype or self.dtype,
+        )
+
+
+class Embedding(nn.Module):
+    """A [V, D] table that reads rows (`__call__`) and, transposed, makes logits (`attend`)."""
+
+    vocab_size: int
+    width: int
+    initializer: Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.vocab_size, self.width)
+        self.embedding = self.param("embedding", self.initializer, shape, jnp.float32)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int32 [...] -> float32 [..., D]."""
+        return jnp.take(self.embedding, ids, axis=0).astype(jnp.float32)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits [..., V]."""
+        return jnp.einsum(
+            "...d,vd->...v",
+            x.astype(self.dtype),
+            self.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+class RMSNorm(nn.Module):
+    """Scale by the root mean square, without mean or bias (Zhang and Sennrich 2019). float32."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `N * H` need not equal D.
+
+    The key and value projection is a call of its own, so that a caller can keep its result: in a
+    cache for self-attention, once per prompt for cross-attention.
+    """
+
+    width: int
+    num_heads: int
+    head_width: int
+    query_initializer: Initializer
+    key_initializer: Initializer
+    output_initializer: Initializer
+    scale: float = 1.0
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        inner = self.num_heads * self.head_width
+        self.query = Linear(inner, self.query_initializer, self.dtype)
+        self.key = Linear(inner, self.key_initializer, self.dtype)
+        self.value = Linear(inner, self.key_initializer, self.dtype)
+        self.output = Linear(self.width, self.output_initializer, self.dtype, jnp.float32)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        """[B, T, N*H] -> [B, N, T, H]."""
+        x = x.reshape(*x.shape[:2], self.num_heads, self.head_width)
+        return x.transpose(0, 2, 1, 3)
+
+    def key_value(self, x: jax.Array) -> KeyValue:
+        """x [B, K, D] -> keys and values, each [B, N, K, H]."""
+        return KeyValue(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
+
+    def __call__(
+        self, x: jax.Array, key_value: KeyValue, bias: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """x [B, Q, D], bias (mask included) broadcastable to [B, N, Q, K] -> float32 [B, Q, D]."""
+        query = self._split_heads(self.query(x))
+        scores = jnp.einsum(
+            "bnqh,bnkh->bnqk", query, key_value.key, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(scores * self.scale + bias, axis=-1)
+        weights = self.dropout(weights.astype(self.dtype), deterministic=deterministic)
+        mixed = jnp.einsum("bnqk,bnkh->bqnh", weights, key_value.value)
+        return self.output(mixed.reshape(*mixed.shape[:2], -1))
+
+
+class Dropout(nn.Dropout):
+    """Dropout with one mask for all positions of a row, as in the reference T5.
+
+    [..., T, D] gets a mask [..., 1, D]: T times fewer random numbers, which made up more than half
+    of a small model's training step on CPU.
+    """
+
+    broadcast_dims: Sequence[int] = (-2,)
+
+
+def mask_bias(mask: jax.Array) -> jax.Array:
+    """bool [...] -> float32 [...]: 0 where true, a large negative number where false."""
+    return jnp.where(mask, 0.0, MASKED)

@@ -1,0 +1,25 @@
+"""The projector q_phi: from the LLM's width to the SLM's (arXiv 2402.16844, section 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2s_jax.models.layers import Linear
+
+
+class Projector(nn.Module):
+    """Linear, ReLU, Linear: H [B, T, D_llm] -> Z float32 [B, T, D_slm]."""
+
+    hidden_width: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        initializer = nn.initializers.lecun_normal()
+        self.inward = Linear(self.hidden_width, initializer, self.dtype)
+        self.outward = Linear(self.width, initializer, self.dtype, jnp.float32)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        return self.outward(nn.relu(self.inward(hidden)))

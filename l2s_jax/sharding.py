@@ -1,0 +1,97 @@
+"""Where arrays live: the mesh, and the rules from parameter paths to its axes.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads,
+feed-forward and vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+AXES = ("data", "fsdp", "tensor")
+
+# Path pattern (the whole path must match) -> axes of the parameter's dimensions.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(.*/)?token_embedding/embedding", P("tensor", "fsdp")),
+    (r".*/(query|key|value|wi|wi_gate)/kernel", P("fsdp", "tensor")),
+    (r".*/(output|wo)/kernel", P("tensor", "fsdp")),
+    (r"(.*/)?head/kernel", P("fsdp", "tensor")),
+    (r"projector/inward/kernel", P("fsdp", "tensor")),
+    (r"projector/outward/kernel", P("tensor", "fsdp")),
+    (r".*/relative_bias/embedding", P()),
+    (r".*/scale", P()),
+)
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of `config.data`, `.fsdp` and `.tensor` over all devices; one -1 takes the rest."""
+    devices = jax.device_count()
+    sizes = [config[axis] for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        shape = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
+        raise ValueError(f"mesh {shape}: the product must be the number of devices, {devices}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path: tuple) -> str:
+    """('a', 'b') of a tree path -> 'a/b'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """A tree like `params` of NamedShardings; every parameter must match exactly one rule."""
+    problems = []
+
+    def sharding(path: tuple, _: Any) -> NamedSharding:
+        name = path_name(path)
+        specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, name)]
+        if len(specs) != 1:
+            problems.append(f"{name} ({len(specs)} rules)")
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, specs[0])
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, params)
+    if problems:
+        raise ValueError(
+            f"parameters that don't match exactly one sharding rule: {', '.join(problems)}"
+        )
+    return shardings
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
+) -> Any:
+    """Shardings of `optimizer.init(params)`: what has a parameter's shape lies where it lies."""
+    replicated = NamedSharding(mesh, P())
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree_map_params(
+        optimizer,
+        lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated,
+        abstract,
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> the global arrays."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,307 @@
+"""Training of one system: the state, the compiled step, and the loop around it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from l2s_jax import losses, optim, sharding
+from l2s_jax.checkpoint import Checkpoints
+from l2s_jax.models.systems import Params, System
+from l2s_jax.progress import MetricWriter
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes. The frozen LLM is not in it.
+
+    average: exponential moving average of params, which is what a run returns; None without one.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    average: Params | None
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+    )
+
+
+def state_shardings(
+    params: Params, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """Shardings of `init_state(params, ...)`, in its shape."""
+    of_params = sharding.parameter_shardings(params, mesh)
+    return TrainState(
+        step=NamedSharding(mesh, P()),
+        params=of_params,
+        opt_state=sharding.optimizer_shardings(optimizer, params, of_params, mesh),
+        average=of_params if config.ema_decay else None,
+    )
+
+
+def batch_loss(
+    system: System,
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    dropout_key: jax.Array | None,
+    label_smoothing: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sum of the loss over a batch's response tokens, and sums of what is reported."""
+    logits = system.logits(params, frozen, batch, dropout_key)
+    targets, mask = batch["response_ids"], batch["response_mask"]
+    loss, tokens = losses.cross_entropy(logits, targets, mask, label_smoothing)
+    correct = losses.correct_tokens(logits, targets, mask)
+    return loss, {"loss": loss, "tokens": tokens, "correct": correct}
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    system: System,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. The gradient is that of the mean loss over the whole batch's response tokens.
+
+    With `accumulation` A the batch is taken in A parts of every A-th row, one after another.
+    """
+    key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+    gradient = jax.grad(functools.partial(batch_loss, system), has_aux=True)
+
+    def part(carry: Any, inputs: Any) -> tuple[Any, None]:
+        index, rows = inputs
+        dropout_key = jax.random.fold_in(key, index) if config.dropout_rate else None
+        new = gradient(state.params, frozen, rows, dropout_key, config.label_smoothing)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    sums = {name: jnp.zeros(()) for name in ("loss", "tokens", "correct")}
+    if config.accumulation == 1:
+        (grads, sums), _ = part((zero, sums), (0, batch))
+    else:
+        (grads, sums), _ = jax.lax.scan(
+            part, (zero, sums), (jnp.arange(config.accumulation), parts)
+        )
+
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if config.ema_decay:
+        # Early on, the average forgets its random beginning faster.
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = optax.incremental_update(params, average, 1.0 - decay)
+    metrics = {
+        "loss": sums["loss"] / tokens,
+        "accuracy": sums["correct"] / tokens,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": optim.schedule(config)(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state, average), metrics
+
+
+def validation_scores(
+    score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, jax.Array]]
+) -> dict[str, float]:
+    """Mean loss (nats), perplexity and accuracy per response token, over all of `batches`."""
+    sums = jax.device_get([score(params, frozen, batch) for batch in batches])
+    loss, tokens, correct = (
+        float(sum(np.float64(batch[name]) for batch in sums))
+        for name in ("loss", "tokens", "correct")
+    )
+    return {
+        "val_loss": loss / tokens,
+        "val_perplexity": math.exp(min(loss / tokens, 50.0)),
+        "val_accuracy": correct / tokens,
+    }
+
+
+def check_config(config: ConfigDict, where: str) -> None:
+    """One-line errors for values that no run could use."""
+    if config.batch_size % config.accumulation:
+        raise ValueError(
+            f"{where}.batch_size={config.batch_size} must be a multiple of "
+            f"{where}.accumulation={config.accumulation}"
+        )
+    if config.select not in ("best", "last"):
+        raise ValueError(f"{where}.select={config.select!r}: expected 'best' or 'last'")
+    for name in ("steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
+        if config[name] < 1:
+            raise ValueError(f"{where}.{name}={config[name]}: expected a positive number")
+    optim.optimizer(config)
+
+
+def fit(
+    system: System,
+    frozen: Params,
+    params: Params,
+    config: ConfigDict,
+    *,
+    batches: grain.DatasetIterator,
+    validation: list[dict[str, np.ndarray]],
+    directory: str,
+    fingerprint: str,
+    seed: int,
+    mesh: Mesh,
+) -> Params:
+    """Trains `params` for `config.steps` and returns the selected ones, on the host.
+
+    Every `evaluate_every` steps and at the end: validation and a checkpoint in
+    `directory/checkpoints`. A run that finds one continues from it exactly, with the same batches;
+    one of another `fingerprint` is an error. Metrics go to `directory` (see progress.py).
+    """
+    optimizer = optim.optimizer(config)
+    shardings = state_shardings(params, optimizer, config, mesh)
+    step_fn = jax.jit(
+        functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    score_fn = jax.jit(
+        lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1]
+    )
+    best_metric = "val_accuracy" if config.select == "best" else None
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(os.path.join(directory, "checkpoints"), best_metric=best_metric) as checkpoints,
+    ):
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(lambda p: init_state(p, optimizer, config), params),
+            shardings,
+        )
+        frozen = jax.device_put(frozen, sharding.parameter_shardings(frozen, mesh))
+        validation = [sharding.put_batch(batch, mesh) for batch in validation]
+        start = checkpoints.latest_step
+        if start is None:
+            start = 0
+            state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
+                params
+            )
+        else:
+            saved = checkpoints.config(start)
+            if saved["fingerprint"] != fingerprint:
+                raise ValueError(
+                    f"checkpoints in {directory} come from another configuration: "
+                    "remove them or use another workdir"
+                )
+            state, data_state = _restore(checkpoints, start, abstract)
+            batches.set_state(data_state)
+
+        if start < config.steps:
+            with MetricWriter(
+                directory,
+                total_steps=config.steps,
+                start_step=start + 1,
+                name=os.path.basename(directory),
+            ) as writer:
+                reader = _MetricReader(writer, config.log_every)
+                for step in range(start + 1, config.steps + 1):
+                    batch = next(batches)
+                    state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+                    reader.dispatched(step, metrics, batch)
+                    if step % config.evaluate_every == 0 or step == config.steps:
+                        reader.flush()
+                        weights = _weights(state)
+                        scores = validation_scores(score_fn, weights, frozen, validation)
+                        writer.write(step, scores)
+                        checkpoints.save(
+                            step,
+                            params=state.params,
+                            opt=_optimizer_item(state),
+                            data=batches.get_state(),
+                            config={"fingerprint": fingerprint, **config.to_dict()},
+                            metrics=scores,
+                        )
+                        reader.restart_clock()
+        state, _ = _restore(checkpoints, checkpoints.best_step, abstract)
+    return jax.device_get(_weights(state))
+
+
+class _MetricReader:
+    """Reads a step's metrics only once the next step is on its way, so that no device waits."""
+
+    def __init__(self, writer: MetricWriter, every: int):
+        self._writer = writer
+        self._every = every
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what happened until now out of tokens_per_s."""
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def dispatched(
+        self, step: int, metrics: dict[str, jax.Array], batch: Mapping[str, np.ndarray]
+    ) -> None:
+        """Takes note of a step that the device has been given."""
+        self.flush()
+        masks = (value for key, value in batch.items() if key.endswith("_mask"))
+        self._tokens += sum(int(mask.sum()) for mask in masks)
+        if step % self._every == 0:
+            self._pending = step, metrics
+        self._writer.advance(step)
+
+    def flush(self) -> None:
+        """Writes the metrics that are due."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - self._start
+        values["tokens_per_s"] = self._tokens * jax.process_count() / seconds
+        self._writer.write(step, values)
+        self.restart_clock()
+
+
+def _weights(state: TrainState) -> Params:
+    """What a run evaluates and returns."""
+    return state.params if state.average is None else state.average
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    item = {"step": state.step, "opt_state": state.opt_state}
+    return item if state.average is None else item | {"average": state.average}
+
+
+def _restore(
+    checkpoints: Checkpoints, step: int, abstract: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    params, opt, data = checkpoints.restore(
+        step, params=abstract.params, opt=_optimizer_item(abstract)
+    )
+    state = TrainState(opt["step"], params, opt["opt_state"], opt.get("average"))
+    return state, data

@@ -1,0 +1,110 @@
+"""The working directory of an experiment: stages, each made once from its inputs.
+
+DIR/STAGE/stage.json records what a stage was made from; a stage whose inputs are unchanged is
+found again, one whose inputs changed is moved aside, so that nothing is lost or overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.convert.files import read_json
+
+log = logging.getLogger(__name__)
+
+_INPUTS = "stage.json"
+
+
+def plain(value: Any) -> Any:
+    """What `value` becomes on its way through JSON."""
+    return json.loads(json.dumps(value))
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """sha256 (hex) of JSON-able values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes a JSON file that is never seen half-written."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(temporary, path)
+
+
+def open_stage(workdir: str, name: str, inputs: Mapping[str, Any]) -> str:
+    """The directory of stage `name`, which holds only work on these `inputs`.
+
+    If it holds work on others, that is moved to NAME.old1, NAME.old2, ...
+    """
+    directory = os.path.join(workdir, name)
+    record = os.path.join(directory, _INPUTS)
+    inputs = plain(inputs)
+    if os.path.exists(record):
+        found = read_json(record)
+        if found == inputs:
+            return directory
+        number = 1
+        while os.path.exists(f"{directory}.old{number}"):
+            number += 1
+        os.rename(directory, f"{directory}.old{number}")
+        log.info(
+            "stage %s: %s changed; what was there is kept in %s.old%d",
+            name,
+            ", ".join(_differences(found, inputs)),
+            directory,
+            number,
+        )
+    os.makedirs(directory, exist_ok=True)
+    write_json(record, inputs)
+    return directory
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Paths at which two JSON values differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    return [
+        path
+        for key in sorted(old.keys() | new.keys())
+        for path in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+    ]
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str) -> Iterator[str]:
+    """Gives a temporary directory that becomes `path` when the block ends without an error."""
+    temporary = f"{path}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    yield temporary
+    os.rename(temporary, path)
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Keeps the config of the newest run as DIR/config.json."""
+    os.makedirs(workdir, exist_ok=True)
+    write_json(os.path.join(workdir, "config.json"), config.to_dict())
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The config of the newest run in `workdir`.
+
+    Raises:
+      ValueError: there was none.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file; expected the workdir of a run, or --config")
+    return ConfigDict(read_json(path))

@@ -1,0 +1,53 @@
+"""Small random checkpoints, made by transformers."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+SMALL = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "decoder_start_token_id": 0,
+}
+
+
+def make_t5(
+    directory: str | None = None,
+    *,
+    family: str = "T5",
+    own_head: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **config: object,
+) -> torch.nn.Module:
+    """A T5 or MT5 (`family`) ForConditionalGeneration; saved where a directory is given.
+
+    Weights are drawn so that every one of them matters to the logits: norms are not ones and the
+    relative bias is as large as the scores. `own_head` unties lm_head from the embedding.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    settings = getattr(transformers, f"{family}Config")(**{**SMALL, **config})
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(settings)
+    if own_head:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(generator=generator)
+            if "layer_norm" in name:
+                weight.mul_(0.3).add_(1)
+            elif "relative_attention_bias" not in name and name != "shared.weight":
+                weight.mul_(weight.shape[1] ** -0.5)
+            if ".q.weight" in name:
+                weight.mul_(settings.d_kv**-0.5)
+    model = model.to(dtype).eval()
+    if directory is not None:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model

@@ -1,0 +1,370 @@
+"""Sources and tasks: all kinds give the same examples; bad input gives one clear line."""
+
+import gzip
+import json
+
+import fsspec
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from l2s_jax.data import sources, tasks
+
+ROWS = [
+    {"en": "a dog", "de": "ein Hund", "more": ["der Hund", "Hund"]},
+    {"en": "two birds", "de": "zwei Vögel", "more": []},
+    {"en": "snow\u2028falls\x0bhere\x85now", "de": "es\u2029schneit", "more": ["Schnee\u2028fall"]},
+]
+TEMPLATE = "translate {{x}}: {en}"
+
+
+class TinyPairs(tfds.core.GeneratorBasedBuilder):
+    """ROWS as a TFDS dataset, with fields that no task can use."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        text = tfds.features.Text()
+        features = {"en": text, "de": text, "more": tfds.features.Sequence(text), "id": np.int64}
+        features["raw"] = tfds.features.Tensor(shape=(), dtype=np.object_)
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for index, row in enumerate(ROWS):
+            yield index, row | {"id": index, "raw": b"\xff\xfe"}
+
+
+def write(path, content):
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def write_rows(directory, rows=ROWS, suffix=""):
+    write(directory / f"d.jsonl{suffix}", "".join(json.dumps(row) + "\n" for row in rows))
+    write(
+        directory / f"d.tsv{suffix}", "en\tde\n" + "".join(f"{r['en']}\t{r['de']}\n" for r in rows)
+    )
+    for field in ("en", "de"):
+        write(directory / f"d.{field}{suffix}", "".join(row[field] + "\n" for row in rows))
+
+
+def config_of(kind, directory, suffix="", **changes):
+    split = {
+        "text": {"en": f"d.en{suffix}", "de": f"d.de{suffix}"},
+        "jsonl": f"d.jsonl{suffix}",
+        "tsv": f"d.tsv{suffix}",
+        "tfds": "test",
+    }[kind]
+    values = {
+        "name": "tiny",
+        "source": kind,
+        "data_dir": str(directory),
+        "splits": {"test": split},
+        "tfds_name": "tiny_pairs" if kind == "tfds" else "",
+        "prompt": TEMPLATE,
+        "response": "de",
+        "references": "",
+    }
+    return ConfigDict(values | changes)
+
+
+def expected_examples(references=False):
+    return [
+        tasks.Example(
+            f"translate {{x}}: {row['en']}",
+            row["de"],
+            (row["de"], *(row["more"] if references else ())),
+        )
+        for row in ROWS
+    ]
+
+
+def fails_with_one_line(call, *parts):
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    assert len(tasks.load_task(config_of("tfds", directory)).examples("test")) == len(ROWS)
+    return directory
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("source", ["text", "jsonl", "tsv"])
+def test_files_give_the_rows(tmp_path, source, suffix):
+    write_rows(tmp_path, suffix=suffix)
+    examples = tasks.load_task(config_of(source, tmp_path, suffix)).examples("test")
+    assert list(examples) == expected_examples()
+    assert examples[1] == expected_examples()[1]
+
+
+def test_tfds_gives_the_rows_by_index_and_in_turn(tfds_dir):
+    task = tasks.load_task(config_of("tfds", tfds_dir, references="more"))
+    examples = task.examples("test")
+    by_index = [examples[i] for i in range(len(examples))]
+    assert list(examples) == by_index
+    assert sorted(by_index) == sorted(expected_examples(references=True))
+    assert examples[-1] == by_index[-1]
+    with pytest.raises(IndexError):
+        examples[len(examples)]
+
+
+def test_tfds_takes_split_expressions(tfds_dir):
+    config = config_of("tfds", tfds_dir, splits={"train": "train[:2]", "test": "train[2:]+test"})
+    task = tasks.load_task(config)
+    assert [len(task.examples(split)) for split in ("train", "test")] == [2, 4]
+
+
+def test_iteration_over_tfds_crosses_its_read_size(tfds_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_READ_AT_ONCE", 2)
+    records = sources.TfdsRecords("tiny_pairs", "test", str(tfds_dir))
+    assert [record.line for record in records] == [0, 1, 2]
+    assert [record.fields for record in records] == [records[i].fields for i in range(3)]
+
+
+def test_the_bundled_dataset_is_known_to_tfds(tmp_path):
+    config = config_of("tfds", tmp_path, tfds_name="l2s_synthetic", splits={"test": "no_such"})
+    fails_with_one_line(
+        lambda: tasks.load_task(config).examples("test"), "l2s_synthetic", "no_such", "train"
+    )
+
+
+def test_any_fsspec_url_is_read():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/set/d.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode()))
+    config = config_of("jsonl", "memory://set", ".gz")
+    assert tasks.load_task(config).examples("test") == expected_examples()[:1]
+
+
+def test_resolve():
+    assert sources.resolve("data/", "a.tsv") == "data/a.tsv"
+    assert sources.resolve("gs://bucket/x", "a.tsv") == "gs://bucket/x/a.tsv"
+    assert sources.resolve("data", "/abs/a.tsv") == "/abs/a.tsv"
+    assert sources.resolve("data", "s3://bucket/a.tsv") == "s3://bucket/a.tsv"
+    assert sources.resolve("", "a.tsv") == "a.tsv"
+
+
+def test_line_endings_and_byte_order_mark(tmp_path):
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n\nfour")
+    assert list(sources.read_lines(path)) == ["one", "two\rthree", "", "four"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(lines=st.lists(st.text(st.characters(exclude_characters="\n\r\ufeff", codec="utf-8"))))
+def test_lines_survive_a_file(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("lines") / "a.gz"
+    write(path, "".join(line + "\n" for line in lines))
+    assert list(sources.read_lines(str(path))) == lines
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_gzip_is_read_right_or_told_in_one_line(tmp_path_factory, position, value, cut):
+    lines = [f"line {i} of the file" for i in range(50)]
+    data = bytearray(gzip.compress("\n".join(lines).encode(), mtime=0))
+    position %= len(data)
+    data[position:] = b"" if cut else bytes([value]) + data[position + 1 :]
+    path = tmp_path_factory.mktemp("damaged") / "a.txt.gz"
+    path.write_bytes(data)
+    try:
+        read = list(sources.read_lines(str(path)))
+    except ValueError as error:
+        assert "\n" not in str(error)
+        assert str(path) in str(error)
+    else:
+        assert read == lines or (cut and position == 0 and read == [])
+
+
+def test_extra_references(tmp_path):
+    write_rows(tmp_path)
+    config = config_of("jsonl", tmp_path, references="more")
+    config.splits.train = "d.jsonl"
+    task = tasks.load_task(config)
+    assert list(task.examples("test")) == expected_examples(references=True)
+    assert list(task.examples("train")) == expected_examples()
+    one = config_of("tsv", tmp_path, references="en")
+    assert tasks.load_task(one).examples("test")[0].references == ("ein Hund", "a dog")
+
+
+def test_render_prompt(tmp_path):
+    task = tasks.load_task(config_of("jsonl", tmp_path))
+    assert task.name == "tiny"
+    assert task.render_prompt({"en": "a {cat}", "id": 3}) == "translate {x}: a {cat}"
+    fails_with_one_line(lambda: task.render_prompt({"de": "x"}, "in:4"), "in:4", "'en'", "de")
+    fails_with_one_line(lambda: task.render_prompt({"en": " \t"}, "in:4"), "in:4", "empty")
+    fails_with_one_line(lambda: task.render_prompt({}), "the record", "'en'", "none")
+
+
+def test_one_of_several_prompt_fields_may_be_blank(tmp_path):
+    task = tasks.load_task(config_of("jsonl", tmp_path, prompt="{a} | {b}{a}"))
+    assert task.render_prompt({"a": "", "b": "x"}) == " | x"
+    fails_with_one_line(lambda: task.render_prompt({"a": "", "b": " "}), "'a', 'b'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"source": "csv"}, ["config.task.source", "'csv'", "tfds, jsonl, tsv, text"]),
+        ({"splits": {"dev": "d.jsonl"}}, ["splits.dev", "train, validation, test"]),
+        ({"splits": {"test": {"en": "x"}}}, ["splits.test", "'en'", "a file"]),
+        ({"splits": {"test": ""}}, ["splits.test", "''"]),
+        ({"splits": {}}, ["config.task.splits is not set"]),
+        ({"prompt": ""}, ["config.task.prompt is not set"]),
+        ({"response": ""}, ["config.task.response is not set"]),
+        ({"prompt": "no fields"}, ["config.task.prompt", "'no fields'"]),
+        ({"prompt": "{en"}, ["config.task.prompt", "'{en'"]),
+        ({"prompt": "{}"}, ["config.task.prompt", "{}"]),
+        ({"prompt": "{0}"}, ["config.task.prompt", "{0}"]),
+        ({"prompt": "{en.x}"}, ["config.task.prompt", "{en.x}"]),
+        ({"prompt": "{en[0]}"}, ["config.task.prompt", "{en[0]}"]),
+        ({"prompt": "{en!r:>9}"}, ["config.task.prompt", "{en!r:>9}"]),
+        ({"source": "tfds"}, ["config.task.tfds_name is not set"]),
+        ({"source": "text"}, ["splits.test", "'d.jsonl'", "a file for each field"]),
+        ({"source": "text", "splits": {"test": {"en": 3}}}, ["splits.test", "3"]),
+        (
+            {"source": "text", "splits": {"test": {"en": "a", "fr": "b"}}},
+            ["config.task.response", "'de'", "splits.test", "en, fr"],
+        ),
+        (
+            {"source": "text", "splits": {"test": {"xx": "a", "de": "b"}}},
+            ["config.task.prompt", "'en'", "splits.test", "de, xx"],
+        ),
+    ],
+)
+def test_config_errors_need_no_data(tmp_path, changes, parts):
+    fails_with_one_line(lambda: tasks.load_task(config_of("jsonl", tmp_path, **changes)), *parts)
+
+
+def test_unknown_split(tmp_path):
+    task = tasks.load_task(config_of("jsonl", tmp_path))
+    fails_with_one_line(lambda: task.examples("train"), "'train'", "it has: test")
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "tsv"])
+def test_missing_file(tmp_path, source):
+    task = tasks.load_task(config_of(source, tmp_path))
+    fails_with_one_line(lambda: task.examples("test"), tmp_path / "d.", "no such file")
+
+
+def test_unreadable_paths(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (str(tmp_path / "folder"), "nosuchscheme://x/y.txt"):
+        fails_with_one_line(lambda path=path: list(sources.read_lines(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("d.jsonl", '{"en": "a", "de": "b"}\n{"en": \n', [":2", "malformed JSON"]),
+        ("d.jsonl", '\n\n["en"]\n', [":3", "JSON object", "list"]),
+        ("d.jsonl", "[" * 100_000, [":1", "malformed JSON"]),
+        ("d.jsonl", '{"en": "a", "fr": "b"}\n', [":1", "no field 'de'", "en, fr"]),
+        ("d.jsonl", '{"en": "a", "de": 7}\n', [":1", "'de'", "7", "a string"]),
+        ("d.jsonl", '{"en": null, "de": "b"}\n', [":1", "'en'", "None", "a string"]),
+        ("d.jsonl", '{"en": " ", "de": "b"}\n', [":1", "empty prompt"]),
+        ("d.jsonl", '\n{"en": "a", "de": ""}\n', [":2", "empty response"]),
+        ("d.jsonl", "", ["'test'", "d.jsonl", "is empty"]),
+        ("d.jsonl", b'{"en": "a", "de": "b"}\n\xff\n', [":2", "not UTF-8"]),
+        ("d.tsv", "en\tde\na\tb\na\tb\tc\n", [":3", "2 columns (en, de)", "found 3"]),
+        ("d.tsv", "en\tde\na\n", [":2", "2 columns", "found 1"]),
+        ("d.tsv", "en\tde\ten\n", [":1", "'en'", "more than once"]),
+        ("d.tsv", "en\tde\na\t \n", [":2", "empty response"]),
+        ("d.tsv", "en\tfr\na\tb\n", [":2", "no field 'de'", "en, fr"]),
+        ("d.tsv", "", [":1", "header"]),
+        ("d.tsv", "en\tde\n", ["'test'", "is empty"]),
+    ],
+)
+def test_bad_files(tmp_path, name, content, parts):
+    path = write(tmp_path / name, content)
+    task = tasks.load_task(config_of(name.split(".")[1], tmp_path))
+    location, rest = (path + parts[0], parts[1:]) if parts[0][0] == ":" else (name, parts)
+    fails_with_one_line(lambda: task.examples("test"), location, *rest)
+
+
+@pytest.mark.parametrize("value", ["[1]", '[""]', "7", "null", '{"a": "b"}'])
+def test_bad_references(tmp_path, value):
+    path = write(tmp_path / "d.jsonl", f'{{"en": "a", "de": "b", "more": {value}}}\n')
+    task = tasks.load_task(config_of("jsonl", tmp_path, references="more"))
+    fails_with_one_line(lambda: task.examples("test"), f"{path}:1", "'more'", "list of strings")
+
+
+def test_missing_references(tmp_path):
+    path = write(tmp_path / "d.jsonl", '{"en": "a", "de": "b"}\n')
+    task = tasks.load_task(config_of("jsonl", tmp_path, references="more"))
+    fails_with_one_line(lambda: task.examples("test"), f"{path}:1", "'more'", "en, de")
+
+
+@pytest.mark.parametrize("longer", ["en", "de"])
+def test_misaligned_files(tmp_path, longer):
+    counts = {"en": 3, "de": 3} | {longer: 8}
+    for field, count in counts.items():
+        write(tmp_path / f"d.{field}.gz", "x\n" * count)
+    fails_with_one_line(
+        lambda: tasks.load_task(config_of("text", tmp_path, ".gz")).examples("test"),
+        f"{tmp_path}/d.en.gz has {counts['en']}",
+        f"{tmp_path}/d.de.gz has {counts['de']}",
+    )
+
+
+def test_empty_lines_of_text_files(tmp_path):
+    write(tmp_path / "d.en", "a\nb\n")
+    write(tmp_path / "d.de", "a\n\n")
+    task = tasks.load_task(config_of("text", tmp_path))
+    fails_with_one_line(lambda: task.examples("test"), tmp_path / "d.de:2", "empty response")
+    write(tmp_path / "d.en", "a\n \n")
+    fails_with_one_line(lambda: task.examples("test"), tmp_path / "d.en:2", "empty prompt")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"no gzip at all", ["broken gzip"]),
+        (gzip.compress(b"line\n" * 9000)[:-20], ["broken gzip"]),
+    ],
+)
+def test_broken_gzip(tmp_path, content, parts):
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(content)
+    fails_with_one_line(lambda: list(sources.read_lines(str(path))), path, *parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"tfds_name": "no_such_set"}, ["'no_such_set'"]),
+        ({"tfds_name": "tiny_pairs/no_such_config"}, ["'tiny_pairs/no_such_config'"]),
+        ({"tfds_name": "tiny_pairs:7.0.0"}, ["'tiny_pairs:7.0.0'"]),
+        ({"splits": {"test": "no_such"}}, ["tiny_pairs", "'no_such'", "test, train"]),
+        ({"splits": {"test": "test[abc"}}, ["tiny_pairs", "'test[abc'"]),
+        ({"prompt": "{fr}"}, ["tiny_pairs", "test:0", "no field 'fr'", "de"]),
+        ({"prompt": "{id}"}, ["tiny_pairs", "test:0", "'id'", "a string"]),
+        ({"prompt": "{raw}"}, ["tiny_pairs", "test:0", "'raw'", "a string"]),
+    ],
+)
+def test_tfds_errors(tfds_dir, changes, parts):
+    config = config_of("tfds", tfds_dir, **changes)
+    fails_with_one_line(lambda: tasks.load_task(config).examples("test")[0], *parts)
+
+
+def test_tfds_that_cannot_be_prepared(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("the server\nis down")
+
+    monkeypatch.setattr(TinyPairs, "_generate_examples", fail)
+    config = config_of("tfds", tmp_path)
+    fails_with_one_line(
+        lambda: tasks.load_task(config).examples("test"), "cannot prepare 'tiny_pairs'", "server"
+    )
