@@ -28,27 +28,25 @@ def get_config() -> ConfigDict:
     config.tokenizer.train_vocab_size = 5000
     config.max_prompt_tokens = 64
     config.max_response_tokens = 64
-    config.buckets = ((16, 16), (24, 24), (64, 64))
+    config.buckets = ((16, 16), (20, 20), (24, 24), (32, 32), (64, 64))
 
     config.llm.model.update(
         width=128,
         num_heads=4,
         head_width=32,
-        feed_forward_width=512,
+        feed_forward_width=256,
         num_encoder_layers=4,
-        num_decoder_layers=5,
-        activation="relu",
+        num_decoder_layers=4,
     )
     config.llm.train.update(
         steps=5400,
-        batch_size=128,
-        learning_rate=2e-3,
+        batch_size=64,
+        learning_rate=2e-2,
         warmup_steps=400,
         label_smoothing=0.1,
-        dropout_rate=0.15,
-        weight_decay=0.01,
+        dropout_rate=0.1,
         ema_decay=0.998,
-        evaluate_every=400,
+        evaluate_every=450,
         log_every=20,
     )
     return config

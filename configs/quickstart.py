@@ -13,12 +13,10 @@ def get_config() -> ConfigDict:
     config.task.name = "l2s_synthetic"
     config.task.source = "tfds"
     config.task.tfds_name = "l2s_synthetic"
-    config.task.splits = ConfigDict(
-        {"train": "train", "validation": "validation", "test": "test"}
-    )
+    config.task.splits = ConfigDict({"train": "train", "validation": "validation", "test": "test"})
     config.task.prompt = "{source}"
     config.task.response = "target"
-    config.tokenizer.train_vocab_size = 320
+    config.tokenizer.train_vocab_size = 180
     config.max_prompt_tokens = 40
     config.max_response_tokens = 40
     config.buckets = ((40, 40),)

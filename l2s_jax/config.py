@@ -33,7 +33,8 @@ def train_config(steps: int = 0) -> ConfigDict:
             "batch_size": 64,  # examples per update, over all devices
             "accumulation": 1,  # parts that a batch is taken in, to save memory
             "optimizer": "adamw",  # adamw | adafactor
-            "learning_rate": 1e-3,  # peak
+            "learning_rate": 1e-2,  # peak
+            "parameter_scale": True,  # learning rate relative to each parameter's own size
             "schedule": "cosine",  # cosine | inverse_sqrt | constant
             "warmup_steps": 0,
             "adam_b2": 0.98,
@@ -91,7 +92,7 @@ def default() -> ConfigDict:
             "evaluation": {
                 "split": "test",
                 "max_examples": 0,  # of the split; 0: all
-                "validation_examples": 2000,  # of the validation split, at most, while training
+                "validation_examples": 2000,  # of the validation split while training; 0: all
                 "metrics": ("bleu", "chrf"),  # the first is the primary one
                 "latency": {
                     "batch_size": 8,  # the larger batch, beside batch 1

@@ -54,24 +54,16 @@ class Experiment:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that LLM and SLM share."""
         size = self.config.tokenizer.train_vocab_size
-        if not size:
-            tokenizer = load_tokenizer(self.config.llm.path)
-            slm_path = self.config.slm.path
-            if slm_path and load_tokenizer(slm_path).fingerprint != tokenizer.fingerprint:
+        tokenizer = self._trained_tokenizer(size) if size else load_tokenizer(self.config.llm.path)
+        for name in ("llm", "slm"):
+            path = self.config[name].path
+            if path and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
+                source = "the one trained here" if size else f"that of {self.config.llm.path}"
                 raise ValueError(
-                    f"{slm_path}: its tokenizer differs from that of {self.config.llm.path}, "
+                    f"config.{name}.path={path!r}: its tokenizer differs from {source}, "
                     "expected the same: LLM and SLM share one vocabulary"
                 )
-            return tokenizer
-        inputs = {"task": self._task_inputs(), "vocab_size": size, "seed": self.config.seed}
-        directory = open_stage(self.workdir, "tokenizer", inputs)
-        if os.path.exists(os.path.join(directory, "spiece.model")):
-            return load_tokenizer(directory)
-        log.info("tokenizer: training %d pieces", size)
-        texts = (text for e in self._examples("train") for text in (e.prompt, e.response))
-        return train_sentencepiece(
-            texts, vocab_size=size, directory=directory, seed=self.config.seed
-        )
+        return tokenizer
 
     @functools.cached_property
     def llm_directory(self) -> str:
@@ -142,9 +134,8 @@ class Experiment:
 
     def evaluation_examples(self) -> Sequence[Example]:
         """The examples that the report is about."""
-        limit = self.config.evaluation.max_examples
-        examples = self._examples(self.config.evaluation.split)
-        return examples[:limit] if limit else examples
+        settings = self.config.evaluation
+        return _first(self._examples(settings.split), settings.max_examples)
 
     def generator(self, loaded: tuple[System, Params, Params]) -> Generator:
         """Text in, text out, with one of the systems above."""
@@ -180,6 +171,17 @@ class Experiment:
             response_tokenizer=self.tokenizer,
             max_prompt_tokens=self.config.max_prompt_tokens,
             max_response_tokens=self.config.max_response_tokens,
+        )
+
+    def _trained_tokenizer(self, vocab_size: int) -> Tokenizer:
+        inputs = {"task": self._task_inputs(), "vocab_size": vocab_size, "seed": self.config.seed}
+        directory = open_stage(self.workdir, "tokenizer", inputs)
+        if os.path.exists(os.path.join(directory, "spiece.model")):
+            return load_tokenizer(directory)
+        log.info("tokenizer: training %d pieces", vocab_size)
+        texts = (text for e in self._examples("train") for text in (e.prompt, e.response))
+        return train_sentencepiece(
+            texts, vocab_size=vocab_size, directory=directory, seed=self.config.seed
         )
 
     def _task_inputs(self) -> dict[str, Any]:
@@ -275,7 +277,7 @@ class Experiment:
         log.info("%s: training on %d examples, %d steps", name, len(data), config.steps)
         limit = self.config.evaluation.validation_examples
         validation = evaluation_batches(
-            self._tokenized(self._examples("validation")[:limit]),
+            self._tokenized(_first(self._examples("validation"), limit)),
             prompt_name=system.prompt_name,
             buckets=self.buckets,
             batch_size=config.batch_size,
@@ -300,6 +302,11 @@ class Experiment:
             seed=self.config.seed,
             mesh=self.mesh,
         )
+
+
+def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:
+    """The first `limit` examples; all of them where it is 0."""
+    return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: T5Config, where: str) -> None:

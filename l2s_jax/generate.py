@@ -131,7 +131,8 @@ class Generator:
             data,
             prompt_name="prompt",
             buckets=tuple((length, i + 1) for i, length in enumerate(self._prompt_lengths)),
-            batch_size=self.batch_size,
+            # A batch of one row has no other row to be mismatched with.
+            batch_size=max(self.batch_size, 2) if mismatched else self.batch_size,
         )
         outputs: list[Output | None] = [None] * len(prompts)
         with tqdm(

@@ -61,17 +61,32 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         print(file.read())
 
 
+def parse_flags(argv: Sequence[str]) -> None:
+    """Parses the command line.
+
+    Raises:
+      ValueError: a flag, a config file or a config key that doesn't exist, or a value that doesn't
+        fit.
+    """
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        # How ml_collections reports an override of a key that the config does not have.
+        given = " ".join(arg for arg in argv if arg.startswith("--config."))
+        raise ValueError(f"unknown config key {error} in {given}") from error
+    if rest:
+        raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+
+
 def main(argv: Sequence[str]) -> int:
     """Parses the flags and runs; the exit status."""
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     try:
-        rest = flags.FLAGS(argv)[1:]
-        if rest:
-            raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+        parse_flags(argv)
         run(_CONFIG.value, _WORKDIR.value, _MODE.value)
-    except flags.Error as error:
-        return _fail(str(error))
     except (ValueError, OSError) as error:
         log.debug("bad input", exc_info=True)
         return _fail(str(error))

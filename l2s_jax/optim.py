@@ -24,7 +24,8 @@ def schedule(config: ConfigDict) -> optax.Schedule:
         offset = max(warmup, 1)
 
         def after(step: jax.Array) -> jax.Array:
-            return peak * jnp.sqrt(offset / (step + offset))
+            # It is also asked about steps of the warm-up, which are negative here.
+            return peak * jnp.sqrt(offset / (jnp.maximum(step, 0) + offset))
     elif config.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
@@ -35,26 +36,26 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Adafactor; weight decay on matrices only."""
+    """Clipping by global norm, then AdamW or Adafactor; weight decay on matrices only.
+
+    With `parameter_scale`, an update is relative to the root mean square of the parameter that it
+    changes (Shazeer and Stern 2018, section 8). T5's initialization, whose scales differ by two
+    orders of magnitude, counts on that.
+    """
 
     def is_matrix(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    rate = schedule(config)
     if config.optimizer == "adamw":
-        update = optax.adamw(
-            rate, b1=0.9, b2=config.adam_b2, weight_decay=config.weight_decay, mask=is_matrix
-        )
+        update = optax.scale_by_adam(b1=0.9, b2=config.adam_b2)
     elif config.optimizer == "adafactor":
-        update = optax.adafactor(
-            rate,
-            multiply_by_parameter_scale=False,
-            clipping_threshold=1.0,
-            weight_decay_rate=config.weight_decay or None,
-            weight_decay_mask=is_matrix,
-        )
+        update = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
         raise ValueError(f"train.optimizer={config.optimizer!r}: expected one of {OPTIMIZERS}")
-    if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-    return update
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        update,
+        optax.scale_by_param_block_rms() if config.parameter_scale else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
+        optax.scale_by_learning_rate(schedule(config)),
+    )

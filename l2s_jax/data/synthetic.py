@@ -1,19 +1,21 @@
 """The bundled synthetic task: sentence pairs in two small artificial languages, Oru and Kesh.
 
-Half of the choices that a translator makes here hang on chains of distant words, so they need an encoder
-of some depth; `docs/synthetic_task.md` holds the whole grammar. Importing this module registers the
-TFDS dataset `l2s_synthetic`.
+Agreement, word sense and word order of the translation hang on chains of distant words, which take
+an encoder of some depth; `docs/synthetic_task.md` holds the whole grammar. Importing this module
+registers the TFDS dataset `l2s_synthetic`.
 """
 
 import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
+from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
 SPLIT_SIZES = {"test": 1_000, "validation": 1_000, "train": 30_000}
 SEED = 20_240_216
+# Chance that a phrase leans on another; that its host is the phrase drawn just before it.
 LEANING, CHAINING = 0.8, 0.75
 
 CLASSES = ("sun", "sea", "stone")
@@ -64,17 +66,21 @@ ADJECTIVES = {
 }
 # Oru verb -> its Kesh words for a patient of class sun, sea and stone.
 VERBS = {
-    verb: tuple(senses.split("/"))
-    for verb, senses in (
-        word.split(":")
-        for word in (
-            "miraru:veix/greift/thoft liriru:deft/dift/wift naporu:vuft/forx/gert "
-            "niporu:vong/grort/bruft piluru:zort/zeix/brux laloru:steirt/deirt/zuft "
-            "koluru:zeing/feft/breft mimaru:wuft/feing/bunx raturu:weng/beirt/beift "
-            "pupiru:deng/zeirt/steng lararu:weift/greirt/thort pararu:wix/brift/grift "
-            "ranaru:vift/breift/vurt mokuru:greft/stirt/thung rikiru:stift/brux/brert"
-        ).split()
-    )
+    "miraru": ("veix", "greift", "thoft"),
+    "liriru": ("deft", "dift", "wift"),
+    "naporu": ("vuft", "forx", "gert"),
+    "niporu": ("vong", "grort", "bruft"),
+    "piluru": ("zort", "zeix", "grux"),
+    "laloru": ("steirt", "deirt", "zuft"),
+    "koluru": ("zeing", "feft", "breft"),
+    "mimaru": ("wuft", "feing", "bunx"),
+    "raturu": ("weng", "beirt", "beift"),
+    "pupiru": ("deng", "zeirt", "steng"),
+    "lararu": ("weift", "greirt", "thort"),
+    "pararu": ("wix", "brift", "grift"),
+    "ranaru": ("vift", "breift", "vurt"),
+    "mokuru": ("greft", "stirt", "thung"),
+    "rikiru": ("stift", "brux", "brert"),
 }
 VOWELS = {"sun": "a", "sea": "o", "stone": "e"}
 ARTICLES = {
@@ -218,7 +224,7 @@ class L2sSynthetic(tfds.core.GeneratorBasedBuilder):
 
     name = "l2s_synthetic"
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
     # TFDS looks for recorded checksums of downloads beside this file. There are none, and looking
     # imports importlib_resources, which TFDS uses without requiring it.
     code_path = None

@@ -96,7 +96,7 @@ class RelativeBias(nn.Module):
         bucket = table[jnp.minimum(distance, c.max_distance)]
         if self.bidirectional:
             bucket = bucket + one_sided * (ahead > 0)
-        return embedding.astype(jnp.float32)[bucket].transpose(2, 0, 1)[None]
+        return jnp.take(embedding, bucket, axis=0).astype(jnp.float32).transpose(2, 0, 1)[None]
 
 
 class FeedForward(nn.Module):

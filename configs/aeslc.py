@@ -1,0 +1,72 @@
+"""AESLC, an e-mail's body to its subject line, all three models from scratch.
+
+    python -m l2s_jax.main --config=configs/aeslc.py --workdir=runs/aeslc
+
+The data: JSON Lines with the fields id, body, subject, and in dev and test references (a list of
+three more subjects), as gzip files in config.task.data_dir.
+"""
+
+from ml_collections import ConfigDict
+
+from l2s_jax.config import default
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.task.name = "aeslc"
+    config.task.source = "jsonl"
+    config.task.data_dir = "data/aeslc"
+    config.task.splits = ConfigDict(
+        {"train": "train.jsonl.gz", "validation": "dev.jsonl.gz", "test": "test.jsonl.gz"}
+    )
+    config.task.prompt = "{body}"
+    config.task.response = "subject"
+    config.task.references = "references"
+    config.tokenizer.train_vocab_size = 8000
+    # Longer bodies are truncated: what a mail is about mostly stands at its beginning.
+    config.max_prompt_tokens = 256
+    config.max_response_tokens = 32
+    config.buckets = ((64, 32), (128, 32), (256, 32))
+
+    config.llm.model.update(
+        width=128,
+        num_heads=4,
+        head_width=32,
+        feed_forward_width=512,
+        num_encoder_layers=4,
+        num_decoder_layers=5,
+    )
+    config.llm.train.update(
+        steps=3000,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=300,
+        label_smoothing=0.1,
+        dropout_rate=0.2,
+        weight_decay=0.01,
+        evaluate_every=250,
+    )
+    config.slm.model.update(
+        width=64,
+        num_heads=4,
+        head_width=16,
+        feed_forward_width=256,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    )
+    for section in (config.slm, config.l2s):
+        section.train.update(
+            steps=3000,
+            batch_size=64,
+            learning_rate=3e-3,
+            warmup_steps=300,
+            label_smoothing=0.1,
+            dropout_rate=0.1,
+            weight_decay=0.01,
+            evaluate_every=250,
+        )
+    config.l2s.projector_width = 128
+    config.decoding.max_new_tokens = 32
+    config.evaluation.metrics = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    config.evaluation.latency.update(prompt_tokens=128, new_tokens=8)
+    return config

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Runs experiments one after another on this machine; see --help.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: launch/local.sh [--dry-run] [--runs=DIR] CONFIG... [-- FLAG...]
+
+Runs each CONFIG (configs/NAME.py, or NAME) with the workdir DIR/NAME, one after another, and stops
+at the first that fails. The same command again continues where it stopped.
+
+  --dry-run   print the commands, run nothing
+  --runs=DIR  where the workdirs are (default: runs)
+  FLAG...     given to every run, such as --config.seed=1 or --mode=evaluate
+
+PYTHON is the interpreter (default: .venv/bin/python where there is one, else python3).
+
+  launch/local.sh quickstart multi30k_en_de -- --config.labels=llm
+TEXT
+}
+
+fail() {
+  echo "launch/local.sh: $1" >&2
+  exit 2
+}
+
+caller=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+dry_run=false
+runs=runs
+names=()
+while (($#)); do
+  case $1 in
+    --help | -h) usage; exit ;;
+    --dry-run) dry_run=true ;;
+    --runs=?*)
+      runs=${1#--runs=}
+      [[ $runs == /* ]] || runs=$caller/$runs
+      ;;
+    --) shift; break ;;
+    -*) fail "unknown option $1 (flags of the run itself go behind --)" ;;
+    *)
+      name=$(basename "$1" .py)
+      [[ -f configs/$name.py ]] || fail "no such config: configs/$name.py"
+      names+=("$name")
+      ;;
+  esac
+  shift
+done
+((${#names[@]})) || fail "no config given; see --help"
+
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
+fi
+
+for name in "${names[@]}"; do
+  command=("$PYTHON" -m l2s_jax.main "--config=configs/$name.py" "--workdir=$runs/$name" "$@")
+  printf '%q ' "${command[@]}"
+  echo
+  "$dry_run" || "${command[@]}"
+done

@@ -1,0 +1,233 @@
+"""Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
+
+import gzip
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished")
+    config = tiny.write_task(root / "data")
+    assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}") == 0
+    return root / "run"
+
+
+@pytest.fixture
+def task(tmp_path):
+    return tiny.write_task(tmp_path / "data")
+
+
+def refuse(capfd, *arguments):
+    """Runs the command, which must fail; gives its one line."""
+    capfd.readouterr()
+    assert tiny.run(*arguments) == 2
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+OVERRIDES = {
+    "unknown config key": ("--config.llm.widht=3", "unknown config key .*widht"),
+    "value of the wrong type": ("--config.seed=abc", "config.seed=abc"),
+    "unknown task source": ("--config.task.source=csv", "'csv'.*jsonl"),
+    "unknown template field": ("--config.task.prompt={word}", "word"),
+    "wrong response field": ("--config.task.response=answer", "train.jsonl:1.*answer.*words"),
+    "missing data directory": ("--config.task.data_dir=/nowhere", "/nowhere/train.jsonl"),
+    "unknown label source": ("--config.labels=teacher", "config.labels='teacher'.*'llm'"),
+    "unknown fusion": ("--config.l2s.fusion=concat", "concat.*add.*replace.*cross"),
+    "unknown metric": ("--config.evaluation.metrics=('bleurt',)", "bleurt.*bleu"),
+    "unknown split": ("--config.evaluation.split=dev", "dev.*test"),
+    "unknown optimizer": ("--config.l2s.train.optimizer=sgd", "sgd.*adamw"),
+    "unknown schedule": ("--config.slm.train.schedule=linear", "linear.*cosine"),
+    "unknown activation": ("--config.llm.model.activation=swish", "swish.*gated_gelu"),
+    "half precision": ("--config.dtype=float16", "float16.*overflows"),
+    "unknown dtype": ("--config.dtype=int8", "int8.*bfloat16"),
+    "mesh of another size": ("--config.mesh.data=7", "data=7.*number of devices"),
+    "accumulation that doesn't divide": ("--config.llm.train.accumulation=3", "accumulation=3"),
+    "no steps": ("--config.slm.train.steps=0", "steps=0"),
+    "vocabulary larger than the text": (
+        "--config.tokenizer.train_vocab_size=5000",
+        "5000.*too large",
+    ),
+    "bucket smaller than the maximum": ("--config.buckets=((8,8),)", "8.*32"),
+    "no new tokens": ("--config.decoding.max_new_tokens=0", "max_new_tokens=0"),
+    "no such llm": ("--config.llm.path=/nowhere/t5", "/nowhere/t5"),
+    "unknown mode": ("--mode=serve", "serve.*train"),
+    "unknown flag": ("--wrokdir=x", "wrokdir"),
+    "stray argument": ("stray", "stray"),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
+    argument, message = OVERRIDES[case]
+    workdir = tmp_path / "run"
+    line = refuse(capfd, f"--config={task}", f"--workdir={workdir}", argument)
+    assert re.search(message, line), line
+    assert not list(workdir.glob("*/checkpoints"))
+
+
+def lines_of(path):
+    return path.read_text().splitlines()
+
+
+def broken_json(data):
+    lines = lines_of(data / "train.jsonl")
+    (data / "train.jsonl").write_text("\n".join([*lines[:4], "{", *lines[5:]]))
+    return (), r"train\.jsonl:5"
+
+
+def empty_prompt(data):
+    record = json.dumps({"words": " ", "reversed": "x"})
+    (data / "train.jsonl").write_text("\n".join([*lines_of(data / "train.jsonl")[:9], record]))
+    return (), r"train\.jsonl:10.*empty prompt"
+
+
+def broken_gzip(data):
+    whole = gzip.compress((data / "train.jsonl").read_bytes())
+    (data / "train.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    return ("--config.task.splits.train=train.jsonl.gz",), r"train\.jsonl\.gz.*gzip"
+
+
+def missing_file(data):
+    (data / "validation.jsonl").unlink()
+    return (), r"validation\.jsonl"
+
+
+def empty_file(data):
+    (data / "train.jsonl").write_text("")
+    return (), "train.*empty"
+
+
+def misaligned_lines(data):
+    (data / "a.txt").write_text("one\ntwo\n")
+    (data / "b.txt").write_text("uno\n")
+    text = (data / "tiny.py").read_text()
+    text = text.replace('source = "jsonl"', 'source = "text"')
+    text = text.replace('"train.jsonl"', '{"words": "a.txt", "reversed": "b.txt"}')
+    (data / "tiny.py").write_text(text)
+    return (), r"a\.txt.*2.*b\.txt.*1"
+
+
+def too_few_examples(data):
+    (data / "train.jsonl").write_text("\n".join(lines_of(data / "train.jsonl")[:30]))
+    return ("--config.llm.train.batch_size=32",), "batch_size is 32.*30"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        broken_json,
+        empty_prompt,
+        broken_gzip,
+        missing_file,
+        empty_file,
+        misaligned_lines,
+        too_few_examples,
+    ],
+)
+def test_bad_data(damage, task, tmp_path, capfd):
+    arguments, message = damage(task.parent)
+    line = refuse(capfd, f"--config={task}", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert re.search(message, line), line
+    assert not list((tmp_path / "run").glob("*/checkpoints"))
+
+
+def no_config_file(run):
+    (run / "config.json").unlink()
+    return "config.json"
+
+
+def no_model(run):
+    shutil.rmtree(run / "l2s/model")
+    return "l2s/model"
+
+
+def truncated_weights(run):
+    path = run / "l2s/model/params.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    return r"params\.safetensors"
+
+
+def another_architecture(run):
+    path = run / "llm/model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "bert"}))
+    return "model_type is 'bert'"
+
+
+def another_llm(run):
+    # One float of the LLM changes: the file still loads, but it is another model.
+    path = run / "llm/model/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    return "not the one that"
+
+
+def vocabulary_that_does_not_fit(run):
+    path = run / "llm/model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 31}))
+    return r"shape \[30, 16\], expected \[31, 16\]"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        no_config_file,
+        no_model,
+        truncated_weights,
+        another_architecture,
+        another_llm,
+        vocabulary_that_does_not_fit,
+    ],
+)
+def test_damaged_workdir(damage, finished, tmp_path, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    message = damage(run)
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("one two\n")
+    target.write_text("precious\n")
+    line = refuse(
+        capfd, f"--workdir={run}", "--mode=generate", f"--input={source}", f"--output={target}"
+    )
+    assert re.search(message, line), line
+    assert target.read_text() == "precious\n"
+
+
+INPUTS = {
+    "empty line": (b"one\n\ntwo\n", "in.txt", r"in\.txt:2.*empty prompt"),
+    "not UTF-8": (b"one\n\xff\xfe\n", "in.txt", r"in\.txt:2.*UTF-8"),
+    "not JSON": (b'{"words": "one"}\n{"words"\n', "in.jsonl", r"in\.jsonl:2.*JSON"),
+    "no object": (b'["one"]\n', "in.jsonl", r"in\.jsonl:1.*JSON object"),
+    "missing field": (b'{"text": "one"}\n', "in.jsonl", r"in\.jsonl:1.*words"),
+    "field that is no string": (b'{"words": 1}\n', "in.jsonl", r"in\.jsonl:1.*words"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_bad_generation_input(case, finished, tmp_path, capfd):
+    content, name, message = INPUTS[case]
+    (tmp_path / name).write_bytes(content)
+    target = tmp_path / "out"
+    line = refuse(
+        capfd,
+        f"--workdir={finished}",
+        "--mode=generate",
+        f"--input={tmp_path / name}",
+        f"--output={target}",
+    )
+    assert re.search(message, line), line
+    assert not target.exists()
+
+
+def test_missing_generation_input(finished, tmp_path, capfd):
+    line = refuse(
+        capfd, f"--workdir={finished}", "--mode=generate", f"--input={tmp_path / 'none.txt'}"
+    )
+    assert "none.txt" in line

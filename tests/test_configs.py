@@ -1,0 +1,194 @@
+"""Every file in configs/: known keys, usable settings, and models that fit at their full size."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import runpy
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from l2s_jax.config import default
+from l2s_jax.experiment import Experiment
+from l2s_jax.models.systems import (
+    LlmToSlm,
+    Params,
+    Seq2Seq,
+    System,
+    encoder_only,
+    parameter_count,
+)
+from l2s_jax.models.t5 import T5Config
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+# Geometry and published size (Raffel et al. 2020, section 3.7: "60M" and "770M" when rounded) of
+# the checkpoints that configs name.
+CHECKPOINTS = {
+    "checkpoints/t5-small": (T5Config(), 60_506_624),
+    "checkpoints/t5-large": (
+        T5Config(
+            width=1024,
+            num_heads=16,
+            feed_forward_width=4096,
+            num_encoder_layers=24,
+            num_decoder_layers=24,
+        ),
+        737_668_096,
+    ),
+}
+
+
+@pytest.fixture(params=NAMES)
+def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ConfigDict:
+    """As the flag --config loads it: a file, run from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(f"configs/{request.param}.py")["get_config"]()
+
+
+def key_paths(value: object, prefix: str = "") -> set[str]:
+    if not isinstance(value, ConfigDict):
+        return {prefix}
+    return {prefix}.union(*(key_paths(item, f"{prefix}.{key}") for key, item in value.items()))
+
+
+def test_the_list_is_that_of_the_issue() -> None:
+    assert set(NAMES) >= {
+        "aeslc",
+        "cnn_dailymail",
+        "multi30k_en_de",
+        "multi30k_en_fr",
+        "quickstart",
+        "wmt14_en_de",
+        "wmt14_en_fr",
+        "wmt16_en_ro",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_import_and_docstring_command(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    assert module.get_config().task.name in (name, "l2s_synthetic")
+    assert f"--config=configs/{name}.py --workdir=runs/{name}\n" in module.__doc__
+
+
+def test_each_call_makes_a_new_config(config: ConfigDict, request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.params["config"]
+    module = importlib.import_module(f"configs.{name}")
+    module.get_config().task.splits["train"] = None
+    assert module.get_config() == config
+
+
+def test_known_keys_only(config: ConfigDict) -> None:
+    known = key_paths(default())
+    found = {path for path in key_paths(config) if not path.startswith(".task.splits.")}
+    assert found == known
+    assert set(config.task.splits) == {"train", "validation", "test"}
+
+
+def test_an_unknown_key_would_be_found() -> None:
+    config = default()
+    config.llm.train.learning_rat = 1.0
+    assert key_paths(config) - key_paths(default()) == {".llm.train.learning_rat"}
+
+
+def test_settings_are_usable(config: ConfigDict, tmp_path: pathlib.Path) -> None:
+    Experiment(config, str(tmp_path))
+    if not config.tokenizer.train_vocab_size:
+        assert config.slm.path, "a random SLM's vocabulary is that of the tokenizer trained here"
+
+
+def test_buckets_ascend_and_hold_the_maxima(config: ConfigDict) -> None:
+    prompts, responses = zip(*config.buckets, strict=True)
+    assert list(prompts) == sorted(prompts)
+    assert list(responses) == sorted(responses)
+    assert len(set(config.buckets)) == len(config.buckets)
+    assert config.buckets[-1] == (config.max_prompt_tokens, config.max_response_tokens)
+    assert config.evaluation.latency.prompt_tokens <= config.max_prompt_tokens
+    assert config.evaluation.latency.new_tokens <= config.decoding.max_new_tokens
+
+
+def t5_config(config: ConfigDict, name: str, tmp_path: pathlib.Path) -> T5Config:
+    """The config of the LLM or SLM that a run would train or load."""
+    section = config[name]
+    if section.path:
+        return CHECKPOINTS[section.path][0]
+    experiment = Experiment(config, str(tmp_path))
+    experiment.tokenizer = SimpleNamespace(
+        vocab_size=config.tokenizer.train_vocab_size, pad_id=0, eos_id=1
+    )
+    made, params = experiment._starting_point(name, section.train.dropout_rate)
+    assert params is None
+    return made
+
+
+@functools.cache
+def abstract_params(system: System) -> Params:
+    return jax.eval_shape(system.init, jax.random.key(0))
+
+
+def abstract_batch(config: ConfigDict, name: str, batch_size: int) -> dict[str, object]:
+    prompt, response = config.buckets[-1]
+
+    def side(prefix: str, tokens: int) -> dict[str, object]:
+        shape = (batch_size, tokens)
+        return {
+            f"{prefix}_ids": jax.ShapeDtypeStruct(shape, jnp.int32),
+            f"{prefix}_mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
+        }
+
+    return {**side(name, prompt), **side("response", response)}
+
+
+def test_models_at_full_size(config: ConfigDict, tmp_path: pathlib.Path) -> None:
+    llm, slm = (t5_config(config, name, tmp_path) for name in ("llm", "slm"))
+    systems = {
+        "llm": Seq2Seq("llm", llm),
+        "slm": Seq2Seq("slm", slm),
+        "l2s": LlmToSlm(
+            llm, slm, config.l2s.projector_width or slm.width, fusion=config.l2s.fusion
+        ),
+    }
+    trained = {name: abstract_params(system) for name, system in systems.items()}
+    frozen = {"llm": {}, "slm": {}, "l2s": encoder_only(trained["llm"]["llm"])}
+    for name, system in systems.items():
+        batch_size = config[name].train.batch_size
+        batch = abstract_batch(config, system.prompt_name, batch_size)
+        logits = jax.eval_shape(system.logits, trained[name], frozen[name], batch)
+        shape = (batch_size, config.buckets[-1][1], system.decoder.vocab_size)
+        assert (logits.shape, logits.dtype) == (shape, jnp.float32)
+
+        ids, mask = (batch[f"{system.prompt_name}_{part}"] for part in ("ids", "mask"))
+        hidden = jax.eval_shape(system.encode, trained[name], frozen[name], ids, mask)
+
+        def first_step(
+            trained: Params, ids: jax.Array, mask: jax.Array, hidden: jax.Array, system=system
+        ) -> jax.Array:
+            tokens = config.decoding.max_new_tokens
+            cache = system.prefill(trained, ids, mask, hidden, tokens)
+            return system.step(trained, ids[:, 0], cache)[0]
+
+        step = jax.eval_shape(first_step, trained[name], ids, mask, hidden)
+        assert step.shape == (batch_size, system.decoder.vocab_size)
+
+    read = {
+        name: system.parameters_read_per_token(trained[name]) for name, system in systems.items()
+    }
+    assert parameter_count(trained["slm"]) < parameter_count(trained["llm"])
+    assert read["l2s"] == read["slm"] < read["llm"]
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS)
+def test_checkpoint_sizes(path: str) -> None:
+    """transformers counts the same parameters in google-t5's checkpoints."""
+    geometry, parameters = CHECKPOINTS[path]
+    assert parameter_count(abstract_params(Seq2Seq("llm", geometry))) == parameters
+    wider = dataclasses.replace(geometry, head_width=geometry.head_width + 1)
+    assert parameter_count(abstract_params(Seq2Seq("llm", wider))) != parameters

@@ -1,0 +1,293 @@
+"""Greedy decoding against full recomputation, and the loop on its own with fake steps."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2s_jax.decoding.loop import CHUNK, cache_length, greedy
+from l2s_jax.generate import Generator, jitted_decode
+from l2s_jax.models.systems import Seq2Seq
+
+NEW = CHUNK + 3
+NEVER = -1
+
+
+@functools.cache
+def case(name):
+    system = small.make_system(name, num_decoder_layers=2)
+    return system, *small.make_params(system), small.make_batch(system, rows=5)
+
+
+def decode(system, trained, frozen, batch, active=None, max_new_tokens=NEW, **options):
+    ids, mask = (batch[f"{system.prompt_name}_{part}"] for part in ("ids", "mask"))
+    active = np.ones(len(ids), bool) if active is None else active
+    return jax.device_get(
+        jitted_decode(
+            system, trained, frozen, ids, mask, active, max_new_tokens=max_new_tokens, **options
+        )
+    )
+
+
+def with_eos(system, eos_id):
+    name = "config" if isinstance(system, Seq2Seq) else "slm_config"
+    changed = dataclasses.replace(getattr(system, name), eos_id=eos_id)
+    return dataclasses.replace(system, **{name: changed})
+
+
+@functools.cache
+def recomputed(name):
+    """Tokens [B, NEW] without eos: each from teacher-forced logits of all tokens before it."""
+    system, trained, frozen, batch = case(name)
+    logits = jax.jit(system.logits)
+    tokens = np.zeros((5, NEW), np.int32)
+    for position in range(NEW):
+        filled = {**batch, "response_ids": tokens}
+        tokens[:, position] = np.argmax(logits(trained, frozen, filled)[:, position], axis=-1)
+    return tokens
+
+
+@pytest.mark.parametrize("name", small.SYSTEMS)
+def test_greedy_equals_recomputation_of_every_step(name):
+    system, trained, frozen, batch = case(name)
+    expected = recomputed(name)
+    assert len(np.unique(expected, axis=0)) == 5 and len(np.unique(expected)) > 5
+
+    endless = decode(system, trained, frozen, batch, ignore_eos=True)
+    np.testing.assert_array_equal(endless.tokens, expected)
+    assert endless.lengths.tolist() == [NEW] * 5
+    assert not endless.finished.any()
+
+    # A token of a random model's output serves as its eos, so that rows end at different steps.
+    ends = [int(token) for token in np.unique(expected) if 0 < (expected == token).any(1).sum() < 5]
+    eos_id = max(ends, key=lambda token: (expected == token).any(1).sum())
+    decoded = decode(with_eos(system, eos_id), trained, frozen, batch)
+    for row, tokens in enumerate(expected.tolist()):
+        length = tokens.index(eos_id) + 1 if eos_id in tokens else NEW
+        assert decoded.lengths[row] == length
+        assert decoded.finished[row] == (eos_id in tokens)
+        assert decoded.tokens[row].tolist() == tokens[:length] + [0] * (NEW - length)
+    assert decoded.finished.any() and not decoded.finished.all()
+
+
+SCRIPT_EOS, SCRIPT_PAD = 9, 8
+
+
+def run_script(script, *, max_new_tokens, eos_id=SCRIPT_EOS, active=None):
+    """Decodes with a fake step that says script [B, >= steps]; also gives the steps it took."""
+    script = np.asarray(script, np.int32)
+    length = cache_length(max_new_tokens)
+    script = np.pad(script, [(0, 0), (0, max(0, length - script.shape[1]))], constant_values=2)
+    steps, inputs = [], []
+
+    def step(params, token, index):
+        jax.debug.callback(
+            lambda i, t: (steps.append(int(i)), inputs.append(t.tolist())),
+            index,
+            token,
+            ordered=True,
+        )
+        return jax.nn.one_hot(params[:, index], 10), index + 1
+
+    rows = len(script)
+    active = np.ones(rows, bool) if active is None else np.asarray(active)
+    loop = jax.jit(
+        lambda script: greedy(
+            step,
+            script,
+            jnp.int32(0),
+            jnp.full(rows, 7),
+            active,
+            eos_id=eos_id,
+            pad_id=SCRIPT_PAD,
+            max_new_tokens=max_new_tokens,
+        )
+    )
+    decoded = jax.device_get(loop(script))
+    jax.effects_barrier()
+    return decoded, steps, inputs
+
+
+def test_the_loop_stops_after_the_chunk_in_which_the_last_row_ends():
+    script = np.full((2, 4 * CHUNK), 2)
+    script[0, 1] = script[1, CHUNK + 2] = SCRIPT_EOS
+    decoded, steps, inputs = run_script(script, max_new_tokens=4 * CHUNK)
+    assert steps == list(range(2 * CHUNK))
+    assert decoded.lengths.tolist() == [2, CHUNK + 3]
+    assert decoded.finished.tolist() == [True, True]
+    assert inputs[:4] == [[7, 7], [2, 2], [SCRIPT_EOS, 2], [SCRIPT_PAD, 2]]
+    assert (decoded.tokens[0, 2:] == SCRIPT_PAD).all()
+    assert (decoded.tokens[1, CHUNK + 3 :] == SCRIPT_PAD).all()
+
+
+def test_all_rows_ending_in_the_first_chunk_take_one_chunk():
+    script = np.full((2, 4 * CHUNK), SCRIPT_EOS)
+    decoded, steps, _ = run_script(script, max_new_tokens=4 * CHUNK)
+    assert steps == list(range(CHUNK))
+    assert decoded.lengths.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
+def test_any_number_of_new_tokens(max_new_tokens):
+    script = np.arange(3 * CHUNK)[None] % 7
+    decoded, _, _ = run_script(script, max_new_tokens=max_new_tokens)
+    assert decoded.tokens.tolist() == script[:, :max_new_tokens].tolist()
+    assert decoded.lengths.tolist() == [max_new_tokens]
+    assert decoded.finished.tolist() == [False]
+
+
+@pytest.mark.parametrize(("end", "cut"), [(CHUNK, False), (CHUNK + 1, True)])
+def test_an_eos_past_max_new_tokens_does_not_count(end, cut):
+    script = np.full((1, 2 * CHUNK), 2)
+    script[0, end] = SCRIPT_EOS
+    decoded, _, _ = run_script(script, max_new_tokens=CHUNK + 1)
+    assert decoded.tokens.shape == (1, CHUNK + 1)
+    assert decoded.finished.tolist() == [not cut]
+    assert decoded.lengths.tolist() == [CHUNK + 1]
+
+
+def test_a_negative_eos_never_ends():
+    script = np.full((2, 2 * CHUNK), SCRIPT_EOS)
+    decoded, steps, _ = run_script(script, max_new_tokens=2 * CHUNK, eos_id=NEVER)
+    assert len(steps) == 2 * CHUNK
+    assert (decoded.tokens == SCRIPT_EOS).all()
+    assert decoded.lengths.tolist() == [2 * CHUNK] * 2
+    assert not decoded.finished.any()
+
+
+@pytest.mark.parametrize("eos_id", [SCRIPT_EOS, SCRIPT_PAD, NEVER])
+def test_inactive_rows_are_padding_and_are_not_waited_for(eos_id):
+    script = np.full((3, 4 * CHUNK), 2)
+    script[1, 3] = eos_id if eos_id >= 0 else 2
+    decoded, steps, _ = run_script(
+        script, max_new_tokens=2 * CHUNK, eos_id=eos_id, active=[False, True, False]
+    )
+    assert len(steps) == (CHUNK if eos_id >= 0 else 2 * CHUNK)
+    assert decoded.lengths.tolist() == [0, 4 if eos_id >= 0 else 2 * CHUNK, 0]
+    assert (decoded.tokens[[0, 2]] == SCRIPT_PAD).all()
+    assert decoded.finished[[0, 2]].all()
+
+
+def test_no_active_row_takes_no_step():
+    decoded, steps, _ = run_script(np.full((2, CHUNK), 2), max_new_tokens=CHUNK, active=[False] * 2)
+    assert steps == []
+    assert (decoded.tokens == SCRIPT_PAD).all()
+
+
+@pytest.mark.parametrize("name", ["slm", "add", "cross"])
+def test_inactive_rows_change_nothing_for_the_others(name):
+    system, trained, frozen, batch = case(name)
+    whole = decode(system, trained, frozen, batch, ignore_eos=True)
+    active = np.array([True, False, True, False, True])
+    some = decode(system, trained, frozen, batch, active=active, ignore_eos=True)
+    np.testing.assert_array_equal(some.tokens[active], whole.tokens[active])
+    assert (some.tokens[~active] == 0).all()
+    assert some.lengths.tolist() == [NEW, 0, NEW, 0, NEW]
+
+
+LONGEST = 12
+
+
+@functools.cache
+def generator(name, batch_size, prompt_lengths):
+    system, trained, frozen, _ = case(name)
+    return Generator(
+        system,
+        trained,
+        frozen,
+        small.NumberTokenizer(),
+        prompt_lengths=prompt_lengths,
+        max_new_tokens=6,
+        batch_size=batch_size,
+    )
+
+
+@functools.cache
+def alone(name, prompt):
+    return generator(name, 1, (LONGEST,)).generate([prompt])[0]
+
+
+PROMPTS = [prompt for prompt, _ in small.random_pairs(12, LONGEST - 1, seed=5)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    name=st.sampled_from(["slm", "add", "cross"]),
+    prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=10),
+    batch_size=st.sampled_from([1, 4]),
+    prompt_lengths=st.sampled_from([(LONGEST,), (6, LONGEST)]),
+)
+def test_an_output_depends_on_its_prompt_only(name, prompts, batch_size, prompt_lengths):
+    outputs = generator(name, batch_size, prompt_lengths).generate(prompts)
+    assert outputs == [alone(name, prompt) for prompt in prompts]
+
+
+def test_prompts_differ_in_their_outputs():
+    assert len({alone("add", prompt).text for prompt in PROMPTS}) > len(PROMPTS) // 2
+
+
+@pytest.mark.parametrize("name", ["slm", "add"])
+def test_cut_says_that_no_eos_came(name):
+    outputs = [alone(name, prompt) for prompt in PROMPTS]
+    eos = str(small.NumberTokenizer.eos_id)
+    for output in outputs:
+        assert len(output.text.split()) == output.tokens <= 6
+        assert output.cut == (eos not in output.text.split())
+    assert any(output.cut for output in outputs)
+
+
+def test_mismatched_takes_the_hidden_states_of_the_row_before():
+    system, trained, frozen, batch = case("add")
+    ids, mask = batch["llm_ids"], batch["llm_mask"]
+
+    @jax.jit
+    def first_logits(trained, frozen):
+        hidden = system.encode(trained, frozen, ids, mask) * mask[..., None]
+        other = hidden[jnp.array([4, 0, 1, 2, 3])]
+        cache = system.prefill(trained, ids, mask, other, 1)
+        return system.step(trained, jnp.zeros(5, jnp.int32), cache)[0]
+
+    decoded = decode(system, trained, frozen, batch, mismatched=True, ignore_eos=True)
+    np.testing.assert_array_equal(
+        decoded.tokens[:, 0], np.argmax(first_logits(trained, frozen), -1)
+    )
+    matched = decode(system, trained, frozen, batch, ignore_eos=True)
+    assert (decoded.tokens != matched.tokens).any(1).sum() >= 3
+
+
+def test_mismatched_is_mismatched_in_batches_of_one_too():
+    matched = [alone("add", prompt) for prompt in PROMPTS]
+    assert generator("add", 1, (LONGEST,)).generate(PROMPTS, mismatched=True) != matched
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced(Seq2Seq):
+    """Notes the batch size and prompt length of each tracing of a step."""
+
+    traces: ClassVar[list] = []
+
+    def step(self, trained, token, cache):
+        self.traces.append(cache.prompt_mask.shape)
+        return super().step(trained, token, cache)
+
+
+def test_decoding_compiles_once_per_shape():
+    Traced.traces.clear()
+    system, trained, _, _ = case("slm")
+    system = Traced("slm", system.config)
+    settings = {"prompt_lengths": (6, LONGEST), "max_new_tokens": 6, "batch_size": 2}
+    make = functools.partial(Generator, system, trained, {}, small.NumberTokenizer(), **settings)
+    short, long = ["5 6", "7", "8 9 10"], ["5 6 7 8 9 10 11", "12 13 14 15 16 17 18 19"]
+    for prompts in (short, long, short + long):
+        make().generate(prompts)
+        seen = len(Traced.traces)
+        make().generate([prompt.replace("5", "4") for prompt in prompts])
+        assert len(Traced.traces) == seen
+    assert set(Traced.traces) == {(2, 6), (2, LONGEST)}

@@ -1,0 +1,148 @@
+"""The whole main job by its command: stages, report, generation from a workdir alone."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """(config path, workdir) of a finished run."""
+    root = tmp_path_factory.mktemp("job")
+    config = tiny.write_task(root / "data")
+    assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}") == 0
+    return config, root / "run"
+
+
+def report_of(workdir):
+    return json.loads((workdir / "report.json").read_text())
+
+
+def test_report_has_every_system_with_quality_and_latency(job):
+    _, workdir = job
+    report = report_of(workdir)
+    assert list(report["systems"]) == ["llm", "slm", "l2s", "l2s_mismatched"]
+    for system in report["systems"].values():
+        assert set(system["quality"]) == {"bleu", "chrf"}
+        assert system["latency"]["batch_size"] == 1
+        assert system["latency_batch"]["batch_size"] == 2
+        assert system["latency"]["total_ms"] > 0
+    assert set(report["l2s_vs_llm"]) >= {"quality_ratio", "speedup"}
+    assert report["task"]["examples"] == 11
+    for name in ("report.md", "quality_latency.png", "quality_latency.svg", "config.json"):
+        assert (workdir / name).stat().st_size > 0
+
+
+def test_parameters_of_l2s_are_encoder_projector_and_slm(job):
+    _, workdir = job
+    systems = report_of(workdir)["systems"]
+    assert systems["l2s"]["params"] < systems["llm"]["params"] + systems["slm"]["params"] + 1000
+    assert (
+        systems["l2s"]["params_read_per_token"]
+        == systems["slm"]["params_read_per_token"]
+        < systems["slm"]["params"]
+    )
+
+
+def test_predictions_are_in_the_order_of_the_data(job):
+    config, workdir = job
+    expected = [
+        f"reverse: {json.loads(line)['words']}"
+        for line in (config.parent / "test.jsonl").read_text().splitlines()
+    ]
+    for system in ("llm", "slm", "l2s", "l2s_mismatched"):
+        lines = (workdir / "predictions" / f"{system}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == expected
+
+
+def test_second_run_trains_nothing_and_changes_no_model(job, capfd):
+    config, workdir = job
+    models = sorted(workdir.glob("*/model/*")) + sorted(workdir.glob("*/metrics.jsonl"))
+    before = {path: path.stat().st_mtime_ns for path in models}
+    assert len(before) >= 9
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--mode=evaluate") == 0
+    assert {path: path.stat().st_mtime_ns for path in models} == before
+    assert "training on" not in capfd.readouterr().err
+
+
+def test_changed_stage_is_made_anew_and_the_old_one_kept(job, tmp_path):
+    config, workdir = job
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    old = (copy / "l2s/model/params.safetensors").read_bytes()
+    llm = (copy / "llm/model/model.safetensors").stat().st_mtime_ns
+    changed = "--config.l2s.fusion=cross"
+    assert tiny.run(f"--config={config}", f"--workdir={copy}", changed) == 0
+    assert (copy / "l2s.old1/model/params.safetensors").read_bytes() == old
+    assert (copy / "l2s/model/params.safetensors").read_bytes() != old
+    assert (copy / "llm/model/model.safetensors").stat().st_mtime_ns == llm
+    assert json.loads((copy / "l2s/model/config.json").read_text())["fusion"] == "cross"
+
+
+def test_llm_labels_and_a_previous_runs_llm(job, tmp_path):
+    config, workdir = job
+    arguments = (
+        f"--config={config}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.llm.path={workdir / 'llm/model'}",
+        f"--config.slm.path={workdir / 'slm/model'}",
+        "--config.llm.train.steps=0",
+        "--config.tokenizer.train_vocab_size=0",
+        "--config.labels=llm",
+    )
+    assert tiny.run(*arguments) == 0
+    (shard,) = (tmp_path / "run/labels").glob("train-*.jsonl")
+    assert len(shard.read_text().splitlines()) == 64
+    assert not (tmp_path / "run/llm").exists()
+    assert report_of(tmp_path / "run")["task"]["labels"] == "llm"
+    # The same LLM in both runs: the same answers.
+    ours, theirs = (
+        report_of(path)["systems"]["llm"]["quality"] for path in (tmp_path / "run", workdir)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("system", ["llm", "slm", "l2s"])
+def test_generate_from_a_workdir_alone_gives_the_reports_answers(job, tmp_path, system):
+    config, workdir = job
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    output = tmp_path / "out.jsonl"
+    arguments = (f"--workdir={moved}", "--mode=generate", f"--system={system}")
+    source = config.parent / "test.jsonl"
+    assert tiny.run(*arguments, f"--input={source}", f"--output={output}") == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = (workdir / "predictions" / f"{system}.jsonl").read_text().splitlines()
+    assert [a["response"] for a in answers] == [json.loads(line)["response"] for line in lines]
+    assert [a["words"] for a in answers] == [
+        json.loads(line)["words"] for line in source.read_text().splitlines()
+    ]
+
+
+def test_generate_reads_lines_from_stdin_and_writes_lines_in_order(job, monkeypatch, capsys):
+    _, workdir = job
+    prompts = ["one two", "three", "four five six seven"]
+
+    def answers(lines):
+        stdin = io.TextIOWrapper(io.BytesIO("".join(f"{p}\n" for p in lines).encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert tiny.run(f"--workdir={workdir}", "--mode=generate") == 0
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    together = answers(prompts)
+    assert len(together) == 3
+    assert together == [answers([prompt])[0] for prompt in prompts]
+
+
+def test_the_command_runs_as_a_module_and_its_help_names_the_modes():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "l2s_jax.main", "--workdir=/nonexistent", "--mode=evaluate"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: /nonexistent/config.json")

@@ -1,0 +1,174 @@
+"""Sharding rules, meshes, and a train step that gives the same on any of them."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+import small
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from l2s_jax import optim, train
+from l2s_jax.sharding import RULES, make_mesh, parameter_shardings, path_name, put_batch
+
+DEVICES = 8
+MESHES = {"data": (8, 1, 1), "all": (2, 2, 2)}
+
+
+@pytest.fixture(autouse=True)
+def eight_devices():
+    if jax.device_count() != DEVICES:
+        pytest.skip(f"needs {DEVICES} devices")
+
+
+def abstract(system):
+    return jax.eval_shape(system.init, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", small.SYSTEMS)
+@pytest.mark.parametrize(
+    "variant",
+    [{"tied_head": True}, {"tied_head": False, "activation": "gated_gelu"}],
+    ids=["v1.0", "v1.1"],
+)
+def test_every_parameter_matches_exactly_one_rule(name, variant):
+    system = small.make_system(name, num_encoder_layers=2, num_decoder_layers=3, **variant)
+    params = abstract(system)
+    shardings = parameter_shardings(params, small.mesh_of(2, 2, 2))
+    named = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), sharding in zip(named, jax.tree.leaves(shardings), strict=True):
+        rules = [spec for pattern, spec in RULES if re.fullmatch(pattern, path_name(path))]
+        assert rules == [sharding.spec], path_name(path)
+        assert len(sharding.spec) in (0, leaf.ndim), path_name(path)
+        # Whatever is large is split; only norms and the relative bias lie everywhere.
+        small_leaf = path_name(path).endswith(("/scale", "relative_bias/embedding"))
+        assert (sharding.spec == P()) == small_leaf
+
+
+@pytest.mark.parametrize("fusion", small.FUSIONS)
+def test_frozen_parameters_match_too(fusion):
+    _, frozen = small.make_params(small.make_system(fusion))
+    parameter_shardings(frozen, small.mesh_of(2, 2, 2))
+
+
+def test_parameters_that_no_rule_matches_are_listed():
+    params = {
+        "slm": {"adapter": {"kernel": np.zeros((2, 2))}, "norm": {"scale": np.zeros(2)}},
+        "bias": np.zeros(2),
+    }
+    with pytest.raises(ValueError) as error:
+        parameter_shardings(params, small.mesh_of())
+    assert str(error.value).endswith("rule: bias (0 rules), slm/adapter/kernel (0 rules)")
+
+
+def test_parameters_that_two_rules_match_are_listed(monkeypatch):
+    monkeypatch.setattr("l2s_jax.sharding.RULES", (*RULES, (r".*norm/scale", P("fsdp"))))
+    with pytest.raises(ValueError, match=r"rule: norm/scale \(2 rules\)$"):
+        parameter_shardings({"norm": {"scale": 0}, "x": {"scale": 0}}, small.mesh_of())
+
+
+def mesh_config(data, fsdp, tensor):
+    return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ((8, 1, 1), (8, 1, 1)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((4, 2, -1), (4, 2, 1)),
+    ],
+)
+def test_mesh_sizes(asked, sizes):
+    mesh = make_mesh(mesh_config(*asked))
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        (3, 1, 1),
+        (-1, 3, 1),
+        (-1, -1, 1),
+        (16, 1, 1),
+        (1, 1, 1),
+        (0, 1, 1),
+        (-1, 0, 1),
+        (-8, -1, 1),
+        (-2, -4, 1),
+    ],
+)
+def test_impossible_meshes_are_refused(asked):
+    message = "mesh data={}, fsdp={}, tensor={}: the product".format(*asked)
+    with pytest.raises(ValueError, match=f"{message} must be the number of devices, 8"):
+        make_mesh(mesh_config(*asked))
+
+
+STEPS = 3
+CONFIG = small.make_train_config(STEPS, learning_rate=1e-2, ema_decay=0.5, accumulation=2)
+
+
+@functools.cache
+def trained_on(name, sizes):
+    """(mesh, state, losses) after STEPS steps of training, as train.fit jits them."""
+    system = small.make_system(name, tied_head=True)
+    params, frozen = small.make_params(system)
+    mesh = small.mesh_of(*sizes)
+    optimizer = optim.optimizer(CONFIG)
+    shardings = train.state_shardings(params, optimizer, CONFIG, mesh)
+    step = jax.jit(
+        functools.partial(
+            train.train_step, system=system, optimizer=optimizer, config=CONFIG, seed=0
+        ),
+        out_shardings=(shardings, None),
+    )
+    losses = []
+    with jax.set_mesh(mesh):
+        frozen = jax.device_put(frozen, parameter_shardings(frozen, mesh))
+        state = jax.device_put(train.init_state(params, optimizer, CONFIG), shardings)
+        for seed in range(STEPS):
+            batch = put_batch(small.make_batch(system, rows=16, seed=seed), mesh)
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+    return mesh, state, losses
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("add", "data"), ("add", "all"), ("cross", "all")],
+)
+def test_a_train_step_is_the_same_on_every_mesh(name, mesh):
+    _, expected, expected_losses = trained_on(name, (1, 1, 1))
+    _, state, losses = trained_on(name, MESHES[mesh])
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert len(set(np.round(losses, 3))) == STEPS
+    small.assert_same(state.params, expected.params, rtol=1e-3, atol=2e-4)
+    small.assert_same(state.average, expected.average, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_the_new_state_lies_where_the_rules_say(sizes):
+    mesh, state, _ = trained_on("add", sizes)
+    moments = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+    moments = [tree for tree in moments if isinstance(tree, dict)]
+    assert len(moments) == 2
+    for tree in (state.params, state.average, *moments):
+        asked = parameter_shardings(state.params, mesh)
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(asked), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            split = [mesh.shape[axis] for axis in sharding.spec if axis]
+            assert leaf.addressable_shards[0].data.size == leaf.size // int(np.prod(split))
+
+
+def test_a_batch_is_split_over_data_and_fsdp():
+    mesh = small.mesh_of(2, 2, 2)
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    array = put_batch({"ids": rows}, mesh)["ids"]
+    assert array.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 2)
+    np.testing.assert_array_equal(array, rows)
+    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}

@@ -1,0 +1,373 @@
+"""Training: the update, the loop, and runs that are stopped and started again."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import small
+import train_child
+
+from l2s_jax import train
+from l2s_jax.models.systems import parameter_count
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+
+
+DESCENT = optax.sgd(1.0)
+
+
+@functools.cache
+def make_step(system, optimizer, seed=0, **config):
+    """(config, compiled step)."""
+    config = small.make_train_config(100, **{"learning_rate": 1e-2, **config})
+    return config, jax.jit(
+        functools.partial(
+            train.train_step, system=system, optimizer=optimizer, config=config, seed=seed
+        )
+    )
+
+
+@functools.cache
+def case(name="add", **changes):
+    system = small.make_system(name, **changes)
+    return system, *small.make_params(system)
+
+
+def gradient_step(name="add", *, batch=None, seed=0, rows=8, at_step=0, slm=(), **config):
+    """(change of the parameters by one step of plain gradient descent, metrics)."""
+    system, trained, frozen = case(name, **dict(slm))
+    config, step = make_step(system, DESCENT, seed, **config)
+    state = train.init_state(trained, DESCENT, config).replace(step=jnp.int32(at_step))
+    batch = small.make_batch(system, rows=rows) if batch is None else batch
+    new, metrics = step(state, frozen, batch)
+    assert new.step == at_step + 1
+    return jax.tree.map(lambda a, b: np.asarray(a - b), new.params, trained), metrics
+
+
+@pytest.mark.parametrize("name", ["slm", "add"])
+def test_accumulation_gives_the_same_update(name):
+    whole, metrics = gradient_step(name)
+    parts, metrics_of_parts = gradient_step(name, accumulation=4)
+    small.assert_same(parts, whole, rtol=1e-4, atol=1e-6)
+    small.assert_same(metrics_of_parts, metrics, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_loss_is_averaged_over_tokens_and_not_over_rows(accumulation):
+    system, trained, frozen = case()
+    batch = small.make_batch(system, rows=8, response_tokens=9)
+    lengths = batch["response_mask"].sum(1)
+    assert len(set(lengths)) > 3
+
+    def mean_loss(trained):
+        log_p = jax.nn.log_softmax(system.logits(trained, frozen, batch))
+        losses = -jnp.take_along_axis(log_p, batch["response_ids"][..., None], -1)[..., 0]
+        return jnp.sum(losses * batch["response_mask"]) / batch["response_mask"].sum()
+
+    expected, gradient = jax.jit(jax.value_and_grad(mean_loss))(trained)
+    change, metrics = gradient_step(batch=batch, accumulation=accumulation)
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(gradient)), 1e-4)
+    small.assert_same(change, jax.tree.map(lambda g: -g, gradient), rtol=1e-4, atol=1e-6)
+
+
+def test_accuracy_and_learning_rate_are_reported():
+    system, trained, frozen = case()
+    batch = small.make_batch(system)
+    logits = np.asarray(jax.jit(system.logits)(trained, frozen, batch))
+    batch["response_ids"][:2] = logits[:2].argmax(-1)
+    # A response is also the decoder's input, so only first tokens are sure to stay likeliest.
+    batch["response_mask"][:, 1:] = False
+    batch["response_mask"][:, 0] = True
+    batch["response_ids"][2:, 0] = (logits[2:, 0].argmax(-1) + 1) % small.VOCABULARY
+    _, metrics = gradient_step(batch=batch, at_step=3, warmup_steps=10)
+    assert float(metrics["accuracy"]) == pytest.approx(0.5)
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-2 * 3 / 10)
+
+
+def test_dropout_is_reproducible_and_differs_by_step_seed_and_part():
+    noisy = {"slm": (("dropout_rate", 0.3),), "dropout_rate": 0.3}
+    row = small.make_batch(case()[0], rows=1)
+    batch = {key: np.repeat(value, 2, axis=0) for key, value in row.items()}
+    first = gradient_step(batch=batch, **noisy)[0]
+    small.assert_same(gradient_step(batch=batch, **noisy)[0], first)
+    assert small.differ(gradient_step(batch=batch, at_step=1, **noisy)[0], first)
+    assert small.differ(gradient_step(batch=batch, seed=1, **noisy)[0], first)
+    assert small.differ(gradient_step(batch=batch)[0], first)
+    # Two parts of the same row with the same dropout would be one part of it.
+    one = gradient_step(batch=row, **noisy)[0]
+    two = gradient_step(batch=batch, accumulation=2, **noisy)[0]
+    ratio = float(optax.global_norm(jax.tree.map(jnp.subtract, one, two)))
+    assert ratio > 0.1 * float(optax.global_norm(one))
+
+
+def test_average_follows_the_parameters():
+    system, trained, frozen = case()
+    optimizer = optax.sgd(0.5)
+    config, step = make_step(system, optimizer, ema_decay=0.25)
+    state = train.init_state(trained, optimizer, config)
+    expected = trained
+    for number in range(4):
+        state, _ = step(state, frozen, small.make_batch(system, seed=number))
+        decay = min(0.25, (1 + number) / (10 + number))
+        expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, expected, state.params)  # noqa: B023
+        small.assert_same(state.average, expected, rtol=1e-5, atol=1e-6)
+    assert small.differ(state.average, state.params)
+
+
+def fit(
+    directory,
+    name="slm",
+    *,
+    pairs=None,
+    mesh=(1, 1, 1),
+    params=None,
+    validation=None,
+    wrap=lambda batches: batches,
+    fingerprint="f",
+    **config,
+):
+    system, trained, frozen = case(name)
+    pairs = small.random_pairs(16, 5) if pairs is None else pairs
+    config = small.make_train_config(**{"learning_rate": 1e-2, **config})
+    if validation is None:
+        validation = [small.make_batch(system, rows=8)]
+    return train.fit(
+        system,
+        frozen,
+        trained if params is None else params,
+        config,
+        batches=wrap(small.make_batches(system, pairs, batch_size=config.batch_size)),
+        validation=validation,
+        directory=str(directory),
+        fingerprint=fingerprint,
+        seed=0,
+        mesh=small.mesh_of(*mesh),
+    )
+
+
+def lines_of(directory):
+    """metrics.jsonl without what a clock measured."""
+    with open(os.path.join(directory, "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def scores(name, params, validation):
+    system, _, frozen = case(name)
+    score = jax.jit(lambda p, f, b: train.batch_loss(system, p, f, b, None, 0.0)[1])
+    return train.validation_scores(score, params, frozen, validation)
+
+
+@pytest.mark.parametrize("name", ["slm", "add"])
+def test_fit_overfits_a_tiny_set(name, tmp_path):
+    pairs = small.random_pairs(16, 5)
+    batch = next(small.make_batches(case(name)[0], pairs, batch_size=16))
+    before = scores(name, case(name)[1], [batch])
+    config = {"steps": 150, "evaluate_every": 150, "log_every": 50, "batch_size": 16}
+    params = fit(tmp_path, name, pairs=pairs, validation=[batch], **config)
+    after = scores(name, params, [batch])
+    assert before["val_accuracy"] < 0.3
+    assert after["val_accuracy"] > 0.99 and after["val_loss"] < 0.1
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [50, 100, 150, 150]
+    assert lines[-1]["val_loss"] == pytest.approx(after["val_loss"], rel=1e-5)
+    assert lines[-1]["val_perplexity"] == pytest.approx(np.exp(after["val_loss"]), rel=1e-5)
+
+
+def test_validation_is_averaged_over_the_tokens_of_all_batches():
+    system, trained, _ = case("slm")
+    batches = [small.make_batch(system, rows=4, response_tokens=tokens) for tokens in (3, 9)]
+    empty = {**batches[0], "response_mask": np.zeros_like(batches[0]["response_mask"])}
+    of_all = scores("slm", trained, [*batches, empty])
+    tokens = [batch["response_mask"].sum() for batch in batches]
+    for key in ("val_loss", "val_accuracy"):
+        each = [scores("slm", trained, [batch])[key] for batch in batches]
+        assert of_all[key] == pytest.approx(np.average(each, weights=tokens), rel=1e-5)
+
+
+def test_fit_leaves_the_parameters_it_was_given_alone(tmp_path):
+    given = jax.device_put(case("slm")[1], jax.devices()[0])
+    kept = jax.tree.map(np.array, given)
+    fit(tmp_path, steps=2, params=given)
+    small.assert_same(given, kept)
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_select(select, tmp_path):
+    # Validation asks for what the model says before training, so that training makes it worse.
+    system, trained, _ = case("slm")
+    validation = small.make_batch(system, rows=8, response_tokens=1)
+    validation["response_ids"][:] = np.argmax(jax.jit(system.logits)(trained, {}, validation), -1)
+    params = fit(
+        tmp_path,
+        steps=6,
+        evaluate_every=2,
+        select=select,
+        validation=[validation],
+        learning_rate=0.03,
+    )
+    accuracies = {
+        line["step"]: line["val_accuracy"] for line in lines_of(tmp_path) if "val_accuracy" in line
+    }
+    assert list(accuracies) == [2, 4, 6]
+    assert accuracies[2] > accuracies[6]
+    expected = max(accuracies.values()) if select == "best" else accuracies[6]
+    assert scores("slm", params, [validation])["val_accuracy"] == pytest.approx(expected)
+
+
+def test_the_average_is_what_is_validated_and_returned(tmp_path):
+    validation = [small.make_batch(case("slm")[0], rows=8)]
+    plain = fit(tmp_path / "plain", steps=4, validation=validation)
+    averaged = fit(tmp_path / "averaged", steps=4, ema_decay=0.9, validation=validation)
+    assert small.differ(plain, averaged)
+    last = lines_of(tmp_path / "averaged")[-1]
+    assert last["val_loss"] == pytest.approx(scores("slm", averaged, validation)["val_loss"], 1e-5)
+
+
+def test_checkpoints_hold_no_llm_parameter(tmp_path):
+    _, trained, frozen = case("add")
+    fit(tmp_path, "add", steps=2)
+    (step,) = (tmp_path / "checkpoints").iterdir()
+    items = {path.name for path in step.iterdir() if path.is_dir()}
+    assert items - {"metrics"} == {"projector", "slm", "opt", "data", "config"}
+    saved = {}
+    for item in ("projector", "slm", "opt"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved[item] = checkpointer.restore(step / item)
+    small.assert_same(
+        {k: jax.tree.map(np.shape, saved[k]) for k in trained}, jax.tree.map(np.shape, trained)
+    )
+    # Adam's two moments, and a few counters.
+    count = parameter_count(trained)
+    assert 2 * count <= parameter_count(saved["opt"]) < 2 * count + 10
+    # The LLM is 24 wide, and nothing else is: only the projector reads that width.
+    arrays = jax.tree.leaves({k: saved[k] for k in ("slm",)})
+    assert not any(24 in array.shape for array in arrays)
+    kept = {array.tobytes() for array in jax.tree.leaves(saved)}
+    assert not any(np.asarray(leaf).tobytes() in kept for leaf in jax.tree.leaves(frozen))
+
+
+class Stop(Exception):
+    pass
+
+
+class Stopping:
+    """A batch iterator that fails after `count` batches."""
+
+    def __init__(self, batches, count):
+        self.batches, self.count = batches, count
+
+    def __next__(self):
+        self.count -= 1
+        if self.count < 0:
+            raise Stop
+        return next(self.batches)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def test_checkpoints_of_another_configuration_are_refused(tmp_path):
+    with pytest.raises(Stop):
+        fit(tmp_path, steps=4, evaluate_every=2, wrap=lambda b: Stopping(b, 3))
+    with pytest.raises(ValueError, match="come from another configuration"):
+        fit(tmp_path, steps=4, evaluate_every=2, fingerprint="g")
+    fit(tmp_path, steps=4, evaluate_every=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulation": 3}, "x.batch_size=8 must be a multiple of x.accumulation=3"),
+        ({"select": "first"}, "x.select='first': expected 'best' or 'last'"),
+        ({"evaluate_every": 0}, "x.evaluate_every=0: expected a positive number"),
+        ({"log_every": 0}, "x.log_every=0"),
+        ({"accumulation": 0}, "x.accumulation=0: expected a positive number"),
+        ({"accumulation": -2}, "x.accumulation=-2: expected a positive number"),
+        ({"schedule": "linear"}, "schedule='linear': expected one of"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    config = small.make_train_config(4)
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        train.check_config(config, "x")
+
+
+def test_a_run_continues_on_another_mesh(tmp_path):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    config = {"steps": 4, "evaluate_every": 2, "ema_decay": 0.5}
+    expected = fit(tmp_path / "whole", "add", **config)
+    with pytest.raises(Stop):
+        fit(tmp_path / "parts", "add", mesh=(2, 2, 2), wrap=lambda b: Stopping(b, 3), **config)
+    params = fit(tmp_path / "parts", "add", **config)
+    small.assert_same(params, expected, rtol=1e-3, atol=2e-4)
+    for line, other in zip(lines_of(tmp_path / "parts"), lines_of(tmp_path / "whole"), strict=True):
+        assert line == pytest.approx(other, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return train_child.run(str(directory)), lines_of(directory)
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 7), (10, 1, 14)])
+def test_a_stopped_run_continues_exactly(stops, uninterrupted, tmp_path):
+    for batches in stops:
+        with pytest.raises(Stop):
+            train_child.run(str(tmp_path), wrap=lambda b: Stopping(b, batches))  # noqa: B023
+    small.assert_same(train_child.run(str(tmp_path)), uninterrupted[0])
+    assert lines_of(tmp_path) == uninterrupted[1]
+    # A finished run is only read again.
+    small.assert_same(
+        train_child.run(str(tmp_path), wrap=lambda b: Stopping(b, 0)), uninterrupted[0]
+    )
+    assert lines_of(tmp_path) == uninterrupted[1]
+
+
+def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
+    def start(seconds_per_step):
+        return subprocess.Popen(
+            [
+                sys.executable,
+                os.path.join(TESTS, "train_child.py"),
+                str(tmp_path),
+                str(seconds_per_step),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(TESTS), *sys.path])},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    child = start(0.05)
+    metrics = tmp_path / "metrics.jsonl"
+    while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    delay = random.uniform(0, 1.2)
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    reached = metrics.read_text().count("\n")
+    assert child.returncode == -signal.SIGKILL, f"ended before it was killed, {delay} s"
+
+    child = start(0)
+    errors = child.communicate()[1]
+    assert child.returncode == 0, f"killed after {delay} s, {reached} lines: {errors}"
+    with np.load(tmp_path / "weights.npz") as saved:
+        weights = [saved[str(i)] for i in range(len(saved.files))]
+    small.assert_same(weights, jax.tree.leaves(uninterrupted[0]))
+    assert lines_of(tmp_path) == uninterrupted[1], f"killed after {delay} s, {reached} lines"

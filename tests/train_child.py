@@ -1,0 +1,58 @@
+"""A small training run as a process of its own, for test_train to kill.
+
+python tests/train_child.py DIRECTORY SECONDS_PER_STEP
+"""
+
+import sys
+import time
+
+import numpy as np
+import small
+
+from l2s_jax import train
+
+STEPS = 24
+
+
+class Slow:
+    """A batch iterator that takes its time, so that a kill finds the run anywhere in it."""
+
+    def __init__(self, batches, seconds):
+        self.batches, self.seconds = batches, seconds
+
+    def __next__(self):
+        time.sleep(self.seconds)
+        return next(self.batches)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def run(directory, seconds=0.0, wrap=lambda batches: batches):
+    """Trains an L2S with everything that a checkpoint has to bring back; gives its parameters."""
+    system = small.make_system("add", dropout_rate=0.1)
+    params, frozen = small.make_params(system)
+    config = small.make_train_config(
+        STEPS, evaluate_every=3, ema_decay=0.9, learning_rate=1e-2, accumulation=2, warmup_steps=5
+    )
+    config.update(dropout_rate=0.1, schedule="cosine", select="last")
+    return train.fit(
+        system,
+        frozen,
+        params,
+        config,
+        batches=wrap(
+            Slow(small.make_batches(system, small.random_pairs(30, 7), batch_size=8), seconds)
+        ),
+        validation=[small.make_batch(system, rows=8)],
+        directory=directory,
+        fingerprint="f",
+        seed=0,
+        mesh=small.mesh_of(),
+    )
+
+
+if __name__ == "__main__":
+    weights = run(sys.argv[1], float(sys.argv[2]))
+    flat = {str(i): leaf for i, leaf in enumerate(small.jax.tree.leaves(weights))}
+    np.savez(f"{sys.argv[1]}/weights.npz", **flat)
