@@ -49,4 +49,28 @@ def get_config() -> ConfigDict:
         evaluate_every=450,
         log_every=20,
     )
+    config.slm.model.update(
+        width=96,
+        num_heads=4,
+        head_width=24,
+        feed_forward_width=192,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    )
+    for section in (config.slm, config.l2s):
+        section.train.update(
+            steps=4000,
+            batch_size=64,
+            learning_rate=2e-2,
+            warmup_steps=400,
+            label_smoothing=0.1,
+            dropout_rate=0.05,
+            ema_decay=0.998,
+            evaluate_every=500,
+            log_every=20,
+        )
+    config.l2s.projector_width = 128
+    config.labels = "llm"
+    config.decoding.update(max_new_tokens=64, batch_size=100)
+    config.evaluation.latency.update(prompt_tokens=24, new_tokens=24)
     return config

@@ -16,10 +16,10 @@ def get_config() -> ConfigDict:
     config.task.splits = ConfigDict({"train": "train", "validation": "validation", "test": "test"})
     config.task.prompt = "{source}"
     config.task.response = "target"
-    config.tokenizer.train_vocab_size = 180
-    config.max_prompt_tokens = 40
-    config.max_response_tokens = 40
-    config.buckets = ((40, 40),)
+    config.tokenizer.update(train_vocab_size=600, model_type="bpe")
+    config.max_prompt_tokens = 20
+    config.max_response_tokens = 20
+    config.buckets = ((20, 20),)
 
     config.llm.model.update(
         width=128,
@@ -29,9 +29,7 @@ def get_config() -> ConfigDict:
         num_encoder_layers=4,
         num_decoder_layers=4,
     )
-    config.llm.train.update(
-        steps=1500, batch_size=64, learning_rate=2e-3, warmup_steps=200, dropout_rate=0.0
-    )
+    config.llm.train.update(steps=1000, warmup_steps=100, evaluate_every=250)
     config.slm.model.update(
         width=64,
         num_heads=4,
@@ -40,11 +38,12 @@ def get_config() -> ConfigDict:
         num_encoder_layers=1,
         num_decoder_layers=1,
     )
-    for section in (config.slm, config.l2s):
-        section.train.update(
-            steps=1000, batch_size=64, learning_rate=3e-3, warmup_steps=100, dropout_rate=0.0
-        )
+    config.slm.train.update(steps=1000, warmup_steps=100, evaluate_every=250)
+    config.l2s.train.update(steps=1000, warmup_steps=100, evaluate_every=250)
+    for section in (config.llm, config.slm, config.l2s):
+        section.train.update(batch_size=64, learning_rate=2e-2, dropout_rate=0.0)
     config.l2s.projector_width = 128
-    config.decoding.max_new_tokens = 40
-    config.evaluation.metrics = ("bleu", "exact_match")
+    config.decoding.update(max_new_tokens=20, batch_size=100)
+    config.evaluation.metrics = ("exact_match", "bleu")
+    config.evaluation.latency.update(prompt_tokens=20, new_tokens=20)
     return config

@@ -67,7 +67,7 @@ def default() -> ConfigDict:
                 "references": "",  # field of further references, if there is one
             },
             # 0: the tokenizer lies in the LLM's directory. Else: trained on the train split.
-            "tokenizer": {"train_vocab_size": 0},
+            "tokenizer": {"train_vocab_size": 0, "model_type": "unigram"},  # unigram | bpe
             "max_prompt_tokens": 128,
             "max_response_tokens": 128,
             # (prompt, response) lengths that batches are padded to, ascending.

@@ -37,8 +37,9 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     Outputs go to DIR/predictions/SYSTEM.jsonl, in the order of the examples.
     """
     settings = experiment.config.evaluation
-    generators = {name: experiment.generator(getattr(experiment, name)) for name in _TRAINED}
+    # First, so that what is wrong with them shows before hours of training.
     examples = experiment.evaluation_examples()
+    generators = {name: experiment.generator(getattr(experiment, name)) for name in _TRAINED}
     references = [example.references for example in examples]
 
     systems: dict[str, dict[str, Any]] = {}
@@ -152,8 +153,7 @@ class _Stopwatch:
             jax.jit(
                 lambda trained, cache, active: decode_cache(
                     system, trained, cache, active, max_new_tokens=new_tokens, ignore_eos=True
-                ),
-                donate_argnums=1,
+                )
             )
             .lower(trained, cache, active)
             .compile()

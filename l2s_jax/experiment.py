@@ -54,7 +54,7 @@ class Experiment:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that LLM and SLM share."""
         size = self.config.tokenizer.train_vocab_size
-        tokenizer = self._trained_tokenizer(size) if size else load_tokenizer(self.config.llm.path)
+        tokenizer = self._trained_tokenizer() if size else load_tokenizer(self.config.llm.path)
         for name in ("llm", "slm"):
             path = self.config[name].path
             if path and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
@@ -173,15 +173,21 @@ class Experiment:
             max_response_tokens=self.config.max_response_tokens,
         )
 
-    def _trained_tokenizer(self, vocab_size: int) -> Tokenizer:
-        inputs = {"task": self._task_inputs(), "vocab_size": vocab_size, "seed": self.config.seed}
+    def _trained_tokenizer(self) -> Tokenizer:
+        """A tokenizer of the train split's own text."""
+        settings = self.config.tokenizer
+        inputs = {"task": self._task_inputs(), "seed": self.config.seed, **settings.to_dict()}
         directory = open_stage(self.workdir, "tokenizer", inputs)
         if os.path.exists(os.path.join(directory, "spiece.model")):
             return load_tokenizer(directory)
-        log.info("tokenizer: training %d pieces", vocab_size)
+        log.info("tokenizer: training %d pieces", settings.train_vocab_size)
         texts = (text for e in self._examples("train") for text in (e.prompt, e.response))
         return train_sentencepiece(
-            texts, vocab_size=vocab_size, directory=directory, seed=self.config.seed
+            texts,
+            vocab_size=settings.train_vocab_size,
+            model_type=settings.model_type,
+            directory=directory,
+            seed=self.config.seed,
         )
 
     def _task_inputs(self) -> dict[str, Any]:
@@ -337,6 +343,11 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
             "take a tokenizer from"
         )
+    for split in ("train", "validation", config.evaluation.split):
+        if split not in config.task.splits:
+            raise ValueError(
+                f"config.task.splits has {', '.join(config.task.splits)}: expected {split!r} too"
+            )
     for name in config.evaluation.metrics:
         if name not in metrics.METRICS:
             raise ValueError(

@@ -13,8 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+
+app.define_help_flags()
 
 MODES = ("train", "evaluate", "generate")
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import sentencepiece as spm
 
 MODEL_FILE = "spiece.model"
+MODEL_TYPES = ("unigram", "bpe")
 # Work is split between threads by position: a fixed number fixes the order of training's sums.
 _TRAINING_THREADS = 4
 # SentencePiece drops longer texts from training; its default, 4192, is shorter than many documents.
@@ -122,11 +123,12 @@ def train_sentencepiece(
     *,
     vocab_size: int,
     directory: str,
+    model_type: str = "unigram",
     seed: int = 0,
     max_texts: int = 2_000_000,
     character_coverage: float = 0.99999,
 ) -> SentencePieceTokenizer:
-    """Trains a unigram model (Kudo 2018) with T5's special ids; saves `directory/spiece.model`.
+    """Trains a model with T5's special ids and saves it as `directory/spiece.model`.
 
     The same texts, options and seed give the same model.
 
@@ -134,13 +136,18 @@ def train_sentencepiece(
       texts: the text, one example each.
       vocab_size: number of pieces, special ones included.
       directory: where the model goes.
+      model_type: "unigram" (Kudo 2018; T5's kind) or "bpe" (Sennrich et al. 2016), which keeps
+        every word whole where the text has fewer words than the vocabulary has room for.
       seed: of the choice of texts where there are more than `max_texts`.
       max_texts: how many texts to train on at most.
       character_coverage: share of the text's characters that get a piece; the rest is unk.
 
     Raises:
-      ValueError: the text cannot give exactly `vocab_size` pieces, or there is no text.
+      ValueError: an unknown type, the text cannot give exactly `vocab_size` pieces, or there is
+        no text.
     """
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"tokenizer model_type {model_type!r}: expected one of {MODEL_TYPES}")
     if vocab_size < 1:
         raise ValueError(f"a vocabulary of {vocab_size} pieces: expected a positive number")
     sample = _sample(texts, max_texts, seed)
@@ -151,7 +158,7 @@ def train_sentencepiece(
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(sample),
             model_writer=model,
-            model_type="unigram",
+            model_type=model_type,
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             max_sentence_length=_MAX_TEXT_BYTES,

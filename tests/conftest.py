@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test, so that meshes can be tested on any machine."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests spend their time in compiling small programs, hardly any in running them.
@@ -8,3 +9,7 @@ for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.split("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}".strip()
+
+# Many tests compile the same programs; each is compiled once per test run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l2s_jax_tests_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

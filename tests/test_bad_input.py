@@ -109,7 +109,8 @@ def misaligned_lines(data):
     (data / "b.txt").write_text("uno\n")
     text = (data / "tiny.py").read_text()
     text = text.replace('source = "jsonl"', 'source = "text"')
-    text = text.replace('"train.jsonl"', '{"words": "a.txt", "reversed": "b.txt"}')
+    for split in ("train", "validation", "test"):
+        text = text.replace(f'"{split}.jsonl"', '{"words": "a.txt", "reversed": "b.txt"}')
     (data / "tiny.py").write_text(text)
     return (), r"a\.txt.*2.*b\.txt.*1"
 

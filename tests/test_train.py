@@ -325,9 +325,9 @@ def uninterrupted(tmp_path_factory):
     return train_child.run(str(directory)), lines_of(directory)
 
 
-@pytest.mark.parametrize("stops", [(1,), (3, 7), (10, 1, 14)])
-def test_a_stopped_run_continues_exactly(stops, uninterrupted, tmp_path):
-    for batches in stops:
+def test_a_stopped_run_continues_exactly(uninterrupted, tmp_path):
+    # Before the first checkpoint, between two, and at one.
+    for batches in (1, 5, 9):
         with pytest.raises(Stop):
             train_child.run(str(tmp_path), wrap=lambda b: Stopping(b, batches))  # noqa: B023
     small.assert_same(train_child.run(str(tmp_path)), uninterrupted[0])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
+from unittest import mock
 
 from l2s_jax import main
 
@@ -63,5 +65,11 @@ def write_task(directory: Path) -> Path:
 
 def run(*arguments: str) -> int:
     """The command in this process; its exit status."""
-    main.flags.FLAGS.unparse_flags()
-    return main.main(["l2s_jax.main", *arguments])
+    values = main.flags.FLAGS
+    values.unparse_flags()
+    for name in [name for name in values if name.startswith("config.")]:
+        delattr(values, name)
+    command = ["l2s_jax.main", *arguments]
+    # ml_collections looks for overrides in sys.argv, whatever it is asked to parse.
+    with mock.patch.object(sys, "argv", command):
+        return main.main(command)
