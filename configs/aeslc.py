@@ -39,11 +39,10 @@ def get_config() -> ConfigDict:
     config.llm.train.update(
         steps=3000,
         batch_size=64,
-        learning_rate=2e-3,
+        learning_rate=2e-2,
         warmup_steps=300,
         label_smoothing=0.1,
         dropout_rate=0.2,
-        weight_decay=0.01,
         evaluate_every=250,
     )
     config.slm.model.update(
@@ -58,11 +57,10 @@ def get_config() -> ConfigDict:
         section.train.update(
             steps=3000,
             batch_size=64,
-            learning_rate=3e-3,
+            learning_rate=2e-2,
             warmup_steps=300,
             label_smoothing=0.1,
             dropout_rate=0.1,
-            weight_decay=0.01,
             evaluate_every=250,
         )
     config.l2s.projector_width = 128

@@ -59,12 +59,12 @@ def get_config() -> ConfigDict:
     )
     for section in (config.slm, config.l2s):
         section.train.update(
-            steps=4000,
+            steps=3000,
             batch_size=64,
             learning_rate=2e-2,
             warmup_steps=400,
             label_smoothing=0.1,
-            dropout_rate=0.05,
+            dropout_rate=0.0,
             ema_decay=0.998,
             evaluate_every=500,
             log_every=20,

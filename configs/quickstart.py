@@ -27,9 +27,9 @@ def get_config() -> ConfigDict:
         head_width=32,
         feed_forward_width=256,
         num_encoder_layers=4,
-        num_decoder_layers=4,
+        num_decoder_layers=3,
     )
-    config.llm.train.update(steps=1000, warmup_steps=100, evaluate_every=250)
+    config.llm.train.update(steps=900, warmup_steps=100, evaluate_every=300)
     config.slm.model.update(
         width=64,
         num_heads=4,
@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
         num_encoder_layers=1,
         num_decoder_layers=1,
     )
-    config.slm.train.update(steps=1000, warmup_steps=100, evaluate_every=250)
-    config.l2s.train.update(steps=1000, warmup_steps=100, evaluate_every=250)
+    config.slm.train.update(steps=1400, warmup_steps=100, evaluate_every=350)
+    config.l2s.train.update(steps=1400, warmup_steps=100, evaluate_every=350)
     for section in (config.llm, config.slm, config.l2s):
         section.train.update(batch_size=64, learning_rate=2e-2, dropout_rate=0.0)
     config.l2s.projector_width = 128

@@ -34,13 +34,14 @@ def get_config() -> ConfigDict:
     config.llm.path = "checkpoints/t5-large"
     config.slm.path = "checkpoints/t5-small"
     config.l2s.projector_width = 1024
+    # The optimizer's settings are those of T5's own fine-tuning (arXiv 1910.10683, section 3.1).
     for section in (config.slm, config.l2s):
         section.train.update(
             steps=50_000,
             batch_size=128,
-            learning_rate=5e-4,
-            warmup_steps=1000,
-            weight_decay=0.01,
+            optimizer="adafactor",
+            learning_rate=1e-3,
+            schedule="constant",
             evaluate_every=2500,
             log_every=50,
         )

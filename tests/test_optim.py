@@ -16,7 +16,7 @@ PEAK, STEPS = 0.01, 100
 
 def config_of(**changes):
     config = train_config(STEPS)
-    config.update(**{"learning_rate": PEAK, **changes})
+    config.update(**{"learning_rate": PEAK, "parameter_scale": False, **changes})
     return config
 
 
@@ -89,6 +89,17 @@ def test_first_step_goes_against_the_gradient_by_the_learning_rate(name):
     moved = jax.tree.map(lambda new, old: new - old, update(config, gradients), PARAMS)
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, -PEAK, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameter_scale_makes_updates_relative_and_leaves_weight_decay_alone(name):
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS)
+    config = config_of(optimizer=name, schedule="constant", parameter_scale=True, weight_decay=0.1)
+    params = update(config, gradients)
+    # All numbers of a parameter are alike, so its root mean square is their size.
+    np.testing.assert_allclose(params["layer"]["scale"], 2.0 - PEAK * 2.0, rtol=1e-5)
+    np.testing.assert_allclose(params["layer"]["kernel"], 2.0 - PEAK * (2.0 + 0.2), rtol=1e-5)
+    np.testing.assert_allclose(params["embedding"], -3.0 - PEAK * (3.0 - 0.3), rtol=1e-5)
 
 
 def test_adamw_equals_its_formula_over_steps():

@@ -1,0 +1,99 @@
+"""A trained L2S model on disk: what is saved is what is loaded, with the LLM that it belongs to."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from l2s_jax import bundle, convert
+from l2s_jax.convert.files import content_hash
+from l2s_jax.models.l2s import FUSIONS
+from l2s_jax.models.systems import LlmToSlm, Seq2Seq
+from l2s_jax.models.t5 import T5Config
+
+LLM = T5Config(
+    vocab_size=20,
+    width=8,
+    num_heads=2,
+    head_width=4,
+    feed_forward_width=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+)
+SLM = T5Config(
+    vocab_size=20,
+    width=6,
+    num_heads=2,
+    head_width=3,
+    feed_forward_width=8,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    activation="gated_gelu",
+    tied_head=False,
+)
+
+
+@pytest.fixture
+def llm(tmp_path):
+    """(directory, parameters) of an LLM on disk."""
+    params = Seq2Seq("llm", LLM).init(jax.random.key(0))["llm"]
+    directory = tmp_path / "llm"
+    convert.save_hf(LLM, params, str(directory))
+    return directory, params
+
+
+def save(tmp_path, llm, fusion="add", llm_path=None):
+    directory, _ = llm
+    system = LlmToSlm(LLM, SLM, projector_width=5, fusion=fusion)
+    trained = system.init(jax.random.key(1))
+    bundle.save(
+        system,
+        trained,
+        str(tmp_path / "l2s"),
+        llm_path=llm_path or str(directory),
+        llm_hash=content_hash(str(directory)),
+    )
+    return system, trained
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_round_trip(tmp_path, llm, fusion):
+    system, trained = save(tmp_path, llm, fusion)
+    loaded_system, loaded, frozen = bundle.load(str(tmp_path / "l2s"))
+    assert loaded_system == system
+    jax.tree.map(np.testing.assert_array_equal, trained, loaded)
+    _, params = llm
+    expected = {key: params[key] for key in ("token_embedding", "encoder")}
+    jax.tree.map(np.testing.assert_array_equal, expected, frozen)
+
+
+def test_a_relative_llm_is_found_when_both_are_moved(tmp_path, llm):
+    save(tmp_path, llm, llm_path="../llm")
+    (tmp_path / "moved").mkdir()
+    for name in ("llm", "l2s"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    bundle.load(str(tmp_path / "moved/l2s"))
+
+
+def test_another_llm_is_refused(tmp_path, llm):
+    save(tmp_path, llm)
+    other = Seq2Seq("llm", LLM).init(jax.random.key(2))["llm"]
+    convert.save_hf(LLM, other, str(llm[0]))
+    with pytest.raises(ValueError, match="not the one that"):
+        bundle.load(str(tmp_path / "l2s"))
+
+
+def test_a_directory_of_another_kind_is_refused(tmp_path, llm):
+    with pytest.raises(ValueError, match=r"config\.json: family is None, expected 'l2s'"):
+        bundle.load(str(llm[0]))
+
+
+def test_a_damaged_config_is_refused(tmp_path, llm):
+    save(tmp_path, llm)
+    path = tmp_path / "l2s/config.json"
+    fields = json.loads(path.read_text())
+    del fields["fusion"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"config\.json: not the config of an L2S model.*fusion"):
+        bundle.load(str(tmp_path / "l2s"))

@@ -1,0 +1,53 @@
+"""Stage folders: found again when nothing changed, moved aside when something did."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from l2s_jax import workdir
+
+
+def test_a_stage_with_the_same_inputs_is_found_again(tmp_path):
+    inputs = {"train": {"steps": 3, "buckets": ((8, 8), (16, 16))}, "seed": 0}
+    directory = workdir.open_stage(str(tmp_path), "llm", inputs)
+    (tmp_path / "llm/result").write_text("kept")
+    again = {"seed": 0, "train": {"buckets": [[8, 8], [16, 16]], "steps": 3}}
+    assert workdir.open_stage(str(tmp_path), "llm", again) == directory
+    assert (tmp_path / "llm/result").read_text() == "kept"
+
+
+def test_changed_inputs_move_what_was_there_aside_each_time(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for steps in (1, 2, 3):
+        workdir.open_stage(str(tmp_path), "llm", {"train": {"steps": steps}, "seed": 0})
+        assert list((tmp_path / "llm").iterdir()) == [tmp_path / "llm/stage.json"]
+        (tmp_path / "llm/result").write_text(str(steps))
+    assert (tmp_path / "llm.old1/result").read_text() == "1"
+    assert (tmp_path / "llm.old2/result").read_text() == "2"
+    assert (tmp_path / "llm/result").read_text() == "3"
+    assert "train.steps changed" in caplog.text
+    assert "seed" not in caplog.text
+
+
+def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with (
+        pytest.raises(RuntimeError),
+        workdir.atomic_directory(str(target)) as temporary,
+    ):
+        (tmp_path / "model.tmp/half").write_text("half")
+        raise RuntimeError(temporary)
+    assert not target.exists()
+    with workdir.atomic_directory(str(target)):
+        assert not (tmp_path / "model.tmp/half").exists()
+        (tmp_path / "model.tmp/whole").write_text("whole")
+    assert [path.name for path in target.iterdir()] == ["whole"]
+
+
+def test_config_round_trip(tmp_path):
+    config = ConfigDict({"a": {"b": (1, 2)}, "c": "x"})
+    workdir.write_config(str(tmp_path / "run"), config)
+    assert workdir.read_config(str(tmp_path / "run")).to_dict() == json.loads(config.to_json())
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        workdir.read_config(str(tmp_path))
