@@ -53,7 +53,8 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint to keep."""
+        """Step of the checkpoint to keep; waits for the one that is being written."""
+        self._manager.wait_until_finished()
         return self._manager.best_step() if self._best_metric else self.latest_step
 
     def save(

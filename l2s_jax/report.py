@@ -4,24 +4,16 @@ The report is a dictionary; `_TASK`, `_SYSTEM` and `_LATENCY` below list its key
 milliseconds (compile times in seconds), shares in [0, 1], quality on each metric's own scale.
 """
 
-import io
-import itertools
 import json
 import math
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
-from matplotlib.path import Path
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-from matplotlib.transforms import Bbox
+
+from l2s_jax import plot
 
 _TASK = ("name", "split", "examples", "metric", "metric_signatures", "labels")
 _SYSTEMS = ("llm", "slm", "l2s", "l2s_mismatched")
@@ -43,8 +35,6 @@ _METRIC_NAMES = {
 _LABELS = {"data": "the responses in the data", "llm": "responses that the LLM generated"}
 _COLORS = {"llm": "#333333", "slm": "#8a6d00", "l2s": "#0b62a4", "l2s_mismatched": "#a33b3b"}
 _OTHER_COLOR = "#5b5b5b"
-_MARKER = 18  # points across, the air around it included
-_LOG_RANGE = 12.0
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _ABSENT = "\N{EN DASH}"
 
@@ -81,8 +71,8 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
     files = {
         "report.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode(),
         "report.md": markdown(report).encode(),
-        "quality_latency.png": _image(figure, "png"),
-        "quality_latency.svg": _image(figure, "svg"),
+        "quality_latency.png": plot.image(figure, "png"),
+        "quality_latency.svg": plot.image(figure, "svg"),
     }
     os.makedirs(directory, exist_ok=True)
     for name, content in files.items():
@@ -133,189 +123,24 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def quality_latency_figure(report: Mapping[str, Any]) -> Figure:
-    """Primary quality against total latency at batch 1 (ms) of a checked report.
-
-    One directly labelled point per system; the artist of each label has the system's key as its
-    gid. The x axis is logarithmic where latencies span more than a factor of 12.
-    """
-    figure = Figure(figsize=(10, 5.625), dpi=200, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.085, 0.135, 0.885, 0.675))
-    points = _points(report)
-    _style_axes(axes, report, points)
-    for point in points:
-        fill = "white" if point.key == "l2s_mismatched" else point.color
-        axes.plot(
-            point.x, point.y, "o", markersize=_MARKER - 4, color=point.color, markerfacecolor=fill,
-            markeredgewidth=2.5, clip_on=False,
-        )  # fmt: skip
-    _write_title(figure, report, canvas.get_renderer())
-    _place_labels(axes, points, canvas.get_renderer())
-    return figure
-
-
-class _Point(NamedTuple):
-    key: str
-    x: float
-    y: float
-    color: str
-    label: str
-
-
-def _points(report: Mapping[str, Any]) -> list[_Point]:
-    metric = report["task"]["metric"]
+    """Primary quality against total latency at batch 1 (ms) of a checked report."""
+    task, latency = report["task"], report["systems"]["l2s"]["latency"]
+    metric = task["metric"]
     points = []
     for key, system in report["systems"].items():
         x, y = system["latency"]["total_ms"], system["quality"][metric]
-        prefix = "control: " if key == "l2s_mismatched" else ""
-        label = f"{prefix}{y:.1f} {_metric_name(metric)}, {_ms(x)} ms"
-        points.append(_Point(key, x, y, _COLORS.get(key, _OTHER_COLOR), label))
-    return points
-
-
-def _style_axes(axes: Axes, report: Mapping[str, Any], points: Sequence[_Point]) -> None:
-    xs, ys = [p.x for p in points], [p.y for p in points]
-    top = max(*ys, 1e-6)
-    if max(xs) > _LOG_RANGE * min(xs):
-        axes.set_xscale("log")
-        axes.set_xlim(min(xs) / 2, max(xs) * 2)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.set_xlim(0, 1.2 * max(xs))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    low, high = min(0.0, *ys), 1.28 * top
-    ticks = MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)).tick_values(low, high)
-    axes.set_yticks([tick for tick in ticks if tick < high and (tick <= 100 or tick <= top)])
-    axes.set_ylim(low - 0.05 * top, high)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(labelsize=14, color="#999999", labelcolor="#444444")
-    axes.set_xlabel("time per request at batch 1 (ms)", fontsize=15, color="#444444", labelpad=8)
-    axes.set_ylabel(
-        _metric_name(report["task"]["metric"]), fontsize=15, color="#444444", labelpad=8
+        is_control = key == "l2s_mismatched"
+        label = f"{'control: ' if is_control else ''}{y:.1f} {_metric_name(metric)}, {_ms(x)} ms"
+        color = _COLORS.get(key, _OTHER_COLOR)
+        points.append(plot.Point(key, _name(key), label, x, y, color, hollow=is_control))
+    return plot.scatter(
+        points,
+        title=_finding(report),
+        subtitle=f"{task['name']}, {task['split']}, {task['examples']:,} examples; "
+        f"{latency['prompt_tokens']} prompt tokens, {latency['new_tokens']} new tokens",
+        x_label="time per request at batch 1 (ms)",
+        y_label=_metric_name(metric),
     )
-
-
-def _write_title(figure: Figure, report: Mapping[str, Any], renderer: Any) -> None:
-    task, latency = report["task"], report["systems"]["l2s"]["latency"]
-    subtitle = (
-        f"{task['name']}, {task['split']}, {task['examples']:,} examples; "
-        f"{latency['prompt_tokens']} prompt tokens, {latency['new_tokens']} new tokens"
-    )
-    style = {"x": 0.02, "ha": "left", "va": "baseline", "parse_math": False}
-    lines = (
-        figure.text(y=0.915, s=_finding(report), fontsize=20, weight="bold", **style),
-        figure.text(y=0.855, s=subtitle, fontsize=14, color="#666666", **style),
-    )
-    for line in lines:
-        excess = line.get_window_extent(renderer).width / (0.96 * figure.bbox.width)
-        line.set_fontsize(line.get_fontsize() / max(1.0, excess))
-
-
-def _place_labels(axes: Axes, points: Sequence[_Point], renderer: Any) -> None:
-    """Puts the labels near their points, where they overlap no marker and no other label."""
-    pixels = axes.figure.dpi / 72
-    centers = axes.transData.transform([(p.x, p.y) for p in points])
-    sizes = [_label(p, "left", axes.figure).get_bbox(renderer).size for p in points]
-    left, bottom, _, top = axes.bbox.extents
-    allowed = Bbox.from_extents(left, bottom, axes.figure.bbox.x1, top).padded(-3 * pixels)
-    # Who is placed first decides who must move away: take the order that suits all best.
-    orders = itertools.islice(itertools.permutations(range(len(points))), 24)
-    plans = (_arrange(order, centers, sizes, allowed, pixels) for order in orders)
-    for index, place in min(plans, key=lambda plan: sum(p.cost for p in plan.values())).items():
-        point, center = points[index], centers[index]
-        leader = _leader(center, place.box)
-        if np.ptp(leader.vertices, axis=0).max() > 1.5 * _MARKER * pixels:
-            ends = axes.transData.inverted().transform(leader.vertices)
-            axes.plot(*ends.T, color=point.color, linewidth=1, alpha=0.6, zorder=1, clip_on=False)
-        artist = AnnotationBbox(
-            _label(point, place.align, axes.figure), (point.x, point.y),
-            xybox=tuple((place.box.p0 - center) / pixels), boxcoords="offset points",
-            box_alignment=(0, 0), frameon=False, pad=0, annotation_clip=False,
-        )  # fmt: skip
-        artist.set_gid(point.key)
-        axes.add_artist(artist)
-
-
-class _Place(NamedTuple):
-    box: Bbox
-    align: str
-    cost: int
-
-
-def _arrange(
-    order: Sequence[int], centers: Any, sizes: Any, allowed: Bbox, pixels: float
-) -> dict[int, _Place]:
-    taken = [Bbox.from_bounds(x, y, 0, 0).padded(_MARKER / 2 * pixels) for x, y in centers]
-    places = {}
-    for index in order:
-        places[index] = _free_place(centers[index], sizes[index], taken, allowed, pixels)
-        taken.append(places[index].box.padded(3 * pixels))
-    return places
-
-
-def _label(point: _Point, align: str, figure: Figure) -> VPacker:
-    style = {"color": point.color, "parse_math": False}
-    lines = [
-        TextArea(_name(point.key), textprops={"fontsize": 16, "weight": "bold", **style}),
-        TextArea(point.label, textprops={"fontsize": 14, **style}),
-    ]
-    box = VPacker(children=lines, pad=0, sep=3, align=align)
-    box.set_figure(figure)
-    return box
-
-
-def _free_place(
-    center: Any, size: Any, taken: Sequence[Bbox], allowed: Bbox, pixels: float
-) -> _Place:
-    """The nearest place for a label of `size`; all in pixels.
-
-    A place whose leader line would cross another marker or label is the second choice.
-    """
-    others = [box for box in taken if not box.contains(*center)]
-    second = None
-    for place in _places(center, size, pixels):
-        box = place.box
-        inside = (box.p0 >= allowed.p0).all() and (box.p1 <= allowed.p1).all()
-        if not inside or box.count_overlaps(taken):
-            continue
-        if not any(_leader(center, box).intersects_bbox(other) for other in others):
-            return place
-        second = second or place._replace(cost=place.cost + 1000)
-    return second or next(_places(center, size, pixels))._replace(cost=100_000)
-
-
-def _places(center: Any, size: Any, pixels: float) -> Iterator[_Place]:
-    (x, y), (width, height) = center, size
-    for distance in range(_MARKER // 2 + 3, 300, 5):
-        gap = distance * pixels
-        rows = (-0.5 * height, -0.2 * height, -0.8 * height)
-        corners = ((gap, gap), (gap, gap / 2), (gap / 2, gap))
-        for rank, (dx, dy, align) in enumerate((
-            *((gap, row, "left") for row in rows),
-            (-width / 2, gap, "center"),
-            (-width / 2, -gap - height, "center"),
-            *((-gap - width, row, "right") for row in rows),
-            *((right, up, "left") for right, up in corners),
-            *((right, -down - height, "left") for right, down in corners),
-            *((-left - width, up, "right") for left, up in corners),
-            *((-left - width, -down - height, "right") for left, down in corners),
-        )):  # fmt: skip
-            box = Bbox.from_bounds(x + dx, y + dy, width, height)
-            yield _Place(box, align, 2 * distance + rank)
-
-
-def _leader(center: Any, box: Bbox) -> Path:
-    return Path([center, np.clip(center, box.p0, box.p1)])
-
-
-def _image(figure: Figure, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    # A fixed salt and no date: the same report gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "l2s"}):
-        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
 
 
 def _systems_table(report: Mapping[str, Any]) -> str:

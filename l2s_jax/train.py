@@ -126,7 +126,7 @@ def train_step(
     metrics = {
         "loss": sums["loss"] / tokens,
         "accuracy": sums["correct"] / tokens,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": optim.schedule(config)(state.step),
     }
     return TrainState(state.step + 1, params, opt_state, average), metrics
