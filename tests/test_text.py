@@ -105,6 +105,21 @@ def test_training_uses_long_texts(tmp_path):
     assert 2 not in tokenizer.encode(long)
 
 
+def test_bpe_keeps_every_word_whole_where_there_is_room(tmp_path):
+    words = [f"{a}{b}{c}" for a in "bdgk" for b in "aeiou" for c in "lmnr"]
+    texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    tokenizer = text.train_sentencepiece(
+        texts, vocab_size=130, directory=str(tmp_path), model_type="bpe"
+    )
+    assert all(len(tokenizer.encode(word)) == 2 for word in words)
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+
+
+def test_unknown_model_type_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'word': expected one of \('unigram', 'bpe'\)"):
+        text.train_sentencepiece(["a"], vocab_size=10, directory=str(tmp_path), model_type="word")
+
+
 def test_too_large_a_vocabulary_is_told_what_fits(tmp_path):
     with pytest.raises(ValueError, match="5000 pieces is too large") as error:
         text.train_sentencepiece(sentences(300), vocab_size=5000, directory=str(tmp_path))
