@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.systems import LlmToSlm, Params, Seq2Seq, System, encoder_only
 from l2s_jax.models.t5 import T5Config
 from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece
-from l2s_jax.workdir import atomic_directory, fingerprint, open_stage
+from l2s_jax.workdir import atomic_directory, find_stage, fingerprint, open_stage
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,17 @@ log = logging.getLogger(__name__)
 class Experiment:
     """An experiment in its workdir; every result is made, or found, on first use."""
 
-    def __init__(self, config: ConfigDict, workdir: str):
+    def __init__(self, config: ConfigDict, workdir: str, *, train: bool = True):
         """Checks what can be checked before any work is done.
+
+        With `train` false nothing is made: a result that isn't there is an error.
 
         Raises:
           ValueError: a setting that no run could use.
         """
         self.config = config
         self.workdir = workdir
+        self._open_stage = open_stage if train else find_stage
         self.dtype = compute_dtype(config.dtype)
         self.task = load_task(config.task)
         self.mesh = sharding.make_mesh(config.mesh)
@@ -76,7 +79,7 @@ class Experiment:
             "model": None if config.path else config.model.to_dict(),
             **self._training_inputs(config.train),
         }
-        return self._train_alone("llm", inputs, self._examples("train"))
+        return self._train_alone("llm", inputs, lambda: self._examples("train"))
 
     @functools.cached_property
     def llm(self) -> tuple[Seq2Seq, Params, Params]:
@@ -87,7 +90,7 @@ class Experiment:
     def slm(self) -> tuple[Seq2Seq, Params, Params]:
         """(system, parameters, nothing frozen) of the SLM trained alone."""
         inputs = {**self._slm_inputs(), **self._training_inputs(self.config.slm.train)}
-        return self._load_alone("slm", self._train_alone("slm", inputs, self._labelled))
+        return self._load_alone("slm", self._train_alone("slm", inputs, lambda: self._labelled))
 
     @functools.cached_property
     def l2s(self) -> tuple[LlmToSlm, Params, Params]:
@@ -101,7 +104,7 @@ class Experiment:
             "fusion": config.fusion,
             "projector_width": config.projector_width,
         }
-        directory = open_stage(self.workdir, "l2s", inputs)
+        directory = self._open_stage(self.workdir, "l2s", inputs)
         model = os.path.join(directory, "model")
         if not os.path.isdir(model):
             llm, llm_params, _ = self.llm
@@ -157,7 +160,7 @@ class Experiment:
         if self.config.labels == "data":
             return examples
         inputs = self._label_inputs()
-        directory = open_stage(self.workdir, "labels", inputs)
+        directory = self._open_stage(self.workdir, "labels", inputs)
         return labels.label(examples, lambda: self.generator(self.llm), directory)
 
     @functools.cache  # noqa: B019  an experiment lives as long as its process
@@ -177,7 +180,7 @@ class Experiment:
         """A tokenizer of the train split's own text."""
         settings = self.config.tokenizer
         inputs = {"task": self._task_inputs(), "seed": self.config.seed, **settings.to_dict()}
-        directory = open_stage(self.workdir, "tokenizer", inputs)
+        directory = self._open_stage(self.workdir, "tokenizer", inputs)
         if os.path.exists(os.path.join(directory, "spiece.model")):
             return load_tokenizer(directory)
         log.info("tokenizer: training %d pieces", settings.train_vocab_size)
@@ -243,15 +246,17 @@ class Experiment:
     def _init(self, system: System) -> Params:
         return jax.jit(system.init)(jax.random.key(self.config.seed))
 
-    def _train_alone(self, name: str, inputs: dict[str, Any], examples: Sequence[Example]) -> str:
+    def _train_alone(
+        self, name: str, inputs: dict[str, Any], examples: Callable[[], Sequence[Example]]
+    ) -> str:
         """Trains an encoder-decoder on its own; gives the directory of the result."""
-        directory = open_stage(self.workdir, name, inputs)
+        directory = self._open_stage(self.workdir, name, inputs)
         model = os.path.join(directory, "model")
         if not os.path.isdir(model):
             config, params = self._starting_point(name, self.config[name].train.dropout_rate)
             system = Seq2Seq(name, config)
             start = self._init(system) if params is None else {name: params}
-            trained = self._fit(name, system, start, {}, directory, inputs, examples)
+            trained = self._fit(name, system, start, {}, directory, inputs, examples())
             with atomic_directory(model) as temporary:
                 convert.save_hf(config, trained[name], temporary)
                 self.tokenizer.save(temporary)
@@ -272,6 +277,8 @@ class Experiment:
         inputs: dict[str, Any],
         examples: Sequence[Example],
     ) -> Params:
+        if self._open_stage is find_stage:
+            raise ValueError(f"{directory}: not finished; --mode=train continues it")
         config = self.config[name].train
         data = self._tokenized(examples)
         for what, cut in (

@@ -56,8 +56,9 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             jsonl=_JSONL.value,
         )
         return
-    experiment = Experiment(config, workdir)
-    workdirs.write_config(workdir, config)
+    experiment = Experiment(config, workdir, train=mode == "train")
+    if mode == "train":
+        workdirs.write_config(workdir, config)
     evaluate(experiment)
     with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
         print(file.read())

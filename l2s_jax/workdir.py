@@ -71,6 +71,24 @@ def open_stage(workdir: str, name: str, inputs: Mapping[str, Any]) -> str:
     return directory
 
 
+def find_stage(workdir: str, name: str, inputs: Mapping[str, Any]) -> str:
+    """The directory of stage `name`, which must hold work on these `inputs`; changes nothing.
+
+    Raises:
+      ValueError: there is none, or it was made from others.
+    """
+    directory = os.path.join(workdir, name)
+    record = os.path.join(directory, _INPUTS)
+    if not os.path.exists(record):
+        raise ValueError(f"{directory}: no such stage; expected the workdir of a finished run")
+    if changed := _differences(read_json(record), plain(inputs)):
+        raise ValueError(
+            f"{directory}: made with other settings of {', '.join(changed)}; "
+            "--mode=train makes it anew"
+        )
+    return directory
+
+
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Paths at which two JSON values differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):

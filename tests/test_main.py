@@ -71,6 +71,22 @@ def test_second_run_trains_nothing_and_changes_no_model(job, capfd):
     assert "training on" not in capfd.readouterr().err
 
 
+def test_evaluate_makes_nothing(job, tmp_path, capfd):
+    config, workdir = job
+    missing = tmp_path / "missing"
+    evaluate = (f"--config={config}", "--mode=evaluate")
+    assert tiny.run(*evaluate, f"--workdir={missing}") == 2
+    assert not missing.exists()
+    assert tiny.run(*evaluate, f"--workdir={workdir}", "--config.l2s.train.steps=5") == 2
+    assert "other settings of train.steps" in capfd.readouterr().err
+    assert not (workdir / "l2s.old1").exists()
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(workdir, unfinished)
+    shutil.rmtree(unfinished / "l2s/model")
+    assert tiny.run(*evaluate, f"--workdir={unfinished}") == 2
+    assert "not finished" in capfd.readouterr().err
+
+
 def test_changed_stage_is_made_anew_and_the_old_one_kept(job, tmp_path):
     config, workdir = job
     copy = tmp_path / "run"
