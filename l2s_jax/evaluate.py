@@ -23,6 +23,7 @@ from l2s_jax.models.systems import parameter_count
 
 log = logging.getLogger(__name__)
 
+_TRAINED = ("llm", "slm", "l2s")
 DESCRIPTIONS = {
     "llm": "the large model on its own",
     "slm": "the small model on its own, trained on the same labels as L2S",
@@ -88,9 +89,6 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     report.write_report(result, experiment.workdir)
     log.info("report: %s", os.path.join(experiment.workdir, "report.md"))
     return result
-
-
-_TRAINED = ("llm", "slm", "l2s")
 
 
 def measure_latency(
