@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from l2s_jax import convert
-from l2s_jax.convert.engine import Entry, param_shapes, read_params, write_tensors
+from l2s_jax.convert.engine import own_entries, param_shapes, read_params, write_tensors
 from l2s_jax.convert.files import TensorFiles, content_hash, read_json, write_directory
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.models.t5 import T5Config
@@ -21,9 +21,8 @@ from l2s_jax.models.t5 import T5Config
 _FAMILY = "l2s"
 
 
-def _entries(system: LlmToSlm) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
-    shapes = param_shapes(jax.eval_shape(system.init, jax.random.key(0)))
-    return [Entry(path, (path,)) for path in shapes], shapes
+def _shapes(system: LlmToSlm) -> dict[str, tuple[int, ...]]:
+    return param_shapes(jax.eval_shape(system.init, jax.random.key(0)))
 
 
 def save(
@@ -40,8 +39,9 @@ def save(
         "slm": slm,
         "llm": {"path": llm_path, "content_hash": llm_hash},
     }
-    entries, shapes = _entries(system)
-    write_directory(directory, fields, write_tensors(trained, entries, shapes), "params")
+    shapes = _shapes(system)
+    tensors = write_tensors(trained, own_entries(shapes), shapes)
+    write_directory(directory, fields, tensors, "params")
 
 
 def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params, Params]:
@@ -68,6 +68,6 @@ def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params,
             "(content hashes differ)"
         )
     system = LlmToSlm(llm.config, slm_config, projector_width, fusion)
-    entries, shapes = _entries(system)
+    shapes = _shapes(system)
     with TensorFiles(directory, "params") as files:
-        return system, read_params(files, entries, shapes), frozen
+        return system, read_params(files, own_entries(shapes), shapes), frozen

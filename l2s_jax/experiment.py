@@ -23,7 +23,7 @@ from l2s_jax.config import compute_dtype
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
 from l2s_jax.data.tasks import Example, load_task
-from l2s_jax.generate import Generator
+from l2s_jax.generate import Generator, make_generator
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.systems import LlmToSlm, Params, Seq2Seq, System, encoder_only
 from l2s_jax.models.t5 import T5Config
@@ -96,11 +96,10 @@ class Experiment:
     def l2s(self) -> tuple[LlmToSlm, Params, Params]:
         """(system, trained parameters, the LLM's frozen ones)."""
         config = self.config.l2s
-        llm_hash = content_hash(self.llm_directory)
         inputs = {
             **self._slm_inputs(),
             **self._training_inputs(config.train),
-            "llm_hash": llm_hash,
+            "llm_hash": self._llm_hash,
             "fusion": config.fusion,
             "projector_width": config.projector_width,
         }
@@ -130,7 +129,7 @@ class Experiment:
                     llm_path="../../llm/model"
                     if os.path.abspath(self.llm_directory) == inside
                     else os.path.abspath(self.llm_directory),
-                    llm_hash=llm_hash,
+                    llm_hash=self._llm_hash,
                 )
                 self.tokenizer.save(temporary)
         return bundle.load(model, dtype=self.dtype)
@@ -142,16 +141,11 @@ class Experiment:
 
     def generator(self, loaded: tuple[System, Params, Params]) -> Generator:
         """Text in, text out, with one of the systems above."""
-        system, trained, frozen = loaded
-        return Generator(
-            system,
-            trained,
-            frozen,
-            self.tokenizer,
-            prompt_lengths=tuple(prompt for prompt, _ in self.buckets),
-            max_new_tokens=self.config.decoding.max_new_tokens,
-            batch_size=self.config.decoding.batch_size,
-        )
+        return make_generator(self.config, loaded, self.tokenizer)
+
+    @functools.cached_property
+    def _llm_hash(self) -> str:
+        return content_hash(self.llm_directory)
 
     @functools.cached_property
     def _labelled(self) -> Sequence[Example]:
@@ -212,7 +206,7 @@ class Experiment:
 
     def _label_inputs(self) -> dict[str, Any]:
         return {
-            "llm_hash": content_hash(self.llm_directory),
+            "llm_hash": self._llm_hash,
             "task": self._task_inputs(),
             "max_prompt_tokens": self.config.max_prompt_tokens,
             "max_new_tokens": self.config.decoding.max_new_tokens,

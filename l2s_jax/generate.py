@@ -163,6 +163,21 @@ class Generator:
                 outputs[index] = Output(text, length, not bool(decoded.finished[row]))
 
 
+def make_generator(
+    config: ConfigDict, loaded: tuple[System, Params, Params], tokenizer: Tokenizer
+) -> Generator:
+    """A Generator with a config's buckets and decoding settings; loaded is (system, trained,
+    frozen).
+    """
+    return Generator(
+        *loaded,
+        tokenizer,
+        prompt_lengths=tuple(prompt for prompt, _ in config.buckets),
+        max_new_tokens=config.decoding.max_new_tokens,
+        batch_size=config.decoding.batch_size,
+    )
+
+
 def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
     """The Generator of system `name` ("llm", "slm" or "l2s") that a run left in `workdir`.
 
@@ -176,19 +191,11 @@ def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype = compute_dtype(config.dtype)
     if name == "l2s":
-        system, trained, frozen = bundle.load(directory, dtype=dtype)
+        loaded = bundle.load(directory, dtype=dtype)
     else:
         module, params = convert.load(directory, dtype=dtype)
-        system, trained, frozen = Seq2Seq(name, module.config), {name: params}, {}
-    return Generator(
-        system,
-        trained,
-        frozen,
-        load_tokenizer(directory),
-        prompt_lengths=tuple(prompt for prompt, _ in config.buckets),
-        max_new_tokens=config.decoding.max_new_tokens,
-        batch_size=config.decoding.batch_size,
-    )
+        loaded = Seq2Seq(name, module.config), {name: params}, {}
+    return make_generator(config, loaded, load_tokenizer(directory))
 
 
 def generate_file(

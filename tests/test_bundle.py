@@ -5,33 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
+import small
 
 from l2s_jax import bundle, convert
 from l2s_jax.convert.files import content_hash
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.systems import LlmToSlm, Seq2Seq
-from l2s_jax.models.t5 import T5Config
 
-LLM = T5Config(
-    vocab_size=20,
-    width=8,
-    num_heads=2,
-    head_width=4,
-    feed_forward_width=16,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-)
-SLM = T5Config(
-    vocab_size=20,
-    width=6,
-    num_heads=2,
-    head_width=3,
-    feed_forward_width=8,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    activation="gated_gelu",
-    tied_head=False,
-)
+LLM = small.t5_config(tied_head=True)
+SLM = small.t5_config(width=12, activation="gated_gelu")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import jax
 import pytest
+import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from l2s_jax import labels
 from l2s_jax.data.tasks import Example
 from l2s_jax.generate import Generator, Output
 from l2s_jax.models.systems import LlmToSlm, Seq2Seq, encoder_only
-from l2s_jax.models.t5 import T5Config
 from l2s_jax.text import train_sentencepiece
 
 WORDS = [
@@ -40,15 +40,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def systems(tokenizer):
     """name -> (system, trained, frozen), with random parameters."""
-    config = T5Config(
-        vocab_size=60,
-        width=16,
-        num_heads=2,
-        head_width=8,
-        feed_forward_width=32,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-    )
+    config = small.t5_config(vocab_size=60)
     llm, l2s = Seq2Seq("llm", config), LlmToSlm(config, config, projector_width=16)
     llm_params = llm.init(jax.random.key(0))
     frozen = encoder_only(llm_params["llm"])

@@ -14,10 +14,10 @@ from flax import linen as nn
 
 from l2s_jax.convert import t5
 from l2s_jax.convert.engine import (
-    Entry,
     Family,
     Params,
     make_entries,
+    own_entries,
     param_shapes,
     read_params,
     write_tensors,
@@ -91,10 +91,6 @@ def save_hf(config: Any, params: Params, directory: str) -> None:
     write_directory(directory, family.config_to_hf(config), tensors, "model")
 
 
-def _own_entries(shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
-    return [Entry(path, (path,)) for path in shapes]
-
-
 def _config_from_native(family: Family, fields: dict[str, Any], path: str) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(family.config_class)}
     del defaults["dtype"]
@@ -129,7 +125,7 @@ def load_native(
     shapes = param_shapes(family.abstract_params(module))
     with TensorFiles(directory, "params") as files:
         prefixes = family.encoder_parameters if encoder_only else None
-        params = read_params(files, _own_entries(shapes), shapes, prefixes=prefixes)
+        params = read_params(files, own_entries(shapes), shapes, prefixes=prefixes)
     return module, params
 
 
@@ -137,7 +133,7 @@ def save_native(config: Any, params: Params, directory: str) -> None:
     """Writes config.json (the config's own fields but dtype) and params.safetensors (float32)."""
     family = family_of(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
-    tensors = write_tensors(params, _own_entries(shapes), shapes)
+    tensors = write_tensors(params, own_entries(shapes), shapes)
     fields = dataclasses.asdict(config)
     del fields["dtype"]
     write_directory(

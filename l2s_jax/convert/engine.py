@@ -126,6 +126,11 @@ def make_entries(rules: Sequence[Rule], paths: Sequence[str]) -> list[Entry]:
     return list(entries.values())
 
 
+def own_entries(shapes: Mapping[str, Shape]) -> list[Entry]:
+    """One entry per parameter, under its own path: our format, which needs no rules."""
+    return [Entry(path, (path,)) for path in shapes]
+
+
 def param_shapes(params: Params) -> dict[str, Shape]:
     """Our '/'-joined paths -> shapes, of arrays or ShapeDtypeStructs."""
     return {path: tuple(leaf.shape) for path, leaf in flatten_dict(params, sep="/").items()}
