@@ -61,7 +61,7 @@ def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params,
         fusion, projector_width = fields["fusion"], fields["projector_width"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
-    llm, frozen = convert.load(llm_path, encoder_only=True, dtype=dtype)
+    llm, frozen = convert.load_encoder(llm_path, dtype=dtype)
     if content_hash(llm_path) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "

@@ -26,6 +26,7 @@ from l2s_jax.convert import (
     engine,
     files,
     load,
+    load_encoder,
     load_hf,
     load_native,
     save_hf,
@@ -196,7 +197,7 @@ def test_encoder_only(checkpoints, tmp_path, kind):
     shard(tmp_path / "model")
     (tmp_path / "model" / "two.safetensors").unlink()
     _, whole = load_hf(str(checkpoints / kind))
-    module, params = load_hf(str(tmp_path / "model"), encoder_only=True)
+    module, params = load_encoder(str(tmp_path / "model"))
     assert_same(params, {name: whole[name] for name in ("token_embedding", "encoder")})
 
     ids = jnp.arange(6).reshape(2, 3)
@@ -208,7 +209,7 @@ def test_encoder_only(checkpoints, tmp_path, kind):
 def test_encoder_model_directory(tmp_path):
     model = transformers.T5EncoderModel(transformers.T5Config(**hf.SMALL))
     model.save_pretrained(str(tmp_path))
-    _, params = load_hf(str(tmp_path), encoder_only=True)
+    _, params = load_encoder(str(tmp_path))
     expected = model.encoder.final_layer_norm.weight.detach().numpy()
     np.testing.assert_array_equal(params["encoder"]["final_norm"]["scale"], expected)
     refused(tmp_path, "- decoder.block.0.layer.0.SelfAttention.k.weight", "more")
@@ -404,8 +405,8 @@ def test_round_trip(checkpoints, tmp_path, kind):
     ours, ours_params = load(str(tmp_path / "ours"))
     assert ours.config == module.config
     assert_same(ours_params, params)
-    encoder = load(str(tmp_path / "ours"), encoder_only=True)[1]
-    assert_same(encoder, load(source, encoder_only=True)[1])
+    encoder = load_encoder(str(tmp_path / "ours"))[1]
+    assert_same(encoder, load_encoder(source)[1])
 
     save_hf(ours.config, ours_params, str(tmp_path / "theirs"))
     back, back_params = load(str(tmp_path / "theirs"))
@@ -610,7 +611,7 @@ def test_command_both_ways_with_verify(checkpoints, tmp_path, capsys):
     (source / "spiece.model").write_bytes(b"pieces")
     status, out, err = run(capsys, f"--input={source}", f"--output={ours}", "--verify")
     assert (status, err) == (0, "")
-    assert "logits agree" in out
+    assert "agrees with transformers" in out and "top-1 agreement 100.0%" in out
     status, out, err = run(capsys, f"--input={ours}", f"--output={theirs}", "--to=hf", "--verify")
     assert (status, err) == (0, "")
     before, after = (load_file(d / "model.safetensors") for d in (source, theirs))
@@ -627,7 +628,7 @@ def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypa
     flags = [f"--input={checkpoints / 'v1.1'}", f"--output={tmp_path / 'out'}", "--verify"]
     status, _, err = run(capsys, *flags)
     assert status == 2
-    assert "logits differ" in err and "1.0e-03" in err and err.count("\n") == 1
+    assert "differs from transformers" in err and "1.0e-03" in err and err.count("\n") == 1
 
 
 def test_verify_needs_transformers(checkpoints, tmp_path, capsys, monkeypatch):

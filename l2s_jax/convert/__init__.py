@@ -28,6 +28,7 @@ __all__ = [
     "content_hash",
     "family_of",
     "load",
+    "load_encoder",
     "load_hf",
     "load_native",
     "save_hf",
@@ -53,33 +54,82 @@ def _read_config(directory: str) -> tuple[dict[str, Any], str]:
     return read_json(path), path
 
 
-def load_hf(
-    directory: str, *, encoder_only: bool = False, dtype: Any = jnp.float32
-) -> tuple[nn.Module, Params]:
+def load_hf(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params]:
     """(module, params) of a Hugging Face directory: config.json and safetensors, whole or sharded.
 
     Params are float32 numpy arrays, whatever the file's dtype; `dtype` is the compute dtype of the
-    module. With `encoder_only`, only what encodes a prompt is read, and params holds only that.
-    ValueError, in one line, names the file that cannot be read or does not fit.
+    module. ValueError, in one line, names the file that cannot be read or does not fit.
     """
+    return _load(directory, dtype, format="hf")
+
+
+def load_native(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params]:
+    """(module, params) of a directory that `save_native` wrote; see `load_hf`."""
+    return _load(directory, dtype, format=FORMAT)
+
+
+def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params]:
+    """(module, params) of a directory of either kind; see `load_hf`."""
+    return _load(directory, dtype)
+
+
+def load_encoder(
+    directory: str, *, layer: float = 0.0, dtype: Any = jnp.float32
+) -> tuple[nn.Module, Params]:
+    """As `load`, but only what encodes a prompt is read and held.
+
+    An encoder-decoder gives its encoder. A decoder-only model gives its first `layer` layers, or
+    that fraction of them if it is below 1, or all of them if it is 0.
+    """
+    return _load(directory, dtype, layer=layer)
+
+
+def _load(
+    directory: str, dtype: Any, *, format: str | None = None, layer: float | None = None
+) -> tuple[nn.Module, Params]:
     fields, path = _read_config(directory)
-    model_type = fields.get("model_type")
-    family = next((f for f in FAMILIES if model_type in f.model_types), None)
-    if family is None:
-        known = ", ".join(name for f in FAMILIES for name in f.model_types)
-        raise ValueError(f"{path}: model_type is {model_type!r}, expected one of {known}")
-    with TensorFiles(directory, "model") as files:
-        config = dataclasses.replace(family.config_from_hf(fields, files.keys, path), dtype=dtype)
+    native = "format" in fields if format is None else format == FORMAT
+    family = _native_family(fields, path) if native else _hf_family(fields, path)
+    with TensorFiles(directory, "params" if native else "model") as files:
+        if native:
+            config = _config_from_native(family, fields, path)
+        else:
+            config = family.config_from_hf(fields, files.keys, path)
+        config = dataclasses.replace(config, dtype=dtype)
         module = family.make_module(config)
         shapes = param_shapes(family.abstract_params(module))
-        params = read_params(
-            files,
-            make_entries(family.make_rules(config), list(shapes)),
-            shapes,
-            ignored=family.ignored_keys,
-            prefixes=family.encoder_parameters if encoder_only else None,
+        entries = (
+            own_entries(shapes) if native else make_entries(family.make_rules(config), list(shapes))
         )
+        prefixes = None
+        if layer is not None:
+            try:
+                config, prefixes = family.encoder_parameters(config, layer)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            module = family.make_module(config)
+        ignored = () if native else family.ignored_keys
+        params = read_params(files, entries, shapes, ignored=ignored, prefixes=prefixes)
     return module, params
+
+
+def _hf_family(fields: dict[str, Any], path: str) -> Family:
+    model_type = fields.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise ValueError(f"{path}: model_type is {model_type!r}, expected one of {known}")
+
+
+def _native_family(fields: dict[str, Any], path: str) -> Family:
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
+    for family in FAMILIES:
+        if family.name == fields.get("family"):
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(f"{path}: family is {fields.get('family')!r}, expected one of {known}")
 
 
 def save_hf(config: Any, params: Params, directory: str) -> None:
@@ -109,26 +159,6 @@ def _config_from_native(family: Family, fields: dict[str, Any], path: str) -> An
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_native(
-    directory: str, *, encoder_only: bool = False, dtype: Any = jnp.float32
-) -> tuple[nn.Module, Params]:
-    """(module, params) of a directory that `save_native` wrote; arguments as in `load_hf`."""
-    fields, path = _read_config(directory)
-    if fields.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
-    family = next((f for f in FAMILIES if f.name == fields.get("family")), None)
-    if family is None:
-        known = ", ".join(f.name for f in FAMILIES)
-        raise ValueError(f"{path}: family is {fields.get('family')!r}, expected one of {known}")
-    config = dataclasses.replace(_config_from_native(family, fields, path), dtype=dtype)
-    module = family.make_module(config)
-    shapes = param_shapes(family.abstract_params(module))
-    with TensorFiles(directory, "params") as files:
-        prefixes = family.encoder_parameters if encoder_only else None
-        params = read_params(files, own_entries(shapes), shapes, prefixes=prefixes)
-    return module, params
-
-
 def save_native(config: Any, params: Params, directory: str) -> None:
     """Writes config.json (the config's own fields but dtype) and params.safetensors (float32)."""
     family = family_of(config)
@@ -139,12 +169,3 @@ def save_native(config: Any, params: Params, directory: str) -> None:
     write_directory(
         directory, {"format": FORMAT, "family": family.name, **fields}, tensors, "params"
     )
-
-
-def load(
-    directory: str, *, encoder_only: bool = False, dtype: Any = jnp.float32
-) -> tuple[nn.Module, Params]:
-    """(module, params) of a directory of either kind; arguments as in `load_hf`."""
-    fields, _ = _read_config(directory)
-    read = load_native if "format" in fields else load_hf
-    return read(directory, encoder_only=encoder_only, dtype=dtype)

@@ -13,6 +13,7 @@ from typing import NoReturn
 import jax
 
 from l2s_jax.convert import family_of, load, read_json, save_hf, save_native
+from l2s_jax.convert.verify import Agreement, compare
 
 TOLERANCE = 1e-4  # of the logits' scale
 # Beside the weights in a Hugging Face directory, and of use with either format.
@@ -50,14 +51,13 @@ def _parser() -> _Parser:
     return parser
 
 
-def _verify(input_directory: str, output_directory: str, to: str) -> float:
-    """Largest difference of logits between output and input, relative to their scale."""
+def _verify(input_directory: str, output_directory: str, to: str) -> Agreement:
+    """Output against input."""
     ours, theirs = output_directory, input_directory
     if to == "hf":
         ours, theirs = theirs, ours
     module, params = load(ours)
-    difference, scale = family_of(module.config).compare_logits(theirs, module, params)
-    return difference / scale
+    return compare(family_of(module.config), theirs, module, params)
 
 
 def convert(input_directory: str, output_directory: str, to: str, verify: bool) -> None:
@@ -90,13 +90,17 @@ def convert(input_directory: str, output_directory: str, to: str, verify: bool) 
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{output_directory}: {family_of(module.config).name}, {count:,} parameters")
     if verify:
-        relative = _verify(input_directory, output_directory, to)
-        if not relative <= TOLERANCE:
+        found = _verify(input_directory, output_directory, to)
+        measured = (
+            f"largest difference {found.difference:.1e} of the logits' scale, KL {found.kl:.1e} "
+            f"nats, top-1 agreement {found.top1:.1%}"
+        )
+        if not found.difference <= TOLERANCE:
             raise ValueError(
-                f"{output_directory}: logits differ from transformers' by {relative:.1e} of their "
-                f"scale, expected at most {TOLERANCE:.0e}"
+                f"{output_directory}: differs from transformers: {measured}; expected a "
+                f"difference of at most {TOLERANCE:.0e}"
             )
-        print(f"logits agree with transformers' within {relative:.1e} of their scale")
+        print(f"agrees with transformers: {measured}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -58,16 +59,23 @@ class Family:
     model_types: tuple[str, ...]  # values of config.json's model_type
     config_class: type
     make_module: Callable[[Any], nn.Module]
-    abstract_params: Callable[[nn.Module], Params]  # ShapeDtypeStructs
     make_rules: Callable[[Any], Sequence[Rule]]
     # (config.json's object, the tensors' names, the path for errors) -> config
     config_from_hf: Callable[[Mapping[str, Any], frozenset[str], str], Any]
     config_to_hf: Callable[[Any], dict[str, Any]]
-    # (Hugging Face directory, module, params) -> (max |difference|, max |logit|) on random input;
-    # needs torch and transformers
-    compare_logits: Callable[[str, nn.Module, Params], tuple[float, float]]
+    # What `module.apply` takes: token ids and a mask over them ("ids", "mask"); encoder-decoders
+    # take the decoder's ids as well.
+    inputs: tuple[str, ...]
+    # (config, layer as in config.llm.layer) -> (the config of what encodes a prompt, the path
+    # prefixes of its parameters)
+    encoder_parameters: Callable[[Any, float], tuple[Any, tuple[str, ...]]]
     ignored_keys: tuple[str, ...] = ()  # keys that a file may hold and that mean nothing
-    encoder_parameters: tuple[str, ...] = ()  # path prefixes of all that encodes a prompt
+
+    def abstract_params(self, module: nn.Module) -> Params:
+        """Shapes and dtypes of a module's parameters (ShapeDtypeStructs), without making any."""
+        dtypes = {"ids": jnp.int32, "mask": jnp.bool_}
+        inputs = [jax.ShapeDtypeStruct((1, 1), dtypes[name]) for name in self.inputs]
+        return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 @dataclasses.dataclass(frozen=True)

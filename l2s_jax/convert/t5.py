@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
-
-from l2s_jax.convert.engine import TRANSPOSED, Family, Params, Rule
+from l2s_jax.convert.engine import TRANSPOSED, Family, Rule
+from l2s_jax.convert.fields import read_fraction, read_integer, refuse_unsupported
 from l2s_jax.models.t5 import T5, T5Config
 
 ACTIVATION_OF = {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu"}
@@ -92,20 +88,6 @@ def make_rules(config: T5Config) -> Sequence[Rule]:
     return rules
 
 
-def _number(fields: Mapping[str, Any], name: str, default: Any, source: str, low: int = 1) -> int:
-    value = fields.get(name, default)
-    if type(value) is not int or value < low:
-        raise ValueError(f"{source}: {name} is {value!r}, expected an integer >= {low}")
-    return value
-
-
-def _fraction(fields: Mapping[str, Any], name: str, default: float, source: str) -> float:
-    value = fields.get(name, default)
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise ValueError(f"{source}: {name} is {value!r}, expected a number in [0, 1)")
-    return float(value)
-
-
 def _head(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> tuple[bool, bool]:
     """(tied_head, scaled_head), by the rules of transformers 5, to which 4's agree but for one.
 
@@ -132,9 +114,7 @@ def _head(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> tuple
 def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> T5Config:
     """config.json -> T5Config. `keys` are the tensors' names; `source` is named in errors."""
     defaults = DEFAULTS[fields["model_type"]]
-    for name, values in NEUTRAL.items():
-        if fields.get(name) not in values:
-            raise ValueError(f"{source}: {name} is {fields[name]!r}, which is not supported")
+    refuse_unsupported(fields, NEUTRAL, source)
     projection = fields.get("feed_forward_proj", defaults["feed_forward_proj"])
     if not isinstance(projection, str) or projection not in ACTIVATION_OF:
         raise ValueError(
@@ -155,7 +135,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
         fields = {**fields, "eos_token_id": eos[0]}
 
     def number(name: str, default: Any = None, low: int = 1) -> int:
-        return _number(fields, name, defaults.get(name, default), source, low)
+        return read_integer(fields, name, defaults.get(name, default), source, low)
 
     def token(name: str, default: int) -> int:
         value = number(name, default, 0)
@@ -184,8 +164,8 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
         scaled_head=scaled_head,
         num_buckets=num_buckets,
         max_distance=number("relative_attention_max_distance", 128, num_buckets // 2 + 1),
-        norm_epsilon=_fraction(fields, "layer_norm_epsilon", 1e-6, source),
-        dropout_rate=_fraction(fields, "dropout_rate", 0.1, source),
+        norm_epsilon=read_fraction(fields, "layer_norm_epsilon", 1e-6, source),
+        dropout_rate=read_fraction(fields, "dropout_rate", 0.1, source),
         pad_id=token("pad_token_id", 0),
         eos_id=token("eos_token_id", 1),
         decoder_start_id=token("decoder_start_token_id", 0),
@@ -221,37 +201,11 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     }
 
 
-def abstract_params(module: nn.Module) -> Params:
-    """Shapes and dtypes of the parameters, without making any."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    return jax.eval_shape(module.init, jax.random.key(0), ids, mask, ids)["params"]
-
-
-def compare_logits(directory: str, module: nn.Module, params: Params) -> tuple[float, float]:
-    """Logits of our model against transformers' of `directory`, on random prompts with padding."""
-    import torch
-    from transformers import AutoModelForSeq2SeqLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    reference = AutoModelForSeq2SeqLM.from_pretrained(directory, local_files_only=True)
-    reference = reference.float().eval()
-    random = np.random.default_rng(0)
-    vocab_size = module.config.vocab_size
-    prompt_ids = random.integers(0, vocab_size, (2, 24), dtype=np.int32)
-    mask = np.arange(24) < np.array([[24], [13]])
-    decoder_ids = random.integers(0, vocab_size, (2, 12), dtype=np.int32)
-    with torch.no_grad():
-        expected = reference(
-            input_ids=torch.tensor(prompt_ids, dtype=torch.long),
-            attention_mask=torch.tensor(mask, dtype=torch.long),
-            decoder_input_ids=torch.tensor(decoder_ids, dtype=torch.long),
-        ).logits.numpy()
-    with jax.default_matmul_precision("highest"):
-        found = jax.jit(module.apply)({"params": params}, prompt_ids, mask, decoder_ids)
-    return float(np.abs(np.asarray(found) - expected).max()), float(np.abs(expected).max())
+def encoder_parameters(config: T5Config, layer: float) -> tuple[T5Config, tuple[str, ...]]:
+    """The whole encoder: there is no layer to choose."""
+    if layer:
+        raise ValueError(f"layer {layer:g} of a T5: expected 0, its encoder has one output")
+    return config, ("token_embedding/", "encoder/")
 
 
 FAMILY = Family(
@@ -259,12 +213,11 @@ FAMILY = Family(
     model_types=("t5", "mt5"),
     config_class=T5Config,
     make_module=T5,
-    abstract_params=abstract_params,
     make_rules=make_rules,
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    compare_logits=compare_logits,
+    inputs=("ids", "mask", "ids"),
     # In files of the first T5 release; no code ever read it.
     ignored_keys=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
-    encoder_parameters=("token_embedding/", "encoder/"),
+    encoder_parameters=encoder_parameters,
 )

@@ -1,7 +1,7 @@
 """The key/value cache of cached decoding: its shapes, dtypes and axes, declared once.
 
 A cache is a plain pytree that a model's `prefill` makes and its `step` returns anew. Leaves with a
-batch axis carry it first; `DecoderCache.index` is the one scalar.
+batch axis carry it first; `index` is the one scalar.
 """
 
 from __future__ import annotations
@@ -33,6 +33,24 @@ class DecoderCache:
     self_attention: tuple[KeyValue, ...]
     cross_attention: tuple[KeyValue, ...]
     prompt_mask: jax.Array
+
+
+@struct.dataclass
+class CausalCache:
+    """State of a decoder-only model between two steps: the prompt's slots, then the response's.
+
+    index: int32 [], the slot that the next token goes to, the same for every row.
+    next_position: int32 [B], the next token's position, which padding does not count in.
+    positions: int32 [B, K], of the token in each slot.
+    mask: bool [B, K], true where a slot holds a real token.
+    layers: one KeyValue [B, G, K, H] per layer.
+    """
+
+    index: jax.Array
+    next_position: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    layers: tuple[KeyValue, ...]
 
 
 def empty_key_value(

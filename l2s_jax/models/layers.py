@@ -23,21 +23,26 @@ MASKED = -1e10
 
 
 class Linear(nn.Module):
-    """x [..., in] -> [..., features]: `x @ kernel`, no bias."""
+    """x [..., in] -> [..., features]: `x @ kernel`, and a bias where there is one."""
 
     features: int
     initializer: Initializer
     dtype: jnp.dtype = jnp.float32
     out_dtype: jnp.dtype | None = None  # accumulate and return in this dtype; None: `dtype`
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
-        return jnp.dot(
+        y = jnp.dot(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             preferred_element_type=self.out_dtype or self.dtype,
         )
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + bias.astype(y.dtype)
 
 
 class Embedding(nn.Module):
@@ -77,6 +82,21 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale
+
+
+class LayerNorm(nn.Module):
+    """Zero mean and unit variance, then scale and bias (Ba et al. 2016). float32."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
 
 
 class Attention(nn.Module):

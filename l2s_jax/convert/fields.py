@@ -1,0 +1,52 @@
+"""Reading of a config.json's fields, with errors that name the file, the field and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def read_integer(
+    fields: Mapping[str, Any], name: str, default: Any, source: str, low: int = 1
+) -> int:
+    """An integer of at least `low`."""
+    value = fields.get(name, default)
+    if type(value) is not int or value < low:
+        raise ValueError(f"{source}: {name} is {value!r}, expected an integer >= {low}")
+    return value
+
+
+def read_fraction(fields: Mapping[str, Any], name: str, default: float, source: str) -> float:
+    """A number in [0, 1)."""
+    value = fields.get(name, default)
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"{source}: {name} is {value!r}, expected a number in [0, 1)")
+    return float(value)
+
+
+def read_positive(fields: Mapping[str, Any], name: str, default: Any, source: str) -> float:
+    """A number above 0."""
+    value = fields.get(name, default)
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"{source}: {name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+def read_flag(fields: Mapping[str, Any], name: str, default: bool, source: str) -> bool:
+    """true or false."""
+    value = fields.get(name, default)
+    if type(value) is not bool:
+        raise ValueError(f"{source}: {name} is {value!r}, expected true or false")
+    return value
+
+
+def refuse_unsupported(
+    fields: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], source: str
+) -> None:
+    """An error for an option that would change the computation.
+
+    `neutral` gives the values under which it doesn't; a field that isn't there is neutral too.
+    """
+    for name, values in neutral.items():
+        if name in fields and fields[name] not in values:
+            raise ValueError(f"{source}: {name} is {fields[name]!r}, which is not supported")

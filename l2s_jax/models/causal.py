@@ -1,0 +1,245 @@
+"""What the decoder-only families share: attention, the cache, and the four ways to run a model.
+
+A family (gpt2.py, gpt_neox.py, llama.py) is its layers and a subclass of `CausalModel`. Prompts may
+be padded anywhere: a token's position is the number of real tokens before it, so nothing depends
+on padding. Slots are places in an array or a cache, positions are what a model knows of order.
+Letters as in layers.py, and G key/value heads, R query heads for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2s_jax.models.cache import CausalCache, KeyValue, write_position
+from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, mask_bias
+from l2s_jax.models.rotary import Rotary
+
+
+class CausalAttention(nn.Module):
+    """Self-attention with `num_kv_heads` key/value heads (Ainslie et al. 2023).
+
+    `rotary` turns queries and keys by position; `norm_epsilon` puts an RMSNorm on each head's query
+    and key (Qwen3). None leaves them as they are.
+    """
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    initializer: Initializer
+    rotary: Rotary | None = None
+    input_bias: bool = False
+    output_bias: bool = False
+    norm_epsilon: float | None = None
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        def inward(heads: int) -> Linear:
+            return Linear(
+                heads * self.head_width, self.initializer, self.dtype, use_bias=self.input_bias
+            )
+
+        self.query = inward(self.num_heads)
+        self.key = inward(self.num_kv_heads)
+        self.value = inward(self.num_kv_heads)
+        self.output = Linear(
+            self.width, self.initializer, self.dtype, jnp.float32, use_bias=self.output_bias
+        )
+        if self.norm_epsilon is not None:
+            self.query_norm = RMSNorm(self.norm_epsilon)
+            self.key_norm = RMSNorm(self.norm_epsilon)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        """[B, T, N*H] -> [B, N, T, H]."""
+        return x.reshape(*x.shape[:2], -1, self.head_width).transpose(0, 2, 1, 3)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        bias: jax.Array,
+        cache: KeyValue | None = None,
+        index: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValue]:
+        """x [B, Q, D], positions int32 [B, Q], bias [B, 1, Q, K] -> (float32 [B, Q, D], keys and
+        values attended to).
+
+        With `cache`, Q is 1 and its key and value go to slot `index` of the cache.
+        """
+        query, key = self._split_heads(self.query(x)), self._split_heads(self.key(x))
+        if self.norm_epsilon is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
+        held = new if cache is None else write_position(cache, new, index)
+
+        grouped = query.astype(self.dtype).reshape(
+            query.shape[0], self.num_kv_heads, -1, *query.shape[2:]
+        )
+        scores = jnp.einsum(
+            "bgrqh,bgkh->bgrqk", grouped, held.key, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(scores * self.head_width**-0.5 + bias[:, :, None], axis=-1)
+        weights = self.dropout(weights.astype(self.dtype), deterministic=deterministic)
+        mixed = jnp.einsum("bgrqk,bgkh->bqgrh", weights, held.value)
+        return self.output(mixed.reshape(*mixed.shape[:2], -1)), held
+
+
+class CausalModel(nn.Module):
+    """A decoder-only language model. `apply({"params": p}, ids, mask)` -> logits [B, T, V].
+
+    A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (each called as
+    CausalAttention is, on the residual stream), `final_norm`, `embedding_dropout`, and `head`
+    (layers.Linear) unless `config.tied_head`. `config` has vocab_size, width, num_layers, tied_head
+    and `windows`, how many positions back each layer sees (None: all).
+    """
+
+    config: Any
+
+    def enter(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """The residual stream's start, from embedded tokens [B, T, D]; learned positions go in
+        here.
+        """
+        return x
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        x = self.final_norm(x)
+        return self.token_embedding.attend(x) if self.config.tied_head else self.head(x)
+
+    def _run(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        deterministic: bool,
+        num_layers: int | None = None,
+    ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+        """All of [B, T, D] at once, slots in order under bool mask [B, T]."""
+        x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
+        slots = jnp.arange(x.shape[1])
+        visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])
+        biases = _biases(self.config.windows, visible, positions, positions)
+        held = []
+        for layer, bias in list(zip(self.layers, biases, strict=True))[:num_layers]:
+            x, key_value = layer(x, positions, bias, deterministic=deterministic)
+            held.append(key_value)
+        return x, tuple(held)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """int32 [B, T] -> float32 [B, T, D]."""
+        return self.token_embedding(ids)
+
+    def hidden_states(
+        self, embedded: jax.Array, mask: jax.Array, num_layers: int | None = None
+    ) -> jax.Array:
+        """Embedded tokens under bool mask [B, T] -> float32 [B, T, D] after `num_layers` layers.
+
+        No final norm is applied; None runs all layers.
+        """
+        return self._run(embedded, token_positions(mask), mask, True, num_layers)[0]
+
+    def __call__(self, ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
+        """int32 [B, T], bool [B, T] -> float32 logits [B, T, V] of each next token."""
+        x, _ = self._run(self.embed(ids), token_positions(mask), mask, deterministic)
+        return self._logits(x)
+
+    def score(
+        self,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        response_ids: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Embedded prompt [B, T, D] under its mask, int32 [B, S] -> float32 [B, S, V].
+
+        Logits of each response token, given the prompt and the response tokens before it.
+        """
+        before = response_ids[:, :-1]
+        x = jnp.concatenate([prompt, self.embed(before)], axis=1)
+        mask = jnp.concatenate([prompt_mask, jnp.ones(before.shape, bool)], axis=1)
+        x, _ = self._run(x, token_positions(mask), mask, deterministic)
+        states = jnp.concatenate(
+            [_last_real(x[:, : prompt.shape[1]], prompt_mask), x[:, prompt.shape[1] :]], axis=1
+        )
+        return self._logits(states)
+
+    def prefill(
+        self, prompt: jax.Array, mask: jax.Array, max_new_tokens: int
+    ) -> tuple[jax.Array, CausalCache]:
+        """Embedded prompt [B, T, D] -> (float32 logits [B, V] of the first token, cache)."""
+        positions = token_positions(mask)
+        x, held = self._run(prompt, positions, mask, True)
+
+        def extend(slots: jax.Array, axis: int) -> jax.Array:
+            padding = [(0, 0)] * slots.ndim
+            padding[axis] = (0, max_new_tokens)
+            return jnp.pad(slots, padding)
+
+        cache = CausalCache(
+            index=jnp.full((), prompt.shape[1], jnp.int32),
+            next_position=jnp.sum(mask, axis=1, dtype=jnp.int32),
+            positions=extend(positions, 1),
+            mask=extend(mask, 1),
+            layers=jax.tree.map(lambda slots: extend(slots, 2), held),
+        )
+        return self._logits(_last_real(x, mask))[:, 0], cache
+
+    def step(self, token: jax.Array, cache: CausalCache) -> tuple[jax.Array, CausalCache]:
+        """int32 [B] -> (float32 logits [B, V] of the next token, the cache with this one in)."""
+        position = cache.next_position[:, None]
+        update = jax.lax.dynamic_update_slice_in_dim
+        positions = update(cache.positions, position, cache.index, axis=1)
+        mask = update(cache.mask, jnp.ones_like(position, bool), cache.index, axis=1)
+        biases = _biases(self.config.windows, mask[:, None, :], position, positions)
+        x = self.enter(self.embed(token[:, None]), position)
+        written = []
+        for layer, bias, held in zip(self.layers, biases, cache.layers, strict=True):
+            x, key_value = layer(x, position, bias, held, cache.index)
+            written.append(key_value)
+        cache = CausalCache(
+            index=cache.index + 1,
+            next_position=cache.next_position + 1,
+            positions=positions,
+            mask=mask,
+            layers=tuple(written),
+        )
+        return self._logits(x)[:, 0], cache
+
+
+def token_positions(mask: jax.Array) -> jax.Array:
+    """bool [B, T] -> int32 [B, T]: how many real tokens come before each slot."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _last_real(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, 1, D]: the state at each row's last real token."""
+    slots = jnp.arange(mask.shape[1])
+    last = jnp.max(jnp.where(mask, slots, 0), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)
+
+
+def _biases(
+    windows: Sequence[int | None],
+    visible: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+) -> list[jax.Array]:
+    """One bias [B, 1, Q, K] per layer; layers with the same window share it."""
+
+    def bias(window: int | None) -> jax.Array:
+        if window is None:
+            return mask_bias(visible)[:, None]
+        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        return mask_bias(visible & (distance < window))[:, None]
+
+    made = {window: bias(window) for window in set(windows)}
+    return [made[window] for window in windows]

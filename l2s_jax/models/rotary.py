@@ -1,0 +1,79 @@
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864) and the ways to stretch them.
+
+The two halves of the rotated share of a head are the two coordinates of its planes, as in GPT-NeoX
+and Llama (not interleaved).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotates the first `width` numbers of each head, `kind` one of KINDS.
+
+    linear: positions shrink by `factor` (Chen et al. 2023, arXiv 2306.15595). llama3: only
+    frequencies whose wavelength is long against `original_length` shrink, between
+    `low_frequency_factor` and `high_frequency_factor` by degrees (Llama 3.1). yarn: likewise,
+    between `beta_fast` and `beta_slow` turns over `original_length`, and queries and keys are
+    scaled by `attention_factor` (Peng et al. 2023, arXiv 2309.00071, equations 19 to 23).
+    """
+
+    width: int
+    base: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_length: int = 0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"rotary kind {self.kind!r}: expected one of {KINDS}")
+        if self.width < 2 or self.width % 2:
+            raise ValueError(f"rotary width {self.width}: expected an even number above 0")
+
+    def frequencies(self) -> np.ndarray:
+        """Radians per position of each plane, float32 [width / 2]."""
+        plain = self.base ** -(np.arange(0, self.width, 2) / self.width)
+        if self.kind == "default":
+            return plain.astype(np.float32)
+        if self.kind == "linear":
+            return (plain / self.factor).astype(np.float32)
+        if self.kind == "llama3":
+            turns = self.original_length * plain / (2 * math.pi)
+            low, high = self.low_frequency_factor, self.high_frequency_factor
+            kept = np.clip((turns - low) / (high - low), 0, 1)
+        else:
+            planes = [self._plane(turns) for turns in (self.beta_fast, self.beta_slow)]
+            first, last = max(math.floor(planes[0]), 0), min(math.ceil(planes[1]), self.width - 1)
+            ramp = (np.arange(self.width // 2) - first) / max(last - first, 1e-3)
+            kept = 1 - np.clip(ramp, 0, 1)
+        return (kept * plain + (1 - kept) * plain / self.factor).astype(np.float32)
+
+    def _plane(self, turns: float) -> float:
+        """The plane, as a fraction, that turns this often over the original length."""
+        wavelength = self.original_length / (turns * 2 * math.pi)
+        return self.width * math.log(wavelength) / (2 * math.log(self.base))
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """x [B, N, T, H], positions int32 [B, T] -> float32 [B, N, T, H]."""
+        angles = positions[:, None, :, None].astype(jnp.float32) * self.frequencies()
+        scale = self.attention_factor
+        cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+        x = x.astype(jnp.float32)
+        first, second, rest = jnp.split(x, (self.width // 2, self.width), axis=-1)
+        return jnp.concatenate(
+            [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
+        )
