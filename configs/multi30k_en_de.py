@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     )
     config.task.prompt = "{en}"
     config.task.response = "de"
-    config.tokenizer.train_vocab_size = 5000
+    config.tokenizer.train_vocab_size = 4000
     config.max_prompt_tokens = 64
     config.max_response_tokens = 64
     config.buckets = ((16, 16), (20, 20), (24, 24), (32, 32), (64, 64))
@@ -34,42 +34,42 @@ def get_config() -> ConfigDict:
         width=128,
         num_heads=4,
         head_width=32,
-        feed_forward_width=256,
-        num_encoder_layers=4,
-        num_decoder_layers=4,
+        feed_forward_width=512,
+        num_encoder_layers=5,
+        num_decoder_layers=6,
     )
     config.llm.train.update(
-        steps=5400,
+        steps=4800,
         batch_size=64,
         learning_rate=2e-2,
         warmup_steps=400,
         label_smoothing=0.1,
-        dropout_rate=0.1,
+        dropout_rate=0.15,
         ema_decay=0.998,
-        evaluate_every=450,
+        evaluate_every=400,
         log_every=20,
     )
     config.slm.model.update(
         width=96,
         num_heads=4,
         head_width=24,
-        feed_forward_width=192,
+        feed_forward_width=256,
         num_encoder_layers=1,
-        num_decoder_layers=1,
+        num_decoder_layers=2,
     )
     for section in (config.slm, config.l2s):
         section.train.update(
-            steps=3000,
+            steps=6000,
             batch_size=64,
             learning_rate=2e-2,
             warmup_steps=400,
             label_smoothing=0.1,
-            dropout_rate=0.0,
+            dropout_rate=0.05,
             ema_decay=0.998,
-            evaluate_every=500,
+            evaluate_every=600,
             log_every=20,
         )
-    config.l2s.projector_width = 128
+    config.l2s.projector_width = 256
     config.labels = "llm"
     config.decoding.update(max_new_tokens=64, batch_size=100)
     config.evaluation.latency.update(prompt_tokens=24, new_tokens=24)

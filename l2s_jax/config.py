@@ -7,14 +7,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 
-def model_config() -> ConfigDict:
-    """Geometry of a model that is made here (T5; the names are those of `T5Config`)."""
-    return ConfigDict(
-        {
-            "width": 512,
-            "num_heads": 8,
+def model_config(family: str = "t5") -> ConfigDict:
+    """Geometry of a model that is made here; the names are those of its family's config class."""
+    geometry = {"family": family, "width": 512, "num_heads": 8, "feed_forward_width": 2048}
+    if family == "t5":
+        geometry |= {
             "head_width": 64,
-            "feed_forward_width": 2048,
             "num_encoder_layers": 6,
             "num_decoder_layers": 6,
             "activation": "relu",
@@ -22,7 +20,24 @@ def model_config() -> ConfigDict:
             "num_buckets": 32,
             "max_distance": 128,
         }
-    )
+    elif family == "gpt2":
+        geometry |= {"num_layers": 6, "max_positions": 1024}
+    elif family == "gpt_neox":
+        geometry |= {"num_layers": 6}
+    elif family == "llama":
+        geometry |= {"num_layers": 6, "num_kv_heads": 8, "head_width": 64, "tied_head": True}
+    else:
+        raise ValueError(f"model family {family!r}: expected 't5', 'gpt2', 'gpt_neox' or 'llama'")
+    return ConfigDict(geometry)
+
+
+def tokenizer_config() -> ConfigDict:
+    """Where a tokenizer comes from.
+
+    train_vocab_size 0: it lies in the model's directory. Else it is trained on the train split,
+    with that many pieces; model_type is "unigram" or "bpe".
+    """
+    return ConfigDict({"train_vocab_size": 0, "model_type": "unigram"})
 
 
 def train_config(steps: int = 0) -> ConfigDict:
@@ -66,8 +81,7 @@ def default() -> ConfigDict:
                 "response": "",  # field name
                 "references": "",  # field of further references, if there is one
             },
-            # 0: the tokenizer lies in the LLM's directory. Else: trained on the train split.
-            "tokenizer": {"train_vocab_size": 0, "model_type": "unigram"},  # unigram | bpe
+            "tokenizer": tokenizer_config(),  # the LLM's
             "max_prompt_tokens": 128,
             "max_response_tokens": 128,
             # (prompt, response) lengths that batches are padded to, ascending.
@@ -76,11 +90,16 @@ def default() -> ConfigDict:
             "llm": {
                 "path": "",  # a Hugging Face directory, or RUN/llm/model; "": made here
                 "model": model_config(),
+                # Of a decoder-only LLM: how many of its layers, or which fraction of them, make H;
+                # 0: all.
+                "layer": 0.0,
                 "train": train_config(),
             },
             "slm": {
                 "path": "",  # a directory to start from; "": random parameters
                 "model": model_config(),
+                # train_vocab_size 0: that of the directory; without one, the LLM's.
+                "tokenizer": tokenizer_config(),
                 "train": train_config(1000),
             },
             "l2s": {

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from l2s_jax import metrics, report
-from l2s_jax.decoding.loop import cache_length
+from l2s_jax.decoding.loop import decoding_steps
 from l2s_jax.experiment import Experiment
 from l2s_jax.generate import Generator, Output, decode, decode_cache
 from l2s_jax.models.systems import parameter_count
@@ -101,10 +101,10 @@ def measure_latency(
 ) -> dict[str, dict[str, float]]:
     """Medians in milliseconds for a whole batch of random prompts, all systems in turn.
 
-    encode_ms, prefill_ms and decode_ms_per_token are those of three programs run one after
-    another; total_ms is that of the one program that generation runs. Each repeat measures every
-    system once, so that a disturbance of the machine meets them all. compile_s is the compile time
-    of that one program; warm-up is excluded.
+    encode_ms, prefill_ms (which gives the first token) and decode_ms_per_token are those of three
+    programs run one after another; total_ms is that of the one program that generation runs. Each
+    repeat measures every system once, so that a disturbance of the machine meets them all.
+    compile_s is the compile time of that one program; warm-up is excluded.
     """
     runs = {
         name: _Stopwatch(generator, batch_size, prompt_tokens, new_tokens)
@@ -133,27 +133,33 @@ class _Stopwatch:
         system = generator.system
         rng = np.random.default_rng(0)
         shape = (batch_size, prompt_tokens)
-        ids = jnp.asarray(rng.integers(3, generator.tokenizer.vocab_size, shape), jnp.int32)
+        ids = jnp.asarray(rng.integers(3, generator.prompt_tokenizer.vocab_size, shape), jnp.int32)
         mask = jnp.ones(shape, bool)
         active = jnp.ones(batch_size, bool)
         trained, frozen = generator.trained, generator.frozen
-        self._new_tokens = new_tokens
+        self._steps = max(decoding_steps(new_tokens), 1)
 
         encode = jax.jit(system.encode).lower(trained, frozen, ids, mask).compile()
         hidden = encode(trained, frozen, ids, mask)
         prefill = (
-            jax.jit(system.prefill, static_argnums=4)
-            .lower(trained, ids, mask, hidden, cache_length(new_tokens))
+            jax.jit(system.prefill, static_argnums=5)
+            .lower(trained, frozen, ids, mask, hidden, decoding_steps(new_tokens))
             .compile()
         )
-        cache = prefill(trained, ids, mask, hidden)
+        logits, cache = prefill(trained, frozen, ids, mask, hidden)
         loop = (
             jax.jit(
-                lambda trained, cache, active: decode_cache(
-                    system, trained, cache, active, max_new_tokens=new_tokens, ignore_eos=True
+                lambda trained, logits, cache, active: decode_cache(
+                    system,
+                    trained,
+                    logits,
+                    cache,
+                    active,
+                    max_new_tokens=new_tokens,
+                    ignore_eos=True,
                 )
             )
-            .lower(trained, cache, active)
+            .lower(trained, logits, cache, active)
             .compile()
         )
         start = time.perf_counter()
@@ -164,8 +170,8 @@ class _Stopwatch:
         )
         self.compile_s = time.perf_counter() - start
         self._encode = lambda: encode(trained, frozen, ids, mask)
-        self._prefill = lambda hidden: prefill(trained, ids, mask, hidden)
-        self._loop = lambda cache: loop(trained, cache, active)
+        self._prefill = lambda hidden: prefill(trained, frozen, ids, mask, hidden)
+        self._loop = lambda first: loop(trained, *first, active)
         self._whole = lambda: whole(trained, frozen, ids, mask, active)
         for _ in range(2):
             self.measure()
@@ -173,13 +179,13 @@ class _Stopwatch:
     def measure(self) -> dict[str, float]:
         """One run of everything, in milliseconds."""
         hidden, encode_ms = _timed(self._encode)
-        cache, prefill_ms = _timed(self._prefill, hidden)
-        _, decode_ms = _timed(self._loop, cache)
+        first, prefill_ms = _timed(self._prefill, hidden)
+        _, decode_ms = _timed(self._loop, first)
         _, total_ms = _timed(self._whole)
         return {
             "encode_ms": encode_ms,
             "prefill_ms": prefill_ms,
-            "decode_ms_per_token": decode_ms / self._new_tokens,
+            "decode_ms_per_token": decode_ms / self._steps,
             "total_ms": total_ms,
         }
 

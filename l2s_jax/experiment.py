@@ -3,8 +3,9 @@
 Each stage leaves its result in a folder of its own, is skipped where the result is there and was
 made from the same settings, and continues from its checkpoint where it was interrupted:
 
-    DIR/tokenizer/spiece.model  DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/slm/model/  DIR/l2s/model/
-"""  # noqa: E501
+    DIR/tokenizer/spiece.model  DIR/slm_tokenizer/spiece.model  (where the SLM has its own)
+    DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/slm/model/  DIR/l2s/model/
+"""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.generate import Generator, make_generator
+from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.l2s import FUSIONS
-from l2s_jax.models.systems import LlmToSlm, Params, Seq2Seq, System, encoder_only
+from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.t5 import T5Config
-from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece
+from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
 from l2s_jax.workdir import atomic_directory, find_stage, fingerprint, open_stage
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Experiment:
         self.config = config
         self.workdir = workdir
         self._open_stage = open_stage if train else find_stage
+        self._told_of_losses = False
         self.dtype = compute_dtype(config.dtype)
         self.task = load_task(config.task)
         self.mesh = sharding.make_mesh(config.mesh)
@@ -54,19 +57,43 @@ class Experiment:
         _check(config, self.mesh)
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that LLM and SLM share."""
-        size = self.config.tokenizer.train_vocab_size
-        tokenizer = self._trained_tokenizer() if size else load_tokenizer(self.config.llm.path)
-        for name in ("llm", "slm"):
-            path = self.config[name].path
-            if path and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
-                source = "the one trained here" if size else f"that of {self.config.llm.path}"
-                raise ValueError(
-                    f"config.{name}.path={path!r}: its tokenizer differs from {source}, "
-                    "expected the same: LLM and SLM share one vocabulary"
-                )
+    def llm_tokenizer(self) -> Tokenizer:
+        """The tokenizer of every prompt that the LLM reads."""
+        path = self.config.llm.path
+        if not self.config.tokenizer.train_vocab_size:
+            return load_tokenizer(path)
+        tokenizer = self._trained_tokenizer("tokenizer", self.config.tokenizer)
+        if path and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"config.llm.path={path!r}: its tokenizer differs from the one trained here; "
+                "expected config.tokenizer.train_vocab_size=0, or the LLM of the same run"
+            )
         return tokenizer
+
+    @functools.cached_property
+    def slm_tokenizer(self) -> Tokenizer:
+        """The tokenizer of every response of the SLM, and of its prompts where it is alone."""
+        section = self.config.slm
+        if not section.tokenizer.train_vocab_size:
+            return load_tokenizer(section.path) if section.path else self.llm_tokenizer
+        if section.path:
+            raise ValueError(
+                f"config.slm.path={section.path!r} and config.slm.tokenizer.train_vocab_size="
+                f"{section.tokenizer.train_vocab_size}: two tokenizers, expected one"
+            )
+        return self._trained_tokenizer("slm_tokenizer", section.tokenizer)
+
+    @property
+    def shared_vocabulary(self) -> bool:
+        """Whether LLM and SLM have the same tokenizer."""
+        return self.llm_tokenizer.fingerprint == self.slm_tokenizer.fingerprint
+
+    def tokenizers(self, name: str) -> tuple[Tokenizer, Tokenizer]:
+        """(that of the prompts, that of the responses) of system "llm", "slm" or "l2s"."""
+        return (
+            self.slm_tokenizer if name == "slm" else self.llm_tokenizer,
+            self.llm_tokenizer if name == "llm" else self.slm_tokenizer,
+        )
 
     @functools.cached_property
     def llm_directory(self) -> str:
@@ -77,19 +104,19 @@ class Experiment:
         inputs = {
             "path_hash": content_hash(config.path) if config.path else "",
             "model": None if config.path else config.model.to_dict(),
-            **self._training_inputs(config.train),
+            **self._training_inputs("llm"),
         }
         return self._train_alone("llm", inputs, lambda: self._examples("train"))
 
     @functools.cached_property
-    def llm(self) -> tuple[Seq2Seq, Params, Params]:
+    def llm(self) -> tuple[LanguageModel, Params, Params]:
         """(system, parameters, nothing frozen) of the LLM."""
         return self._load_alone("llm", self.llm_directory)
 
     @functools.cached_property
-    def slm(self) -> tuple[Seq2Seq, Params, Params]:
+    def slm(self) -> tuple[LanguageModel, Params, Params]:
         """(system, parameters, nothing frozen) of the SLM trained alone."""
-        inputs = {**self._slm_inputs(), **self._training_inputs(self.config.slm.train)}
+        inputs = {**self._slm_inputs(), **self._training_inputs("slm")}
         return self._load_alone("slm", self._train_alone("slm", inputs, lambda: self._labelled))
 
     @functools.cached_property
@@ -98,26 +125,29 @@ class Experiment:
         config = self.config.l2s
         inputs = {
             **self._slm_inputs(),
-            **self._training_inputs(config.train),
+            **self._training_inputs("l2s"),
             "llm_hash": self._llm_hash,
+            "layer": self.config.llm.layer,
             "fusion": config.fusion,
             "projector_width": config.projector_width,
         }
         directory = self._open_stage(self.workdir, "l2s", inputs)
         model = os.path.join(directory, "model")
         if not os.path.isdir(model):
-            llm, llm_params, _ = self.llm
+            llm, frozen = convert.load_encoder(
+                self.llm_directory, layer=self.config.llm.layer, dtype=self.dtype
+            )
             slm_config, slm_params = self._starting_point("slm", config.train.dropout_rate)
             system = LlmToSlm(
                 llm_config=llm.config,
                 slm_config=slm_config,
                 projector_width=config.projector_width or slm_config.width,
                 fusion=config.fusion,
+                shared_vocabulary=self.shared_vocabulary,
             )
             params = self._init(system)
             if slm_params is not None:
                 params = {**params, "slm": {k: slm_params[k] for k in params["slm"]}}
-            frozen = encoder_only(llm_params["llm"])
             trained = self._fit("l2s", system, params, frozen, directory, inputs, self._labelled)
             # A model and an LLM of the same workdir stay together when the workdir is moved.
             inside = os.path.join(os.path.abspath(self.workdir), "llm", "model")
@@ -130,8 +160,10 @@ class Experiment:
                     if os.path.abspath(self.llm_directory) == inside
                     else os.path.abspath(self.llm_directory),
                     llm_hash=self._llm_hash,
+                    layer=self.config.llm.layer,
+                    llm_tokenizer=self.llm_tokenizer,
+                    slm_tokenizer=self.slm_tokenizer,
                 )
-                self.tokenizer.save(temporary)
         return bundle.load(model, dtype=self.dtype)
 
     def evaluation_examples(self) -> Sequence[Example]:
@@ -141,7 +173,7 @@ class Experiment:
 
     def generator(self, loaded: tuple[System, Params, Params]) -> Generator:
         """Text in, text out, with one of the systems above."""
-        return make_generator(self.config, loaded, self.tokenizer)
+        return make_generator(self.config, loaded, *self.tokenizers(loaded[0].name))
 
     @functools.cached_property
     def _llm_hash(self) -> str:
@@ -161,23 +193,23 @@ class Experiment:
     def _examples(self, split: str) -> Sequence[Example]:
         return self.task.examples(split)
 
-    def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
+    def _tokenized(self, name: str, examples: Sequence[Example]) -> TokenizedExamples:
+        prompt_tokenizer, response_tokenizer = self.tokenizers(name)
         return TokenizedExamples(
             examples,
-            prompt_tokenizer=self.tokenizer,
-            response_tokenizer=self.tokenizer,
+            prompt_tokenizer=prompt_tokenizer,
+            response_tokenizer=response_tokenizer,
             max_prompt_tokens=self.config.max_prompt_tokens,
             max_response_tokens=self.config.max_response_tokens,
         )
 
-    def _trained_tokenizer(self) -> Tokenizer:
+    def _trained_tokenizer(self, stage: str, settings: ConfigDict) -> Tokenizer:
         """A tokenizer of the train split's own text."""
-        settings = self.config.tokenizer
         inputs = {"task": self._task_inputs(), "seed": self.config.seed, **settings.to_dict()}
-        directory = self._open_stage(self.workdir, "tokenizer", inputs)
+        directory = self._open_stage(self.workdir, stage, inputs)
         if os.path.exists(os.path.join(directory, "spiece.model")):
             return load_tokenizer(directory)
-        log.info("tokenizer: training %d pieces", settings.train_vocab_size)
+        log.info("%s: training %d pieces", stage, settings.train_vocab_size)
         texts = (text for e in self._examples("train") for text in (e.prompt, e.response))
         return train_sentencepiece(
             texts,
@@ -191,18 +223,22 @@ class Experiment:
         # Where the files lie says nothing about what is in them.
         return {k: v for k, v in self.config.task.to_dict().items() if k != "data_dir"}
 
-    def _training_inputs(self, train_config: ConfigDict) -> dict[str, Any]:
+    def _training_inputs(self, name: str) -> dict[str, Any]:
         config = self.config
-        return {
+        prompt_tokenizer, response_tokenizer = self.tokenizers(name)
+        inputs = {
             "task": self._task_inputs(),
-            "tokenizer": self.tokenizer.fingerprint,
+            "tokenizer": response_tokenizer.fingerprint,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,
             "buckets": self.buckets,
             "dtype": str(self.dtype),
             "seed": config.seed,
-            "train": train_config.to_dict(),
+            "train": config[name].train.to_dict(),
         }
+        if prompt_tokenizer.fingerprint != response_tokenizer.fingerprint:
+            inputs["prompt_tokenizer"] = prompt_tokenizer.fingerprint
+        return inputs
 
     def _label_inputs(self) -> dict[str, Any]:
         return {
@@ -219,23 +255,53 @@ class Experiment:
             "labels": "data" if self.config.labels == "data" else self._label_inputs(),
         }
 
-    def _starting_point(self, name: str, dropout_rate: float) -> tuple[T5Config, Params | None]:
+    def _starting_point(self, name: str, dropout_rate: float) -> tuple[ModelConfig, Params | None]:
         """Config, and parameters unless they are to be random, of an LLM or SLM to train."""
         section = self.config[name]
+        tokenizer = self.tokenizers(name)[1]
         if section.path:
             module, params = convert.load(section.path, dtype=self.dtype)
-            _check_vocabulary(self.tokenizer, module.config, section.path)
-            return dataclasses.replace(module.config, dropout_rate=dropout_rate), params
-        config = T5Config(
-            vocab_size=self.tokenizer.vocab_size,
-            pad_id=self.tokenizer.pad_id,
-            eos_id=self.tokenizer.eos_id,
-            decoder_start_id=self.tokenizer.pad_id,
+            config = dataclasses.replace(module.config, dropout_rate=dropout_rate)
+            return self._fitted(config, tokenizer, section.path), params
+        geometry = section.model.to_dict()
+        config = make_config(
+            geometry.pop("family"),
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
             dropout_rate=dropout_rate,
             dtype=self.dtype,
-            **section.model.to_dict(),
+            **geometry,
         )
-        return config, None
+        return self._fitted(config, tokenizer, f"config.{name}.model"), None
+
+    def _fitted(self, config: ModelConfig, tokenizer: Tokenizer, where: str) -> ModelConfig:
+        """The config of a model at `where`, once it has been checked against tokenizer and task."""
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer "
+                f"makes ids up to {tokenizer.vocab_size - 1}"
+            )
+        if not isinstance(config, T5Config):
+            # Decoder-only checkpoints often name an eos in config.json and use another: what ends
+            # a response here is what the tokenizer puts at its end.
+            config = dataclasses.replace(config, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id)
+        elif (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.eos_id):
+            raise ValueError(
+                f"{where}: the model's pad and eos ids are {config.pad_id} and {config.eos_id}, "
+                f"the tokenizer's {tokenizer.pad_id} and {tokenizer.eos_id}"
+            )
+        longest = self.config.max_prompt_tokens + max(
+            self.config.max_response_tokens, self.config.decoding.max_new_tokens
+        )
+        positions = getattr(config, "max_positions", longest)
+        if longest > positions:
+            raise ValueError(
+                f"{where}: the model has {positions} positions, prompt and response need "
+                f"{longest}: lower config.max_prompt_tokens, config.max_response_tokens or "
+                "config.decoding.max_new_tokens"
+            )
+        return config
 
     def _init(self, system: System) -> Params:
         return jax.jit(system.init)(jax.random.key(self.config.seed))
@@ -248,18 +314,18 @@ class Experiment:
         model = os.path.join(directory, "model")
         if not os.path.isdir(model):
             config, params = self._starting_point(name, self.config[name].train.dropout_rate)
-            system = Seq2Seq(name, config)
+            system = LanguageModel(name, config)
             start = self._init(system) if params is None else {name: params}
             trained = self._fit(name, system, start, {}, directory, inputs, examples())
             with atomic_directory(model) as temporary:
                 convert.save_hf(config, trained[name], temporary)
-                self.tokenizer.save(temporary)
+                self.tokenizers(name)[1].save(temporary)
         return model
 
-    def _load_alone(self, name: str, directory: str) -> tuple[Seq2Seq, Params, Params]:
+    def _load_alone(self, name: str, directory: str) -> tuple[LanguageModel, Params, Params]:
         module, params = convert.load(directory, dtype=self.dtype)
-        _check_vocabulary(self.tokenizer, module.config, directory)
-        return Seq2Seq(name, module.config), {name: params}, {}
+        config = self._fitted(module.config, self.tokenizers(name)[1], directory)
+        return LanguageModel(name, config), {name: params}, {}
 
     def _fit(
         self,
@@ -274,7 +340,11 @@ class Experiment:
         if self._open_stage is find_stage:
             raise ValueError(f"{directory}: not finished; --mode=train continues it")
         config = self.config[name].train
-        data = self._tokenized(examples)
+        data = self._tokenized(name, examples)
+        if not self._told_of_losses:
+            self._told_of_losses = True
+            warn_if_lossy(data.prompt_tokenizer, (e.prompt for e in examples), "prompts")
+            warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
         for what, cut in (
             ("prompts", data.truncated_prompts),
             ("responses", data.truncated_responses),
@@ -284,7 +354,7 @@ class Experiment:
         log.info("%s: training on %d examples, %d steps", name, len(data), config.steps)
         limit = self.config.evaluation.validation_examples
         validation = evaluation_batches(
-            self._tokenized(_first(self._examples("validation"), limit)),
+            self._tokenized(name, _first(self._examples("validation"), limit)),
             prompt_name=system.prompt_name,
             buckets=self.buckets,
             batch_size=config.batch_size,
@@ -314,19 +384,6 @@ class Experiment:
 def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:
     """The first `limit` examples; all of them where it is 0."""
     return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: T5Config, where: str) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer makes "
-            f"ids up to {tokenizer.vocab_size - 1}"
-        )
-    if (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.eos_id):
-        raise ValueError(
-            f"{where}: the model's pad and eos ids are {config.pad_id} and {config.eos_id}, "
-            f"the tokenizer's {tokenizer.pad_id} and {tokenizer.eos_id}"
-        )
 
 
 def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -22,9 +22,8 @@ from l2s_jax import bundle, convert
 from l2s_jax.config import compute_dtype
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
 from l2s_jax.data.tasks import Example, Task, load_task
-from l2s_jax.decoding.loop import Decoded, cache_length, greedy
-from l2s_jax.models.cache import DecoderCache
-from l2s_jax.models.systems import Params, Seq2Seq, System
+from l2s_jax.decoding.loop import Decoded, decoding_steps, greedy
+from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer
 
 
@@ -39,13 +38,14 @@ class Output(NamedTuple):
 def decode_cache(
     system: System,
     trained: Params,
-    cache: DecoderCache,
+    logits: jax.Array,
+    cache: Any,
     active: jax.Array,
     *,
     max_new_tokens: int,
     ignore_eos: bool = False,
 ) -> Decoded:
-    """The decoding loop from a prefilled cache; rows where active bool [B] is false are padding.
+    """The decoding loop after `prefill`; rows where active bool [B] is false are padding.
 
     With `ignore_eos`, every row decodes max_new_tokens: what a measurement wants.
     """
@@ -53,8 +53,8 @@ def decode_cache(
     return greedy(
         system.step,
         trained,
+        logits,
         cache,
-        jnp.full(active.shape, decoder.decoder_start_id, jnp.int32),
         active,
         eos_id=-1 if ignore_eos else decoder.eos_id,
         pad_id=decoder.pad_id,
@@ -82,9 +82,10 @@ def decode(
     hidden = system.encode(trained, frozen, ids, mask)
     if mismatched:
         hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
-    cache = system.prefill(trained, ids, mask, hidden, cache_length(max_new_tokens))
+    steps = decoding_steps(max_new_tokens)
+    logits, cache = system.prefill(trained, frozen, ids, mask, hidden, steps)
     return decode_cache(
-        system, trained, cache, active, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos
+        system, trained, logits, cache, active, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos
     )
 
 
@@ -101,7 +102,8 @@ class Generator:
         system: System,
         trained: Params,
         frozen: Params,
-        tokenizer: Tokenizer,
+        prompt_tokenizer: Tokenizer,
+        response_tokenizer: Tokenizer,
         *,
         prompt_lengths: Sequence[int],
         max_new_tokens: int,
@@ -111,7 +113,8 @@ class Generator:
         self.system = system
         self.trained = jax.device_put(trained)
         self.frozen = jax.device_put(frozen)
-        self.tokenizer = tokenizer
+        self.prompt_tokenizer = prompt_tokenizer
+        self.response_tokenizer = response_tokenizer
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self._prompt_lengths = tuple(prompt_lengths)
@@ -122,8 +125,8 @@ class Generator:
         """One output per prompt, in order; with a `description`, a progress bar on stderr."""
         data = TokenizedExamples(
             [Example(prompt, "", ()) for prompt in prompts],
-            prompt_tokenizer=self.tokenizer,
-            response_tokenizer=self.tokenizer,
+            prompt_tokenizer=self.prompt_tokenizer,
+            response_tokenizer=self.response_tokenizer,
             max_prompt_tokens=self._prompt_lengths[-1],
             max_response_tokens=1,
         )
@@ -159,19 +162,23 @@ class Generator:
         for row, index in enumerate(indices):
             if index >= 0:
                 length = int(decoded.lengths[row])
-                text = self.tokenizer.decode(decoded.tokens[row, :length].tolist())
+                text = self.response_tokenizer.decode(decoded.tokens[row, :length].tolist())
                 outputs[index] = Output(text, length, not bool(decoded.finished[row]))
 
 
 def make_generator(
-    config: ConfigDict, loaded: tuple[System, Params, Params], tokenizer: Tokenizer
+    config: ConfigDict,
+    loaded: tuple[System, Params, Params],
+    prompt_tokenizer: Tokenizer,
+    response_tokenizer: Tokenizer,
 ) -> Generator:
     """A Generator with a config's buckets and decoding settings; loaded is (system, trained,
     frozen).
     """
     return Generator(
         *loaded,
-        tokenizer,
+        prompt_tokenizer,
+        response_tokenizer,
         prompt_lengths=tuple(prompt for prompt, _ in config.buckets),
         max_new_tokens=config.decoding.max_new_tokens,
         batch_size=config.decoding.batch_size,
@@ -191,11 +198,13 @@ def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype = compute_dtype(config.dtype)
     if name == "l2s":
-        loaded = bundle.load(directory, dtype=dtype)
-    else:
-        module, params = convert.load(directory, dtype=dtype)
-        loaded = Seq2Seq(name, module.config), {name: params}, {}
-    return make_generator(config, loaded, load_tokenizer(directory))
+        return make_generator(
+            config, bundle.load(directory, dtype=dtype), *bundle.load_tokenizers(directory)
+        )
+    module, params = convert.load(directory, dtype=dtype)
+    tokenizer = load_tokenizer(directory)
+    loaded = LanguageModel(name, module.config), {name: params}, {}
+    return make_generator(config, loaded, tokenizer, tokenizer)
 
 
 def generate_file(

@@ -22,11 +22,15 @@ AXES = ("data", "fsdp", "tensor")
 # Path pattern (the whole path must match) -> axes of the parameter's dimensions.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?token_embedding/embedding", P("tensor", "fsdp")),
+    (r"(.*/)?position_embedding/embedding", P(None, "fsdp")),
     (r".*/(query|key|value|wi|wi_gate)/kernel", P("fsdp", "tensor")),
+    (r".*/(query|key|value|wi|wi_gate)/bias", P("tensor")),
     (r".*/(output|wo)/kernel", P("tensor", "fsdp")),
+    (r".*/(output|wo|attention_norm|feed_forward_norm|final_norm)/bias", P()),
     (r"(.*/)?head/kernel", P("fsdp", "tensor")),
     (r"projector/inward/kernel", P("fsdp", "tensor")),
     (r"projector/outward/kernel", P("tensor", "fsdp")),
+    (r"prompt_map/kernel", P("fsdp", "tensor")),
     (r".*/relative_bias/embedding", P()),
     (r".*/scale", P()),
 )
@@ -76,13 +80,23 @@ def optimizer_shardings(
     """Shardings of `optimizer.init(params)`: what has a parameter's shape lies where it lies."""
     replicated = NamedSharding(mesh, P())
     abstract = jax.eval_shape(optimizer.init, params)
+
+    def has_no_state(leaf: Any) -> bool:
+        return isinstance(leaf, optax.MaskedNode)
+
+    def place(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
+        if has_no_state(leaf):
+            return leaf
+        return sharding if leaf.shape == param.shape else replicated
+
     return optax.tree_map_params(
         optimizer,
-        lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated,
+        place,
         abstract,
         params,
         shardings,
         transform_non_params=lambda _: replicated,
+        is_leaf=has_no_state,
     )
 
 

@@ -94,7 +94,13 @@ def train_step(
     With `accumulation` A the batch is taken in A parts of every A-th row, one after another.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
-    gradient = jax.grad(functools.partial(batch_loss, system), has_aux=True)
+    trained = optim.trained_mask(config, state.params)
+
+    def loss(params: Params, *args: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        fixed = jax.lax.stop_gradient(params)
+        return batch_loss(system, optim.keep_fixed(trained, params, fixed), *args)
+
+    gradient = jax.grad(loss, has_aux=True)
 
     def part(carry: Any, inputs: Any) -> tuple[Any, None]:
         index, rows = inputs
@@ -118,11 +124,14 @@ def train_step(
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Adding a zero can change a bit, that of -0.0, and so can the mean of two equal numbers.
+    params = optim.keep_fixed(trained, params, state.params)
     average = state.average
     if config.ema_decay:
         # Early on, the average forgets its random beginning faster.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = optax.incremental_update(params, average, 1.0 - decay)
+        average = optim.keep_fixed(trained, average, state.average)
     metrics = {
         "loss": sums["loss"] / tokens,
         "accuracy": sums["correct"] / tokens,
@@ -160,7 +169,7 @@ def check_config(config: ConfigDict, where: str) -> None:
         )
     if config.select not in ("best", "last"):
         raise ValueError(f"{where}.select={config.select!r}: expected 'best' or 'last'")
-    optim.optimizer(config)
+    optim.check_config(config)
 
 
 def fit(
@@ -182,7 +191,7 @@ def fit(
     `directory/checkpoints`. A run that finds one continues from it exactly, with the same batches;
     one of another `fingerprint` is an error. Metrics go to `directory` (see progress.py).
     """
-    optimizer = optim.optimizer(config)
+    optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
     step_fn = jax.jit(
         functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from l2s_jax.config import train_config
 from l2s_jax.data.batches import TokenizedExamples, training_batches
 from l2s_jax.data.tasks import Example
-from l2s_jax.models.systems import LlmToSlm, Seq2Seq, System, encoder_only
+from l2s_jax.models.systems import LanguageModel, LlmToSlm, System
 from l2s_jax.models.t5 import T5, T5Config
 from l2s_jax.sharding import AXES
 
@@ -46,7 +46,7 @@ def t5_config(**changes: Any) -> T5Config:
 def make_system(name: str, **slm_changes: Any) -> System:
     """One of SYSTEMS; the LLM of an L2S is 24 wide and has two layers."""
     if name in ("llm", "slm"):
-        return Seq2Seq(name, t5_config(**slm_changes))
+        return LanguageModel(name, t5_config(**slm_changes))
     dtype = slm_changes.get("dtype", jnp.float32)
     llm = t5_config(width=24, num_encoder_layers=2, head_width=8, dtype=dtype)
     return LlmToSlm(llm, t5_config(**slm_changes), projector_width=20, fusion=name)
@@ -75,9 +75,14 @@ def t5_params(config: T5Config, seed: int = 0) -> dict[str, Any]:
 def make_params(system: System, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trained, frozen)."""
     trained = random_like(jax.eval_shape(system.init, jax.random.key(0)), seed)
-    if isinstance(system, Seq2Seq):
+    if isinstance(system, LanguageModel):
         return trained, {}
     return trained, encoder_only(t5_params(system.llm_config, seed + 1))
+
+
+def encoder_only(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What convert.load_encoder would read of a T5."""
+    return {key: params[key] for key in ("token_embedding", "encoder")}
 
 
 def make_batch(
@@ -101,8 +106,10 @@ class NumberTokenizer:
 
     vocab_size, pad_id, eos_id, fingerprint = VOCABULARY, 0, 1, "numbers"
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [[*map(int, text.split()), self.eos_id] for text in texts]
+
+    encode_responses = encode_prompts
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

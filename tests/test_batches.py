@@ -24,9 +24,12 @@ class NumberTokenizer:
         self.eos_id = EOS
         self.texts_encoded = 0
 
-    def encode_batch(self, texts):
+    def encode_prompts(self, texts):
         self.texts_encoded += len(texts)
         return [[*map(int, text.split()), EOS] for text in texts]
+
+    def encode_responses(self, texts):
+        return self.encode_prompts(texts)
 
 
 def make_data(lengths, limits=None, tokenizers=None):
@@ -283,8 +286,8 @@ def test_long_sequences_are_cut_before_eos_and_counted():
 
 def test_a_sequence_without_eos_is_only_cut():
     class Bare(NumberTokenizer):
-        def encode_batch(self, texts):
-            return [ids[:-1] for ids in super().encode_batch(texts)]
+        def encode_prompts(self, texts):
+            return [ids[:-1] for ids in super().encode_prompts(texts)]
 
     data = make_data([(6, 6)], limits=(3, 3), tokenizers=(Bare(0), NumberTokenizer(0)))
     assert [ids.tolist() for ids in data[0]] == [[0, 0, 7], [0, 0, EOS]]

@@ -16,7 +16,7 @@ ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 def make_state(sizes, config=CONFIG, seed=0):
     """(state with random moments, its abstract arrays) on a mesh."""
     params, _ = small.make_params(small.make_system("add"))
-    optimizer = optim.optimizer(config)
+    optimizer = optim.optimizer(config, params)
     mesh = small.mesh_of(*sizes)
     shardings = train.state_shardings(params, optimizer, config, mesh)
     state = train.init_state(params, optimizer, config)

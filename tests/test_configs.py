@@ -15,13 +15,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from l2s_jax.config import default
+from l2s_jax.convert import family_of
 from l2s_jax.experiment import Experiment
+from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.gpt2 import GPT2Config
+from l2s_jax.models.gpt_neox import GPTNeoXConfig
+from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.systems import (
+    LanguageModel,
     LlmToSlm,
     Params,
-    Seq2Seq,
     System,
-    encoder_only,
     parameter_count,
 )
 from l2s_jax.models.t5 import T5Config
@@ -29,19 +33,67 @@ from l2s_jax.models.t5 import T5Config
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
-# Geometry and published size (Raffel et al. 2020, section 3.7: "60M" and "770M" when rounded) of
-# the checkpoints that configs name.
+_T5_LARGE = T5Config(
+    width=1024,
+    num_heads=16,
+    feed_forward_width=4096,
+    num_encoder_layers=24,
+    num_decoder_layers=24,
+)
+_QWEN3 = LlamaConfig(
+    vocab_size=151_936,
+    width=4096,
+    num_kv_heads=8,
+    feed_forward_width=12_288,
+    num_layers=36,
+    query_key_norm=True,
+    pad_id=151_643,
+    eos_id=151_645,
+)
+# directory that configs name -> (geometry, parameters, whose tokenizer). The counts are those of
+# transformers, and, rounded, the published ones.
 CHECKPOINTS = {
-    "checkpoints/t5-small": (T5Config(), 60_506_624),
-    "checkpoints/t5-large": (
+    "checkpoints/t5-small": (T5Config(), 60_506_624, "t5"),
+    "checkpoints/t5-base": (
         T5Config(
+            width=768,
+            num_heads=12,
+            feed_forward_width=3072,
+            num_encoder_layers=12,
+            num_decoder_layers=12,
+        ),
+        222_903_552,
+        "t5",
+    ),
+    "checkpoints/t5-large": (_T5_LARGE, 737_668_096, "t5"),
+    "checkpoints/flan-t5-xl": (
+        dataclasses.replace(
+            _T5_LARGE,
+            width=2048,
+            num_heads=32,
+            feed_forward_width=5120,
+            activation="gated_gelu",
+            tied_head=False,
+        ),
+        2_849_757_184,
+        "t5",
+    ),
+    "checkpoints/gpt2": (GPT2Config(), 124_439_808, "gpt2"),
+    # One more row than GPT-2 for a padding token.
+    "checkpoints/lamini-gpt-124m": (GPT2Config(vocab_size=50_258), 124_440_576, "lamini"),
+    "checkpoints/pythia-160m": (GPTNeoXConfig(), 162_322_944, "pythia"),
+    "checkpoints/qwen3-8b": (_QWEN3, 8_190_735_360, "qwen3"),
+    "checkpoints/qwen3-0.6b": (
+        dataclasses.replace(
+            _QWEN3,
             width=1024,
             num_heads=16,
-            feed_forward_width=4096,
-            num_encoder_layers=24,
-            num_decoder_layers=24,
+            feed_forward_width=3072,
+            num_layers=28,
+            tied_head=True,
         ),
-        737_668_096,
+        596_049_920,
+        "qwen3",
     ),
 }
 
@@ -62,11 +114,16 @@ def key_paths(value: object, prefix: str = "") -> set[str]:
 def test_the_list_is_that_of_the_issue() -> None:
     assert set(NAMES) >= {
         "aeslc",
+        "alpaca_gpt2",
+        "alpaca_lamini",
+        "alpaca_pythia",
+        "alpaca_qwen3",
         "cnn_dailymail",
         "multi30k_en_de",
         "multi30k_en_fr",
         "quickstart",
         "wmt14_en_de",
+        "wmt14_en_de_t5_base",
         "wmt14_en_fr",
         "wmt16_en_ro",
     }
@@ -75,8 +132,9 @@ def test_the_list_is_that_of_the_issue() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_import_and_docstring_command(name: str) -> None:
     module = importlib.import_module(f"configs.{name}")
-    assert module.get_config().task.name in (name, "l2s_synthetic")
-    assert f"--config=configs/{name}.py --workdir=runs/{name}\n" in module.__doc__
+    assert module.get_config().task.name in (name, "l2s_synthetic", "wmt14_en_de")
+    command = module.__doc__.replace("$name", name)
+    assert f"--config=configs/{name}.py --workdir=runs/{name}\n" in command
 
 
 def test_each_call_makes_a_new_config(config: ConfigDict, request: pytest.FixtureRequest) -> None:
@@ -115,18 +173,20 @@ def test_buckets_ascend_and_hold_the_maxima(config: ConfigDict) -> None:
     assert config.evaluation.latency.new_tokens <= config.decoding.max_new_tokens
 
 
-def t5_config(config: ConfigDict, name: str, tmp_path: pathlib.Path) -> T5Config:
-    """The config of the LLM or SLM that a run would train or load."""
+def model_of(config: ConfigDict, name: str, tmp_path: pathlib.Path) -> tuple[ModelConfig, str]:
+    """The config, and whose tokenizer, of the LLM or SLM that a run would train or load."""
     section = config[name]
     if section.path:
-        return CHECKPOINTS[section.path][0]
+        geometry, _, tokenizer = CHECKPOINTS[section.path]
+        return geometry, tokenizer
     experiment = Experiment(config, str(tmp_path))
-    experiment.tokenizer = SimpleNamespace(
-        vocab_size=config.tokenizer.train_vocab_size, pad_id=0, eos_id=1
-    )
+    own = name == "slm" and section.tokenizer.train_vocab_size
+    size = own or config.tokenizer.train_vocab_size
+    tokenizer = SimpleNamespace(vocab_size=size, pad_id=0, eos_id=1)
+    experiment.llm_tokenizer = experiment.slm_tokenizer = tokenizer
     made, params = experiment._starting_point(name, section.train.dropout_rate)
     assert params is None
-    return made
+    return made, "its own" if own else "trained here"
 
 
 @functools.cache
@@ -148,16 +208,23 @@ def abstract_batch(config: ConfigDict, name: str, batch_size: int) -> dict[str, 
 
 
 def test_models_at_full_size(config: ConfigDict, tmp_path: pathlib.Path) -> None:
-    llm, slm = (t5_config(config, name, tmp_path) for name in ("llm", "slm"))
+    (llm, of_llm), (slm, of_slm) = (model_of(config, name, tmp_path) for name in ("llm", "slm"))
+    encoder, kept = family_of(llm).encoder_parameters(llm, config.llm.layer)
     systems = {
-        "llm": Seq2Seq("llm", llm),
-        "slm": Seq2Seq("slm", slm),
+        "llm": LanguageModel("llm", llm),
+        "slm": LanguageModel("slm", slm),
         "l2s": LlmToSlm(
-            llm, slm, config.l2s.projector_width or slm.width, fusion=config.l2s.fusion
+            encoder,
+            slm,
+            config.l2s.projector_width or slm.width,
+            fusion=config.l2s.fusion,
+            shared_vocabulary=of_llm == of_slm,
         ),
     }
     trained = {name: abstract_params(system) for name, system in systems.items()}
-    frozen = {"llm": {}, "slm": {}, "l2s": encoder_only(trained["llm"]["llm"])}
+    whole = trained["llm"]["llm"]
+    encoding = {name: whole[name] for name in whole if f"{name}/".startswith(kept)}
+    frozen = {"llm": {}, "slm": {}, "l2s": encoding}
     for name, system in systems.items():
         batch_size = config[name].train.batch_size
         batch = abstract_batch(config, system.prompt_name, batch_size)
@@ -168,14 +235,19 @@ def test_models_at_full_size(config: ConfigDict, tmp_path: pathlib.Path) -> None
         ids, mask = (batch[f"{system.prompt_name}_{part}"] for part in ("ids", "mask"))
         hidden = jax.eval_shape(system.encode, trained[name], frozen[name], ids, mask)
 
-        def first_step(
-            trained: Params, ids: jax.Array, mask: jax.Array, hidden: jax.Array, system=system
+        def second_token(
+            trained: Params,
+            frozen: Params,
+            ids: jax.Array,
+            mask: jax.Array,
+            hidden: jax.Array,
+            system: System = system,
         ) -> jax.Array:
             tokens = config.decoding.max_new_tokens
-            cache = system.prefill(trained, ids, mask, hidden, tokens)
-            return system.step(trained, ids[:, 0], cache)[0]
+            logits, cache = system.prefill(trained, frozen, ids, mask, hidden, tokens)
+            return system.step(trained, jnp.argmax(logits, -1), cache)[0]
 
-        step = jax.eval_shape(first_step, trained[name], ids, mask, hidden)
+        step = jax.eval_shape(second_token, trained[name], frozen[name], ids, mask, hidden)
         assert step.shape == (batch_size, system.decoder.vocab_size)
 
     read = {
@@ -187,8 +259,7 @@ def test_models_at_full_size(config: ConfigDict, tmp_path: pathlib.Path) -> None
 
 @pytest.mark.parametrize("path", CHECKPOINTS)
 def test_checkpoint_sizes(path: str) -> None:
-    """transformers counts the same parameters in google-t5's checkpoints."""
-    geometry, parameters = CHECKPOINTS[path]
-    assert parameter_count(abstract_params(Seq2Seq("llm", geometry))) == parameters
-    wider = dataclasses.replace(geometry, head_width=geometry.head_width + 1)
-    assert parameter_count(abstract_params(Seq2Seq("llm", wider))) != parameters
+    geometry, parameters, _ = CHECKPOINTS[path]
+    assert parameter_count(abstract_params(LanguageModel("llm", geometry))) == parameters
+    wider = dataclasses.replace(geometry, feed_forward_width=geometry.feed_forward_width + 1)
+    assert parameter_count(abstract_params(LanguageModel("llm", wider))) != parameters

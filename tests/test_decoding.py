@@ -12,9 +12,9 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.decoding.loop import CHUNK, cache_length, greedy
+from l2s_jax.decoding.loop import CHUNK, decoding_steps, greedy
 from l2s_jax.generate import Generator, jitted_decode
-from l2s_jax.models.systems import Seq2Seq
+from l2s_jax.models.systems import LanguageModel
 
 NEW = CHUNK + 3
 NEVER = -1
@@ -37,7 +37,7 @@ def decode(system, trained, frozen, batch, active=None, max_new_tokens=NEW, **op
 
 
 def with_eos(system, eos_id):
-    name = "config" if isinstance(system, Seq2Seq) else "slm_config"
+    name = "config" if isinstance(system, LanguageModel) else "slm_config"
     changed = dataclasses.replace(getattr(system, name), eos_id=eos_id)
     return dataclasses.replace(system, **{name: changed})
 
@@ -81,9 +81,9 @@ SCRIPT_EOS, SCRIPT_PAD = 9, 8
 
 
 def run_script(script, *, max_new_tokens, eos_id=SCRIPT_EOS, active=None):
-    """Decodes with a fake step that says script [B, >= steps]; also gives the steps it took."""
+    """Decodes with a fake step that says script [B, >= tokens]; also gives the steps it took."""
     script = np.asarray(script, np.int32)
-    length = cache_length(max_new_tokens)
+    length = decoding_steps(max_new_tokens) + 1
     script = np.pad(script, [(0, 0), (0, max(0, length - script.shape[1]))], constant_values=2)
     steps, inputs = [], []
 
@@ -94,7 +94,7 @@ def run_script(script, *, max_new_tokens, eos_id=SCRIPT_EOS, active=None):
             token,
             ordered=True,
         )
-        return jax.nn.one_hot(params[:, index], 10), index + 1
+        return jax.nn.one_hot(params[:, index + 1], 10), index + 1
 
     rows = len(script)
     active = np.ones(rows, bool) if active is None else np.asarray(active)
@@ -102,8 +102,8 @@ def run_script(script, *, max_new_tokens, eos_id=SCRIPT_EOS, active=None):
         lambda script: greedy(
             step,
             script,
+            jax.nn.one_hot(script[:, 0], 10),
             jnp.int32(0),
-            jnp.full(rows, 7),
             active,
             eos_id=eos_id,
             pad_id=SCRIPT_PAD,
@@ -122,16 +122,25 @@ def test_the_loop_stops_after_the_chunk_in_which_the_last_row_ends():
     assert steps == list(range(2 * CHUNK))
     assert decoded.lengths.tolist() == [2, CHUNK + 3]
     assert decoded.finished.tolist() == [True, True]
-    assert inputs[:4] == [[7, 7], [2, 2], [SCRIPT_EOS, 2], [SCRIPT_PAD, 2]]
+    assert inputs[:3] == [[2, 2], [SCRIPT_EOS, 2], [SCRIPT_PAD, 2]]
     assert (decoded.tokens[0, 2:] == SCRIPT_PAD).all()
     assert (decoded.tokens[1, CHUNK + 3 :] == SCRIPT_PAD).all()
 
 
 def test_all_rows_ending_in_the_first_chunk_take_one_chunk():
     script = np.full((2, 4 * CHUNK), SCRIPT_EOS)
+    script[:, 0] = 2
     decoded, steps, _ = run_script(script, max_new_tokens=4 * CHUNK)
     assert steps == list(range(CHUNK))
+    assert decoded.lengths.tolist() == [2, 2]
+
+
+def test_all_rows_ending_with_the_first_token_take_no_step():
+    script = np.full((2, 4 * CHUNK), SCRIPT_EOS)
+    decoded, steps, _ = run_script(script, max_new_tokens=4 * CHUNK)
+    assert steps == []
     assert decoded.lengths.tolist() == [1, 1]
+    assert decoded.finished.all()
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
@@ -203,6 +212,7 @@ def generator(name, batch_size, prompt_lengths):
         trained,
         frozen,
         small.NumberTokenizer(),
+        small.NumberTokenizer(),
         prompt_lengths=prompt_lengths,
         max_new_tokens=6,
         batch_size=batch_size,
@@ -251,8 +261,7 @@ def test_mismatched_takes_the_hidden_states_of_the_row_before():
     def first_logits(trained, frozen):
         hidden = system.encode(trained, frozen, ids, mask) * mask[..., None]
         other = hidden[jnp.array([4, 0, 1, 2, 3])]
-        cache = system.prefill(trained, ids, mask, other, 1)
-        return system.step(trained, jnp.zeros(5, jnp.int32), cache)[0]
+        return system.prefill(trained, frozen, ids, mask, other, 0)[0]
 
     decoded = decode(system, trained, frozen, batch, mismatched=True, ignore_eos=True)
     np.testing.assert_array_equal(
@@ -268,7 +277,7 @@ def test_mismatched_is_mismatched_in_batches_of_one_too():
 
 
 @dataclasses.dataclass(frozen=True)
-class Traced(Seq2Seq):
+class Traced(LanguageModel):
     """Notes the batch size and prompt length of each tracing of a step."""
 
     traces: ClassVar[list] = []
@@ -283,7 +292,8 @@ def test_decoding_compiles_once_per_shape():
     system, trained, _, _ = case("slm")
     system = Traced("slm", system.config)
     settings = {"prompt_lengths": (6, LONGEST), "max_new_tokens": 6, "batch_size": 2}
-    make = functools.partial(Generator, system, trained, {}, small.NumberTokenizer(), **settings)
+    tokenizer = small.NumberTokenizer()
+    make = functools.partial(Generator, system, trained, {}, tokenizer, tokenizer, **settings)
     short, long = ["5 6", "7", "8 9 10"], ["5 6 7 8 9 10 11", "12 13 14 15 16 17 18 19"]
     for prompts in (short, long, short + long):
         make().generate(prompts)

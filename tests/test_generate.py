@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from l2s_jax import labels
 from l2s_jax.data.tasks import Example
 from l2s_jax.generate import Generator, Output
-from l2s_jax.models.systems import LlmToSlm, Seq2Seq, encoder_only
+from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.text import train_sentencepiece
 
 WORDS = [
@@ -41,15 +41,20 @@ def tokenizer(tmp_path_factory):
 def systems(tokenizer):
     """name -> (system, trained, frozen), with random parameters."""
     config = small.t5_config(vocab_size=60)
-    llm, l2s = Seq2Seq("llm", config), LlmToSlm(config, config, projector_width=16)
+    llm, l2s = LanguageModel("llm", config), LlmToSlm(config, config, projector_width=16)
     llm_params = llm.init(jax.random.key(0))
-    frozen = encoder_only(llm_params["llm"])
+    frozen = small.encoder_only(llm_params["llm"])
     return {"llm": (llm, llm_params, {}), "l2s": (l2s, l2s.init(jax.random.key(1)), frozen)}
 
 
 def generator(loaded, tokenizer, *, lengths=(8, 16), batch_size=4):
     return Generator(
-        *loaded, tokenizer, prompt_lengths=lengths, max_new_tokens=6, batch_size=batch_size
+        *loaded,
+        tokenizer,
+        tokenizer,
+        prompt_lengths=lengths,
+        max_new_tokens=6,
+        batch_size=batch_size,
     )
 
 

@@ -13,7 +13,6 @@ from l2s_jax import experiment, train
 from l2s_jax.config import default
 from l2s_jax.data.batches import evaluation_batches
 from l2s_jax.models.l2s import L2S
-from l2s_jax.models.systems import LlmToSlm, encoder_only
 from l2s_jax.models.t5 import T5
 from l2s_jax.text import train_sentencepiece
 
@@ -86,6 +85,7 @@ def test_the_decoder_attends_to_the_fused_prompt(fusion):
     ids, mask = batch["llm_ids"], batch["llm_mask"]
     hidden, encoded, logits = map(np.asarray, compiled(fusion)(trained, frozen, batch))
     fused = fused_by_hand(trained, ids, hidden, fusion)
+
     decoder_ids = np.pad(batch["response_ids"], ((0, 0), (1, 0)))[:, :-1]
 
     @jax.jit
@@ -154,11 +154,6 @@ def test_the_llm_is_not_trained(fusion, tmp_path):
     assert set(frozen) == {"token_embedding", "encoder"}
 
 
-def test_encoder_only_keeps_what_encodes():
-    params = small.t5_params(small.t5_config())
-    assert encoder_only(params) == {k: params[k] for k in ("token_embedding", "encoder")}
-
-
 def test_the_llm_encodes_without_dropout():
     system, trained, frozen, batch = case("cross")
     noisy_llm = dataclasses.replace(
@@ -169,11 +164,6 @@ def test_the_llm_encodes_without_dropout():
         for one in (system, noisy_llm)
     ]
     np.testing.assert_array_equal(*logits)
-
-
-def test_different_vocabulary_sizes_are_refused():
-    with pytest.raises(ValueError, match="LLM vocabulary of 50 ids and SLM vocabulary of 48"):
-        LlmToSlm(small.t5_config(vocab_size=50), small.t5_config(), 16)
 
 
 def test_an_unknown_fusion_is_refused():
@@ -217,8 +207,8 @@ def test_mistake_padding_llm_ids_to_a_length_that_depends_on_the_response(fusion
         for indices, batch in batches:
             ids, mask = batch["llm_ids"], batch["llm_mask"]
             hidden = jax.jit(system.encode)(trained, frozen, ids, mask)
-            prefill = jax.jit(system.prefill, static_argnums=4)
-            yield indices, ids, mask, hidden, prefill(trained, ids, mask, hidden, 3)
+            prefill = jax.jit(system.prefill, static_argnums=5)
+            yield indices, ids, mask, hidden, prefill(trained, frozen, ids, mask, hidden, 3)
 
     short = list(prefilled(["5"] * 6))
     long = list(prefilled([" ".join("5" * 15), "5", "6 7", " ".join("7" * 9), "8", "9"]))
@@ -259,19 +249,44 @@ def test_mistake_adding_llm_token_i_to_another_tokenizers_token_i(tmp_path):
 
     # Nor do two tokenizers with equally many pieces pass for one.
     config = make_experiment(tmp_path, trained_size=0)
-    with pytest.raises(ValueError, match=r"slm.path=.*tokenizer differs from that of "):
-        _ = experiment.Experiment(config, str(tmp_path / "run")).tokenizer
+    assert not experiment.Experiment(config, str(tmp_path / "run")).shared_vocabulary
     config.slm.path = config.llm.path
-    assert experiment.Experiment(config, str(tmp_path / "run")).tokenizer.vocab_size == PIECES
+    one = experiment.Experiment(config, str(tmp_path / "run"))
+    assert one.shared_vocabulary and one.slm_tokenizer.vocab_size == PIECES
+
+    # Without a shared vocabulary, E_X is made of the LLM's embedding, and the SLM's is not read.
+    system = dataclasses.replace(system, shared_vocabulary=False)
+    trained, _ = small.make_params(system)
+    assert set(trained) == {"projector", "prompt_map", "slm"}
+    ids, mask = batch["llm_ids"], batch["llm_mask"]
+    llm_embedded = frozen["token_embedding"]["embedding"][ids]
+    encode = jax.jit(L2S(system.slm_config, system.projector_width, "add", False).apply)
+    hidden = np.zeros((*ids.shape, system.llm_config.width), np.float32)
+    inputs = ids, mask, hidden, batch["response_ids"], llm_embedded
+    fused = llm_embedded @ trained["prompt_map"]["kernel"]
+    slm = T5(system.slm_config)
+    expected = slm.apply(
+        {"params": trained["slm"]},
+        slm.apply({"params": trained["slm"]}, fused, mask, method="encode"),
+        mask,
+        batch["response_ids"],
+        method="score",
+    )
+    np.testing.assert_allclose(encode({"params": trained}, *inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("section", ["llm", "slm"])
-def test_a_tokenizer_trained_here_is_refused_for_a_model_that_has_another(section, tmp_path):
+def test_a_tokenizer_trained_here_is_refused_for_an_llm_that_has_another(tmp_path):
     config = make_experiment(tmp_path, trained_size=PIECES - 1)
-    other = "slm" if section == "llm" else "llm"
-    config[other].path = ""
-    with pytest.raises(ValueError, match=f"{section}.path=.* differs from the one trained"):
-        _ = experiment.Experiment(config, str(tmp_path / "run")).tokenizer
+    config.slm.path = ""
+    with pytest.raises(ValueError, match=r"llm\.path=.* differs from the one trained"):
+        _ = experiment.Experiment(config, str(tmp_path / "run")).llm_tokenizer
+
+
+def test_an_slm_of_two_tokenizers_is_refused(tmp_path):
+    config = make_experiment(tmp_path, trained_size=0)
+    config.slm.tokenizer.train_vocab_size = PIECES
+    with pytest.raises(ValueError, match=r"slm\.path=.*two tokenizers, expected one"):
+        _ = experiment.Experiment(config, str(tmp_path / "run")).slm_tokenizer
 
 
 def make_experiment(tmp_path, trained_size):
@@ -302,7 +317,7 @@ def test_mistake_truncating_the_llms_prompt_to_the_slms_length(fusion):
     batch = small.make_batch(system, rows=2, prompt_tokens=60)
     batch["llm_mask"][:] = True
     hidden, encoded, logits = compiled(fusion)(trained, frozen, batch)
-    of_llm = jax.jit(small.Seq2Seq("llm", system.llm_config).encode)(
+    of_llm = jax.jit(small.LanguageModel("llm", system.llm_config).encode)(
         {"llm": frozen}, {}, batch["llm_ids"], batch["llm_mask"]
     )
     np.testing.assert_allclose(hidden, of_llm, rtol=1e-5, atol=1e-5)
@@ -314,7 +329,7 @@ def test_mistake_truncating_the_llms_prompt_to_the_slms_length(fusion):
     assert (influence_of_hidden(fusion, batch, np.asarray(hidden)) > 0).all()
 
     ids, mask = batch["llm_ids"], batch["llm_mask"]
-    cache = jax.jit(system.prefill, static_argnums=4)(trained, ids, mask, hidden, 3)
+    _, cache = jax.jit(system.prefill, static_argnums=5)(trained, frozen, ids, mask, hidden, 3)
     assert cache.prompt_mask.shape == (2, 60) and np.asarray(cache.prompt_mask).all()
     assert {kv.key.shape[2] for kv in cache.cross_attention} == {60}
 

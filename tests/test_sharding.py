@@ -119,7 +119,7 @@ def trained_on(name, sizes):
     system = small.make_system(name, tied_head=True)
     params, frozen = small.make_params(system)
     mesh = small.mesh_of(*sizes)
-    optimizer = optim.optimizer(CONFIG)
+    optimizer = optim.optimizer(CONFIG, params)
     shardings = train.state_shardings(params, optimizer, CONFIG, mesh)
     step = jax.jit(
         functools.partial(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import Literal
 
 from l2s_jax.models.systems import parameter_count
-from l2s_jax.models.t5 import T5, T5Config, parameters_read_per_step
+from l2s_jax.models.t5 import T5, T5Config
 
 SMALL = T5Config()
 LARGE = T5Config(
@@ -118,11 +118,11 @@ def equations(jaxpr):
 def test_bfloat16_keeps_norms_softmax_and_logits_in_float32(tied_head):
     config = small.t5_config(dtype=jnp.bfloat16, tied_head=tied_head, activation="gated_gelu")
     params = small.t5_params(config)
-    system = small.Seq2Seq("slm", config)
+    system = small.LanguageModel("slm", config)
     batch = small.make_batch(system)
 
     def run(config, params):
-        return small.Seq2Seq("slm", config).logits({"slm": params}, {}, batch)
+        return small.LanguageModel("slm", config).logits({"slm": params}, {}, batch)
 
     logits = jax.jit(run, static_argnums=0)(config, params)
     exact = jax.jit(run, static_argnums=0)(dataclasses.replace(config, dtype=jnp.float32), params)
@@ -149,14 +149,14 @@ def test_bfloat16_keeps_norms_softmax_and_logits_in_float32(tied_head):
 def test_bfloat16_decodes_with_a_bfloat16_cache():
     config = small.t5_config(dtype=jnp.bfloat16)
     params = small.t5_params(config)
-    system = small.Seq2Seq("slm", config)
+    system = small.LanguageModel("slm", config)
     batch = small.make_batch(system)
     ids, mask = batch["slm_prompt_ids"], batch["slm_prompt_mask"]
 
     @jax.jit
     def run(trained):
         hidden = system.encode(trained, {}, ids, mask)
-        cache = system.prefill(trained, ids, mask, hidden, 4)
+        _, cache = system.prefill(trained, {}, ids, mask, hidden, 4)
         return hidden, system.step(trained, jnp.zeros(len(ids), jnp.int32), cache)
 
     hidden, (logits, cache) = run({"slm": params})
@@ -184,12 +184,12 @@ def test_full_size_parameter_counts(config, count):
 
 def read_by_step(config, params):
     """Sizes of the parameters that the jaxpr of one step has as operands, by path."""
-    system = small.Seq2Seq("slm", config)
+    system = small.LanguageModel("slm", config)
     ids, mask = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), bool)
 
     def make_cache(params):
         hidden = system.encode({"slm": params}, {}, ids, mask)
-        return system.prefill({"slm": params}, ids, mask, hidden, 4)
+        return system.prefill({"slm": params}, {}, ids, mask, hidden, 4)[1]
 
     cache = jax.eval_shape(make_cache, params)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -214,6 +214,6 @@ def test_parameters_read_per_step_are_those_that_the_step_uses(config):
     used = read_by_step(config, params)
     if not config.tied_head:
         del used["token_embedding/embedding"]  # read, but only one row of it
-    assert parameters_read_per_step(config, params) == sum(used.values())
+    assert T5(config).parameters_read_per_step(params) == sum(used.values())
     assert not any(name.startswith("encoder/") for name in used)
     assert 0 < sum(used.values()) < parameter_count(params)

@@ -55,7 +55,7 @@ def decode_in_steps(module, params, ids, mask, decoder_ids):
     variables = {"params": params}
     embedded = module.apply(variables, ids, method="embed")
     hidden = module.apply(variables, embedded, mask, method="encode")
-    cache = module.apply(variables, hidden, mask, decoder_ids.shape[1] + 3, method="prefill")
+    cache = module.apply(variables, hidden, mask, decoder_ids.shape[1] + 3, method="empty_cache")
 
     def step(cache, token):
         logits, cache = module.apply(variables, token, cache, method="step")

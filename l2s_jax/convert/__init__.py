@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from l2s_jax.convert import t5
+from l2s_jax.convert import gpt2, gpt_neox, llama, t5
 from l2s_jax.convert.engine import (
     Family,
     Params,
@@ -25,6 +25,8 @@ from l2s_jax.convert.engine import (
 from l2s_jax.convert.files import TensorFiles, content_hash, listed, read_json, write_directory
 
 __all__ = [
+    "config_from_native",
+    "config_to_native",
     "content_hash",
     "family_of",
     "load",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT = "l2s_jax"
-FAMILIES: tuple[Family, ...] = (t5.FAMILY,)
+FAMILIES: tuple[Family, ...] = (t5.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY)
 
 
 def family_of(config: Any) -> Family:
@@ -91,10 +93,14 @@ def _load(
     native = "format" in fields if format is None else format == FORMAT
     family = _native_family(fields, path) if native else _hf_family(fields, path)
     with TensorFiles(directory, "params" if native else "model") as files:
-        if native:
-            config = _config_from_native(family, fields, path)
-        else:
-            config = family.config_from_hf(fields, files.keys, path)
+        try:
+            config = (
+                config_from_native(fields, path)
+                if native
+                else family.config_from_hf(fields, files.keys, path)
+            )
+        except ValueError as error:
+            raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
         config = dataclasses.replace(config, dtype=dtype)
         module = family.make_module(config)
         shapes = param_shapes(family.abstract_params(module))
@@ -141,7 +147,16 @@ def save_hf(config: Any, params: Params, directory: str) -> None:
     write_directory(directory, family.config_to_hf(config), tensors, "model")
 
 
-def _config_from_native(family: Family, fields: dict[str, Any], path: str) -> Any:
+def config_to_native(config: Any) -> dict[str, Any]:
+    """A model config as a JSON object: its family and its fields but dtype."""
+    fields = dataclasses.asdict(config)
+    del fields["dtype"]
+    return {"format": FORMAT, "family": family_of(config).name, **fields}
+
+
+def config_from_native(fields: dict[str, Any], path: str) -> Any:
+    """What `config_to_native` made of a config; `path` is named in errors."""
+    family = _native_family(fields, path)
     defaults = {f.name: f.default for f in dataclasses.fields(family.config_class)}
     del defaults["dtype"]
     given = {name: value for name, value in fields.items() if name not in ("format", "family")}
@@ -150,6 +165,11 @@ def _config_from_native(family: Family, fields: dict[str, Any], path: str) -> An
     if marked:
         raise ValueError(f"{path}: fields missing (-) or unknown (+): {listed(marked)}")
     for name, value in given.items():
+        if dataclasses.is_dataclass(defaults[name]) and isinstance(value, dict):
+            try:
+                given[name] = value = type(defaults[name])(**value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {name}: {error}") from None
         if type(value) is not type(defaults[name]):
             expected = type(defaults[name]).__name__
             raise ValueError(f"{path}: {name} is {value!r}, expected a value of type {expected}")
@@ -164,8 +184,4 @@ def save_native(config: Any, params: Params, directory: str) -> None:
     family = family_of(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
     tensors = write_tensors(params, own_entries(shapes), shapes)
-    fields = dataclasses.asdict(config)
-    del fields["dtype"]
-    write_directory(
-        directory, {"format": FORMAT, "family": family.name, **fields}, tensors, "params"
-    )
+    write_directory(directory, config_to_native(config), tensors, "params")

@@ -78,6 +78,35 @@ class Family:
         return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
+def first_layers(*shared: str) -> Callable[[Any, float], tuple[Any, tuple[str, ...]]]:
+    """`Family.encoder_parameters` of a decoder-only family: its first layers, no norm, no head.
+
+    `shared` are the path prefixes of what comes before the layers.
+    """
+
+    def chosen(config: Any, layer: float) -> tuple[Any, tuple[str, ...]]:
+        count = chosen_layer(layer, config.num_layers)
+        changes = {"num_layers": count}
+        if pattern := getattr(config, "window_pattern", ""):
+            changes["window_pattern"] = pattern[:count]
+        prefixes = (*shared, *(f"layers_{i}/" for i in range(count)))
+        return dataclasses.replace(config, **changes), prefixes
+
+    return chosen
+
+
+def chosen_layer(layer: float, num_layers: int) -> int:
+    """How many layers `layer` means: 0 all, below 1 that fraction (one at least), else itself."""
+    if not 0 <= layer <= num_layers or (layer > 1 and layer != int(layer)):
+        raise ValueError(
+            f"layer {layer:g}: expected a whole number up to the {num_layers} layers there are, a "
+            "fraction of them below 1, or 0 for all"
+        )
+    if not layer:
+        return num_layers
+    return int(layer) if layer >= 1 else max(1, round(layer * num_layers))
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A rule applied: one tensor of a file and the parameters that it holds."""
@@ -88,8 +117,8 @@ class Entry:
     aliases: tuple[str, ...] = ()
 
     def hf_shape(self, shapes: Mapping[str, Shape]) -> Shape:
-        """Shape of the tensor, from our parameters' shapes; no memory is touched."""
-        zeros = [np.broadcast_to(np.float32(0), shapes[path]) for path in self.parameters]
+        """Shape of the tensor, from our parameters' shapes."""
+        zeros = [np.broadcast_to(np.int8(0), shapes[path]) for path in self.parameters]
         return self.transform.to_hf(*zeros).shape
 
 

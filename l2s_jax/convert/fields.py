@@ -40,6 +40,21 @@ def read_flag(fields: Mapping[str, Any], name: str, default: bool, source: str) 
     return value
 
 
+def read_token(
+    fields: Mapping[str, Any], name: str, default: int, vocab_size: int, source: str
+) -> int:
+    """A token's id below `vocab_size`; `default` where there is none, the first of a list."""
+    value = fields.get(name)
+    if isinstance(value, list) and value:
+        value = value[0]
+    if value is None:
+        value = default
+    value = read_integer({name: value}, name, None, source, 0)
+    if value >= vocab_size:
+        raise ValueError(f"{source}: {name} is {value}, not below vocab_size {vocab_size}")
+    return value
+
+
 def refuse_unsupported(
     fields: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], source: str
 ) -> None:

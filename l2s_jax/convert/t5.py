@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l2s_jax.convert.engine import TRANSPOSED, Family, Rule
-from l2s_jax.convert.fields import read_fraction, read_integer, refuse_unsupported
+from l2s_jax.convert.fields import read_fraction, read_integer, read_token, refuse_unsupported
 from l2s_jax.models.t5 import T5, T5Config
 
 ACTIVATION_OF = {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu"}
@@ -130,18 +130,16 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
                 f"{source}: {name} is {fields[name]!r}, expected {value!r} beside "
                 f"feed_forward_proj {projection!r}"
             )
-    eos = fields.get("eos_token_id", 1)
-    if isinstance(eos, list) and len(eos) == 1:
-        fields = {**fields, "eos_token_id": eos[0]}
 
     def number(name: str, default: Any = None, low: int = 1) -> int:
         return read_integer(fields, name, defaults.get(name, default), source, low)
 
     def token(name: str, default: int) -> int:
-        value = number(name, default, 0)
-        if value >= vocab_size:
-            raise ValueError(f"{source}: {name} is {value}, not below vocab_size {vocab_size}")
-        return value
+        # Unlike a decoder-only model's, a T5's tokens have one meaning each and no stand-ins.
+        given = fields.get(name, default)
+        if given is None or (isinstance(given, list) and len(given) != 1):
+            raise ValueError(f"{source}: {name} is {given!r}, expected an integer >= 0")
+        return read_token(fields, name, default, vocab_size, source)
 
     vocab_size = number("vocab_size")
     num_layers = number("num_layers")

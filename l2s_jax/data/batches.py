@@ -85,8 +85,8 @@ class TokenizedExamples:
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         self._examples = examples
-        self._prompt_tokenizer = prompt_tokenizer
-        self._response_tokenizer = response_tokenizer
+        self.prompt_tokenizer = prompt_tokenizer
+        self.response_tokenizer = response_tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.prompt_pad_id = prompt_tokenizer.pad_id
@@ -146,19 +146,18 @@ class TokenizedExamples:
     def _tokens(self) -> _Tokens:
         truncated = [0, 0]
 
-        def cut(side: int, tokenizer: Tokenizer, texts: list[str], limit: int) -> list[list[int]]:
-            encoded = tokenizer.encode_batch(texts)
+        def cut(side: int, encoded: list[list[int]], limit: int, eos_id: int) -> list[list[int]]:
             truncated[side] += sum(len(ids) > limit for ids in encoded)
-            return [_cut(ids, limit, tokenizer.eos_id) for ids in encoded]
+            return [_cut(ids, limit, eos_id) for ids in encoded]
 
         prompts, responses = [], []
         for chunk in _chunks(self._examples, _TOKENIZE_AT_ONCE):
-            chunk_prompts = [example.prompt for example in chunk]
-            chunk_responses = [example.response for example in chunk]
-            prompts.append(cut(0, self._prompt_tokenizer, chunk_prompts, self.max_prompt_tokens))
-            responses.append(
-                cut(1, self._response_tokenizer, chunk_responses, self.max_response_tokens)
-            )
+            tokenizer = self.prompt_tokenizer
+            ids = tokenizer.encode_prompts([example.prompt for example in chunk])
+            prompts.append(cut(0, ids, self.max_prompt_tokens, tokenizer.eos_id))
+            tokenizer = self.response_tokenizer
+            ids = tokenizer.encode_responses([example.response for example in chunk])
+            responses.append(cut(1, ids, self.max_response_tokens, tokenizer.eos_id))
         return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), *truncated)
 
 

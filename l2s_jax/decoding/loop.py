@@ -33,16 +33,16 @@ class Decoded:
     finished: jax.Array
 
 
-def cache_length(max_new_tokens: int) -> int:
-    """Positions that a cache must have for the loop: max_new_tokens in whole chunks."""
-    return -(-max_new_tokens // CHUNK) * CHUNK
+def decoding_steps(max_new_tokens: int) -> int:
+    """Calls of `step` that the loop may make: the first token needs none, the rest whole chunks."""
+    return -(-(max_new_tokens - 1) // CHUNK) * CHUNK
 
 
 def greedy(
     step: Step,
     params: Any,
+    logits: jax.Array,
     cache: Cache,
-    start_token: jax.Array,
     active: jax.Array,
     *,
     eos_id: int,
@@ -51,17 +51,21 @@ def greedy(
 ) -> Decoded:
     """Takes the likeliest token at each step until eos or max_new_tokens.
 
-    start_token int32 [B] goes in first; rows where active bool [B] is false give padding only.
-    The cache must hold `cache_length(max_new_tokens)` positions. A negative eos_id never ends a
-    row. Call it inside `jax.jit`.
+    logits float32 [B, V] are those of the first token; rows where active bool [B] is false give
+    padding only. The cache must have room for `decoding_steps(max_new_tokens)` tokens. A negative
+    eos_id never ends a row. Call it inside `jax.jit`.
     """
-    batch_size = start_token.shape[0]
+    batch_size = logits.shape[0]
+
+    def choose(logits: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token = jnp.where(done, pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        return token, done | (token == eos_id)
 
     def one_step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
         token, done, cache = carry
         logits, cache = step(params, token, cache)
-        token = jnp.where(done, pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        return (token, done | (token == eos_id), cache), token
+        token, done = choose(logits, done)
+        return (token, done, cache), token
 
     def chunk(carry: tuple) -> tuple:
         count, tokens, state = carry
@@ -74,9 +78,12 @@ def greedy(
         return (count < max_new_tokens) & ~jnp.all(done)
 
     # Tokens are gathered step-major, so that a chunk of them is one contiguous write.
-    tokens = jnp.full((cache_length(max_new_tokens), batch_size), pad_id, jnp.int32)
-    state = (start_token.astype(jnp.int32), ~active, cache)
-    _, tokens, _ = jax.lax.while_loop(unfinished, chunk, (jnp.int32(0), tokens, state))
+    tokens = jnp.full((decoding_steps(max_new_tokens) + 1, batch_size), pad_id, jnp.int32)
+    token, done = choose(logits, ~active)
+    tokens = tokens.at[0].set(token)
+    if max_new_tokens > 1:
+        carry = jnp.int32(1), tokens, (token, done, cache)
+        _, tokens, _ = jax.lax.while_loop(unfinished, chunk, carry)
 
     tokens = tokens[:max_new_tokens].T
     ends = tokens == eos_id

@@ -8,8 +8,8 @@ Letters as in layers.py, and G key/value heads, R query heads for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class CausalAttention(nn.Module):
     num_kv_heads: int
     head_width: int
     initializer: Initializer
+    output_initializer: Initializer
     rotary: Rotary | None = None
     input_bias: bool = False
     output_bias: bool = False
@@ -49,7 +50,11 @@ class CausalAttention(nn.Module):
         self.key = inward(self.num_kv_heads)
         self.value = inward(self.num_kv_heads)
         self.output = Linear(
-            self.width, self.initializer, self.dtype, jnp.float32, use_bias=self.output_bias
+            self.width,
+            self.output_initializer,
+            self.dtype,
+            jnp.float32,
+            use_bias=self.output_bias,
         )
         if self.norm_epsilon is not None:
             self.query_norm = RMSNorm(self.norm_epsilon)
@@ -105,6 +110,8 @@ class CausalModel(nn.Module):
 
     config: Any
 
+    has_encoder: ClassVar[bool] = False
+
     def enter(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """The residual stream's start, from embedded tokens [B, T, D]; learned positions go in
         here.
@@ -152,6 +159,21 @@ class CausalModel(nn.Module):
         x, _ = self._run(self.embed(ids), token_positions(mask), mask, deterministic)
         return self._logits(x)
 
+    def represent(self, embedded: jax.Array, mask: jax.Array) -> jax.Array:
+        """What LLM-to-SLM takes from an LLM of this family: float32 [B, T, D].
+
+        The residual stream after the layers that the config has, at unit root mean square: it grows
+        with depth, and at a few tokens by orders of magnitude (Sun et al. 2024, arXiv 2402.17762),
+        which the layers' own norms hide and a projector would see.
+        """
+        hidden = self.hidden_states(embedded, mask)
+        mean_square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
+        return hidden * jax.lax.rsqrt(mean_square + 1e-6)
+
+    def encode(self, embedded: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
+        """There is no encoder: a prompt is the prefix of what the model continues."""
+        return embedded
+
     def score(
         self,
         prompt: jax.Array,
@@ -173,15 +195,17 @@ class CausalModel(nn.Module):
         return self._logits(states)
 
     def prefill(
-        self, prompt: jax.Array, mask: jax.Array, max_new_tokens: int
+        self, prompt: jax.Array, mask: jax.Array, max_steps: int
     ) -> tuple[jax.Array, CausalCache]:
-        """Embedded prompt [B, T, D] -> (float32 logits [B, V] of the first token, cache)."""
+        """Embedded prompt [B, T, D] -> (float32 logits [B, V] of the first token, cache for
+        `max_steps` more).
+        """
         positions = token_positions(mask)
         x, held = self._run(prompt, positions, mask, True)
 
         def extend(slots: jax.Array, axis: int) -> jax.Array:
             padding = [(0, 0)] * slots.ndim
-            padding[axis] = (0, max_new_tokens)
+            padding[axis] = (0, max_steps)
             return jnp.pad(slots, padding)
 
         cache = CausalCache(
@@ -213,6 +237,19 @@ class CausalModel(nn.Module):
             layers=tuple(written),
         )
         return self._logits(x)[:, 0], cache
+
+    @nn.nowrap
+    def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:
+        """Numbers that `step` reads: all but tables of which a token reads one row."""
+        tables = {"position_embedding"}
+        if not self.config.tied_head:
+            tables.add("token_embedding")
+        return sum(
+            leaf.size
+            for name, part in params.items()
+            if name not in tables
+            for leaf in jax.tree.leaves(part)
+        )
 
 
 def token_positions(mask: jax.Array) -> jax.Array:

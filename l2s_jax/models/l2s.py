@@ -6,50 +6,70 @@ no token sequence of its own, it embeds the LLM's tokens, so that Z and E_X line
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from l2s_jax.models.cache import DecoderCache
+from l2s_jax.models.families import make_module
+from l2s_jax.models.layers import Linear
 from l2s_jax.models.projector import Projector
-from l2s_jax.models.t5 import T5, T5Config
 
 FUSIONS = ("add", "replace", "cross")
 
 
 class L2S(nn.Module):
-    """Projector and encoder-decoder SLM, joined by `fusion`.
+    """Projector and SLM, joined by `fusion`.
 
-    add: the SLM's encoder reads E_X + Z (the paper's choice). replace: it reads Z alone.
-    cross: the SLM's decoder attends to Z itself, and the SLM has no encoder.
+    add: the SLM reads E_X + Z (the paper's choice). replace: it reads Z alone. Either is the input
+    of the SLM's encoder, or the prefix that a decoder-only SLM continues. cross: the SLM's decoder
+    attends to Z itself, and the SLM has no encoder.
+
+    E_X is the SLM's embedding of the LLM's tokens in a shared vocabulary. Without one it is the
+    LLM's frozen embedding of them, mapped to the SLM's width by a learned matrix.
     """
 
-    slm_config: T5Config
+    slm_config: Any
     projector_width: int
     fusion: str = "add"
+    shared_vocabulary: bool = True
 
     def setup(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion {self.fusion!r}: expected one of {FUSIONS}")
         c = self.slm_config
         self.projector = Projector(self.projector_width, c.width, c.dtype)
-        self.slm = T5(c)
+        self.slm = make_module(c)
+        if self.fusion == "cross" and not self.slm.has_encoder:
+            raise ValueError(
+                f"fusion 'cross': a {type(self.slm).__name__} has no cross-attention, expected "
+                "'add' or 'replace'"
+            )
+        if self.fusion == "add" and not self.shared_vocabulary:
+            initializer = nn.initializers.lecun_normal()
+            self.prompt_map = Linear(c.width, initializer, c.dtype, jnp.float32)
 
     def encode(
         self,
         llm_ids: jax.Array,
         llm_mask: jax.Array,
         hidden: jax.Array,
+        llm_embedded: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """What the SLM's decoder attends to: float32 [B, T, D_slm].
+        """What the SLM's decoder attends to, or is the prefix of its input: float32 [B, T, D_slm].
 
-        llm_ids int32 [B, T], llm_mask bool [B, T], hidden (the LLM's H) [B, T, D_llm].
+        llm_ids int32 [B, T], llm_mask bool [B, T], hidden (the LLM's H) [B, T, D_llm]. Without a
+        shared vocabulary, llm_embedded [B, T, D_llm] is the LLM's embedding of llm_ids.
         """
         projected = self.projector(hidden) * llm_mask[..., None]
         if self.fusion == "cross":
             return projected
-        if self.fusion == "add":
+        if self.fusion == "add" and self.shared_vocabulary:
             projected = projected + self.slm.embed(llm_ids)
+        elif self.fusion == "add":
+            projected = projected + self.prompt_map(llm_embedded)
         return self.slm.encode(projected, llm_mask, deterministic)
 
     def __call__(
@@ -57,20 +77,26 @@ class L2S(nn.Module):
         llm_ids: jax.Array,
         llm_mask: jax.Array,
         hidden: jax.Array,
-        decoder_ids: jax.Array,
+        response_ids: jax.Array,
+        llm_embedded: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """As `encode`, and decoder_ids int32 [B, S] (shifted right) -> float32 [B, S, V_slm]."""
-        encoded = self.encode(llm_ids, llm_mask, hidden, deterministic)
-        return self.slm.decode(decoder_ids, encoded, llm_mask, deterministic)
+        """As `encode`, and response_ids int32 [B, S] -> logits of them, float32 [B, S, V_slm]."""
+        encoded = self.encode(llm_ids, llm_mask, hidden, llm_embedded, deterministic)
+        return self.slm.score(encoded, llm_mask, response_ids, deterministic)
 
     def prefill(
-        self, llm_ids: jax.Array, llm_mask: jax.Array, hidden: jax.Array, max_new_tokens: int
-    ) -> DecoderCache:
-        """As `encode` -> the SLM's cache before the first token."""
-        encoded = self.encode(llm_ids, llm_mask, hidden)
-        return self.slm.prefill(encoded, llm_mask, max_new_tokens)
+        self,
+        llm_ids: jax.Array,
+        llm_mask: jax.Array,
+        hidden: jax.Array,
+        llm_embedded: jax.Array | None,
+        max_steps: int,
+    ) -> tuple[jax.Array, Any]:
+        """As `encode` -> (float32 logits [B, V_slm] of the first token, the SLM's cache)."""
+        encoded = self.encode(llm_ids, llm_mask, hidden, llm_embedded)
+        return self.slm.prefill(encoded, llm_mask, max_steps)
 
-    def step(self, token: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
+    def step(self, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """int32 [B] -> (float32 logits [B, V_slm], cache)."""
         return self.slm.step(token, cache)

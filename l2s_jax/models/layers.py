@@ -7,6 +7,7 @@ softmax, a norm or the logits, and the residual stream, are float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,6 +17,14 @@ from flax import linen as nn
 from l2s_jax.models.cache import KeyValue
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+# Those of the decoder-only families, whose feed-forward is not gated.
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
 
 # Added to attention scores where the mask is false. Finite, so that a row that is masked throughout
 # gives uniform weights and not NaN.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +271,8 @@ class T5(nn.Module):
 
     config: T5Config
 
+    has_encoder: ClassVar[bool] = True
+
     def setup(self) -> None:
         c = self.config
         self.token_embedding = Embedding(
@@ -289,6 +291,10 @@ class T5(nn.Module):
     def encode(self, embedded: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Embedded prompt [B, T, D] under bool mask [B, T] -> encoder output, float32 [B, T, D]."""
         return self.encoder(embedded, mask, deterministic)
+
+    def represent(self, embedded: jax.Array, mask: jax.Array) -> jax.Array:
+        """What LLM-to-SLM takes from an LLM of this family: the encoder's output."""
+        return self.encode(embedded, mask)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         if self.config.tied_head:
@@ -317,10 +323,22 @@ class T5(nn.Module):
         hidden = self.encode(self.embed(prompt_ids), prompt_mask, deterministic)
         return self.decode(decoder_ids, hidden, prompt_mask, deterministic)
 
-    def prefill(self, hidden: jax.Array, mask: jax.Array, max_new_tokens: int) -> DecoderCache:
-        """Encoder output [B, T, D] under bool mask [B, T] -> a cache before the first token."""
+    def score(
+        self,
+        hidden: jax.Array,
+        mask: jax.Array,
+        response_ids: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """As `decode`, of response_ids int32 [B, S] that are not shifted yet."""
+        start = jnp.full_like(response_ids[:, :1], self.config.decoder_start_id)
+        decoder_ids = jnp.concatenate([start, response_ids[:, :-1]], axis=1)
+        return self.decode(decoder_ids, hidden, mask, deterministic)
+
+    def empty_cache(self, hidden: jax.Array, mask: jax.Array, length: int) -> DecoderCache:
+        """Encoder output [B, T, D] under bool mask [B, T] -> a cache for `length` tokens."""
         c = self.config
-        empty = empty_key_value(hidden.shape[0], c.num_heads, max_new_tokens, c.head_width, c.dtype)
+        empty = empty_key_value(hidden.shape[0], c.num_heads, length, c.head_width, c.dtype)
         return DecoderCache(
             index=jnp.zeros((), jnp.int32),
             self_attention=(empty,) * c.num_decoder_layers,
@@ -328,26 +346,33 @@ class T5(nn.Module):
             prompt_mask=mask,
         )
 
+    def prefill(
+        self, hidden: jax.Array, mask: jax.Array, max_steps: int
+    ) -> tuple[jax.Array, DecoderCache]:
+        """Encoder output -> (float32 logits [B, V] of the first token, cache for more steps)."""
+        start = jnp.full(mask.shape[:1], self.config.decoder_start_id, jnp.int32)
+        return self.step(start, self.empty_cache(hidden, mask, max_steps + 1))
+
     def step(self, token: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
         """int32 [B] -> (float32 logits [B, V] of the next token, the cache with this one in)."""
         x, cache = self.decoder.step(self.embed(token[:, None]), cache)
         return self._logits(x)[:, 0], cache
 
+    @nn.nowrap
+    def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:
+        """Numbers that `step` reads: the decoder without what only `empty_cache` uses, the head.
 
-def parameters_read_per_step(config: T5Config, params: Mapping[str, Any]) -> int:
-    """Numbers that `T5.step` reads: the decoder without what only `prefill` uses, and the head.
+        The embedding's one row per token is left out.
+        """
 
-    The embedding's one row per token is left out.
-    """
+        def size(tree: Any) -> int:
+            return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    def size(tree: Any) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-    decoder = params["decoder"]
-    prefill_only = sum(
-        size([layer["cross_attention"][name] for name in ("key", "value")])
-        for key, layer in decoder.items()
-        if key.startswith("layers_")
-    )
-    head = params["token_embedding"] if config.tied_head else params["head"]
-    return size(decoder) - prefill_only + size(head)
+        decoder = params["decoder"]
+        cross_inputs = sum(
+            size([layer["cross_attention"][name] for name in ("key", "value")])
+            for key, layer in decoder.items()
+            if key.startswith("layers_")
+        )
+        head = params["token_embedding"] if self.config.tied_head else params["head"]
+        return size(decoder) - cross_inputs + size(head)

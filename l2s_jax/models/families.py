@@ -1,0 +1,46 @@
+"""The model families: which module a config belongs to.
+
+A module of any family has
+
+    embed(ids [B, T]) -> [B, T, D]
+    encode(embedded, mask) -> [B, T, D]              what `score` and `prefill` take
+    represent(embedded, mask) -> [B, T, D]           H, where the model is the LLM
+    score(encoded, mask, response_ids [B, S]) -> [B, S, V]
+    prefill(encoded, mask, max_steps) -> (logits [B, V], cache)
+    step(token [B], cache) -> (logits [B, V], cache)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen as nn
+
+from l2s_jax.models.gpt2 import GPT2, GPT2Config
+from l2s_jax.models.gpt_neox import GPTNeoX, GPTNeoXConfig
+from l2s_jax.models.llama import Llama, LlamaConfig
+from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.t5 import T5, T5Config
+
+ModelConfig = T5Config | GPT2Config | GPTNeoXConfig | LlamaConfig
+
+CONFIGS = {"t5": T5Config, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig, "llama": LlamaConfig}
+_MODULES = {T5Config: T5, GPT2Config: GPT2, GPTNeoXConfig: GPTNeoX, LlamaConfig: Llama}
+
+
+def make_config(family: str, **geometry: Any) -> ModelConfig:
+    """The config of a model that is made here, from config.*.model and the tokenizer's ids.
+
+    The families with rotary positions turn what their first releases do: a quarter of each head in
+    GPT-NeoX, all of it in Llama.
+    """
+    if family == "gpt_neox":
+        geometry["rotary"] = Rotary(geometry["width"] // geometry["num_heads"] // 8 * 2)
+    elif family == "llama":
+        geometry["rotary"] = Rotary(geometry["head_width"])
+    return CONFIGS[family](**geometry)
+
+
+def make_module(config: ModelConfig) -> nn.Module:
+    """The module of a config."""
+    return _MODULES[type(config)](config)

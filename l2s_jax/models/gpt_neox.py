@@ -1,0 +1,130 @@
+"""GPT-NeoX (Black et al. 2022, arXiv 2204.06745) and Pythia. Letters as in layers.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2s_jax.models.cache import KeyValue
+from l2s_jax.models.causal import CausalAttention, CausalModel
+from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
+from l2s_jax.models.rotary import Rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTNeoXConfig:
+    """Geometry of a GPT-NeoX model; defaults are those of Pythia-160M."""
+
+    vocab_size: int = 50304
+    width: int = 768
+    num_heads: int = 12
+    feed_forward_width: int = 3072
+    num_layers: int = 12
+    rotary: Rotary = Rotary(16)  # its width is the share of each head that turns
+    parallel_residual: bool = True  # attention and feed-forward read the same state
+    attention_bias: bool = True
+    activation: str = "gelu"  # a key of layers.ACTIVATIONS
+    tied_head: bool = False
+    norm_epsilon: float = 1e-5
+    dropout_rate: float = 0.0
+    pad_id: int = 0
+    eos_id: int = 0
+    dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width}: expected a multiple of {self.num_heads} heads")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"GPT-NeoX activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}"
+            )
+        if self.rotary.width > self.width // self.num_heads:
+            raise ValueError(
+                f"rotary width {self.rotary.width}: expected at most the head width "
+                f"{self.width // self.num_heads}"
+            )
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """Every layer sees all positions before."""
+        return (None,) * self.num_layers
+
+
+class FeedForward(nn.Module):
+    """[B, T, D] -> float32 [B, T, D]."""
+
+    config: GPTNeoXConfig
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.wi = Linear(c.feed_forward_width, normal, c.dtype, use_bias=True)
+        self.wo = Linear(c.width, normal, c.dtype, jnp.float32, use_bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.wo(ACTIVATIONS[self.config.activation](self.wi(x)))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, side by side or one after the other."""
+
+    config: GPTNeoXConfig
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.attention_norm = LayerNorm(c.norm_epsilon)
+        self.attention = CausalAttention(
+            width=c.width,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_heads,
+            head_width=c.width // c.num_heads,
+            initializer=normal,
+            output_initializer=normal,
+            rotary=c.rotary,
+            input_bias=c.attention_bias,
+            output_bias=c.attention_bias,
+            dropout_rate=c.dropout_rate,
+            dtype=c.dtype,
+        )
+        self.feed_forward_norm = LayerNorm(c.norm_epsilon)
+        self.feed_forward = FeedForward(c)
+        self.dropout = Dropout(c.dropout_rate)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        bias: jax.Array,
+        cache: KeyValue | None = None,
+        index: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValue]:
+        """As CausalAttention, on the residual stream."""
+        y, held = self.attention(
+            self.attention_norm(x), positions, bias, cache, index, deterministic
+        )
+        attended = x + self.dropout(y, deterministic=deterministic)
+        y = self.feed_forward(
+            self.feed_forward_norm(x if self.config.parallel_residual else attended)
+        )
+        return attended + self.dropout(y, deterministic=deterministic), held
+
+
+class GPTNeoX(CausalModel):
+    """The whole model; see `CausalModel`."""
+
+    config: GPTNeoXConfig
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.token_embedding = Embedding(c.vocab_size, c.width, normal, c.dtype)
+        self.embedding_dropout = Dropout(c.dropout_rate)
+        self.layers = [Layer(c) for _ in range(c.num_layers)]
+        self.final_norm = LayerNorm(c.norm_epsilon)
+        if not c.tied_head:
+            self.head = Linear(c.vocab_size, normal, c.dtype, jnp.float32)
