@@ -24,9 +24,9 @@ def get_config() -> ConfigDict:
     config.task.references = "references"
     config.tokenizer.train_vocab_size = 8000
     # Longer bodies are truncated: what a mail is about mostly stands at its beginning.
-    config.max_prompt_tokens = 256
+    config.max_prompt_tokens = 128
     config.max_response_tokens = 32
-    config.buckets = ((64, 32), (128, 32), (256, 32))
+    config.buckets = ((32, 16), (64, 16), (128, 16), (128, 32))
 
     config.llm.model.update(
         width=128,
@@ -34,34 +34,38 @@ def get_config() -> ConfigDict:
         head_width=32,
         feed_forward_width=512,
         num_encoder_layers=4,
-        num_decoder_layers=5,
+        num_decoder_layers=4,
     )
     config.llm.train.update(
-        steps=3000,
+        steps=2000,
         batch_size=64,
         learning_rate=2e-2,
-        warmup_steps=300,
+        warmup_steps=200,
         label_smoothing=0.1,
-        dropout_rate=0.2,
+        dropout_rate=0.15,
+        ema_decay=0.998,
         evaluate_every=250,
+        log_every=20,
     )
     config.slm.model.update(
-        width=64,
+        width=96,
         num_heads=4,
-        head_width=16,
+        head_width=24,
         feed_forward_width=256,
         num_encoder_layers=1,
         num_decoder_layers=1,
     )
     for section in (config.slm, config.l2s):
         section.train.update(
-            steps=3000,
+            steps=2000,
             batch_size=64,
             learning_rate=2e-2,
-            warmup_steps=300,
+            warmup_steps=200,
             label_smoothing=0.1,
             dropout_rate=0.1,
+            ema_decay=0.998,
             evaluate_every=250,
+            log_every=20,
         )
     config.l2s.projector_width = 128
     config.decoding.max_new_tokens = 32

@@ -1,13 +1,16 @@
 """A trained L2S model on disk: config.json, params.safetensors (projector and SLM), tokenizers.
 
-The LLM is not copied; config.json refers to its directory, by path and content hash. The SLM's
-tokenizer lies beside the parameters, the LLM's in llm_tokenizer/ if it is another.
+config.json refers to the LLM's directory by path and content hash; `copy` can take along what
+encodes of it, in llm/. The SLM's tokenizer lies beside the parameters, the LLM's in llm_tokenizer/
+if it is another. README.md, the model card, is written once there is a report.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +23,8 @@ from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.text import Tokenizer, load_tokenizer
 
 _FAMILY = "l2s"
-_LLM_TOKENIZER = "llm_tokenizer"
+_LLM, _LLM_TOKENIZER = "llm", "llm_tokenizer"
+CARD = "README.md"
 
 
 def _shapes(system: LlmToSlm) -> dict[str, tuple[int, ...]]:
@@ -37,10 +41,12 @@ def save(
     layer: float,
     llm_tokenizer: Tokenizer,
     slm_tokenizer: Tokenizer,
+    generation: Mapping[str, Any],
 ) -> None:
     """Writes projector, SLM and tokenizers.
 
-    A relative `llm_path` is relative to the bundle's directory; `layer` is config.llm.layer.
+    A relative `llm_path` is relative to the bundle's directory; `layer` is config.llm.layer;
+    `generation` are the settings that `l2s_jax.load` starts from.
     """
     fields = {
         "format": convert.FORMAT,
@@ -50,6 +56,7 @@ def save(
         "shared_vocabulary": system.shared_vocabulary,
         "slm": convert.config_to_native(system.slm_config),
         "llm": {"path": llm_path, "content_hash": llm_hash, "layer": layer},
+        "generation": dict(generation),
     }
     shapes = _shapes(system)
     tensors = write_tensors(trained, own_entries(shapes), shapes)
@@ -57,6 +64,62 @@ def save(
     slm_tokenizer.save(directory)
     if not system.shared_vocabulary:
         llm_tokenizer.save(os.path.join(directory, _LLM_TOKENIZER))
+
+
+def copy(source: str, target: str, *, include_llm: bool) -> None:
+    """Copies an L2S model, with the part of its LLM that encodes or with a reference to the LLM."""
+    system, trained, frozen = load(source)
+    fields = read_json(os.path.join(source, "config.json"))
+    reference = fields["llm"]
+    if include_llm:
+        inside = os.path.join(target, _LLM)
+        shapes = param_shapes(frozen)
+        write_directory(
+            inside,
+            convert.config_to_native(system.llm_config),
+            write_tensors(frozen, own_entries(shapes), shapes),
+            "params",
+        )
+        # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
+        reference = {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
+    else:
+        path = os.path.normpath(os.path.join(source, reference["path"]))
+        reference = {**reference, "path": os.path.abspath(path)}
+    llm_tokenizer, slm_tokenizer = load_tokenizers(source)
+    save(
+        system,
+        trained,
+        target,
+        llm_path=reference["path"],
+        llm_hash=reference["content_hash"],
+        layer=reference["layer"],
+        llm_tokenizer=llm_tokenizer,
+        slm_tokenizer=slm_tokenizer,
+        generation=fields["generation"],
+    )
+    card = os.path.join(source, CARD)
+    if os.path.exists(card):
+        shutil.copyfile(card, os.path.join(target, CARD))
+
+
+def is_bundle(directory: str) -> bool:
+    """Whether an L2S model lies there, as opposed to a model on its own."""
+    path = os.path.join(directory, "config.json")
+    return os.path.exists(path) and read_json(path).get("family") == _FAMILY
+
+
+def inspect(directory: str) -> list[convert.Parameter]:
+    """As `convert.inspect`, of projector and SLM."""
+    with TensorFiles(directory, "params") as files:
+        return [
+            convert.Parameter(key, files.shape(key), files.dtype(key), key)
+            for key in sorted(files.keys)
+        ]
+
+
+def generation_settings(directory: str) -> dict[str, Any]:
+    """What `save` was given as `generation`."""
+    return dict(read_json(os.path.join(directory, "config.json"))["generation"])
 
 
 def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params, Params]:
@@ -74,7 +137,8 @@ def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params,
         expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
         slm_config = convert.config_from_native(fields["slm"], path)
         slm_config = dataclasses.replace(slm_config, dtype=dtype)
-        settings = {key: fields[key] for key in ("fusion", "projector_width", "shared_vocabulary")}
+        names = ("fusion", "projector_width", "shared_vocabulary")
+        settings = {name: fields[name] for name in names}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
     llm, frozen = convert.load_encoder(llm_path, layer=layer, dtype=dtype)

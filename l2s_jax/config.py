@@ -61,8 +61,17 @@ def train_config(steps: int = 0) -> ConfigDict:
             "evaluate_every": 1000,  # steps between validations, each with a checkpoint
             "log_every": 10,  # steps between lines of metrics
             "select": "best",  # checkpoint to return: best (validation accuracy) | last
+            # Regular expressions over whole parameter paths ("slm/decoder/.*"); (): all is trained.
+            "trainable": (),
+            # Pairs of such an expression and a factor on the learning rate; the first match counts.
+            "learning_rate_scales": (),
         }
     )
+
+
+def lora_config() -> ConfigDict:
+    """LoRA on the SLM's kernels (arXiv 2106.09685); rank 0: the SLM itself is trained."""
+    return ConfigDict({"rank": 0, "alpha": 16.0, "pattern": ".*(attention|feed_forward)/.*kernel"})
 
 
 def default() -> ConfigDict:
@@ -100,11 +109,13 @@ def default() -> ConfigDict:
                 "model": model_config(),
                 # train_vocab_size 0: that of the directory; without one, the LLM's.
                 "tokenizer": tokenizer_config(),
+                "lora": lora_config(),
                 "train": train_config(1000),
             },
             "l2s": {
                 "fusion": "add",  # add | replace | cross
                 "projector_width": 0,  # hidden units; 0: the SLM's width
+                "lora": lora_config(),
                 "train": train_config(1000),
             },
             "decoding": {"max_new_tokens": 128, "batch_size": 32},

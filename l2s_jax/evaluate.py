@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from l2s_jax import metrics, report
+from l2s_jax.card import write_card
 from l2s_jax.decoding.loop import decoding_steps
 from l2s_jax.experiment import Experiment
 from l2s_jax.generate import Generator, Output, decode, decode_cache
@@ -87,6 +88,9 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         "environment": environment(str(experiment.dtype)),
     }
     report.write_report(result, experiment.workdir)
+    write_card(
+        os.path.join(experiment.workdir, "l2s", "model"), experiment.config, result, experiment.l2s
+    )
     log.info("report: %s", os.path.join(experiment.workdir, "report.md"))
     return result
 

@@ -24,9 +24,10 @@ from l2s_jax.config import compute_dtype
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
 from l2s_jax.data.tasks import Example, load_task
-from l2s_jax.generate import Generator, make_generator
+from l2s_jax.generate import Generator, generation_settings, make_generator
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.l2s import FUSIONS
+from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.t5 import T5Config
 from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
@@ -116,7 +117,11 @@ class Experiment:
     @functools.cached_property
     def slm(self) -> tuple[LanguageModel, Params, Params]:
         """(system, parameters, nothing frozen) of the SLM trained alone."""
-        inputs = {**self._slm_inputs(), **self._training_inputs("slm")}
+        inputs = {
+            **self._slm_inputs(),
+            **self._training_inputs("slm"),
+            **self._lora_inputs("slm"),
+        }
         return self._load_alone("slm", self._train_alone("slm", inputs, lambda: self._labelled))
 
     @functools.cached_property
@@ -126,6 +131,7 @@ class Experiment:
         inputs = {
             **self._slm_inputs(),
             **self._training_inputs("l2s"),
+            **self._lora_inputs("l2s"),
             "llm_hash": self._llm_hash,
             "layer": self.config.llm.layer,
             "fusion": config.fusion,
@@ -163,6 +169,7 @@ class Experiment:
                     layer=self.config.llm.layer,
                     llm_tokenizer=self.llm_tokenizer,
                     slm_tokenizer=self.slm_tokenizer,
+                    generation=generation_settings(self.config),
                 )
         return bundle.load(model, dtype=self.dtype)
 
@@ -254,6 +261,10 @@ class Experiment:
             "slm": {"path_hash": content_hash(path)} if path else self.config.slm.model.to_dict(),
             "labels": "data" if self.config.labels == "data" else self._label_inputs(),
         }
+
+    def _lora_inputs(self, name: str) -> dict[str, Any]:
+        lora = self.config[name].lora
+        return {"lora": lora.to_dict()} if lora.rank else {}
 
     def _starting_point(self, name: str, dropout_rate: float) -> tuple[ModelConfig, Params | None]:
         """Config, and parameters unless they are to be random, of an LLM or SLM to train."""
@@ -352,6 +363,12 @@ class Experiment:
             if cut:
                 log.warning("%s: %d of %d %s were truncated", name, cut, len(data), what)
         log.info("%s: training on %d examples, %d steps", name, len(data), config.steps)
+        adapted = None
+        if name != "llm" and self.config[name].lora.rank:
+            lora = self.config[name].lora
+            adapted = Lora(system, **lora.to_dict())
+            params, base = adapted.split(params, jax.random.key(self.config.seed))
+            frozen = {"base": base, "inner": frozen}
         limit = self.config.evaluation.validation_examples
         validation = evaluation_batches(
             self._tokenized(name, _first(self._examples("validation"), limit)),
@@ -359,8 +376,8 @@ class Experiment:
             buckets=self.buckets,
             batch_size=config.batch_size,
         )
-        return train.fit(
-            system,
+        trained = train.fit(
+            adapted if adapted else system,
             frozen,
             params,
             config,
@@ -379,6 +396,7 @@ class Experiment:
             seed=self.config.seed,
             mesh=self.mesh,
         )
+        return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 
 
 def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:
@@ -422,6 +440,12 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         if name == "llm" and not section.steps:
             continue
         train.check_config(section, f"config.{name}.train")
+        if name != "llm" and config[name].lora.rank and section.parameter_scale:
+            raise ValueError(
+                f"config.{name}.lora.rank={config[name].lora.rank} with "
+                f"config.{name}.train.parameter_scale=True: expected False, LoRA's matrices start "
+                "at zero and updates relative to their size would be none"
+            )
         if section.batch_size % ways:
             raise ValueError(
                 f"config.{name}.train.batch_size={section.batch_size}: expected a multiple of the "

@@ -166,6 +166,15 @@ class Generator:
                 outputs[index] = Output(text, length, not bool(decoded.finished[row]))
 
 
+def generation_settings(config: ConfigDict) -> dict[str, Any]:
+    """What a config says of decoding, as arguments of Generator; JSON can hold it."""
+    return {
+        "prompt_lengths": sorted({prompt for prompt, _ in config.buckets}),
+        "max_new_tokens": config.decoding.max_new_tokens,
+        "batch_size": config.decoding.batch_size,
+    }
+
+
 def make_generator(
     config: ConfigDict,
     loaded: tuple[System, Params, Params],
@@ -175,14 +184,23 @@ def make_generator(
     """A Generator with a config's buckets and decoding settings; loaded is (system, trained,
     frozen).
     """
-    return Generator(
-        *loaded,
-        prompt_tokenizer,
-        response_tokenizer,
-        prompt_lengths=tuple(prompt for prompt, _ in config.buckets),
-        max_new_tokens=config.decoding.max_new_tokens,
-        batch_size=config.decoding.batch_size,
-    )
+    return Generator(*loaded, prompt_tokenizer, response_tokenizer, **generation_settings(config))
+
+
+def load(directory: str, *, dtype: str = "auto", **settings: Any) -> Generator:
+    """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
+
+    Args:
+      directory: what a run left in RUN/l2s/model, or `python -m l2s_jax.convert` made of it.
+      dtype: as config.dtype.
+      settings: arguments of `Generator` to use instead of the model's own.
+
+    Raises:
+      ValueError: no L2S model is there, or its LLM is gone or no longer the same.
+    """
+    loaded = bundle.load(directory, dtype=compute_dtype(dtype))
+    settings = {**bundle.generation_settings(directory), **settings}
+    return Generator(*loaded, *bundle.load_tokenizers(directory), **settings)
 
 
 def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:

@@ -78,7 +78,7 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
             {"trained": transformation, "fixed": optax.set_to_zero()},
             jax.tree.map(lambda is_trained: "trained" if is_trained else "fixed", trained),
         )
-    if config.get("learning_rate_scales", ()):
+    if config.learning_rate_scales:
         factors = _rate_factors(config, trained)
         scale = optax.stateless(
             lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)
@@ -93,11 +93,11 @@ def trained_mask(config: ConfigDict, params: Any) -> Any:
     Raises:
       ValueError: a pattern that matches no parameter.
     """
-    if not config.get("trainable", ()):
+    if not config.trainable:
         return jax.tree.map(lambda _: True, params)
     names = _names(params)
     trained = set()
-    for pattern in config.get("trainable", ()):
+    for pattern in config.trainable:
         trained |= matching(pattern, names, "train.trainable")
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in trained, params)
 
@@ -115,12 +115,12 @@ def check_config(config: ConfigDict) -> None:
     """
     _direction(config)
     schedule(config)
-    trainable = config.get("trainable", ())
+    trainable = config.trainable
     if not _is_list(trainable):
         raise ValueError(f"train.trainable={trainable!r}: expected a tuple of patterns")
     for pattern in trainable:
         _compiled(pattern, "train.trainable")
-    scales = config.get("learning_rate_scales", ())
+    scales = config.learning_rate_scales
     if not _is_list(scales) or not all(_is_list(pair) and len(pair) == 2 for pair in scales):
         raise ValueError(
             f"train.learning_rate_scales={scales!r}: expected pairs of a pattern and a factor"

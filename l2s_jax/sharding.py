@@ -31,6 +31,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"projector/inward/kernel", P("fsdp", "tensor")),
     (r"projector/outward/kernel", P("tensor", "fsdp")),
     (r"prompt_map/kernel", P("fsdp", "tensor")),
+    (r"lora/.*/a", P("fsdp", None)),
+    (r"lora/.*/b", P(None, "tensor")),
     (r".*/relative_bias/embedding", P()),
     (r".*/scale", P()),
 )

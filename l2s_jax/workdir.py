@@ -103,11 +103,14 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 @contextlib.contextmanager
 def atomic_directory(path: str) -> Iterator[str]:
     """Gives a temporary directory that becomes `path` when the block ends without an error."""
-    temporary = f"{path}.tmp"
+    temporary = f"{os.path.normpath(path)}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
-    yield temporary
-    os.rename(temporary, path)
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:

@@ -2,16 +2,21 @@
 
 import json
 
+import hf
 import jax
 import numpy as np
 import pytest
 import small
+from safetensors.numpy import load_file
 
+import l2s_jax
 from l2s_jax import bundle, convert
+from l2s_jax.convert.__main__ import main
 from l2s_jax.convert.files import content_hash
+from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.l2s import FUSIONS
-from l2s_jax.models.systems import LanguageModel, LlmToSlm
-from l2s_jax.text import train_sentencepiece
+from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
+from l2s_jax.text import load_tokenizer, train_sentencepiece
 
 LLM = small.t5_config(tied_head=True)
 SLM = small.t5_config(width=12, activation="gated_gelu")
@@ -50,6 +55,7 @@ def save(tmp_path, llm, tokenizers, fusion="add", llm_path=None, shared=True):
         layer=0.0,
         llm_tokenizer=tokenizers[0],
         slm_tokenizer=tokenizers[0 if shared else 1],
+        generation={"prompt_lengths": [8, 16], "max_new_tokens": 5, "batch_size": 2},
     )
     return system, trained
 
@@ -74,6 +80,104 @@ def test_a_relative_llm_is_found_when_both_are_moved(tmp_path, llm, tokenizers):
     for name in ("llm", "l2s"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     bundle.load(str(tmp_path / "moved/l2s"))
+
+
+@pytest.mark.parametrize("include_llm", [True, False])
+@pytest.mark.parametrize("kind", ["t5 and t5", "llama and gpt2"])
+def test_a_copy_answers_as_the_original_does(tmp_path, llm, tokenizers, kind, include_llm):
+    if kind == "t5 and t5":
+        save(tmp_path, llm, tokenizers)
+    else:
+        hf.make_causal(str(tmp_path / "llama"), model_type="llama", num_hidden_layers=4)
+        encoder, _ = convert.load_encoder(str(tmp_path / "llama"), layer=0.5)
+        slm = GPT2Config(
+            vocab_size=48, width=12, num_heads=2, num_layers=1, max_positions=64, pad_id=0, eos_id=1
+        )
+        system = LlmToSlm(encoder.config, slm, projector_width=5, shared_vocabulary=False)
+        bundle.save(
+            system,
+            system.init(jax.random.key(1)),
+            str(tmp_path / "l2s"),
+            llm_path=str(tmp_path / "llama"),
+            llm_hash=content_hash(str(tmp_path / "llama")),
+            layer=0.5,
+            llm_tokenizer=tokenizers[0],
+            slm_tokenizer=tokenizers[1],
+            generation={"prompt_lengths": [8, 16], "max_new_tokens": 5, "batch_size": 2},
+        )
+    (tmp_path / "l2s/README.md").write_text("a card")
+    prompts = ["abc bca", "cab", "abba abc bca cab"]
+    expected = l2s_jax.load(str(tmp_path / "l2s")).generate(prompts)
+    flags = [f"--input={tmp_path / 'l2s'}", f"--output={tmp_path / 'copy'}"]
+    assert main([*flags, *(["--include-llm"] if include_llm else [])]) == 0
+    if include_llm:
+        llm[0].rename(tmp_path / "away")
+        (tmp_path / "copy").rename(tmp_path / "elsewhere")
+        copied = tmp_path / "elsewhere"
+    else:
+        copied = tmp_path / "copy"
+    assert l2s_jax.load(str(copied)).generate(prompts) == expected
+    assert (copied / "README.md").read_text() == "a card"
+    few = l2s_jax.load(str(copied), max_new_tokens=2, batch_size=1).generate(prompts)
+    assert max(output.tokens for output in few) == 2
+    if include_llm:
+        held = sum(tensor.size for tensor in load_file(copied / "llm/params.safetensors").values())
+        _, _, frozen = bundle.load(str(copied))
+        assert held == parameter_count(frozen)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_slm_becomes_a_hugging_face_directory(tmp_path, llm, tokenizers, fusion, capsys):
+    save(tmp_path, llm, tokenizers, fusion)
+    flags = [f"--input={tmp_path / 'l2s'}", f"--output={tmp_path / 'slm'}", "--to=hf", "--verify"]
+    status = main(flags)
+    out, err = capsys.readouterr()
+    if fusion == "cross":
+        assert status == 2 and "an SLM without an encoder" in err
+        assert not (tmp_path / "slm").exists()
+        return
+    assert (status, err) == (0, "")
+    assert "agrees with transformers" in out
+    _, trained, _ = bundle.load(str(tmp_path / "l2s"))
+    _, params = convert.load_hf(str(tmp_path / "slm"))
+    jax.tree.map(np.testing.assert_array_equal, trained["slm"], params)
+    assert load_tokenizer(str(tmp_path / "slm")).fingerprint == tokenizers[0].fingerprint
+
+
+def test_inspect_prints_every_parameter(tmp_path, llm, tokenizers, capsys):
+    _, trained = save(tmp_path, llm, tokenizers)
+    assert main([f"--input={tmp_path / 'l2s'}", "--inspect"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(jax.tree.leaves(trained))
+    assert ["projector/inward/kernel", "16x5", "F32"] in [line.split()[:3] for line in lines]
+    assert main([f"--input={llm[0]}", "--inspect"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(jax.tree.leaves(llm[1]))
+    assert ["token_embedding/embedding", "48x16", "F32", "shared.weight"] in map(str.split, lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--inspect", "--output={out}"], "--inspect only prints"),
+        (["--output={out}", "--include-llm", "--to=hf"], "--include-llm"),
+        (["--output={out}", "--verify"], "neither the input nor the output"),
+    ],
+)
+def test_flags_that_make_no_sense_together(tmp_path, llm, tokenizers, capsys, flags, fragment):
+    save(tmp_path, llm, tokenizers)
+    out = tmp_path / "out"
+    assert main([f"--input={tmp_path / 'l2s'}", *(f.format(out=out) for f in flags)]) == 2
+    assert fragment in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_copy_of_a_model_whose_llm_is_gone_leaves_nothing(tmp_path, llm, tokenizers, capsys):
+    save(tmp_path, llm, tokenizers)
+    llm[0].rename(tmp_path / "away")
+    assert main([f"--input={tmp_path / 'l2s'}", f"--output={tmp_path / 'copy'}"]) == 2
+    assert "no such directory" in capsys.readouterr().err
+    assert not list(tmp_path.glob("copy*"))
 
 
 def test_another_llm_is_refused(tmp_path, llm, tokenizers):

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_type_hints
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +19,7 @@ from l2s_jax.convert.engine import (
     Family,
     Params,
     make_entries,
+    matched,
     own_entries,
     param_shapes,
     read_params,
@@ -29,6 +32,7 @@ __all__ = [
     "config_to_native",
     "content_hash",
     "family_of",
+    "inspect",
     "load",
     "load_encoder",
     "load_hf",
@@ -86,9 +90,28 @@ def load_encoder(
     return _load(directory, dtype, layer=layer)
 
 
-def _load(
-    directory: str, dtype: Any, *, format: str | None = None, layer: float | None = None
-) -> tuple[nn.Module, Params]:
+class Parameter(NamedTuple):
+    """A parameter of ours, and the tensor of a file that holds it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str  # in the file, as safetensors names it
+    key: str
+
+
+def inspect(directory: str) -> list[Parameter]:
+    """What `load` would read of a directory, all names and shapes checked, no weight read."""
+    with _opened(directory) as (_, _, files, entries, shapes, ignored):
+        return [
+            Parameter(path, shapes[path], files.dtype(first), first)
+            for entry, (first, *_) in matched(files, entries, shapes, ignored=ignored)
+            for path in entry.parameters
+        ]
+
+
+@contextlib.contextmanager
+def _opened(directory: str, format: str | None = None) -> Iterator[tuple]:
+    """(family, config, files, entries, shapes, ignored keys) of a directory of either kind."""
     fields, path = _read_config(directory)
     native = "format" in fields if format is None else format == FORMAT
     family = _native_family(fields, path) if native else _hf_family(fields, path)
@@ -101,22 +124,24 @@ def _load(
             )
         except ValueError as error:
             raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
-        config = dataclasses.replace(config, dtype=dtype)
-        module = family.make_module(config)
-        shapes = param_shapes(family.abstract_params(module))
-        entries = (
-            own_entries(shapes) if native else make_entries(family.make_rules(config), list(shapes))
-        )
+        shapes = param_shapes(family.abstract_params(family.make_module(config)))
+        rules = () if native else family.make_rules(config)
+        entries = own_entries(shapes) if native else make_entries(rules, list(shapes))
+        yield family, config, files, entries, shapes, () if native else family.ignored_keys
+
+
+def _load(
+    directory: str, dtype: Any, *, format: str | None = None, layer: float | None = None
+) -> tuple[nn.Module, Params]:
+    with _opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
         if layer is not None:
             try:
                 config, prefixes = family.encoder_parameters(config, layer)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            module = family.make_module(config)
-        ignored = () if native else family.ignored_keys
+                raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from None
         params = read_params(files, entries, shapes, ignored=ignored, prefixes=prefixes)
-    return module, params
+    return family.make_module(dataclasses.replace(config, dtype=dtype)), params
 
 
 def _hf_family(fields: dict[str, Any], path: str) -> Family:
@@ -167,7 +192,7 @@ def config_from_native(fields: dict[str, Any], path: str) -> Any:
     for name, value in given.items():
         if dataclasses.is_dataclass(defaults[name]) and isinstance(value, dict):
             try:
-                given[name] = value = type(defaults[name])(**value)
+                given[name] = value = _nested(type(defaults[name]), value)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {name}: {error}") from None
         if type(value) is not type(defaults[name]):
@@ -177,6 +202,17 @@ def config_from_native(fields: dict[str, Any], path: str) -> Any:
         return family.config_class(**given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _nested(kind: type, fields: dict[str, Any]) -> Any:
+    """A config within a config; a number may be written without its fraction."""
+    made = kind(**fields)
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        if type(value) is not hints[name] and (type(value), hints[name]) != (int, float):
+            expected = hints[name].__name__
+            raise ValueError(f"{name} is {value!r}, expected a value of type {expected}")
+    return made
 
 
 def save_native(config: Any, params: Params, directory: str) -> None:

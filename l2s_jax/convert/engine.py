@@ -193,6 +193,28 @@ def read_params(
     names must be equal; with `prefixes` only the first is read, since the others may lie in shards
     that are not needed.
     """
+    flat: dict[str, np.ndarray] = {}
+    held = matched(files, entries, shapes, ignored=ignored, prefixes=prefixes)
+    for entry, (first, *others) in held:
+        tensor = files.read(first)
+        for other in others:
+            if not np.array_equal(files.read(other), tensor):
+                raise ValueError(f"{files.file(other)}: {other} differs from {first}")
+        parts = entry.transform.to_ours(tensor)
+        for path, part in zip(entry.parameters, parts, strict=True):
+            flat[path] = np.ascontiguousarray(part)
+    return unflatten_dict(flat, sep="/")
+
+
+def matched(
+    files: TensorFiles,
+    entries: Sequence[Entry],
+    shapes: Mapping[str, Shape],
+    *,
+    ignored: Sequence[str] = (),
+    prefixes: Sequence[str] | None = None,
+) -> list[tuple[Entry, list[str]]]:
+    """Each entry with the names under which the files hold it, once names and shapes all fit."""
     chosen = _chosen(entries, prefixes)
     known = {key for entry in entries for key in (entry.key, *entry.aliases)}
     unmapped = sorted(
@@ -216,17 +238,7 @@ def read_params(
                 raise ValueError(
                     f"{files.file(key)}: {key} has shape {list(found)}, expected {list(expected)}"
                 )
-    flat: dict[str, np.ndarray] = {}
-    for entry in chosen:
-        first, *others = held[entry.key]
-        tensor = files.read(first)
-        for other in others:
-            if not np.array_equal(files.read(other), tensor):
-                raise ValueError(f"{files.file(other)}: {other} differs from {first}")
-        parts = entry.transform.to_ours(tensor)
-        for path, part in zip(entry.parameters, parts, strict=True):
-            flat[path] = np.ascontiguousarray(part)
-    return unflatten_dict(flat, sep="/")
+    return [(entry, held[entry.key]) for entry in chosen]
 
 
 def write_tensors(

@@ -132,10 +132,14 @@ class TensorFiles:
         """Shape of a tensor, without reading it."""
         return tuple(self._opened(self._files[key]).get_slice(key).get_shape())
 
+    def dtype(self, key: str) -> str:
+        """Dtype of a tensor as safetensors names it (F32, BF16, ...), without reading it."""
+        return self._opened(self._files[key]).get_slice(key).get_dtype()
+
     def read(self, key: str) -> np.ndarray:
         """A tensor as float32."""
         file = self._files[key]
-        dtype = self._opened(file).get_slice(key).get_dtype()
+        dtype = self.dtype(key)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"{file}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
         return np.asarray(self._opened(file).get_tensor(key), dtype=np.float32)

@@ -30,6 +30,7 @@ DEFAULTS = {
 }
 NEUTRAL = {
     "hidden_act": ("silu",),
+    "is_causal": (True, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
@@ -71,7 +72,11 @@ def make_rules(config: LlamaConfig) -> Sequence[Rule]:
 
 
 def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> LlamaConfig:
-    """config.json -> LlamaConfig. Of several eos_token_ids the first is taken."""
+    """config.json -> LlamaConfig.
+
+    A model has one eos_id: of several eos_token_ids the first is taken and the others, such as the
+    end of a chat turn, are not kept. Without a pad_token_id padding is the eos token.
+    """
     refuse_unsupported(fields, NEUTRAL, source)
     kind = fields["model_type"]
     fields = DEFAULTS[kind] | dict(fields)

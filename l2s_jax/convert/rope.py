@@ -20,7 +20,8 @@ def read_rotary(
     default_share: float = 1.0,
 ) -> Rotary:
     """The Rotary of a config.json's fields; a kind that isn't one of KINDS is an error."""
-    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    # transformers lets the older field win where a file has both.
+    given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         raise ValueError(f"{source}: rope_parameters is {given!r}, expected one set for all layers")
     kind = given.get("rope_type", given.get("type", "default"))
@@ -44,10 +45,11 @@ def read_rotary(
     rotary["factor"] = read_positive(merged, "factor", None, source)
     if kind == "linear":
         return Rotary(**rotary)
-    merged.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
-    rotary["original_length"] = read_integer(
-        merged, "original_max_position_embeddings", None, source
-    )
+    original = "original_max_position_embeddings"
+    if fields.get(original) is not None:
+        merged[original] = fields[original]
+    merged.setdefault(original, fields.get("max_position_embeddings"))
+    rotary["original_length"] = read_integer(merged, original, None, source)
     if kind == "llama3":
         return Rotary(
             **rotary,
@@ -58,22 +60,28 @@ def read_rotary(
         raise ValueError(f"{source}: truncate is {merged['truncate']!r}, which is not supported")
     return Rotary(
         **rotary,
-        beta_fast=float(merged.get("beta_fast") or 32),
-        beta_slow=float(merged.get("beta_slow") or 1),
-        attention_factor=_attention_factor(merged, rotary["factor"]),
+        beta_fast=_optional(merged, "beta_fast", source) or 32.0,
+        beta_slow=_optional(merged, "beta_slow", source) or 1.0,
+        attention_factor=_attention_factor(merged, rotary["factor"], source),
     )
 
 
-def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
+def _optional(given: Mapping[str, Any], name: str, source: str) -> float | None:
+    """A number above 0, or None where there is none."""
+    return read_positive(given, name, None, source) if given.get(name) else None
+
+
+def _attention_factor(given: Mapping[str, Any], factor: float, source: str) -> float:
     """How much YaRN scales queries and keys, by the paper's fit where the file doesn't say."""
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
+        return read_positive(given, "attention_factor", None, source)
 
     def fit(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return fit(given["mscale"]) / fit(given["mscale_all_dim"])
+    scale, overall = (_optional(given, name, source) for name in ("mscale", "mscale_all_dim"))
+    if scale and overall:
+        return fit(scale) / fit(overall)
     return fit(1.0)
 
 

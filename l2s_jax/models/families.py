@@ -34,6 +34,8 @@ def make_config(family: str, **geometry: Any) -> ModelConfig:
     The families with rotary positions turn what their first releases do: a quarter of each head in
     GPT-NeoX, all of it in Llama.
     """
+    if family not in CONFIGS:
+        raise ValueError(f"model family {family!r}: expected one of {', '.join(CONFIGS)}")
     if family == "gpt_neox":
         geometry["rotary"] = Rotary(geometry["width"] // geometry["num_heads"] // 8 * 2)
     elif family == "llama":

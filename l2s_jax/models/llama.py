@@ -45,7 +45,7 @@ class LlamaConfig:
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} heads: expected a multiple of the {self.num_kv_heads} "
                 "key/value heads"
@@ -53,6 +53,11 @@ class LlamaConfig:
         if self.rotary.width != self.head_width:
             raise ValueError(
                 f"rotary width {self.rotary.width}: expected the head width {self.head_width}"
+            )
+        if self.sliding_window < 0:
+            raise ValueError(
+                f"sliding_window {self.sliding_window}: expected a number of positions, or 0 for "
+                "none"
             )
         if set(self.window_pattern) - set("sf") or (
             self.window_pattern and len(self.window_pattern) != self.num_layers

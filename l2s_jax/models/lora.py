@@ -18,8 +18,6 @@ from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params
 from l2s_jax.optim import matching
 
-PATTERN = ".*(attention|feed_forward)/.*kernel"
-
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -38,8 +36,8 @@ class Lora:
 
     system: LanguageModel | LlmToSlm
     rank: int
-    alpha: float = 16.0
-    pattern: str = PATTERN
+    alpha: float
+    pattern: str
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:

@@ -41,6 +41,11 @@ class Rotary:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"rotary kind {self.kind!r}: expected one of {KINDS}")
+        if self.kind == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"rotary low_freq_factor {self.low_frequency_factor}: expected less than "
+                f"high_freq_factor {self.high_frequency_factor}"
+            )
         if self.width < 2 or self.width % 2:
             raise ValueError(f"rotary width {self.width}: expected an even number above 0")
 
