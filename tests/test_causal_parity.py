@@ -143,7 +143,7 @@ def reference_logits(model, ids, mask, response_ids):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(name, tmp_path):
+def test_logits_equal_transformers(name, tmp_path, record_property):
     prompt_tokens, response_tokens, model_type, checkpoint = CASES[name]
     reference = hf.make_causal(str(tmp_path / "hf"), model_type=model_type, **checkpoint)
     module, params = load_hf(str(tmp_path / "hf"))
@@ -177,6 +177,8 @@ def test_logits_equal_transformers(name, tmp_path):
     assert scored.shape == steps.shape == expected.shape
     assert np.abs(scored - expected).max() <= allowed
     assert np.abs(steps - expected).max() <= allowed
+    for which, found in (("full", scored), ("steps", steps)):
+        record_property(which, float(np.abs(found - expected).max() / np.abs(expected).max()))
     # The prompt's last token is in the last slot of the rows that aren't padded on the right.
     np.testing.assert_allclose(full[1:, prompt_tokens - 1 : -1], expected[1:], atol=allowed, rtol=0)
 

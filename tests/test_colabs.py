@@ -79,6 +79,27 @@ def test_quickstart_runs(tmp_path: pathlib.Path) -> None:
     assert answers == ["llm", "slm", "l2s"]
 
 
+def test_bring_your_own_checkpoint_runs(tmp_path: pathlib.Path) -> None:
+    notebook = nbformat.read(ROOT / "colabs" / "bring_your_own_checkpoint.ipynb", as_version=4)
+    (parameters,) = (
+        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())
+    )
+    workdir = tmp_path / "run"
+    changes = {key: value for key, value in QUICK.items() if not key.startswith("llm.")}
+    parameters.source += f"\nWORKDIR = {str(workdir)!r}\nCHANGES = {changes!r}"
+
+    result = run(notebook, tmp_path / "own.ipynb")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "error:" not in result.stdout + result.stderr
+    report = json.loads((workdir / "report.json").read_text())
+    assert set(report["systems"]) == {"llm", "slm", "l2s", "l2s_mismatched"}
+    assert (workdir / "saved" / "llm" / "params.safetensors").exists()
+    assert (workdir / "slm_hf" / "model.safetensors").exists()
+    for key in ("decoder.final_layer_norm.weight", "transformer.ln_f.weight"):
+        assert key in result.stdout
+    assert sum("    -> " in line for line in result.stdout.splitlines()) == 3
+
+
 def test_a_broken_cell_is_noticed(tmp_path: pathlib.Path) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     assert run(notebook, tmp_path / "broken.ipynb").returncode != 0

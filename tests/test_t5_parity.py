@@ -66,7 +66,7 @@ def decode_in_steps(module, params, ids, mask, decoder_ids):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(name, tmp_path):
+def test_logits_equal_transformers(name, tmp_path, record_property):
     prompt_tokens, response_tokens, checkpoint = CASES[name]
     reference = hf.make_t5(str(tmp_path), **checkpoint)
     module, params = load_hf(str(tmp_path))
@@ -89,6 +89,8 @@ def test_logits_equal_transformers(name, tmp_path):
     assert full.shape == steps.shape == expected.shape
     assert np.abs(full - expected).max() <= allowed
     assert np.abs(steps - expected).max() <= allowed
+    for which, found in (("full", full), ("steps", steps)):
+        record_property(which, float(np.abs(found - expected).max() / np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("max_distance", [33, 64, 100, 128, 200, 1000])
