@@ -25,11 +25,10 @@ from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.generate import Generator, generation_settings, make_generator
-from l2s_jax.models.families import ModelConfig, make_config
+from l2s_jax.models.families import ModelConfig, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
-from l2s_jax.models.lora import Lora
+from l2s_jax.models.lora import Lora, check_lora
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
-from l2s_jax.models.t5 import T5Config
 from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
 from l2s_jax.workdir import atomic_directory, find_stage, fingerprint, open_stage
 
@@ -293,15 +292,10 @@ class Experiment:
                 f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer "
                 f"makes ids up to {tokenizer.vocab_size - 1}"
             )
-        if not isinstance(config, T5Config):
-            # Decoder-only checkpoints often name an eos in config.json and use another: what ends
-            # a response here is what the tokenizer puts at its end.
-            config = dataclasses.replace(config, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id)
-        elif (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.eos_id):
-            raise ValueError(
-                f"{where}: the model's pad and eos ids are {config.pad_id} and {config.eos_id}, "
-                f"the tokenizer's {tokenizer.pad_id} and {tokenizer.eos_id}"
-            )
+        try:
+            config = with_tokens(config, tokenizer.pad_id, tokenizer.eos_id)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         longest = self.config.max_prompt_tokens + max(
             self.config.max_response_tokens, self.config.decoding.max_new_tokens
         )
@@ -440,14 +434,23 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         if name == "llm" and not section.steps:
             continue
         train.check_config(section, f"config.{name}.train")
-        if name != "llm" and config[name].lora.rank and section.parameter_scale:
-            raise ValueError(
-                f"config.{name}.lora.rank={config[name].lora.rank} with "
-                f"config.{name}.train.parameter_scale=True: expected False, LoRA's matrices start "
-                "at zero and updates relative to their size would be none"
-            )
         if section.batch_size % ways:
             raise ValueError(
                 f"config.{name}.train.batch_size={section.batch_size}: expected a multiple of the "
                 f"{ways} devices that share a batch"
             )
+        if name != "llm" and config[name].lora.rank:
+            _check_lora(config[name], f"config.{name}")
+
+
+def _check_lora(section: ConfigDict, where: str) -> None:
+    try:
+        check_lora(**section.lora.to_dict())
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
+    if section.train.parameter_scale:
+        raise ValueError(
+            f"{where}.lora.rank={section.lora.rank} with {where}.train.parameter_scale=True: "
+            "expected False, LoRA's matrices start at zero and updates relative to their size would "
+            "be none"
+        )

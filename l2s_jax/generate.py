@@ -23,6 +23,7 @@ from l2s_jax.config import compute_dtype
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
 from l2s_jax.data.tasks import Example, Task, load_task
 from l2s_jax.decoding.loop import Decoded, decoding_steps, greedy
+from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer
 
@@ -221,7 +222,8 @@ def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
         )
     module, params = convert.load(directory, dtype=dtype)
     tokenizer = load_tokenizer(directory)
-    loaded = LanguageModel(name, module.config), {name: params}, {}
+    config_of_model = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id)
+    loaded = LanguageModel(name, config_of_model), {name: params}, {}
     return make_generator(config, loaded, tokenizer, tokenizer)
 
 

@@ -12,6 +12,7 @@ A module of any family has
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -36,11 +37,32 @@ def make_config(family: str, **geometry: Any) -> ModelConfig:
     """
     if family not in CONFIGS:
         raise ValueError(f"model family {family!r}: expected one of {', '.join(CONFIGS)}")
-    if family == "gpt_neox":
+    if family == "t5":
+        geometry["decoder_start_id"] = geometry["pad_id"]
+    elif family == "gpt_neox":
         geometry["rotary"] = Rotary(geometry["width"] // geometry["num_heads"] // 8 * 2)
     elif family == "llama":
         geometry["rotary"] = Rotary(geometry["head_width"])
     return CONFIGS[family](**geometry)
+
+
+def with_tokens(config: ModelConfig, pad_id: int, eos_id: int) -> ModelConfig:
+    """A config whose pad and eos are its tokenizer's.
+
+    Decoder-only checkpoints often name an eos in config.json and end responses with another: what
+    the tokenizer puts at a response's end is what ends it. A T5's never differ, or it is an error.
+
+    Raises:
+      ValueError: a T5's pad or eos id is not its tokenizer's.
+    """
+    if not isinstance(config, T5Config):
+        return dataclasses.replace(config, pad_id=pad_id, eos_id=eos_id)
+    if (pad_id, eos_id) != (config.pad_id, config.eos_id):
+        raise ValueError(
+            f"the model's pad and eos ids are {config.pad_id} and {config.eos_id}, the "
+            f"tokenizer's {pad_id} and {eos_id}"
+        )
+    return config
 
 
 def make_module(config: ModelConfig) -> nn.Module:
