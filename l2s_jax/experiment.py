@@ -451,6 +451,6 @@ def _check_lora(section: ConfigDict, where: str) -> None:
     if section.train.parameter_scale:
         raise ValueError(
             f"{where}.lora.rank={section.lora.rank} with {where}.train.parameter_scale=True: "
-            "expected False, LoRA's matrices start at zero and updates relative to their size would "
-            "be none"
+            "expected False, LoRA's matrices start at zero and updates relative to their size "
+            "would be none"
         )

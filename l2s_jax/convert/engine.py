@@ -21,6 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from l2s_jax.convert.files import TensorFiles, listed
 
+_STRIP = 64  # columns
+
 Params = Mapping[str, Any]
 Shape = tuple[int, ...]
 
@@ -202,8 +204,18 @@ def read_params(
                 raise ValueError(f"{files.file(other)}: {other} differs from {first}")
         parts = entry.transform.to_ours(tensor)
         for path, part in zip(entry.parameters, parts, strict=True):
-            flat[path] = np.ascontiguousarray(part)
+            flat[path] = _contiguous(part)
     return unflatten_dict(flat, sep="/")
+
+
+def _contiguous(x: np.ndarray) -> np.ndarray:
+    """`np.ascontiguousarray`; a large transposed matrix by strips, in less than half the time."""
+    if x.ndim != 2 or x.flags.c_contiguous:
+        return np.ascontiguousarray(x)
+    copy = np.empty(x.shape, x.dtype)
+    for start in range(0, x.shape[1], _STRIP):
+        copy[:, start : start + _STRIP] = x[:, start : start + _STRIP]
+    return copy
 
 
 def matched(

@@ -11,13 +11,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
+
+_MAPPED_BYTES = 1 << 27
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -83,8 +84,8 @@ class TensorFiles:
     def __init__(self, directory: str, stem: str) -> None:
         single = _single_path(directory, stem)
         index = _index_path(directory, stem)
-        self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._mapped: dict[str, int] = {}  # bytes read through each open file
         self._expected: dict[str, set[str]] = {}
         if os.path.exists(single):
             self.source = single
@@ -104,13 +105,17 @@ class TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        for file in list(self._open):
+            self._close(file)
+
+    def _close(self, file: str) -> None:
+        self._open.pop(file).__exit__(None, None, None)
 
     def _opened(self, file: str) -> Any:
         if file in self._open:
             return self._open[file]
         try:
-            handle = self._stack.enter_context(safetensors.safe_open(file, framework="np"))
+            handle = safetensors.safe_open(file, framework="np").__enter__()
         except FileNotFoundError:
             raise ValueError(f"{file}: no such file, but {self.source} names it") from None
         except (OSError, safetensors.SafetensorError) as error:
@@ -121,7 +126,7 @@ class TensorFiles:
             differing += [f"+ {key}" for key in sorted(found - self._expected[file])]
             if differing:
                 raise ValueError(f"{file}: differs from {self.source}: {listed(differing)}")
-        self._open[file] = handle
+        self._open[file], self._mapped[file] = handle, 0
         return handle
 
     def file(self, key: str) -> str:
@@ -142,7 +147,12 @@ class TensorFiles:
         dtype = self.dtype(key)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"{file}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-        return np.asarray(self._opened(file).get_tensor(key), dtype=np.float32)
+        tensor = np.asarray(self._opened(file).get_tensor(key), dtype=np.float32)
+        # The library maps the file, and what was read of it stays in memory until it is closed.
+        self._mapped[file] += tensor.nbytes
+        if self._mapped[file] > _MAPPED_BYTES:
+            self._close(file)
+        return tensor
 
 
 def content_hash(directory: str) -> str:
