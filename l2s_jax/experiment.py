@@ -193,7 +193,13 @@ class Experiment:
             return examples
         inputs = self._label_inputs()
         directory = self._open_stage(self.workdir, "labels", inputs)
-        return labels.label(examples, lambda: self.generator(self.llm), directory)
+        return labels.label(
+            examples,
+            lambda: self.generator(self.llm),
+            directory,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     @functools.cache  # noqa: B019  an experiment lives as long as its process
     def _examples(self, split: str) -> Sequence[Example]:
@@ -292,10 +298,7 @@ class Experiment:
                 f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer "
                 f"makes ids up to {tokenizer.vocab_size - 1}"
             )
-        try:
-            config = with_tokens(config, tokenizer.pad_id, tokenizer.eos_id)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        config = with_tokens(config, tokenizer.pad_id, tokenizer.eos_id, where)
         longest = self.config.max_prompt_tokens + max(
             self.config.max_response_tokens, self.config.decoding.max_new_tokens
         )

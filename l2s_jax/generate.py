@@ -222,7 +222,7 @@ def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
         )
     module, params = convert.load(directory, dtype=dtype)
     tokenizer = load_tokenizer(directory)
-    config_of_model = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id)
+    config_of_model = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
     loaded = LanguageModel(name, config_of_model), {name: params}, {}
     return make_generator(config, loaded, tokenizer, tokenizer)
 

@@ -11,8 +11,10 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
+from jax.experimental import multihost_utils
+
 from l2s_jax.data.tasks import Example
-from l2s_jax.generate import Generator
+from l2s_jax.generate import Generator, Output
 
 log = logging.getLogger(__name__)
 
@@ -20,29 +22,51 @@ SHARD = 2048
 
 
 def label(
-    examples: Sequence[Example], make_generator: Callable[[], Generator], directory: str
+    examples: Sequence[Example],
+    make_generator: Callable[[], Generator],
+    directory: str,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> list[Example]:
-    """`examples` with responses by the generator, which is made only if some are missing."""
-    labelled: list[Example] = []
-    generator = None
-    for number, start in enumerate(range(0, len(examples), SHARD)):
-        shard = list(examples[start : start + SHARD])
-        path = os.path.join(directory, f"train-{number:05d}.jsonl")
-        if not os.path.exists(path):
-            if generator is None:
-                log.info("labels: the LLM answers %d prompts", len(examples) - start)
-                generator = make_generator()
-            outputs = generator.generate([e.prompt for e in shard], description=f"labels {number}")
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                for output in outputs:
-                    file.write(json.dumps({"response": output.text}, ensure_ascii=False) + "\n")
-            os.replace(f"{path}.tmp", path)
-        responses = _read(path, len(shard))
-        labelled += [
-            Example(e.prompt, response, (response,))
-            for e, response in zip(shard, responses, strict=True)
-        ]
-    return labelled
+    """`examples` with responses by the generator, which is made only if some are missing.
+
+    Of several processes, which share `directory`, each answers every process_count-th file and
+    waits for the others.
+
+    Raises:
+      ValueError: a file holds another number of labels than it should.
+    """
+    paths = [
+        os.path.join(directory, f"train-{number:05d}.jsonl")
+        for number in range(-(-len(examples) // SHARD))
+    ]
+    missing = [n for n, path in enumerate(paths) if not os.path.exists(path)]
+    if own := [number for number in missing if number % process_count == process_index]:
+        log.info("labels: the LLM answers %d of %d files of prompts", len(own), len(paths))
+        generator = make_generator()
+        for number in own:
+            indices = range(number * SHARD, min((number + 1) * SHARD, len(examples)))
+            prompts = [examples[i].prompt for i in indices]
+            _write(paths[number], generator.generate(prompts, description=f"labels {number}"))
+    if process_count > 1:
+        multihost_utils.sync_global_devices("labels")
+    responses = [
+        response
+        for number, path in enumerate(paths)
+        for response in _read(path, min(SHARD, len(examples) - number * SHARD))
+    ]
+    return [
+        Example(example.prompt, response, (response,))
+        for example, response in zip(examples, responses, strict=True)
+    ]
+
+
+def _write(path: str, outputs: Sequence[Output]) -> None:
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        for output in outputs:
+            file.write(json.dumps({"response": output.text}, ensure_ascii=False) + "\n")
+    os.replace(f"{path}.tmp", path)
 
 
 def _read(path: str, count: int) -> list[str]:

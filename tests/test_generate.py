@@ -1,6 +1,9 @@
 """Text in, text out; and the labels that an LLM gives, through interruptions."""
 
 import json
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -117,6 +120,47 @@ def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
         raise AssertionError("all labels are there")
 
     assert labels.label(examples, never, str(tmp_path)) == labelled
+
+
+class Unsliceable(Sequence):
+    """Random access and a length, as TFDS gives."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        assert isinstance(index, int)
+        if index >= len(self.examples):
+            raise IndexError
+        return self.examples[index]
+
+
+def test_processes_share_the_labelling(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "SHARD", 2)
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(
+        labels.multihost_utils, "sync_global_devices", lambda _: barrier.wait(timeout=60)
+    )
+    examples = Unsliceable([Example(f"prompt {i}", "old", ("old",)) for i in range(9)])
+    generators = [Counting(), Counting()]
+
+    def run(index):
+        return labels.label(
+            examples,
+            lambda: generators[index],
+            str(tmp_path),
+            process_index=index,
+            process_count=2,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert [generator.seen for generator in generators] == [5, 4]
+    assert first == second
+    assert [e.response for e in first] == [f"answer to prompt {i}" for i in range(9)]
 
 
 def test_a_label_file_with_a_wrong_count_is_refused(tmp_path):

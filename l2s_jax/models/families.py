@@ -46,8 +46,8 @@ def make_config(family: str, **geometry: Any) -> ModelConfig:
     return CONFIGS[family](**geometry)
 
 
-def with_tokens(config: ModelConfig, pad_id: int, eos_id: int) -> ModelConfig:
-    """A config whose pad and eos are its tokenizer's.
+def with_tokens(config: ModelConfig, pad_id: int, eos_id: int, where: str) -> ModelConfig:
+    """The config of a model at `where`, with its tokenizer's pad and eos.
 
     Decoder-only checkpoints often name an eos in config.json and end responses with another: what
     the tokenizer puts at a response's end is what ends it. A T5's never differ, or it is an error.
@@ -59,7 +59,7 @@ def with_tokens(config: ModelConfig, pad_id: int, eos_id: int) -> ModelConfig:
         return dataclasses.replace(config, pad_id=pad_id, eos_id=eos_id)
     if (pad_id, eos_id) != (config.pad_id, config.eos_id):
         raise ValueError(
-            f"the model's pad and eos ids are {config.pad_id} and {config.eos_id}, the "
+            f"{where}: the model's pad and eos ids are {config.pad_id} and {config.eos_id}, the "
             f"tokenizer's {pad_id} and {eos_id}"
         )
     return config
