@@ -67,11 +67,14 @@ def save(
 
 
 def copy(source: str, target: str, *, include_llm: bool) -> None:
-    """Copies an L2S model, with the part of its LLM that encodes or with a reference to the LLM."""
+    """Copies an L2S model, with a reference to its LLM or the part of it that encodes inside.
+
+    What is inside already stays inside.
+    """
     system, trained, frozen = load(source)
     fields = read_json(os.path.join(source, "config.json"))
     reference = fields["llm"]
-    if include_llm:
+    if include_llm or reference["path"] == _LLM:
         inside = os.path.join(target, _LLM)
         shapes = param_shapes(frozen)
         write_directory(

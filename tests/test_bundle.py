@@ -118,6 +118,9 @@ def test_a_copy_answers_as_the_original_does(tmp_path, llm, tokenizers, kind, in
         copied = tmp_path / "copy"
     assert l2s_jax.load(str(copied)).generate(prompts) == expected
     assert (copied / "README.md").read_text() == "a card"
+    again = [f"--input={copied}", f"--output={tmp_path / 'second'}"]
+    assert main(again) == 0
+    assert (tmp_path / "second/llm").exists() == include_llm
     few = l2s_jax.load(str(copied), max_new_tokens=2, batch_size=1).generate(prompts)
     assert max(output.tokens for output in few) == 2
     if include_llm:

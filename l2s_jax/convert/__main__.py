@@ -171,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _inspect(flags.input)
         else:
             _convert(flags)
+    except BrokenPipeError:
+        # Who reads the output, head for one, has all that it wants.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
