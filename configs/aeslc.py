@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
         learning_rate=2e-2,
         warmup_steps=200,
         label_smoothing=0.1,
-        dropout_rate=0.15,
+        dropout_rate=0.1,
         ema_decay=0.998,
         evaluate_every=250,
         log_every=20,

@@ -28,7 +28,15 @@ NEUTRAL = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False, None),
     "add_cross_attention": (False, None),
+    "is_causal": (True, None),
     "quantization_config": (None,),
+}
+# Other names of the same fields; transformers lets them win where a file has both.
+ALIAS_OF = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
 }
 # Queries, keys and values are the three parts of one tensor's last axis. The Conv1D that holds them
 # stores [in, out], as we do.
@@ -71,11 +79,13 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     """config.json -> GPT2Config."""
     refuse_unsupported(fields, NEUTRAL, source)
     activation = fields.get("activation_function", "gelu_new")
-    if activation not in ACTIVATION_OF:
+    if not isinstance(activation, str) or activation not in ACTIVATION_OF:
         raise ValueError(
             f"{source}: activation_function is {activation!r}, expected one of "
             f"{list(ACTIVATION_OF)}"
         )
+    named = {name: fields[alias] for name, alias in ALIAS_OF.items() if alias in fields}
+    fields = {**fields, **named}
     width = read_integer(fields, "n_embd", 768, source)
     if fields.get("n_inner") is None:
         fields = {**fields, "n_inner": 4 * width}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,11 @@ ACTIVATION_OF = {
     "relu": "relu",
     "silu": "silu",
 }
-NEUTRAL = {"quantization_config": (None,), "is_decoder": (False, True, None)}
+NEUTRAL = {
+    "is_causal": (True, None),
+    "is_decoder": (False, True, None),
+    "quantization_config": (None,),
+}
 
 
 def _split_heads(num_heads: int) -> tuple[Transform, Transform]:
@@ -89,7 +94,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     """config.json -> GPTNeoXConfig."""
     refuse_unsupported(fields, NEUTRAL, source)
     activation = fields.get("hidden_act", "gelu")
-    if activation not in ACTIVATION_OF:
+    if not isinstance(activation, str) or activation not in ACTIVATION_OF:
         raise ValueError(
             f"{source}: hidden_act is {activation!r}, expected one of {list(ACTIVATION_OF)}"
         )
@@ -122,10 +127,16 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     )
 
 
+def _share(width: int, head_width: int) -> float:
+    """The share of a head that readers, who multiply and round down, turn into `width` again."""
+    share = width / head_width
+    return share if int(head_width * share) == width else math.nextafter(share, 1)
+
+
 def config_to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
     """GPTNeoXConfig -> config.json of a GPTNeoXForCausalLM."""
     theirs = {ours: name for name, ours in reversed(ACTIVATION_OF.items())}
-    share = config.rotary.width / (config.width // config.num_heads)
+    share = _share(config.rotary.width, config.width // config.num_heads)
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",

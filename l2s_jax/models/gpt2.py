@@ -17,7 +17,8 @@ from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Li
 class GPT2Config:
     """Geometry of a GPT-2 model; defaults are those of the 124M one.
 
-    There is no position from `max_positions` on: a prompt and its response must fit.
+    There is no position from `max_positions` on: a prompt and its response must fit, which callers
+    check. The logits of a longer row are NaN.
     """
 
     vocab_size: int = 50257
@@ -35,7 +36,7 @@ class GPT2Config:
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
 
     def __post_init__(self) -> None:
-        if self.width % self.num_heads:
+        if self.num_heads < 1 or self.width % self.num_heads:
             raise ValueError(f"width {self.width}: expected a multiple of {self.num_heads} heads")
         if self.activation not in ACTIVATIONS:
             raise ValueError(

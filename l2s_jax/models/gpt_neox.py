@@ -35,7 +35,7 @@ class GPTNeoXConfig:
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
 
     def __post_init__(self) -> None:
-        if self.width % self.num_heads:
+        if self.num_heads < 1 or self.width % self.num_heads:
             raise ValueError(f"width {self.width}: expected a multiple of {self.num_heads} heads")
         if self.activation not in ACTIVATIONS:
             raise ValueError(
