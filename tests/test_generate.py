@@ -1,9 +1,4 @@
-"""Text in, text out; and the labels that an LLM gives, through interruptions."""
-
-import json
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+"""Text in, text out."""
 
 import jax
 import pytest
@@ -11,9 +6,7 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax import labels
-from l2s_jax.data.tasks import Example
-from l2s_jax.generate import Generator, Output
+from l2s_jax.generate import Generator
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.text import train_sentencepiece
 
@@ -88,83 +81,3 @@ def test_mismatched_feeds_another_prompts_representations(systems, tokenizer):
     # With one and the same prompt in every row, another prompt's representations are one's own.
     same = ["a lazy dog"] * 4
     assert loaded.generate(same, mismatched=True) == loaded.generate(same)
-
-
-class Counting:
-    """A generator that answers with the number of prompts seen before, and can be killed."""
-
-    def __init__(self, fail_after=None):
-        self.seen, self.fail_after = 0, fail_after
-
-    def generate(self, prompts, *, description=""):
-        if self.fail_after is not None and self.seen >= self.fail_after:
-            raise KeyboardInterrupt
-        self.seen += len(prompts)
-        return [Output(f"answer to {prompt}", 1, False) for prompt in prompts]
-
-
-def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(labels, "SHARD", 4)
-    examples = [Example(f"prompt {i}", "old", ("old",)) for i in range(11)]
-    with pytest.raises(KeyboardInterrupt):
-        labels.label(examples, lambda: Counting(fail_after=4), str(tmp_path))
-    second = Counting()
-    labelled = labels.label(examples, lambda: second, str(tmp_path))
-    assert second.seen == 7
-    assert [e.prompt for e in labelled] == [e.prompt for e in examples]
-    assert [e.response for e in labelled] == [f"answer to {e.prompt}" for e in examples]
-
-    def never():
-        raise AssertionError("all labels are there")
-
-    assert labels.label(examples, never, str(tmp_path)) == labelled
-
-
-class Unsliceable(Sequence):
-    """Random access and a length, as TFDS gives."""
-
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        assert isinstance(index, int)
-        if index >= len(self.examples):
-            raise IndexError
-        return self.examples[index]
-
-
-def test_processes_share_the_labelling(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "SHARD", 2)
-    barrier = threading.Barrier(2)
-    monkeypatch.setattr(
-        labels.multihost_utils, "sync_global_devices", lambda _: barrier.wait(timeout=60)
-    )
-    examples = Unsliceable([Example(f"prompt {i}", "old", ("old",)) for i in range(9)])
-    generators = [Counting(), Counting()]
-
-    def run(index):
-        return labels.label(
-            examples,
-            lambda: generators[index],
-            str(tmp_path),
-            process_index=index,
-            process_count=2,
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(run, range(2))
-    assert [generator.seen for generator in generators] == [5, 4]
-    assert first == second
-    assert [e.response for e in first] == [f"answer to prompt {i}" for i in range(9)]
-
-
-def test_a_label_file_with_a_wrong_count_is_refused(tmp_path):
-    path = tmp_path / "train-00000.jsonl"
-    path.write_text(json.dumps({"response": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"train-00000\.jsonl: 1 labels, expected 2"):
-        labels.label([Example("a", "b", ("b",))] * 2, Counting, str(tmp_path))

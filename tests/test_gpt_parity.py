@@ -310,6 +310,7 @@ def test_a_tied_head_that_is_also_stored_must_be_the_embedding(model_type, tmp_p
         ({"eos_token_id": [5, 7], "pad_token_id": None}, [], 5, 5),
         ({"eos_token_id": 5}, ["pad_token_id"], 5, 5),
         ({"eos_token_id": 5, "pad_token_id": 0}, [], 5, 0),
+        ({"eos_token_id": 5, "pad_token_id": -1}, [], 5, 5),
     ],
 )
 def test_special_tokens(model_type, fields, removed, eos_id, pad_id, tmp_path):

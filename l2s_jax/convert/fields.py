@@ -43,11 +43,14 @@ def read_flag(fields: Mapping[str, Any], name: str, default: bool, source: str) 
 def read_token(
     fields: Mapping[str, Any], name: str, default: int, vocab_size: int, source: str
 ) -> int:
-    """A token's id below `vocab_size`; `default` where there is none, the first of a list."""
+    """A token's id below `vocab_size`; the first of a list; `default` where there is none.
+
+    Older files write -1 for none.
+    """
     value = fields.get(name)
     if isinstance(value, list) and value:
         value = value[0]
-    if value is None:
+    if value is None or value == -1:
         value = default
     value = read_integer({name: value}, name, None, source, 0)
     if value >= vocab_size:

@@ -1,0 +1,40 @@
+"""Labelling as a process of its own, for test_labels to kill.
+
+python tests/label_child.py DIRECTORY
+"""
+
+import json
+import os
+import sys
+import time
+
+from l2s_jax import labels
+from l2s_jax.data.tasks import Example
+from l2s_jax.generate import Output
+
+SHARD = 4
+SECONDS = 0.1  # that a file of labels takes
+EXAMPLES = [Example(f"prompt {i}", "old", ("old",)) for i in range(98)]
+
+
+class Slow:
+    """Answers one prompt after another, and notes each in asked.txt."""
+
+    def __init__(self, directory):
+        self.asked = os.path.join(directory, "asked.txt")
+
+    def generate(self, prompts, *, description=""):
+        outputs = []
+        for prompt in prompts:
+            with open(self.asked, "a", encoding="utf-8") as file:
+                file.write(f"{prompt}\n")
+            time.sleep(SECONDS / SHARD)
+            outputs.append(Output(f"answer to {prompt}", 1, False))
+        return outputs
+
+
+if __name__ == "__main__":
+    labels.SHARD = SHARD
+    labelled = labels.label(EXAMPLES, lambda: Slow(sys.argv[1]), sys.argv[1])
+    with open(os.path.join(sys.argv[1], "labelled.json"), "w", encoding="utf-8") as file:
+        json.dump([example.response for example in labelled], file)
