@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+
+from l2s_jax.decoding.search import Search
 
 
 def model_config(family: str = "t5") -> ConfigDict:
@@ -74,6 +78,11 @@ def lora_config() -> ConfigDict:
     return ConfigDict({"rank": 0, "alpha": 16.0, "pattern": ".*(attention|feed_forward)/.*kernel"})
 
 
+def search_config() -> ConfigDict:
+    """How tokens are chosen, greedily by default; decoding/search.py explains each setting."""
+    return ConfigDict(dataclasses.asdict(Search()))
+
+
 def default() -> ConfigDict:
     """A whole experiment."""
     return ConfigDict(
@@ -118,7 +127,11 @@ def default() -> ConfigDict:
                 "lora": lora_config(),
                 "train": train_config(1000),
             },
-            "decoding": {"max_new_tokens": 128, "batch_size": 32},
+            "decoding": {
+                "max_new_tokens": 128,
+                "batch_size": 32,
+                "search": search_config(),  # of evaluation, labels and generation
+            },
             "evaluation": {
                 "split": "test",
                 "max_examples": 0,  # of the split; 0: all

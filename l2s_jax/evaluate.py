@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from l2s_jax import metrics, report
 from l2s_jax.card import write_card
+from l2s_jax.decoding.engine import decode, decode_cache
 from l2s_jax.decoding.loop import decoding_steps
 from l2s_jax.experiment import Experiment
-from l2s_jax.generate import Generator, Output, decode, decode_cache
+from l2s_jax.generate import Generator, Output
 from l2s_jax.models.systems import parameter_count
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class _Stopwatch:
         shape = (batch_size, prompt_tokens)
         ids = jnp.asarray(rng.integers(3, generator.prompt_tokenizer.vocab_size, shape), jnp.int32)
         mask = jnp.ones(shape, bool)
-        active = jnp.ones(batch_size, bool)
+        limits = jnp.full(batch_size, new_tokens)
         trained, frozen = generator.trained, generator.frozen
         self._steps = max(decoding_steps(new_tokens), 1)
 
@@ -153,30 +154,30 @@ class _Stopwatch:
         logits, cache = prefill(trained, frozen, ids, mask, hidden)
         loop = (
             jax.jit(
-                lambda trained, logits, cache, active: decode_cache(
+                lambda trained, logits, cache, limits: decode_cache(
                     system,
                     trained,
                     logits,
                     cache,
-                    active,
+                    limits,
                     max_new_tokens=new_tokens,
                     ignore_eos=True,
                 )
             )
-            .lower(trained, logits, cache, active)
+            .lower(trained, logits, cache, limits)
             .compile()
         )
         start = time.perf_counter()
         whole = (
             jax.jit(lambda *args: decode(system, *args, max_new_tokens=new_tokens, ignore_eos=True))
-            .lower(trained, frozen, ids, mask, active)
+            .lower(trained, frozen, ids, mask, limits)
             .compile()
         )
         self.compile_s = time.perf_counter() - start
         self._encode = lambda: encode(trained, frozen, ids, mask)
         self._prefill = lambda hidden: prefill(trained, frozen, ids, mask, hidden)
-        self._loop = lambda first: loop(trained, *first, active)
-        self._whole = lambda: whole(trained, frozen, ids, mask, active)
+        self._loop = lambda first: loop(trained, *first, limits)
+        self._whole = lambda: whole(trained, frozen, ids, mask, limits)
         for _ in range(2):
             self.measure()
 

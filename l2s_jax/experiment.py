@@ -24,6 +24,7 @@ from l2s_jax.config import compute_dtype
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
 from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.decoding.search import Search
 from l2s_jax.generate import Generator, generation_settings, make_generator
 from l2s_jax.models.families import ModelConfig, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
@@ -258,6 +259,7 @@ class Experiment:
             "task": self._task_inputs(),
             "max_prompt_tokens": self.config.max_prompt_tokens,
             "max_new_tokens": self.config.decoding.max_new_tokens,
+            "search": self.config.decoding.search.to_dict(),
         }
 
     def _slm_inputs(self) -> dict[str, Any]:
@@ -431,6 +433,10 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             f"config.decoding: max_new_tokens={config.decoding.max_new_tokens}, "
             f"batch_size={config.decoding.batch_size}: expected positive numbers"
         )
+    try:
+        Search(**config.decoding.search.to_dict())
+    except ValueError as error:
+        raise ValueError(f"config.decoding.search.{error}") from None
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("llm", "slm", "l2s"):
         section = config[name].train

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -22,81 +23,36 @@ from l2s_jax import bundle, convert
 from l2s_jax.config import compute_dtype
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
 from l2s_jax.data.tasks import Example, Task, load_task
-from l2s_jax.decoding.loop import Decoded, decoding_steps, greedy
+from l2s_jax.decoding.beam import Hypotheses
+from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
+from l2s_jax.decoding.loop import CHUNK, Decoded
+from l2s_jax.decoding.search import Search
+from l2s_jax.decoding.text import ResponseText
 from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer
 
 
 class Output(NamedTuple):
-    """One generated response; `cut` says that max_new_tokens ended it."""
+    """One generated response; `cut` says that the limit on new tokens ended it.
+
+    Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
+    after the best, best first.
+    """
 
     text: str
     tokens: int
     cut: bool
-
-
-def decode_cache(
-    system: System,
-    trained: Params,
-    logits: jax.Array,
-    cache: Any,
-    active: jax.Array,
-    *,
-    max_new_tokens: int,
-    ignore_eos: bool = False,
-) -> Decoded:
-    """The decoding loop after `prefill`; rows where active bool [B] is false are padding.
-
-    With `ignore_eos`, every row decodes max_new_tokens: what a measurement wants.
-    """
-    decoder = system.decoder
-    return greedy(
-        system.step,
-        trained,
-        logits,
-        cache,
-        active,
-        eos_id=-1 if ignore_eos else decoder.eos_id,
-        pad_id=decoder.pad_id,
-        max_new_tokens=max_new_tokens,
-    )
-
-
-def decode(
-    system: System,
-    trained: Params,
-    frozen: Params,
-    ids: jax.Array,
-    mask: jax.Array,
-    active: jax.Array,
-    *,
-    max_new_tokens: int,
-    mismatched: bool = False,
-    ignore_eos: bool = False,
-) -> Decoded:
-    """A whole batch, from prompt to response, as one program. Call it through `jitted_decode`.
-
-    ids int32 [B, T], mask bool [B, T], active bool [B] as in `decode_cache`. `mismatched` is the
-    control: every row gets the encoded prompt of the row before it.
-    """
-    hidden = system.encode(trained, frozen, ids, mask)
-    if mismatched:
-        hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
-    steps = decoding_steps(max_new_tokens)
-    logits, cache = system.prefill(trained, frozen, ids, mask, hidden, steps)
-    return decode_cache(
-        system, trained, logits, cache, active, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos
-    )
-
-
-jitted_decode = jax.jit(
-    decode, static_argnames=("system", "max_new_tokens", "mismatched", "ignore_eos")
-)
+    score: float | None = None
+    others: tuple[Output, ...] = ()
 
 
 class Generator:
-    """Answers prompts with one system. Results do not depend on batch company or padding."""
+    """Answers prompts with one system. Results do not depend on batch company or padding.
+
+    Batches have one of a few fixed shapes: the number of rows, of prompt tokens and of new tokens
+    are each rounded up to a bucket, and every combination is compiled once.
+    """
 
     def __init__(
         self,
@@ -109,8 +65,13 @@ class Generator:
         prompt_lengths: Sequence[int],
         max_new_tokens: int,
         batch_size: int,
+        search: Search | Mapping[str, Any] = GREEDY,
     ):
-        """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated."""
+        """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated.
+
+        `max_new_tokens` and `search` hold for calls that name none; no call may have more new
+        tokens.
+        """
         self.system = system
         self.trained = jax.device_put(trained)
         self.frozen = jax.device_put(frozen)
@@ -118,53 +79,255 @@ class Generator:
         self.response_tokenizer = response_tokenizer
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self._prompt_lengths = tuple(prompt_lengths)
+        self.search = search if isinstance(search, Search) else Search(**search)
+        self.prompt_lengths = tuple(prompt_lengths)
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows that programs are compiled for."""
+        return _buckets(1, self.batch_size, 4)
+
+    @property
+    def new_token_buckets(self) -> tuple[int, ...]:
+        """Numbers of new tokens that programs are compiled for."""
+        return _buckets(2 * CHUNK, self.max_new_tokens, 2)
+
+    def warm_up(self) -> int:
+        """Compiles every program that `generate` may run with the default search; their number."""
+        shapes = list(
+            itertools.product(self.row_buckets, self.prompt_lengths, self.new_token_buckets)
+        )
+        for rows, length, capacity in tqdm(shapes, desc="compiling", file=sys.stderr):
+            ids, mask = np.zeros((rows, length), np.int32), np.ones((rows, length), bool)
+            # Rows that may have no token end at once.
+            limits, seeds = np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
+            batch = _Batch(ids, mask, limits, seeds)
+            jax.block_until_ready(self._decode(batch, capacity, self.search, False))
+        return len(shapes)
 
     def generate(
-        self, prompts: Sequence[str], *, description: str = "", mismatched: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        search: Search | None = None,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | None = None,
+        description: str = "",
+        mismatched: bool = False,
     ) -> list[Output]:
-        """One output per prompt, in order; with a `description`, a progress bar on stderr."""
-        data = TokenizedExamples(
-            [Example(prompt, "", ()) for prompt in prompts],
-            prompt_tokenizer=self.prompt_tokenizer,
-            response_tokenizer=self.response_tokenizer,
-            max_prompt_tokens=self._prompt_lengths[-1],
-            max_response_tokens=1,
-        )
-        batches = evaluation_batches(
-            data,
-            prompt_name="prompt",
-            buckets=tuple((length, i + 1) for i, length in enumerate(self._prompt_lengths)),
-            # A batch of one row has no other row to be mismatched with.
-            batch_size=max(self.batch_size, 2) if mismatched else self.batch_size,
-        )
+        """One output per prompt, in order.
+
+        Args:
+          prompts: texts, as a whole: `Task.render_prompt` has been applied.
+          search: how tokens are chosen.
+          max_new_tokens: the most that a response may have.
+          seeds: of each prompt, for sampling: the same seed, the same text, whatever the other
+            prompts are; without them, the prompts' places 0, 1, 2, ...
+          description: names a progress bar on stderr; without it there is none.
+          mismatched: every prompt is decoded with the encoded prompt of another.
+
+        Raises:
+          ValueError: max_new_tokens is above the generator's, or the numbers of seeds and prompts
+            differ.
+        """
+        search = self.search if search is None else search
+        limit, capacity = self._limit(max_new_tokens)
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
         outputs: list[Output | None] = [None] * len(prompts)
         with tqdm(
             total=len(prompts), desc=description, disable=not description, file=sys.stderr
         ) as bar:
-            for indices, batch in batches:
-                decoded = jax.device_get(
-                    jitted_decode(
-                        self.system,
-                        self.trained,
-                        self.frozen,
-                        batch["prompt_ids"],
-                        batch["prompt_mask"],
-                        indices >= 0,
-                        max_new_tokens=self.max_new_tokens,
-                        mismatched=mismatched,
-                    )
-                )
-                self._collect(indices, decoded, outputs)
-                bar.update(int(np.sum(indices >= 0)))
+            for indices, batch in self._batches(prompts, limit, seeds, mismatched):
+                if search.stop:
+                    answers = self._decode_until(batch, capacity, search, mismatched)
+                else:
+                    answers = self._collect(self._decode(batch, capacity, search, mismatched))
+                for index, answer in zip(indices, answers, strict=False):
+                    outputs[index] = answer
+                bar.update(len(indices))
         return outputs
 
-    def _collect(self, indices: np.ndarray, decoded: Decoded, outputs: list) -> None:
-        for row, index in enumerate(indices):
-            if index >= 0:
-                length = int(decoded.lengths[row])
-                text = self.response_tokenizer.decode(decoded.tokens[row, :length].tolist())
-                outputs[index] = Output(text, length, not bool(decoded.finished[row]))
+    def stream(
+        self,
+        prompt: str,
+        *,
+        search: Search | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The response in pieces, as they are decoded: together, the text that `generate` gives.
+
+        A piece ends between characters, never within one. Arguments and errors as of `generate`;
+        a beam search cannot be streamed.
+        """
+        search = self.search if search is None else search
+        if search.num_beams > 1:
+            raise ValueError(
+                f"num_beams={search.num_beams}: expected 1, a beam search has no response before "
+                "its end"
+            )
+        limit, capacity = self._limit(max_new_tokens)
+        ((_, batch),) = self._batches([prompt], limit, [seed], False)
+        text = ResponseText(self.response_tokenizer, search.stop)
+        ended = False
+        for decoded in self._chunks(batch, capacity, search, False, lambda: [text.stopped]):
+            ended = bool(decoded.done[0]) or text.stopped
+            if piece := text.extend(decoded.tokens[: decoded.lengths[0], 0], last=ended):
+                yield piece
+            if text.stopped:
+                return
+
+    def _limit(self, max_new_tokens: int | None) -> tuple[int, int]:
+        """(the most new tokens of a call, of the program that it runs)."""
+        if max_new_tokens is None:
+            max_new_tokens = self.max_new_tokens
+        if not 1 <= max_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}: expected 1 to {self.max_new_tokens}, for which "
+                "this generator was made"
+            )
+        return max_new_tokens, next(b for b in self.new_token_buckets if b >= max_new_tokens)
+
+    def _batches(
+        self, prompts: Sequence[str], limit: int, seeds: Sequence[int], mismatched: bool
+    ) -> Iterator[tuple[np.ndarray, _Batch]]:
+        """(indices of the prompts in the first rows, batch)."""
+        data = TokenizedExamples(
+            [Example(prompt, "", ()) for prompt in prompts],
+            prompt_tokenizer=self.prompt_tokenizer,
+            response_tokenizer=self.response_tokenizer,
+            max_prompt_tokens=self.prompt_lengths[-1],
+            max_response_tokens=1,
+        )
+        seeds = np.asarray(seeds, np.uint32)
+        for indices, batch in evaluation_batches(
+            data,
+            prompt_name="prompt",
+            buckets=tuple((length, i + 1) for i, length in enumerate(self.prompt_lengths)),
+            # A batch of one row has no other row to be mismatched with.
+            batch_size=max(self.batch_size, 2) if mismatched else self.batch_size,
+        ):
+            indices = indices[indices >= 0]
+            count, rows = len(indices), len(batch["prompt_ids"])
+            if not mismatched:
+                rows = next(b for b in self.row_buckets if b >= count)
+            limits = np.where(np.arange(rows) < count, limit, 0).astype(np.int32)
+            own_seeds = np.zeros(rows, np.uint32)
+            own_seeds[:count] = seeds[indices]
+            yield (
+                indices,
+                _Batch(batch["prompt_ids"][:rows], batch["prompt_mask"][:rows], limits, own_seeds),
+            )
+
+    def _decode(
+        self, batch: _Batch, capacity: int, search: Search, mismatched: bool
+    ) -> Decoded | Hypotheses:
+        return jitted_decode(
+            self.system,
+            self.trained,
+            self.frozen,
+            *batch,
+            max_new_tokens=capacity,
+            search=search,
+            mismatched=mismatched,
+        )
+
+    def _chunks(
+        self,
+        batch: _Batch,
+        capacity: int,
+        search: Search,
+        mismatched: bool,
+        ended: Callable[[], Sequence[bool]],
+    ) -> Iterator[_Progress]:
+        """What has been decoded after each chunk; `ended` says which rows have said enough."""
+        settings = {"max_new_tokens": capacity, "search": dataclasses.replace(search, stop=())}
+        state = start(
+            self.system, self.trained, self.frozen, *batch, mismatched=mismatched, **settings
+        )
+        while True:
+            progress = _Progress(*jax.device_get((state.tokens, state.lengths, state.done)))
+            yield progress
+            stopped = np.asarray(ended(), bool)
+            if (progress.done | stopped).all():
+                return
+            state = advance(self.system, self.trained, state, stopped, **settings)
+
+    def _collect(self, decoded: Decoded | Hypotheses) -> Iterator[Output]:
+        """The output of each row."""
+        decoded = jax.device_get(decoded)
+        if isinstance(decoded, Decoded):
+            for tokens, length, finished in zip(
+                decoded.tokens, decoded.lengths, decoded.finished, strict=True
+            ):
+                yield self._output(tokens[:length], finished)
+            return
+        for row in range(len(decoded.tokens)):
+            best, *others = (
+                self._output(tokens[:length], finished, float(score))
+                for tokens, length, finished, score in zip(
+                    decoded.tokens[row],
+                    decoded.lengths[row],
+                    decoded.finished[row],
+                    decoded.scores[row],
+                    strict=True,
+                )
+            )
+            yield best._replace(others=tuple(others))
+
+    def _output(self, tokens: np.ndarray, finished: bool, score: float | None = None) -> Output:
+        text = self.response_tokenizer.decode(tokens.tolist())
+        return Output(text, len(tokens), not bool(finished), score)
+
+    def _decode_until(
+        self, batch: _Batch, capacity: int, search: Search, mismatched: bool
+    ) -> Sequence[Output]:
+        """The output of each row, decoded in chunks until it holds one of search.stop."""
+        texts = [ResponseText(self.response_tokenizer, search.stop) for _ in batch.limits]
+        for progress in self._chunks(
+            batch, capacity, search, mismatched, lambda: [text.stopped for text in texts]
+        ):
+            for row, text in enumerate(texts):
+                if not text.stopped:
+                    tokens = progress.tokens[: progress.lengths[row], row]
+                    text.extend(tokens, last=bool(progress.done[row]))
+        eos_id = self.system.decoder.eos_id
+        return [
+            Output(
+                text.text,
+                len(text.tokens),
+                not text.stopped and bool(limit) and text.tokens[-1] != eos_id,
+            )
+            for text, limit in zip(texts, batch.limits, strict=True)
+        ]
+
+
+class _Batch(NamedTuple):
+    """Arguments of `decode`: int32 and bool [B, T], int32 [B], uint32 [B]."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    limits: np.ndarray
+    seeds: np.ndarray
+
+
+class _Progress(NamedTuple):
+    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    done: np.ndarray
+
+
+def _buckets(least: int, most: int, factor: int) -> tuple[int, ...]:
+    """`least`, each `factor` times the one before, and `most`."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= factor
+    return (*sizes, most)
 
 
 def generation_settings(config: ConfigDict) -> dict[str, Any]:
@@ -173,6 +336,7 @@ def generation_settings(config: ConfigDict) -> dict[str, Any]:
         "prompt_lengths": sorted({prompt for prompt, _ in config.buckets}),
         "max_new_tokens": config.decoding.max_new_tokens,
         "batch_size": config.decoding.batch_size,
+        "search": config.decoding.search.to_dict(),
     }
 
 
@@ -228,31 +392,115 @@ def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
 
 
 def generate_file(
-    config: ConfigDict, workdir: str, *, system: str, source: str, target: str, jsonl: bool
+    config: ConfigDict,
+    workdir: str,
+    *,
+    system: str,
+    source: str,
+    target: str,
+    jsonl: bool,
+    search: Mapping[str, str] | None = None,
+    stop: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    stream: bool = False,
+    warm_up: bool = False,
 ) -> None:
     """Answers every line of `source` into `target`, in order; "-" stands for stdin and stdout.
 
     Lines are the text of the task's one prompt field. In JSON Lines (`jsonl`, or a name that ends
-    in .jsonl) a line holds the prompt's fields, and comes back with "response" and "cut" added.
-    Nothing is written unless all of the input can be read, and `target` appears whole or not at
-    all.
+    in .jsonl) a line holds the prompt's fields, and comes back with "response" and "cut" added, and
+    with a beam search's "score" and "others". Nothing is written unless all of the input can be
+    read, and `target` appears whole or not at all. With `stream`, each line is answered as it is
+    read, and its response is written as it is decoded.
+
+    Args:
+      search, stop: settings of `Search` that differ from the config's, values as text.
+      max_new_tokens: at most the config's.
+      seed: of the first prompt, the next ones have the numbers after it.
+      warm_up: everything is compiled before the first prompt is read.
 
     Raises:
-      ValueError: the input cannot be read, or a line holds no prompt (named file:line).
+      ValueError: the input cannot be read, a line holds no prompt (named file:line), or a setting
+        does not fit.
     """
     task = load_task(config.task)
     jsonl = jsonl or source.endswith(".jsonl")
-    records = list(_read_records(source, task, jsonl))
-    prompts = [task.render_prompt(record, where) for where, record in records]
+    if stream and (target != "-" or jsonl):
+        raise ValueError("--stream writes text to stdout: expected no --output and no JSON Lines")
+    settings = {**config.decoding.search.to_dict(), **parse_search(search or {})}
+    if stop:
+        settings["stop"] = tuple(stop)
+    chosen = Search(**settings)
+    records = _read_records(source, task, jsonl)
+    if not stream:
+        records = list(records)
+        prompts = [task.render_prompt(record, where) for where, record in records]
     generator = load_generator(config, workdir, system)
-    outputs = generator.generate(prompts, description="generating")
+    generator.search = chosen
+    if warm_up:
+        generator.warm_up()
+    if stream:
+        for number, (where, record) in enumerate(records):
+            prompt = task.render_prompt(record, where)
+            for piece in generator.stream(
+                prompt, max_new_tokens=max_new_tokens, seed=seed + number
+            ):
+                print(_one_line(piece), end="", flush=True)
+            print(flush=True)
+        return
+    outputs = generator.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        seeds=range(seed, seed + len(prompts)),
+        description="generating",
+    )
     with _open_output(target) as file:
         for (_, record), output in zip(records, outputs, strict=True):
             if jsonl:
-                answer = {**record, "response": output.text, "cut": output.cut}
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
             else:
-                file.write(output.text.replace("\n", " ") + "\n")
+                file.write(_one_line(output.text) + "\n")
+
+
+def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of `Search` from text, as in {"num_beams": "4"}.
+
+    Raises:
+      ValueError: there is no such setting, or the text is not a value of its kind.
+    """
+    kinds = {
+        field.name: type(field.default)
+        for field in dataclasses.fields(Search)
+        if field.name != "stop"
+    }
+    parsed = {}
+    for name, text in values.items():
+        if name not in kinds:
+            raise ValueError(f"--search: no setting {name!r}, expected some of {', '.join(kinds)}")
+        try:
+            parsed[name] = (
+                {"true": True, "false": False}[text.lower()]
+                if kinds[name] is bool
+                else kinds[name](text)
+            )
+        except (KeyError, ValueError):
+            kind = {bool: "true or false", int: "an integer", float: "a number"}[kinds[name]]
+            raise ValueError(f"--search: {name}={text!r}: expected {kind}") from None
+    return parsed
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")
+
+
+def _answer(output: Output) -> dict[str, Any]:
+    answer = {"response": output.text, "cut": output.cut}
+    if output.score is not None:
+        answer["score"] = output.score
+    if output.others:
+        answer["others"] = [_answer(other) for other in output.others]
+    return answer
 
 
 def _read_records(source: str, task: Task, jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:

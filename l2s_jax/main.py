@@ -32,6 +32,21 @@ _INPUT = flags.DEFINE_string(
     "input", "-", "generate: prompts, one per line, or records in a .jsonl file; -: stdin."
 )
 _OUTPUT = flags.DEFINE_string("output", "-", "generate: where the responses go; -: stdout.")
+_SEARCH = flags.DEFINE_list(
+    "search", [], "generate: how tokens are chosen, as in num_beams=4,num_return=2."
+)
+_STOP = flags.DEFINE_multi_string("stop", [], "generate: a text that ends a response; repeatable.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "generate: at most config.decoding.max_new_tokens, the default."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "generate: of the first prompt; the others' follow on.")
+_STREAM = flags.DEFINE_bool("stream", False, "generate: write responses as they are decoded.")
+_WARM_UP = flags.DEFINE_bool("warmup", False, "generate: compile everything first.")
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder for compiled programs, which later runs on this machine start from.",
+)
 _JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
 
 log = logging.getLogger("l2s_jax")
@@ -40,11 +55,16 @@ log = logging.getLogger("l2s_jax")
 def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     """One mode of the command."""
     # Imported here, so that --help and wrong flags don't wait for them.
+    import jax
+
     from l2s_jax import workdir as workdirs
     from l2s_jax.evaluate import evaluate
     from l2s_jax.experiment import Experiment
     from l2s_jax.generate import generate_file
 
+    if _COMPILATION_CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = config or workdirs.read_config(workdir)
     if mode == "generate":
         generate_file(
@@ -54,6 +74,12 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             source=_INPUT.value,
             target=_OUTPUT.value,
             jsonl=_JSONL.value,
+            search=_search_settings(),
+            stop=_STOP.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            seed=_SEED.value,
+            stream=_STREAM.value,
+            warm_up=_WARM_UP.value,
         )
         return
     experiment = Experiment(config, workdir, train=mode == "train")
@@ -62,6 +88,14 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     evaluate(experiment)
     with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
         print(file.read())
+
+
+def _search_settings() -> dict[str, str]:
+    pairs = [setting.partition("=") for setting in _SEARCH.value]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"--search: {name!r}: expected settings such as num_beams=4")
+    return {name: value for name, _, value in pairs}
 
 
 def parse_flags(argv: Sequence[str]) -> None:

@@ -232,3 +232,36 @@ def test_missing_generation_input(finished, tmp_path, capfd):
         capfd, f"--workdir={finished}", "--mode=generate", f"--input={tmp_path / 'none.txt'}"
     )
     assert "none.txt" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--search=beams=4"], "no setting 'beams'.*num_beams"),
+        (["--search=num_beams"], "'num_beams': expected settings such as num_beams=4"),
+        (["--search=num_beams=four"], "num_beams='four': expected an integer"),
+        (["--search=early_stopping=1"], "early_stopping='1': expected true or false"),
+        (["--search=top_p=2"], "top_p=2.0: expected a number above 0"),
+        (["--search=num_beams=2", "--stop=x"], "num_beams=2 with stop"),
+        (["--max_new_tokens=9"], "max_new_tokens=9: expected 1 to 8"),
+        (["--stream", "--output=out.txt"], "--stream writes text to stdout"),
+        (["--stream", "--jsonl"], "--stream writes text to stdout"),
+        (["--stream", "--search=num_beams=2"], "num_beams=2: expected 1"),
+    ],
+)
+def test_bad_decoding_settings(flags, message, finished, tmp_path, capfd):
+    source = tmp_path / "in.txt"
+    source.write_text("one\n")
+    line = refuse(capfd, f"--workdir={finished}", "--mode=generate", f"--input={source}", *flags)
+    assert re.search(message, line), line
+
+
+def test_bad_search_in_the_config(tmp_path, capfd):
+    config = tiny.write_task(tmp_path / "task")
+    line = refuse(
+        capfd,
+        f"--config={config}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.decoding.search.num_beams=0",
+    )
+    assert "config.decoding.search.num_beams=0: expected an integer >= 1" in line

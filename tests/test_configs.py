@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from l2s_jax.config import default
+from l2s_jax.config import default, model_config
 from l2s_jax.convert import family_of
 from l2s_jax.experiment import Experiment
 from l2s_jax.models.families import ModelConfig
@@ -132,7 +132,12 @@ def test_the_list_is_that_of_the_issue() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_import_and_docstring_command(name: str) -> None:
     module = importlib.import_module(f"configs.{name}")
-    assert module.get_config().task.name in (name, "l2s_synthetic", "wmt14_en_de")
+    assert module.get_config().task.name in (
+        name,
+        "l2s_synthetic",
+        "multi30k_en_de",
+        "wmt14_en_de",
+    )
     command = module.__doc__.replace("$name", name)
     assert f"--config=configs/{name}.py --workdir=runs/{name}\n" in command
 
@@ -145,7 +150,10 @@ def test_each_call_makes_a_new_config(config: ConfigDict, request: pytest.Fixtur
 
 
 def test_known_keys_only(config: ConfigDict) -> None:
-    known = key_paths(default())
+    base = default()
+    for name in ("llm", "slm"):
+        base[name].model = model_config(config[name].model.family)
+    known = key_paths(base)
     found = {path for path in key_paths(config) if not path.startswith(".task.splits.")}
     assert found == known
     assert set(config.task.splits) == {"train", "validation", "test"}

@@ -12,8 +12,9 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.decoding.loop import CHUNK, decoding_steps, greedy
-from l2s_jax.generate import Generator, jitted_decode
+from l2s_jax.decoding.engine import GREEDY, jitted_decode
+from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
+from l2s_jax.generate import Generator
 from l2s_jax.models.systems import LanguageModel
 
 NEW = CHUNK + 3
@@ -28,10 +29,12 @@ def case(name):
 
 def decode(system, trained, frozen, batch, active=None, max_new_tokens=NEW, **options):
     ids, mask = (batch[f"{system.prompt_name}_{part}"] for part in ("ids", "mask"))
-    active = np.ones(len(ids), bool) if active is None else active
+    limits = np.full(len(ids), max_new_tokens)
+    if active is not None:
+        limits = np.where(active, limits, 0)
     return jax.device_get(
         jitted_decode(
-            system, trained, frozen, ids, mask, active, max_new_tokens=max_new_tokens, **options
+            system, trained, frozen, ids, mask, limits, max_new_tokens=max_new_tokens, **options
         )
     )
 
@@ -97,20 +100,14 @@ def run_script(script, *, max_new_tokens, eos_id=SCRIPT_EOS, active=None):
         return jax.nn.one_hot(params[:, index + 1], 10), index + 1
 
     rows = len(script)
-    active = np.ones(rows, bool) if active is None else np.asarray(active)
-    loop = jax.jit(
-        lambda script: greedy(
-            step,
-            script,
-            jax.nn.one_hot(script[:, 0], 10),
-            jnp.int32(0),
-            active,
-            eos_id=eos_id,
-            pad_id=SCRIPT_PAD,
-            max_new_tokens=max_new_tokens,
-        )
+    limits = np.full(rows, max_new_tokens)
+    if active is not None:
+        limits = np.where(active, limits, 0)
+    loop = Loop(step, eos_id, SCRIPT_PAD, max_new_tokens, GREEDY)
+    decode = jax.jit(
+        lambda script: loop.run(script, jax.nn.one_hot(script[:, 0], 10), jnp.int32(0), limits)
     )
-    decoded = jax.device_get(loop(script))
+    decoded = jax.device_get(decode(script))
     jax.effects_barrier()
     return decoded, steps, inputs
 
@@ -300,4 +297,4 @@ def test_decoding_compiles_once_per_shape():
         seen = len(Traced.traces)
         make().generate([prompt.replace("5", "4") for prompt in prompts])
         assert len(Traced.traces) == seen
-    assert set(Traced.traces) == {(2, 6), (2, LONGEST)}
+    assert set(Traced.traces) == {(1, 6), (1, LONGEST), (2, 6), (2, LONGEST)}

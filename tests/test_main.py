@@ -157,6 +157,71 @@ def test_generate_reads_lines_from_stdin_and_writes_lines_in_order(job, monkeypa
     assert together == [answers([prompt])[0] for prompt in prompts]
 
 
+def test_searches_streams_and_stops_from_the_command_line(job, tmp_path, monkeypatch, capsys):
+    _, workdir = job
+    prompts = ["one two", "three", "four five six seven"]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"words": prompt}) + "\n" for prompt in prompts))
+
+    def answers(*arguments):
+        arguments = (f"--workdir={workdir}", "--mode=generate", f"--input={source}", *arguments)
+        assert tiny.run(*arguments, f"--output={target}") == 0
+        return [json.loads(line) for line in target.read_text().splitlines()]
+
+    def lines(*arguments):
+        stdin = io.TextIOWrapper(io.BytesIO("".join(f"{p}\n" for p in prompts).encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        assert tiny.run(f"--workdir={workdir}", "--mode=generate", *arguments) == 0
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    greedy = answers()
+    beams = answers("--search=num_beams=3,num_return=2", "--warmup")
+    for record, beam in zip(greedy, beams, strict=True):
+        assert record.keys() == {"words", "response", "cut"}
+        assert beam.keys() == {"words", "response", "cut", "score", "others"}
+        assert len(beam["others"]) == 1 and beam["others"][0]["score"] <= beam["score"]
+
+    sampled = answers("--search=temperature=1.5,top_k=20", "--seed=7")
+    assert sampled == answers("--search=temperature=1.5,top_k=20", "--seed=7")
+    assert sampled != answers("--search=temperature=1.5,top_k=20", "--seed=8")
+    texts = [record["response"] for record in sampled]
+    assert lines("--search=temperature=1.5,top_k=20", "--seed=7", "--stream") == texts
+
+    (first, *_) = (text for text in texts if text.strip())
+    stop = first.strip()[1]
+    stopped = answers("--search=temperature=1.5,top_k=20", "--seed=7", f"--stop={stop}")
+    assert [record["response"] for record in stopped] == [text.split(stop)[0] for text in texts]
+    short = answers("--max_new_tokens=2")
+    assert any(record["cut"] for record in short)
+
+
+def test_a_second_process_starts_from_the_compilation_cache(job, tmp_path):
+    _, workdir = job
+    source, cache = tmp_path / "in.txt", tmp_path / "cache"
+    source.write_text("one two\n")
+    command = [
+        *(sys.executable, "-m", "l2s_jax.main", "--mode=generate", f"--workdir={workdir}"),
+        *(f"--input={source}", f"--compilation_cache={cache}"),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+    def run():
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=True
+        )
+        return result.stdout
+
+    def programs():
+        return {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
+
+    first = run()
+    written = programs()
+    assert any("decode" in name for name in written)
+    assert run() == first
+    assert programs() == written
+
+
 def test_the_command_runs_as_a_module_and_its_help_names_the_modes():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "l2s_jax.main", "--workdir=/nonexistent", "--mode=evaluate"]

@@ -12,7 +12,7 @@ import small
 
 from l2s_jax import optim, sharding
 from l2s_jax.convert import family_of
-from l2s_jax.generate import jitted_decode
+from l2s_jax.decoding.engine import jitted_decode
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
@@ -133,9 +133,9 @@ def learned(pair):
 
 def decode(pair, ids, mask):
     system, _, frozen = make(pair)
-    active = np.ones(len(ids), bool)
+    limits = np.full(len(ids), RESPONSE)
     return jax.device_get(
-        jitted_decode(system, learned(pair)[0], frozen, ids, mask, active, max_new_tokens=RESPONSE)
+        jitted_decode(system, learned(pair)[0], frozen, ids, mask, limits, max_new_tokens=RESPONSE)
     )
 
 
@@ -190,7 +190,7 @@ def test_the_control_fails(pair):
             frozen,
             batch["llm_ids"],
             batch["llm_mask"],
-            np.ones(ROWS, bool),
+            np.full(ROWS, RESPONSE),
             max_new_tokens=RESPONSE,
             mismatched=True,
         )

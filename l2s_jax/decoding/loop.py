@@ -1,17 +1,22 @@
-"""Greedy decoding as one compiled loop: no host work and no Python per token.
+"""Greedy decoding and sampling as one compiled loop: no host work and no Python per token.
 
 Steps run in chunks, a `lax.scan` of a fixed number inside a `lax.while_loop` that ends when every
-row is done: the scan is what a compiler does well, the while loop is what stops early.
+row is done: the scan is what a compiler does well, the while loop is what stops early. `start`,
+`advance` and `finish` are the same loop taken apart, for callers that want tokens as they come.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from l2s_jax.decoding.logits import History, constrain, sample, truncate
+from l2s_jax.decoding.search import Search
 
 Cache = TypeVar("Cache")
 Step = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
@@ -25,7 +30,7 @@ class Decoded:
 
     tokens: int32 [B, S], the eos included, pad_id after it.
     lengths: int32 [B], tokens of each row, the eos included.
-    finished: bool [B], whether the row ended with an eos; if not, max_new_tokens cut it.
+    finished: bool [B], whether the row ended with an eos; if not, its limit cut it.
     """
 
     tokens: jax.Array
@@ -33,61 +38,134 @@ class Decoded:
     finished: jax.Array
 
 
+@struct.dataclass
+class State:
+    """Where a loop stands.
+
+    count: int32 [], tokens so far, the same for every row.
+    tokens: int32 [steps + 1, B], step-major, so that a step's tokens are one contiguous write.
+    token: int32 [B], the last one.
+    done, finished, lengths, limits: [B], of each row; `finished` is done by an eos.
+    keys: a PRNG key per row for sampling, or None.
+    history: for the penalties that need it, or None.
+    """
+
+    count: jax.Array
+    tokens: jax.Array
+    token: jax.Array
+    done: jax.Array
+    finished: jax.Array
+    lengths: jax.Array
+    limits: jax.Array
+    keys: jax.Array | None
+    history: History | None
+    cache: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One way to decode, hashable so that it can be static in `jax.jit`.
+
+    `capacity` is the most tokens that any row may have; its limit may be lower. A negative eos_id
+    never ends a row.
+    """
+
+    step: Step
+    eos_id: int
+    pad_id: int
+    capacity: int
+    search: Search
+
+    def start(
+        self,
+        logits: jax.Array,
+        cache: Any,
+        limits: jax.Array,
+        seeds: jax.Array | None = None,
+        history: History | None = None,
+    ) -> State:
+        """The state after the first token.
+
+        Args:
+          logits: float32 [B, V] of the first token.
+          cache: with room for `decoding_steps(capacity)` tokens.
+          limits: int32 [B], tokens that each row may have; rows with 0 give padding only.
+          seeds: uint32 [B], for sampling: what a row says depends on its own only.
+          history: what the response continues, where search.needs_history.
+        """
+        rows = logits.shape[0]
+        none = jnp.zeros(rows, bool)
+        keys = None
+        if self.search.temperature:
+            keys = jax.vmap(jax.random.key)(seeds)
+        state = State(
+            count=jnp.int32(0),
+            tokens=jnp.full((decoding_steps(self.capacity) + 1, rows), self.pad_id, jnp.int32),
+            token=jnp.zeros(rows, jnp.int32),
+            done=limits <= 0,
+            finished=none | (limits <= 0),
+            lengths=jnp.zeros(rows, jnp.int32),
+            limits=jnp.minimum(limits, self.capacity),
+            keys=keys,
+            history=history if self.search.needs_history else None,
+            cache=cache,
+        )
+        return self._choose(state, logits)
+
+    def advance(self, params: Any, state: State) -> State:
+        """A chunk of tokens more."""
+
+        def one_step(state: State, _: None) -> tuple[State, None]:
+            logits, cache = self.step(params, state.token, state.cache)
+            return self._choose(state.replace(cache=cache), logits), None
+
+        return jax.lax.scan(one_step, state, length=CHUNK)[0]
+
+    def finish(self, state: State) -> Decoded:
+        """What was decoded, S = capacity."""
+        return Decoded(state.tokens[: self.capacity].T, state.lengths, state.finished)
+
+    def run(
+        self,
+        params: Any,
+        logits: jax.Array,
+        cache: Any,
+        limits: jax.Array,
+        seeds: jax.Array | None = None,
+        history: History | None = None,
+    ) -> Decoded:
+        """From the first logits to the end of every row; arguments as of `start`."""
+        state = self.start(logits, cache, limits, seeds, history)
+        if self.capacity > 1:
+            state = jax.lax.while_loop(
+                lambda state: ~jnp.all(state.done), lambda state: self.advance(params, state), state
+            )
+        return self.finish(state)
+
+    def _choose(self, state: State, logits: jax.Array) -> State:
+        search = self.search
+        logits = constrain(search, logits, state.history, state.count, self.eos_id)
+        if search.temperature:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
+            token = sample(truncate(search, logits), keys)
+        else:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = jnp.where(state.done, self.pad_id, token)
+        count = state.count + 1
+        ended = ~state.done & (token == self.eos_id)
+        return state.replace(
+            count=count,
+            tokens=jax.lax.dynamic_update_slice_in_dim(
+                state.tokens, token[None], state.count, axis=0
+            ),
+            token=token,
+            lengths=jnp.where(state.done, state.lengths, count),
+            finished=state.finished | ended,
+            done=state.done | ended | (count >= state.limits),
+            history=None if state.history is None else state.history.append(token),
+        )
+
+
 def decoding_steps(max_new_tokens: int) -> int:
     """Calls of `step` that the loop may make: the first token needs none, the rest whole chunks."""
     return -(-(max_new_tokens - 1) // CHUNK) * CHUNK
-
-
-def greedy(
-    step: Step,
-    params: Any,
-    logits: jax.Array,
-    cache: Cache,
-    active: jax.Array,
-    *,
-    eos_id: int,
-    pad_id: int,
-    max_new_tokens: int,
-) -> Decoded:
-    """Takes the likeliest token at each step until eos or max_new_tokens.
-
-    logits float32 [B, V] are those of the first token; rows where active bool [B] is false give
-    padding only. The cache must have room for `decoding_steps(max_new_tokens)` tokens. A negative
-    eos_id never ends a row. Call it inside `jax.jit`.
-    """
-    batch_size = logits.shape[0]
-
-    def choose(logits: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = jnp.where(done, pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        return token, done | (token == eos_id)
-
-    def one_step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
-        token, done, cache = carry
-        logits, cache = step(params, token, cache)
-        token, done = choose(logits, done)
-        return (token, done, cache), token
-
-    def chunk(carry: tuple) -> tuple:
-        count, tokens, state = carry
-        state, new = jax.lax.scan(one_step, state, length=CHUNK)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new, count, axis=0)
-        return count + CHUNK, tokens, state
-
-    def unfinished(carry: tuple) -> jax.Array:
-        count, _, (_, done, _) = carry
-        return (count < max_new_tokens) & ~jnp.all(done)
-
-    # Tokens are gathered step-major, so that a chunk of them is one contiguous write.
-    tokens = jnp.full((decoding_steps(max_new_tokens) + 1, batch_size), pad_id, jnp.int32)
-    token, done = choose(logits, ~active)
-    tokens = tokens.at[0].set(token)
-    if max_new_tokens > 1:
-        carry = jnp.int32(1), tokens, (token, done, cache)
-        _, tokens, _ = jax.lax.while_loop(unfinished, chunk, carry)
-
-    tokens = tokens[:max_new_tokens].T
-    ends = tokens == eos_id
-    finished = jnp.any(ends, axis=1)
-    lengths = jnp.where(finished, jnp.argmax(ends, axis=1) + 1, max_new_tokens)
-    lengths = jnp.where(active, lengths, 0)
-    return Decoded(tokens, lengths.astype(jnp.int32), finished | ~active)

@@ -68,3 +68,14 @@ def write_position(cache: KeyValue, new: KeyValue, index: jax.Array) -> KeyValue
         return jax.lax.dynamic_update_slice_in_dim(old, one.astype(old.dtype), index, axis=2)
 
     return KeyValue(write(cache.key, new.key), write(cache.value, new.value))
+
+
+def take_rows(cache: DecoderCache | CausalCache, rows: jax.Array) -> DecoderCache | CausalCache:
+    """The cache with what row rows[r], int32 [B], has decoded in place of r.
+
+    What the prompt left stays where it is: for the hypotheses of a beam search, which change places
+    with those of the same prompt only.
+    """
+    name = "self_attention" if isinstance(cache, DecoderCache) else "layers"
+    decoded = jax.tree.map(lambda leaf: leaf[rows], getattr(cache, name))
+    return cache.replace(**{name: decoded})

@@ -6,6 +6,7 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
     encode(trained, frozen, ids, mask) -> hidden [B, T, D]            once per prompt
     prefill(trained, frozen, ids, mask, hidden, max_steps) -> (logits [B, V], cache)    likewise
     step(trained, token, cache) -> (logits [B, V], cache)             once per token
+    continued(ids, mask) -> (ids, mask)           what a response continues, in its own tokens
 
 `trained` is what an optimizer sees; a frozen LLM is only ever in `frozen`. Systems are hashable,
 so that they can be static arguments of `jax.jit`.
@@ -23,6 +24,7 @@ from flax import linen as nn
 
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
+from l2s_jax.models.t5 import T5Config
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -35,6 +37,11 @@ def parameter_count(params: Any) -> int:
 
 def _rngs(dropout_key: jax.Array | None) -> dict[str, jax.Array]:
     return {} if dropout_key is None else {"dropout": dropout_key}
+
+
+def _start_token(config: T5Config, rows: int) -> tuple[jax.Array, jax.Array]:
+    ids = jnp.full((rows, 1), config.decoder_start_id, jnp.int32)
+    return ids, jnp.ones_like(ids, bool)
 
 
 def _respond(
@@ -107,6 +114,12 @@ class LanguageModel:
     def step(self, trained: Params, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
+
+    def continued(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As transformers counts them: a decoder-only model's prompt, else the start token."""
+        if isinstance(self.config, T5Config):
+            return _start_token(self.config, len(ids))
+        return ids, mask
 
     def parameters_read_per_token(self, trained: Params) -> int:
         """Numbers that one decoding step reads."""
@@ -190,6 +203,12 @@ class LlmToSlm:
     def step(self, trained: Params, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One decoded token."""
         return self._module().apply({"params": trained}, token, cache, method="step")
+
+    def continued(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The start token of an encoder-decoder; nothing else, the prompt is the LLM's."""
+        if isinstance(self.slm_config, T5Config):
+            return _start_token(self.slm_config, len(ids))
+        return ids[:, :0], mask[:, :0]
 
     def parameters_read_per_token(self, trained: Params) -> int:
         """Numbers that one decoding step reads: of the SLM only."""

@@ -1,0 +1,179 @@
+"""Beam search as one compiled loop, with the rules of transformers' `generate`.
+
+A row has num_beams running hypotheses and keeps the num_beams best finished ones, by log p over
+length**length_penalty. Each step takes the 2 * num_beams likeliest continuations: those that end
+and are among the first num_beams may finish, the best num_beams of the others run on. A row is over
+when no running hypothesis, at its present length, scores above the worst of num_beams finished
+ones, or, with early_stopping, when there are num_beams finished ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from l2s_jax.decoding.logits import History, constrain
+from l2s_jax.decoding.search import Search
+
+# Not -inf: differences between hypotheses that are out must not be NaN.
+_OUT = -1e9
+
+
+@struct.dataclass
+class Hypotheses:
+    """What a beam search gives back, N = search.num_return per row, best first.
+
+    tokens: int32 [B, N, S], the eos included, pad_id after it.
+    lengths: int32 [B, N], tokens of each hypothesis, the eos included.
+    finished: bool [B, N], whether it ended with an eos; if not, its limit cut it.
+    scores: float32 [B, N], log p / length**length_penalty.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    finished: jax.Array
+    scores: jax.Array
+
+
+@struct.dataclass
+class _Finished(Hypotheses):
+    """`there` bool [B, K] says which of them exist; the other fields as in Hypotheses."""
+
+    there: jax.Array
+
+
+@struct.dataclass
+class _State:
+    """Running hypotheses are `tokens` int32 [B, K, S] with `scores` float32 [B, K] = log p."""
+
+    count: jax.Array
+    open: jax.Array  # bool [B]
+    tokens: jax.Array
+    scores: jax.Array
+    history: History | None
+    best: _Finished
+    cache: Any
+
+
+def beam_search(
+    step: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    params: Any,
+    logits: jax.Array,
+    cache: Any,
+    limits: jax.Array,
+    *,
+    take: Callable[[Any, jax.Array], Any],
+    search: Search,
+    eos_id: int,
+    pad_id: int,
+    capacity: int,
+    history: History | None = None,
+) -> Hypotheses:
+    """The search.num_return best of search.num_beams hypotheses.
+
+    Args:
+      step: (params, token int32 [R], cache) -> (logits float32 [R, V], cache).
+      logits: float32 [B, V] of the first token.
+      cache: with room for `capacity` - 1 steps, one row per prompt; leaves with a row axis carry it
+        first.
+      limits: int32 [B], tokens that a hypothesis of each row may have, at most `capacity`; rows
+        with 0 give padding only.
+      take: (cache, rows int32 [R]) -> the cache with row rows[r] in place of r, where all rows r of
+        one prompt stay with it.
+    """
+    rows, vocab_size = logits.shape
+    beams = search.num_beams
+    limits = jnp.minimum(limits, capacity)
+    every = jnp.repeat(jnp.arange(rows), beams)  # the prompt of each running hypothesis
+
+    def choose(state: _State, logits: jax.Array) -> tuple[_State, jax.Array]:
+        """One more token in every running hypothesis; also gives them, int32 [B * K]."""
+        count = state.count + 1
+        log_p = constrain(search, jax.nn.log_softmax(logits), state.history, state.count, eos_id)
+        log_p = log_p.reshape(rows, beams, vocab_size) + state.scores[..., None]
+        # Twice as many as run on, so that enough are left if the best all end.
+        scores, flat = jax.lax.top_k(log_p.reshape(rows, -1), 2 * beams)
+        parents, token = flat // vocab_size, (flat % vocab_size).astype(jnp.int32)
+        tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
+        tokens = tokens.at[:, :, state.count].set(token)
+
+        at_limit = (count >= limits)[:, None]
+        eos = token == eos_id
+        ends = eos | at_limit
+        ended = ends & (jnp.arange(2 * beams) < beams) & state.open[:, None]
+        shape = token.shape
+        best = _best(
+            state.best,
+            _Finished(
+                tokens=tokens,
+                lengths=jnp.broadcast_to(count, shape),
+                finished=eos,
+                scores=jnp.where(ended, scores / count**search.length_penalty, _OUT),
+                there=ended,
+            ),
+        )
+        run_on, places = jax.lax.top_k(jnp.where(ends, scores + _OUT, scores), beams)
+        parents, token = (jnp.take_along_axis(one, places, axis=1) for one in (parents, token))
+        tokens = jnp.take_along_axis(tokens, places[..., None], axis=1)
+
+        full = jnp.all(best.there, axis=1)
+        reachable = run_on[:, 0] / count**search.length_penalty
+        worst = jnp.where(full, jnp.min(best.scores, axis=1), _OUT)
+        still = state.open & (reachable > worst) & (count < limits)
+        if search.early_stopping:
+            still &= ~full
+        sources = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
+        last = token.reshape(-1)
+        state = _State(
+            count=count,
+            open=still,
+            tokens=tokens,
+            scores=run_on,
+            history=None if state.history is None else state.history.take(sources).append(last),
+            best=best,
+            cache=take(state.cache, sources),
+        )
+        return state, last
+
+    def one_step(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        state, token = carry
+        logits, cache = step(params, token, state.cache)
+        return choose(state.replace(cache=cache), logits)
+
+    none = jnp.full((rows, beams, capacity), pad_id, jnp.int32)
+    start = _State(
+        count=jnp.int32(0),
+        open=limits > 0,
+        tokens=none,
+        # All beams of a row are the same as yet: only the first may be continued.
+        scores=jnp.where(jnp.arange(beams) == 0, 0.0, _OUT) + jnp.zeros((rows, 1)),
+        history=None if history is None else history.take(every),
+        best=_Finished(
+            tokens=none,
+            lengths=jnp.zeros((rows, beams), jnp.int32),
+            finished=jnp.broadcast_to(limits[:, None] <= 0, (rows, beams)),
+            scores=jnp.full((rows, beams), _OUT),
+            there=jnp.zeros((rows, beams), bool),
+        ),
+        cache=jax.tree.map(lambda leaf: leaf[every] if leaf.ndim else leaf, cache),
+    )
+    state, token = choose(start, logits[every])
+    state, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[0].open), one_step, (state, token))
+    best = jax.tree.map(lambda leaf: leaf[:, : search.num_return], state.best)
+    return Hypotheses(best.tokens, best.lengths, best.finished, best.scores)
+
+
+def _best(old: _Finished, new: _Finished) -> _Finished:
+    """The best of both, as many as in `old`."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+    _, places = jax.lax.top_k(both.scores, old.scores.shape[1])
+
+    def pick(leaf: jax.Array) -> jax.Array:
+        index = places[..., None] if leaf.ndim == 3 else places
+        return jnp.take_along_axis(leaf, index, axis=1)
+
+    return jax.tree.map(pick, both)

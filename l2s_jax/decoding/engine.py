@@ -1,0 +1,190 @@
+"""Prompt to response as compiled programs, for any system and any search.
+
+`decode` is a whole batch in one program. `start` and `advance` are the same in two, for tokens as
+they come. All depend on the shapes of their arguments and the static settings only, so that a fixed
+set of buckets is a fixed set of programs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from l2s_jax.decoding.beam import Hypotheses, beam_search
+from l2s_jax.decoding.logits import History, history_of
+from l2s_jax.decoding.loop import Decoded, Loop, State, decoding_steps
+from l2s_jax.decoding.search import Search
+from l2s_jax.models.cache import take_rows
+from l2s_jax.models.systems import Params, System
+
+GREEDY = Search()
+
+
+def prefill(
+    system: System,
+    trained: Params,
+    frozen: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    *,
+    max_new_tokens: int,
+    search: Search = GREEDY,
+    mismatched: bool = False,
+) -> tuple[jax.Array, Any, History | None]:
+    """(logits [B, V] of the first token, cache, history), from prompts ids and mask [B, T]."""
+    hidden = system.encode(trained, frozen, ids, mask)
+    if mismatched:
+        hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
+    steps = decoding_steps(max_new_tokens)
+    logits, cache = system.prefill(trained, frozen, ids, mask, hidden, steps)
+    history = None
+    if search.needs_history:
+        history = history_of(*system.continued(ids, mask), steps + 1)
+    return logits, cache, history
+
+
+def decode_cache(
+    system: System,
+    trained: Params,
+    logits: jax.Array,
+    cache: Any,
+    limits: jax.Array,
+    seeds: jax.Array | None = None,
+    history: History | None = None,
+    *,
+    max_new_tokens: int,
+    search: Search = GREEDY,
+    ignore_eos: bool = False,
+) -> Decoded | Hypotheses:
+    """What `decode` does after `prefill`, with its arguments."""
+    if search.num_beams > 1:
+        return beam_search(
+            system.step,
+            trained,
+            logits,
+            cache,
+            limits,
+            take=take_rows,
+            search=search,
+            eos_id=-1 if ignore_eos else system.decoder.eos_id,
+            pad_id=system.decoder.pad_id,
+            capacity=max_new_tokens,
+            history=history,
+        )
+    loop = make_loop(system, max_new_tokens, search, ignore_eos)
+    return loop.run(trained, logits, cache, limits, seeds, history)
+
+
+def make_loop(
+    system: System, max_new_tokens: int, search: Search, ignore_eos: bool = False
+) -> Loop:
+    """The loop of a system's step."""
+    decoder = system.decoder
+    eos_id = -1 if ignore_eos else decoder.eos_id
+    return Loop(system.step, eos_id, decoder.pad_id, max_new_tokens, search)
+
+
+def decode(
+    system: System,
+    trained: Params,
+    frozen: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    limits: jax.Array,
+    seeds: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    search: Search = GREEDY,
+    mismatched: bool = False,
+    ignore_eos: bool = False,
+) -> Decoded | Hypotheses:
+    """A whole batch, from prompt to response, as one program. Call it through `jitted_decode`.
+
+    Args:
+      ids, mask: int32 and bool [B, T], the prompts.
+      limits: int32 [B], at most max_new_tokens: how many tokens each row may have. Rows with 0 are
+        padding, and are not waited for.
+      seeds: uint32 [B], what each row is sampled by.
+      max_new_tokens: what the program has room for.
+      search: how tokens are chosen; its `stop` is not looked at, texts are the caller's.
+      mismatched: the control, every row gets the encoded prompt of the row before it.
+      ignore_eos: every row decodes up to its limit: what a measurement wants.
+
+    Returns:
+      Hypotheses of a beam search, else Decoded.
+    """
+    logits, cache, history = prefill(
+        system,
+        trained,
+        frozen,
+        ids,
+        mask,
+        max_new_tokens=max_new_tokens,
+        search=search,
+        mismatched=mismatched,
+    )
+    return decode_cache(
+        system,
+        trained,
+        logits,
+        cache,
+        limits,
+        seeds,
+        history,
+        max_new_tokens=max_new_tokens,
+        search=search,
+        ignore_eos=ignore_eos,
+    )
+
+
+jitted_decode = jax.jit(
+    decode, static_argnames=("system", "max_new_tokens", "search", "mismatched", "ignore_eos")
+)
+
+
+@functools.partial(jax.jit, static_argnames=("system", "max_new_tokens", "search", "mismatched"))
+def start(
+    system: System,
+    trained: Params,
+    frozen: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    limits: jax.Array,
+    seeds: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    search: Search = GREEDY,
+    mismatched: bool = False,
+) -> State:
+    """The state after the first token; arguments as of `decode`, no beam search."""
+    logits, cache, history = prefill(
+        system,
+        trained,
+        frozen,
+        ids,
+        mask,
+        max_new_tokens=max_new_tokens,
+        search=search,
+        mismatched=mismatched,
+    )
+    return make_loop(system, max_new_tokens, search).start(logits, cache, limits, seeds, history)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("system", "max_new_tokens", "search"), donate_argnames="state"
+)
+def advance(
+    system: System,
+    trained: Params,
+    state: State,
+    ended: jax.Array,
+    *,
+    max_new_tokens: int,
+    search: Search = GREEDY,
+) -> State:
+    """A chunk of tokens more, where rows with bool [B] `ended` have no more to say."""
+    state = state.replace(done=state.done | ended)
+    return make_loop(system, max_new_tokens, search).advance(trained, state)

@@ -1,0 +1,128 @@
+"""What changes logits before a token is chosen: penalties, bans, and the truncations of sampling.
+
+All are pure functions of float32 logits [B, V]; a token that is ruled out has -inf.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from l2s_jax.decoding.search import Search
+
+
+@struct.dataclass
+class History:
+    """The tokens so far: what a response continues, then the response itself.
+
+    tokens: int32 [P + S, B], step-major, so that one more token of every row is one contiguous
+      write. What the response continues ends at P, whatever its length.
+    start: int32 [B], where each row's first token is.
+    end: int32 [], how many positions are filled, the same for every row.
+    """
+
+    tokens: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+    def append(self, token: jax.Array) -> History:
+        """One more token, int32 [B], in every row."""
+        tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, token[None], self.end, axis=0)
+        return self.replace(tokens=tokens, end=self.end + 1)
+
+    def take(self, rows: jax.Array) -> History:
+        """Other rows in the places of these, int32 [B]."""
+        return self.replace(tokens=self.tokens[:, rows], start=self.start[rows])
+
+    @property
+    def valid(self) -> jax.Array:
+        """Bool [P + S, B], where tokens are."""
+        positions = jnp.arange(self.tokens.shape[0])[:, None]
+        return (positions >= self.start) & (positions < self.end)
+
+
+def empty_history(batch_size: int, capacity: int) -> History:
+    """No token yet, and room for `capacity`."""
+    return History(
+        jnp.zeros((capacity, batch_size), jnp.int32), jnp.zeros(batch_size, jnp.int32), jnp.int32(0)
+    )
+
+
+def history_of(ids: jax.Array, mask: jax.Array, capacity: int) -> History:
+    """A history that starts with ids int32 [B, P] where mask bool [B, P] is true."""
+    batch_size, length = ids.shape
+    order = jnp.argsort(mask, axis=1, stable=True)  # padding first, tokens in their order
+    tokens = jnp.zeros((length + capacity, batch_size), jnp.int32)
+    tokens = tokens.at[:length].set(jnp.take_along_axis(ids, order, axis=1).T)
+    return History(tokens, length - jnp.sum(mask, axis=1, dtype=jnp.int32), jnp.int32(length))
+
+
+def constrain(
+    search: Search, logits: jax.Array, history: History, count: jax.Array, eos_id: int
+) -> jax.Array:
+    """Repetition penalty, n-gram bans and the minimum length, in transformers' order.
+
+    count int32 []: tokens of the response so far.
+    """
+    if search.repetition_penalty != 1:
+        logits = _penalize_repetition(logits, history, search.repetition_penalty)
+    if search.no_repeat_ngram_size:
+        logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
+    if search.min_new_tokens and eos_id >= 0:
+        early = count < search.min_new_tokens
+        logits = logits.at[:, eos_id].set(jnp.where(early, -jnp.inf, logits[:, eos_id]))
+    return logits
+
+
+def _mark(tokens: jax.Array, chosen: jax.Array, vocab_size: int) -> jax.Array:
+    """Bool [B, V]: the tokens int32 [L, B] of each row where chosen bool [L, B] is true."""
+    rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    outside = jnp.where(chosen, tokens, vocab_size)
+    marks = jnp.zeros((tokens.shape[1], vocab_size), bool)
+    return marks.at[rows, outside].set(True, mode="drop")
+
+
+def _penalize_repetition(logits: jax.Array, history: History, penalty: float) -> jax.Array:
+    seen = _mark(history.tokens, history.valid, logits.shape[1])
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _ban_repeated_ngrams(logits: jax.Array, history: History, size: int) -> jax.Array:
+    tokens, valid = history.tokens, history.valid
+    windows = tokens.shape[0] - size + 1
+    if windows < 1:
+        return logits
+    # A window bans its last token if the tokens before it are the last size - 1 tokens so far.
+    # Positions below 0 are clipped, which only happens where no window is complete.
+    suffix = jnp.clip(history.end - (size - 1) + jnp.arange(size - 1), 0)
+    matches = valid[:windows] & valid[size - 1 :]
+    for offset in range(size - 1):
+        matches &= tokens[offset : offset + windows] == tokens[suffix[offset]]
+    return jnp.where(_mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
+
+
+def truncate(search: Search, logits: jax.Array) -> jax.Array:
+    """Temperature, then top-k, top-p and min-p, in transformers' order; for sampling."""
+    logits = logits / search.temperature
+    if 0 < search.top_k < logits.shape[1]:
+        least = jax.lax.top_k(logits, search.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if search.top_p < 1:
+        descending = -jnp.sort(-logits, axis=1)
+        probabilities = jax.nn.softmax(descending, axis=1)
+        before = jnp.cumsum(probabilities, axis=1) - probabilities
+        least = jnp.min(
+            jnp.where(before < search.top_p, descending, jnp.inf), axis=1, keepdims=True
+        )
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if search.min_p:
+        least = jnp.max(logits, axis=1, keepdims=True) + jnp.log(search.min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """int32 [B], one token of each row's distribution, by that row's own key only."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.argmax(logits + noise, axis=1).astype(jnp.int32)

@@ -1,0 +1,241 @@
+"""Responses as they come, what ends them, and the few programs that all requests share."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from l2s_jax.decoding.search import Search
+from l2s_jax.decoding.text import ResponseText
+from l2s_jax.generate import Generator
+from l2s_jax.models.systems import LanguageModel
+from l2s_jax.text import train_sentencepiece
+
+TEXTS = ["the quick brown fox", "jumps över the lazy dog", "naïve café", "日本語 한국어", "🙂🙃"]
+NEW = 21
+
+
+class Bytes:
+    """A byte-level tokenizer, as GPT-2's: most characters of TEXTS are several tokens."""
+
+    pad_id, eos_id, fingerprint = 0, 1, "bytes"
+
+    def __init__(self):
+        hub = HubTokenizer(models.BPE())
+        hub.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        hub.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        hub.train_from_iterator(
+            ["the the fox fox"],
+            trainers.BpeTrainer(
+                vocab_size=264, initial_alphabet=alphabet, special_tokens=["<pad>", "<eos>"]
+            ),
+        )
+        self.hub, self.vocab_size = hub, hub.get_vocab_size()
+
+    def encode_prompts(self, texts):
+        return [[*self.hub.encode(text).ids, self.eos_id] for text in texts]
+
+    encode_responses = encode_prompts
+
+    def decode(self, ids):
+        return self.hub.decode(list(ids), skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    pieces = train_sentencepiece(
+        TEXTS * 3,
+        vocab_size=130,
+        directory=str(tmp_path_factory.mktemp("tokenizer")),
+        model_type="bpe",
+    )
+    return {"pieces": pieces, "bytes": Bytes()}
+
+
+@pytest.mark.parametrize("name", ["pieces", "bytes"])
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_pieces_make_up_the_text_and_end_between_characters(name, tokenizers, data):
+    tokenizer = tokenizers[name]
+    text = data.draw(
+        st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4).map(" ".join)
+        | st.text("the fox ö日🙂\n", max_size=20)
+    )
+    (ids,) = tokenizer.encode_responses([text])
+    cuts = sorted({*data.draw(st.lists(st.integers(0, len(ids)))), len(ids)})
+    response = ResponseText(tokenizer)
+    pieces = [response.extend(np.array(ids[:cut], np.int32), last=cut == len(ids)) for cut in cuts]
+    assert "".join(pieces) == response.text == tokenizer.decode(ids)
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    text=st.text("abc ", max_size=30),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    size=st.integers(1, 8),
+)
+def test_nothing_is_said_from_the_first_stop_on(text, stop, size, tokenizers):
+    tokenizer = tokenizers["bytes"]
+    ids = tokenizer.encode_responses([text])[0][:-1]
+    response, said = ResponseText(tokenizer, stop), ""
+    for end in range(size, len(ids) + size, size):
+        said += response.extend(np.array(ids[:end], np.int32), last=end >= len(ids))
+        if response.stopped:
+            break
+    seen = tokenizer.decode(ids[: end if ids else 0])
+    expected = min((seen[: seen.find(s)] for s in stop if s in seen), key=len, default=text)
+    assert said == response.text == expected
+    assert response.stopped == any(s in text for s in stop)
+
+
+@pytest.fixture(scope="module")
+def systems():
+    """name -> (system, trained, frozen) that say bytes."""
+    made = {}
+    for name in ("llm", "add"):
+        system = small.make_system(name, vocab_size=264)
+        if name == "add":
+            llm = dataclasses.replace(system.llm_config, vocab_size=264)
+            system = dataclasses.replace(system, llm_config=llm)
+        made[name] = (system, *small.make_params(system))
+    return made
+
+
+def generator(systems, name, tokenizer, **changes):
+    arguments = {"prompt_lengths": (16, 32), "max_new_tokens": NEW, "batch_size": 4} | changes
+    return Generator(*systems[name], tokenizer, tokenizer, **arguments)
+
+
+SAMPLING = Search(temperature=1.0, top_k=40)
+
+
+@pytest.mark.parametrize("search", [Search(), SAMPLING])
+@pytest.mark.parametrize("name", ["llm", "add"])
+def test_a_stream_is_what_generate_gives(name, search, systems, tokenizers):
+    model = generator(systems, name, tokenizers["bytes"])
+    outputs = model.generate(TEXTS, search=search, seeds=range(5))
+    assert len({output.text for output in outputs}) > 2
+    for seed, (prompt, output) in enumerate(zip(TEXTS, outputs, strict=True)):
+        pieces = list(model.stream(prompt, search=search, seed=seed))
+        assert "".join(pieces) == output.text
+        assert len(pieces) > 1 or not output.text.strip()
+
+
+@pytest.mark.parametrize("name", ["llm", "add"])
+def test_a_stop_text_ends_a_response(name, systems, tokenizers):
+    model = generator(systems, name, tokenizers["bytes"])
+    seeds = range(5)
+    whole = model.generate(TEXTS, search=SAMPLING, seeds=seeds)
+    # A character that some of the responses have.
+    counts = {c: sum(c in output.text for output in whole) for c in "".join(o.text for o in whole)}
+    stop = max((c for c in counts if counts[c] < 5), key=counts.get)
+    search = dataclasses.replace(SAMPLING, stop=stop)
+    assert search.stop == (stop,)
+    stopped = model.generate(TEXTS, search=search, seeds=seeds)
+    for seed, (prompt, before, after) in enumerate(zip(TEXTS, whole, stopped, strict=True)):
+        assert after.text == before.text.split(stop)[0]
+        assert after.cut == (before.cut and stop not in before.text)
+        assert "".join(model.stream(prompt, search=search, seed=seed)) == after.text
+    assert [o.text for o in stopped] != [o.text for o in whole]
+
+
+def test_beams_give_the_others_too(systems, tokenizers):
+    search = Search(num_beams=4, num_return=3)
+    model = generator(systems, "add", tokenizers["bytes"], search={"num_beams": 4, "num_return": 3})
+    outputs = model.generate(TEXTS)
+    for output in outputs:
+        scores = [output.score, *(other.score for other in output.others)]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+        assert all(other.others == () for other in output.others)
+    assert model.search == search
+    alone = generator(systems, "add", tokenizers["bytes"], batch_size=1, prompt_lengths=(32,))
+    again = [alone.generate([prompt], search=search)[0] for prompt in TEXTS]
+    assert [o.text for o in again] == [o.text for o in outputs]
+    with pytest.raises(ValueError, match="num_beams=4: expected 1"):
+        next(model.stream(TEXTS[0]))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    limit=st.integers(1, NEW),
+    prompts=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=6),
+    batch_size=st.sampled_from([1, 3, 4]),
+)
+def test_fewer_new_tokens_are_a_beginning(limit, prompts, batch_size, systems, tokenizers):
+    model = generator(systems, "add", tokenizers["bytes"], batch_size=batch_size)
+    full = generator(systems, "add", tokenizers["bytes"])
+    for prompt, output in zip(prompts, model.generate(prompts, max_new_tokens=limit), strict=True):
+        (whole,) = full.generate([prompt])
+        assert output.tokens == min(limit, whole.tokens)
+        assert output.cut == (whole.cut or whole.tokens > limit)
+        incomplete = "\N{REPLACEMENT CHARACTER}"
+        assert whole.text.startswith(output.text.rstrip(incomplete))
+
+
+@pytest.mark.parametrize("limit", [0, -1, NEW + 1])
+def test_a_limit_that_was_not_compiled_for_is_refused(limit, systems, tokenizers):
+    model = generator(systems, "llm", tokenizers["bytes"])
+    with pytest.raises(ValueError, match=f"max_new_tokens={limit}: expected 1 to {NEW}"):
+        model.generate(TEXTS, max_new_tokens=limit)
+    with pytest.raises(ValueError, match="2 seeds: expected one per prompt, 5"):
+        model.generate(TEXTS, seeds=[1, 2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(LanguageModel):
+    """Counts the programs that are compiled of it."""
+
+    prefills: ClassVar[list] = []
+
+    def prefill(self, *args):
+        self.prefills.append(args[2].shape)
+        return super().prefill(*args)
+
+
+def test_ten_thousand_requests_compile_no_more_than_the_buckets_and_hold_no_memory():
+    config = small.t5_config(width=8, num_heads=1, head_width=8, feed_forward_width=8)
+    system = Counted("llm", config)
+    trained, _ = small.make_params(system)
+    tokenizer = small.NumberTokenizer()
+    model = Generator(
+        system,
+        trained,
+        {},
+        tokenizer,
+        tokenizer,
+        prompt_lengths=(8, 16),
+        max_new_tokens=32,
+        batch_size=4,
+    )
+    random = np.random.default_rng(0)
+    Counted.prefills.clear()
+    assert model.warm_up() == len(Counted.prefills) == 2 * 2 * 2
+
+    def request():
+        rows = random.integers(1, 5)
+        prompts = [
+            " ".join(map(str, random.integers(3, 48, random.integers(1, 16)))) for _ in range(rows)
+        ]
+        model.generate(prompts, max_new_tokens=int(random.integers(1, 33)))
+
+    for _ in range(2000):
+        request()
+    arrays, peak = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(8000):
+        request()
+    assert len(Counted.prefills) == 8
+    assert len(jax.live_arrays()) == arrays
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 8 * 1024, f"{grown} KiB more after 8000 more requests"
