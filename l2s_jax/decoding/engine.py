@@ -29,21 +29,34 @@ def prefill(
     frozen: Params,
     ids: jax.Array,
     mask: jax.Array,
+    hidden: jax.Array,
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
-    mismatched: bool = False,
 ) -> tuple[jax.Array, Any, History | None]:
-    """(logits [B, V] of the first token, cache, history), from prompts ids and mask [B, T]."""
-    hidden = system.encode(trained, frozen, ids, mask)
-    if mismatched:
-        hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
+    """(logits [B, V] of the first token, cache, history), from what `system.encode` gave."""
     steps = decoding_steps(max_new_tokens)
     logits, cache = system.prefill(trained, frozen, ids, mask, hidden, steps)
     history = None
     if search.needs_history:
         history = history_of(*system.continued(ids, mask), steps + 1)
     return logits, cache, history
+
+
+def _read(
+    system: System,
+    trained: Params,
+    frozen: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    mismatched: bool,
+    **settings: Any,
+) -> tuple[jax.Array, Any, History | None]:
+    """`prefill` of prompts ids and mask [B, T]."""
+    hidden = system.encode(trained, frozen, ids, mask)
+    if mismatched:
+        hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
+    return prefill(system, trained, frozen, ids, mask, hidden, **settings)
 
 
 def decode_cache(
@@ -116,27 +129,10 @@ def decode(
     Returns:
       Hypotheses of a beam search, else Decoded.
     """
-    logits, cache, history = prefill(
-        system,
-        trained,
-        frozen,
-        ids,
-        mask,
-        max_new_tokens=max_new_tokens,
-        search=search,
-        mismatched=mismatched,
-    )
+    settings = {"max_new_tokens": max_new_tokens, "search": search}
+    logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     return decode_cache(
-        system,
-        trained,
-        logits,
-        cache,
-        limits,
-        seeds,
-        history,
-        max_new_tokens=max_new_tokens,
-        search=search,
-        ignore_eos=ignore_eos,
+        system, trained, logits, cache, limits, seeds, history, ignore_eos=ignore_eos, **settings
     )
 
 
@@ -160,16 +156,8 @@ def start(
     mismatched: bool = False,
 ) -> State:
     """The state after the first token; arguments as of `decode`, no beam search."""
-    logits, cache, history = prefill(
-        system,
-        trained,
-        frozen,
-        ids,
-        mask,
-        max_new_tokens=max_new_tokens,
-        search=search,
-        mismatched=mismatched,
-    )
+    settings = {"max_new_tokens": max_new_tokens, "search": search}
+    logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     return make_loop(system, max_new_tokens, search).start(logits, cache, limits, seeds, history)
 
 

@@ -1,0 +1,417 @@
+"""Who is measured: our three systems, and those of other libraries, behind one interface.
+
+A contestant lives in a process of its own, so that nobody's threads or memory are another's. It is
+made from a `Setup`, prepared for one case after another, and then measures itself on each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+
+class Case(NamedTuple):
+    """One shape: rows, prompt tokens and new tokens of each."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all contestants share: folders of checkpoints in Hugging Face's format, and a dtype."""
+
+    llm: str
+    slm: str
+    dtype: str  # float32 | bfloat16
+    threads: int
+    folder: str  # for what a contestant makes of the checkpoints
+    real_weights: bool
+
+
+class Contestant(Protocol):
+    """One way to answer."""
+
+    def prepare(self, case: Case) -> dict[str, float]:
+        """Compiles and warms up; facts about the case, compile_s among them."""
+
+    def measure(self) -> dict[str, float]:
+        """One run: encode_ms, first_token_ms (from the start), ms_per_token and total_ms."""
+
+    def trace(self, folder: str) -> None:
+        """A profile of one run, for Perfetto or XProf; only of ours."""
+
+
+class _Ours:
+    """One of our systems: "llm", "slm" or "l2s"."""
+
+    def __init__(self, name: str, setup: Setup):
+        import jax
+
+        from l2s_jax import convert
+        from l2s_jax.config import compute_dtype
+        from l2s_jax.models.systems import LanguageModel, LlmToSlm
+
+        dtype = compute_dtype(setup.dtype)
+        if name == "l2s":
+            llm, frozen = convert.load_encoder(setup.llm, dtype=dtype)
+            slm, slm_params = convert.load(setup.slm, dtype=dtype)
+            same = llm.config.vocab_size == slm.config.vocab_size
+            self.system = LlmToSlm(
+                llm.config, slm.config, projector_width=slm.config.width, shared_vocabulary=same
+            )
+            params = jax.jit(self.system.init)(jax.random.key(0))
+            trained = {**params, "slm": {key: slm_params[key] for key in params["slm"]}}
+            self.vocab_size = llm.config.vocab_size
+        else:
+            module, params = convert.load(setup.llm if name == "llm" else setup.slm, dtype=dtype)
+            self.system, trained, frozen = LanguageModel(name, module.config), {name: params}, {}
+            self.vocab_size = module.config.vocab_size
+        # As generation holds them: the products' dtype for what only products read.
+        self.trained, self.frozen = jax.device_put((trained, frozen))
+
+    def prepare(self, case: Case) -> dict[str, float]:
+        from l2s_jax.latency import Stopwatch
+
+        self._stopwatch = None
+        self._stopwatch = Stopwatch(
+            self.system, self.trained, self.frozen, self.vocab_size, **case._asdict()
+        )
+        read = self.system.parameters_read_per_token(self.trained)
+        return {
+            "compile_s": self._stopwatch.compile_s,
+            "bytes_read_per_token": read * 4 + self._stopwatch.cache_bytes,
+        }
+
+    def measure(self) -> dict[str, float]:
+        times = self._stopwatch.measure()
+        return {
+            "encode_ms": times["encode_ms"],
+            "first_token_ms": times["encode_ms"] + times["prefill_ms"],
+            "ms_per_token": times["decode_ms_per_token"],
+            "total_ms": times["total_ms"],
+        }
+
+    def trace(self, folder: str) -> None:
+        import jax
+
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            self._stopwatch.run()
+
+
+def _split(encode_ms: float, first_ms: float, total_ms: float, new_tokens: int) -> dict[str, float]:
+    return {
+        "encode_ms": encode_ms,
+        "first_token_ms": first_ms,
+        "ms_per_token": (total_ms - first_ms) / max(new_tokens - 1, 1),
+        "total_ms": total_ms,
+    }
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+class _Transformers:
+    """transformers' generate on one checkpoint, eager, compiled or assisted by the SLM."""
+
+    def __init__(self, name: str, setup: Setup, *, static: bool = False, assisted: bool = False):
+        import torch
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(setup.threads)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._torch = torch
+
+        def load(directory: str) -> Any:
+            config = transformers.AutoConfig.from_pretrained(directory)
+            kind = (
+                transformers.AutoModelForSeq2SeqLM
+                if config.is_encoder_decoder
+                else transformers.AutoModelForCausalLM
+            )
+            model = kind.from_pretrained(directory, dtype=getattr(torch, setup.dtype))
+            return model.to(self._device).eval()
+
+        self._model = load(setup.llm if name == "llm" else setup.slm)
+        self._settings = {"do_sample": False, "num_beams": 1}
+        if static:
+            self._settings["cache_implementation"] = "static"
+            self._model.forward = torch.compile(self._model.forward)
+        if assisted:
+            self._settings["assistant_model"] = load(setup.slm)
+
+    def prepare(self, case: Case) -> dict[str, float]:
+        from l2s_jax.latency import random_prompts
+
+        ids = random_prompts(
+            case.batch_size, case.prompt_tokens, self._model.config.get_text_config().vocab_size
+        )
+        self._ids = self._torch.tensor(ids).long().to(self._device)
+        self._case = case
+        compile_s = _milliseconds(self.measure) / 1e3
+        self.measure()
+        return {"compile_s": compile_s}
+
+    def _generate(self, new_tokens: int) -> None:
+        with self._torch.inference_mode():
+            self._model.generate(
+                self._ids,
+                attention_mask=self._torch.ones_like(self._ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                **self._settings,
+            )
+        self._wait()
+
+    def _encode(self) -> None:
+        with self._torch.inference_mode():
+            self._model.get_encoder()(self._ids)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+
+    def measure(self) -> dict[str, float]:
+        encoder_decoder = self._model.config.is_encoder_decoder
+        encode = _milliseconds(self._encode) if encoder_decoder else 0.0
+        first = _milliseconds(lambda: self._generate(1))
+        total = _milliseconds(lambda: self._generate(self._case.new_tokens))
+        return _split(encode, first, total, self._case.new_tokens)
+
+
+class _CTranslate2:
+    """CTranslate2 on one checkpoint, in its own format and precision."""
+
+    def __init__(self, name: str, setup: Setup, compute_type: str):
+        import ctranslate2
+
+        source = setup.llm if name == "llm" else setup.slm
+        target = os.path.join(setup.folder, f"ctranslate2-{name}-{compute_type}")
+        if not os.path.isdir(target):
+            converter = ctranslate2.converters.TransformersConverter(source)
+            converter.convert(target, quantization=compute_type)
+        options = {
+            "device": "cuda" if ctranslate2.get_cuda_device_count() else "cpu",
+            "compute_type": compute_type,
+            "inter_threads": 1,
+            "intra_threads": setup.threads,
+        }
+        self._encoder_decoder = os.path.exists(os.path.join(target, "shared_vocabulary.json"))
+        kind = ctranslate2.Translator if self._encoder_decoder else ctranslate2.Generator
+        self._model = kind(target, **options)
+        self._pieces = _pieces(source)
+
+    def prepare(self, case: Case) -> dict[str, float]:
+        from l2s_jax.latency import random_prompts
+
+        ids = random_prompts(case.batch_size, case.prompt_tokens, len(self._pieces))
+        self._prompts = [[self._pieces[i] for i in row] for row in ids]
+        self._case = case
+        compile_s = _milliseconds(self.measure) / 1e3
+        self.measure()
+        return {"compile_s": compile_s}
+
+    def _generate(self, new_tokens: int) -> None:
+        if self._encoder_decoder:
+            results = self._model.translate_batch(
+                self._prompts,
+                beam_size=1,
+                max_decoding_length=new_tokens,
+                min_decoding_length=new_tokens,
+                max_input_length=0,
+            )
+            lengths = {len(result.hypotheses[0]) for result in results}
+        else:
+            results = self._model.generate_batch(
+                self._prompts,
+                beam_size=1,
+                max_length=new_tokens,
+                min_length=new_tokens,
+                include_prompt_in_result=False,
+            )
+            lengths = {len(result.sequences_ids[0]) for result in results}
+        if lengths != {new_tokens}:
+            raise RuntimeError(f"decoded {sorted(lengths)} tokens, expected {new_tokens}")
+
+    def measure(self) -> dict[str, float]:
+        first = _milliseconds(lambda: self._generate(1))
+        total = _milliseconds(lambda: self._generate(self._case.new_tokens))
+        return _split(float("nan"), first, total, self._case.new_tokens)
+
+
+def _pieces(directory: str) -> list[str]:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+
+class _Bandwidth:
+    """A plain compiled product of one vector and one large matrix: bytes per second."""
+
+    MEGABYTES = 512
+
+    def __init__(self, setup: Setup):
+        import jax
+        import jax.numpy as jnp
+
+        from l2s_jax.config import compute_dtype
+
+        dtype = compute_dtype(setup.dtype)
+        rows = 4096
+        columns = self.MEGABYTES * 2**20 // (rows * dtype.itemsize)
+        matrix = jax.random.normal(jax.random.key(0), (rows, columns), dtype)
+        vector = jnp.ones((1, rows), dtype)
+        product = jax.jit(lambda vector, matrix: vector @ matrix)
+        self._run = lambda: jax.block_until_ready(product(vector, matrix))
+        self._bytes = matrix.nbytes
+
+    def prepare(self, case: Case) -> dict[str, float]:
+        self._run()
+        return {}
+
+    def measure(self) -> dict[str, float]:
+        seconds = statistics.median(_milliseconds(self._run) for _ in range(5)) / 1e3
+        return {"gigabytes_per_s": self._bytes / seconds / 1e9}
+
+
+CONTESTANTS: Mapping[str, tuple[str, Callable[[Setup], Contestant]]] = {
+    "l2s": ("L2S", lambda setup: _Ours("l2s", setup)),
+    "llm": ("LLM", lambda setup: _Ours("llm", setup)),
+    "slm": ("SLM alone", lambda setup: _Ours("slm", setup)),
+    "hf_llm": ("LLM, transformers", lambda setup: _Transformers("llm", setup)),
+    "hf_slm": ("SLM, transformers", lambda setup: _Transformers("slm", setup)),
+    "hf_llm_compiled": (
+        "LLM, transformers, compiled",
+        lambda setup: _Transformers("llm", setup, static=True),
+    ),
+    "hf_slm_compiled": (
+        "SLM, transformers, compiled",
+        lambda setup: _Transformers("slm", setup, static=True),
+    ),
+    "hf_assisted": (
+        "LLM, transformers, assisted by the SLM",
+        lambda setup: _Transformers("llm", setup, assisted=True),
+    ),
+    "ct2_llm": ("LLM, CTranslate2", lambda setup: _CTranslate2("llm", setup, setup.dtype)),
+    "ct2_slm": ("SLM, CTranslate2", lambda setup: _CTranslate2("slm", setup, setup.dtype)),
+    "ct2_llm_int8": ("LLM, CTranslate2, int8", lambda setup: _CTranslate2("llm", setup, "int8")),
+    "ct2_slm_int8": ("SLM, CTranslate2, int8", lambda setup: _CTranslate2("slm", setup, "int8")),
+    "bandwidth": ("matrix times vector", _Bandwidth),
+}
+
+
+def unfit(name: str, setup: Setup, case: Case) -> str:
+    """Why a contestant is not measured on a case; "" where it is."""
+    if name == "hf_assisted":
+        if not setup.real_weights:
+            return "random weights accept no draft, expected checkpoints"
+        if case.batch_size > 1:
+            return "assisted generation takes one prompt at a time"
+    return ""
+
+
+def serve() -> None:
+    """A contestant's process: a request per line of stdin, an answer per line of stdout, JSON."""
+    # Libraries may print: only answers go where answers are read.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    contestant: Contestant | None = None
+    for line in sys.stdin:
+        request, *arguments = json.loads(line)
+        try:
+            if request == "start":
+                name, setup = arguments
+                contestant = CONTESTANTS[name][1](Setup(**setup))
+                answer({})
+            elif request == "prepare":
+                answer(contestant.prepare(Case(*arguments)))
+            elif request == "measure":
+                answer(contestant.measure())
+            elif request == "trace":
+                contestant.trace(*arguments)
+                answer({})
+            elif request == "memory":
+                answer({"peak_bytes": _peak_bytes()})
+        except Exception as error:  # whatever another library fails with is its result
+            answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process has held: of the accelerator where JAX has one, else of all."""
+    jax = sys.modules.get("jax")
+    if jax is not None and (device := jax.local_devices()[0].memory_stats()):
+        return device["peak_bytes_in_use"]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status", encoding="utf-8") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+class Remote:
+    """A contestant in its own process."""
+
+    def __init__(self, name: str):
+        self._name = name
+        environment = {
+            **os.environ,
+            # Threads that spin while they wait would take the next contestant's cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from l2s_jax.bench.contestants import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def start(self, setup: Setup) -> None:
+        """Makes the contestant; errors as of `ask`."""
+        self.ask("start", self._name, dataclasses.asdict(setup))
+
+    def ask(self, *request: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+          RuntimeError: the contestant failed, or its process ended.
+        """
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"its process ended ({self._process.wait()})") from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"its process ended ({self._process.wait()})")
+        found = json.loads(line)
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return found
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
