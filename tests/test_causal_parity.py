@@ -209,6 +209,15 @@ def test_round_trips(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"])
+def test_an_exported_model_has_the_limit_of_its_source(model_type, tmp_path):
+    hf.make_causal(str(tmp_path / "hf"), model_type=model_type, max_position_embeddings=777)
+    module, params = load_hf(str(tmp_path / "hf"))
+    save_hf(module.config, params, str(tmp_path / "back"))
+    config = transformers.AutoConfig.from_pretrained(str(tmp_path / "back"))
+    assert config.max_position_embeddings == 777
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama", "qwen3"])
 @pytest.mark.parametrize(("layer", "count"), [(0, 4), (1, 1), (3, 3), (0.5, 2), (0.1, 1), (4, 4)])
 def test_load_encoder_reads_the_first_layers_only(model_type, layer, count, tmp_path, monkeypatch):

@@ -58,6 +58,13 @@ def read_token(
     return value
 
 
+def read_trained_positions(fields: Mapping[str, Any], source: str) -> int:
+    """max_position_embeddings; 0 where there is none."""
+    if fields.get("max_position_embeddings") is None:
+        return 0
+    return read_integer(fields, "max_position_embeddings", None, source)
+
+
 def refuse_unsupported(
     fields: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], source: str
 ) -> None:

@@ -14,6 +14,7 @@ from l2s_jax.convert.fields import (
     read_fraction,
     read_integer,
     read_token,
+    read_trained_positions,
     refuse_unsupported,
 )
 from l2s_jax.convert.rope import read_rotary, write_rotary
@@ -124,6 +125,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
         dropout_rate=read_fraction(fields, "hidden_dropout", 0.0, source),
         pad_id=read_token(fields, "pad_token_id", eos_id, vocab_size, source),
         eos_id=eos_id,
+        trained_positions=read_trained_positions(fields, source),
     )
 
 
@@ -137,7 +139,7 @@ def config_to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
     """GPTNeoXConfig -> config.json of a GPTNeoXForCausalLM."""
     theirs = {ours: name for name, ours in reversed(ACTIVATION_OF.items())}
     share = _share(config.rotary.width, config.width // config.num_heads)
-    return {
+    fields = {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "vocab_size": config.vocab_size,
@@ -159,6 +161,9 @@ def config_to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_id,
         "pad_token_id": config.pad_id,
     }
+    if config.trained_positions:
+        fields["max_position_embeddings"] = config.trained_positions
+    return fields
 
 
 FAMILY = Family(

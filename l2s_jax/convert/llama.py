@@ -11,6 +11,7 @@ from l2s_jax.convert.fields import (
     read_fraction,
     read_integer,
     read_token,
+    read_trained_positions,
     refuse_unsupported,
 )
 from l2s_jax.convert.rope import read_rotary, write_rotary
@@ -115,6 +116,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
         dropout_rate=read_fraction(fields, "attention_dropout", 0.0, source),
         pad_id=read_token(fields, "pad_token_id", eos_id, vocab_size, source),
         eos_id=eos_id,
+        trained_positions=read_trained_positions(fields, source),
     )
 
 
@@ -194,6 +196,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     }
     if config.rotary.kind != "default":
         fields["rope_scaling"] = write_rotary(config.rotary)
+    if config.trained_positions:
+        fields["max_position_embeddings"] = config.trained_positions
     if kind in ("llama", "qwen3"):
         fields["attention_bias"] = config.attention_input_bias
     if kind == "llama":

@@ -32,6 +32,9 @@ class GPTNeoXConfig:
     dropout_rate: float = 0.0
     pad_id: int = 0
     eos_id: int = 0
+    # Tokens at once that a checkpoint was trained on, by its config.json; 0: it doesn't say.
+    # Nothing here depends on it, but other programs take an exported model's limit from it.
+    trained_positions: int = 0
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
 
     def __post_init__(self) -> None:
