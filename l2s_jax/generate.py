@@ -92,17 +92,23 @@ class Generator:
         """Numbers of new tokens that programs are compiled for."""
         return _buckets(2 * CHUNK, self.max_new_tokens, 2)
 
-    def warm_up(self) -> int:
-        """Compiles every program that `generate` may run with the default search; their number."""
-        shapes = list(
-            itertools.product(self.row_buckets, self.prompt_lengths, self.new_token_buckets)
-        )
+    def warm_up(self, *, stream: bool = False) -> int:
+        """Compiles every shape that `generate`, or `stream`, may run; gives their number.
+
+        It does so for the default search; another one is another set of programs.
+        """
+        in_chunks = stream or self.search.stop
+        rows_of = (1,) if stream else self.row_buckets
+        shapes = list(itertools.product(rows_of, self.prompt_lengths, self.new_token_buckets))
         for rows, length, capacity in tqdm(shapes, desc="compiling", file=sys.stderr):
             ids, mask = np.zeros((rows, length), np.int32), np.ones((rows, length), bool)
-            # Rows that may have no token end at once.
-            limits, seeds = np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
-            batch = _Batch(ids, mask, limits, seeds)
-            jax.block_until_ready(self._decode(batch, capacity, self.search, False))
+            # Two tokens take one chunk; rows that may have none take nothing at all.
+            limits = np.full(rows, 2 if in_chunks else 0, np.int32)
+            batch = _Batch(ids, mask, limits, np.zeros(rows, np.uint32))
+            if in_chunks:
+                list(self._chunks(batch, capacity, self.search, False, lambda: [False]))
+            else:
+                jax.block_until_ready(self._decode(batch, capacity, self.search, False))
         return len(shapes)
 
     def generate(
@@ -127,8 +133,8 @@ class Generator:
           mismatched: every prompt is decoded with the encoded prompt of another.
 
         Raises:
-          ValueError: max_new_tokens is above the generator's, or the numbers of seeds and prompts
-            differ.
+          ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
+            differ, or a seed does not fit in 32 bits.
         """
         search = self.search if search is None else search
         limit, capacity = self._limit(max_new_tokens)
@@ -171,13 +177,10 @@ class Generator:
         limit, capacity = self._limit(max_new_tokens)
         ((_, batch),) = self._batches([prompt], limit, [seed], False)
         text = ResponseText(self.response_tokenizer, search.stop)
-        ended = False
         for decoded in self._chunks(batch, capacity, search, False, lambda: [text.stopped]):
-            ended = bool(decoded.done[0]) or text.stopped
-            if piece := text.extend(decoded.tokens[: decoded.lengths[0], 0], last=ended):
+            tokens = decoded.tokens[: decoded.lengths[0], 0]
+            if piece := text.extend(tokens, last=bool(decoded.done[0])):
                 yield piece
-            if text.stopped:
-                return
 
     def _limit(self, max_new_tokens: int | None) -> tuple[int, int]:
         """(the most new tokens of a call, of the program that it runs)."""
@@ -201,6 +204,8 @@ class Generator:
             max_prompt_tokens=self.prompt_lengths[-1],
             max_response_tokens=1,
         )
+        if seeds and not 0 <= min(seeds) <= max(seeds) < 2**32:
+            raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
         seeds = np.asarray(seeds, np.uint32)
         for indices, batch in evaluation_batches(
             data,
@@ -439,7 +444,7 @@ def generate_file(
     generator = load_generator(config, workdir, system)
     generator.search = chosen
     if warm_up:
-        generator.warm_up()
+        generator.warm_up(stream=stream)
     if stream:
         for number, (where, record) in enumerate(records):
             prompt = task.render_prompt(record, where)

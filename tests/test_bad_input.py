@@ -247,6 +247,7 @@ def test_missing_generation_input(finished, tmp_path, capfd):
         (["--stream", "--output=out.txt"], "--stream writes text to stdout"),
         (["--stream", "--jsonl"], "--stream writes text to stdout"),
         (["--stream", "--search=num_beams=2"], "num_beams=2: expected 1"),
+        (["--search=temperature=1", "--seed=-1"], "seeds -1 to -1: expected 0"),
     ],
 )
 def test_bad_decoding_settings(flags, message, finished, tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""The whole main job with decoder-only models: two vocabularies, a middle layer, LoRA."""
+"""The whole main job with decoder-only models: two vocabularies, a middle layer, LoRA, beams."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def get_config():
     )
     config.slm.tokenizer.train_vocab_size = 28
     config.labels = "llm"
+    config.decoding.search.num_beams = 2
     config.l2s.lora.rank = 2
     config.l2s.train.parameter_scale = False
     config.l2s.train.learning_rate_scales = (("projector/.*", 2.0),)

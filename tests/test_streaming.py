@@ -191,6 +191,8 @@ def test_a_limit_that_was_not_compiled_for_is_refused(limit, systems, tokenizers
         model.generate(TEXTS, max_new_tokens=limit)
     with pytest.raises(ValueError, match="2 seeds: expected one per prompt, 5"):
         model.generate(TEXTS, seeds=[1, 2])
+    with pytest.raises(ValueError, match="seeds -1 to 3: expected 0 to 4294967295"):
+        model.generate(TEXTS, seeds=[-1, 0, 1, 2, 3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,11 @@ def test_ten_thousand_requests_compile_no_more_than_the_buckets_and_hold_no_memo
     random = np.random.default_rng(0)
     Counted.prefills.clear()
     assert model.warm_up() == len(Counted.prefills) == 2 * 2 * 2
+    assert model.warm_up(stream=True) == 1 * 2 * 2
+    assert len(Counted.prefills) == 8 + 4
+    for prompt in ("5 6 7", "5 6 7 8 9 10 11 12 13"):
+        for limit in (2, 20):
+            list(model.stream(prompt, max_new_tokens=limit))
 
     def request():
         rows = random.integers(1, 5)
@@ -235,7 +242,7 @@ def test_ten_thousand_requests_compile_no_more_than_the_buckets_and_hold_no_memo
     arrays, peak = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(8000):
         request()
-    assert len(Counted.prefills) == 8
+    assert len(Counted.prefills) == 8 + 4
     assert len(jax.live_arrays()) == arrays
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     assert grown < 8 * 1024, f"{grown} KiB more after 8000 more requests"
