@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import ClassVar
 
 import jax
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
 from l2s_jax.generate import Generator
+from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel
 
 NEW = CHUNK + 3
@@ -298,3 +300,64 @@ def test_decoding_compiles_once_per_shape():
         make().generate([prompt.replace("5", "4") for prompt in prompts])
         assert len(Traced.traces) == seen
     assert set(Traced.traces) == {(1, 6), (1, LONGEST), (2, 6), (2, LONGEST)}
+
+
+def computations_per_token(hlo):
+    """Lines of the optimized HLO that run inside a while loop, whatever calls them."""
+    bodies, name = {}, None
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = header[1]
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    reached, waiting = set(), re.findall(r" while\(.*?body=%?([\w.-]+)", hlo)
+    assert waiting
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            for line in bodies[name]:
+                waiting += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", line)
+                for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                    waiting += [branch.strip().lstrip("%") for branch in branches.split(",")]
+    return [line for name in reached for line in bodies[name]]
+
+
+@pytest.mark.parametrize("name", ["slm", "add", "cross", "causal"])
+def test_the_cache_is_updated_in_place(name):
+    if name == "causal":
+        config = GPT2Config(
+            vocab_size=48,
+            width=16,
+            num_heads=2,
+            feed_forward_width=32,
+            num_layers=2,
+            max_positions=600,
+            dropout_rate=0.0,
+        )
+        system, frozen = LanguageModel("slm", config), {}
+        trained = jax.eval_shape(system.init, jax.random.key(0))
+    else:
+        system, trained, frozen, _ = case(name)
+    rows, prompt, new = 3, 7, 500
+    arguments = (
+        trained,
+        frozen,
+        jnp.zeros((rows, prompt), jnp.int32),
+        jnp.ones((rows, prompt), bool),
+        jnp.full(rows, new),
+    )
+    compiled = jitted_decode.lower(system, *arguments, max_new_tokens=new).compile()
+    hidden = jax.eval_shape(system.encode, *arguments[:4])
+    prefill = functools.partial(system.prefill, max_steps=decoding_steps(new))
+    _, cache = jax.eval_shape(prefill, *arguments[:4], hidden)
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(cache) if leaf.ndim == 4}
+    lines = computations_per_token(compiled.as_text())
+    cache_sized = rf"f32\[(?:{'|'.join(shapes)})\]\S* "
+    assert any(re.search(cache_sized + r"dynamic-update-slice\(", line) for line in lines)
+    copies = [line.strip() for line in lines if re.search(cache_sized + r"copy\(", line)]
+    assert not copies, copies[0]
+    # Nor is there a second one to alternate with.
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * size
