@@ -97,6 +97,10 @@ def run(options: argparse.Namespace) -> None:
         failures: dict[str, str] = {}
         remotes: dict[str, Remote] = {}
         for name in (*options.systems, "bandwidth"):
+            reasons = [unfit(name, setup, case) for case in cases]
+            if all(reasons):
+                failures[name] = reasons[0]
+                continue
             remotes[name] = Remote(name)
             stack.callback(remotes[name].close)
             try:
