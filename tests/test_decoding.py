@@ -324,8 +324,9 @@ def computations_per_token(hlo):
     return [line for name in reached for line in bodies[name]]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["slm", "add", "cross", "causal"])
-def test_the_cache_is_updated_in_place(name):
+def test_the_cache_is_updated_in_place(name, rows):
     if name == "causal":
         config = GPT2Config(
             vocab_size=48,
@@ -340,7 +341,7 @@ def test_the_cache_is_updated_in_place(name):
         trained = jax.eval_shape(system.init, jax.random.key(0))
     else:
         system, trained, frozen, _ = case(name)
-    rows, prompt, new = 3, 7, 500
+    prompt, new = 7, 500
     arguments = (
         trained,
         frozen,
@@ -352,7 +353,10 @@ def test_the_cache_is_updated_in_place(name):
     hidden = jax.eval_shape(system.encode, *arguments[:4])
     prefill = functools.partial(system.prefill, max_steps=decoding_steps(new))
     _, cache = jax.eval_shape(prefill, *arguments[:4], hidden)
-    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(cache) if leaf.ndim == 4}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(cache) if leaf.ndim == 4}
+    if rows == 1:
+        shapes |= {shape[1:] for shape in shapes}  # the compiler leaves an axis of size 1 out
+    shapes = {",".join(map(str, shape)) for shape in shapes}
     lines = computations_per_token(compiled.as_text())
     cache_sized = rf"f32\[(?:{'|'.join(shapes)})\]\S* "
     assert any(re.search(cache_sized + r"dynamic-update-slice\(", line) for line in lines)
@@ -360,4 +364,4 @@ def test_the_cache_is_updated_in_place(name):
     assert not copies, copies[0]
     # Nor is there a second one to alternate with.
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * size
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.9 * size

@@ -3,7 +3,7 @@
 A family (gpt2.py, gpt_neox.py, llama.py) is its layers and a subclass of `CausalModel`. Prompts may
 be padded anywhere: a token's position is the number of real tokens before it, so nothing depends
 on padding. Slots are places in an array or a cache, positions are what a model knows of order.
-Letters as in layers.py, and G key/value heads, R query heads for each of them.
+Letters as in layers.py, and G key/value heads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from l2s_jax.models.cache import CausalCache, KeyValue, write_position
-from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, mask_bias
+from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
 
 
@@ -87,16 +87,14 @@ class CausalAttention(nn.Module):
         new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
         held = new if cache is None else write_position(cache, new, index)
 
-        grouped = query.astype(self.dtype).reshape(
-            query.shape[0], self.num_kv_heads, -1, *query.shape[2:]
+        mixed = attend(
+            query.astype(self.dtype),
+            held,
+            bias,
+            self.head_width**-0.5,
+            lambda weights: self.dropout(weights, deterministic=deterministic),
         )
-        scores = jnp.einsum(
-            "bgrqh,bgkh->bgrqk", grouped, held.key, preferred_element_type=jnp.float32
-        )
-        weights = jax.nn.softmax(scores * self.head_width**-0.5 + bias[:, :, None], axis=-1)
-        weights = self.dropout(weights.astype(self.dtype), deterministic=deterministic)
-        mixed = jnp.einsum("bgrqk,bgkh->bqgrh", weights, held.value)
-        return self.output(mixed.reshape(*mixed.shape[:2], -1)), held
+        return self.output(mixed), held
 
 
 class CausalModel(nn.Module):

@@ -31,6 +31,44 @@ ACTIVATIONS = {
 MASKED = -1e10
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """`jnp.einsum(spec, x, y)` of two arrays of one dtype, summed and given in `out_dtype`.
+
+    The gradient is of products in that one dtype too: by itself JAX would multiply a float32
+    gradient by bfloat16 weights, for which GPUs have no fast product.
+    """
+
+    def sum_in(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x, y, preferred_element_type=dtype).astype(out_dtype)
+
+    if x.dtype == out_dtype == jnp.float32:
+        return sum_in(jnp.float32, x, y)
+    # XLA's CPU backend has no fast product that gives bfloat16.
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        cpu=functools.partial(sum_in, jnp.float32),
+        default=functools.partial(sum_in, out_dtype),
+    )
+
+
+def _product_forward(
+    spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(spec, x, y, out_dtype), (x, y)
+
+
+def _product_backward(
+    spec: str, out_dtype: jnp.dtype, factors: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, ...]:
+    _, transpose = jax.vjp(functools.partial(jnp.einsum, spec), *factors)
+    return transpose(gradient.astype(factors[0].dtype))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nn.Module):
     """x [..., in] -> [..., features]: `x @ kernel`, and a bias where there is one."""
 
@@ -43,10 +81,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
-        y = jnp.dot(
+        y = product(
+            "...d,df->...f",
             x.astype(self.dtype),
             kernel.astype(self.dtype),
-            preferred_element_type=self.out_dtype or self.dtype,
+            self.out_dtype or self.dtype,
         )
         if not self.use_bias:
             return y
@@ -72,11 +111,11 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""
-        return jnp.einsum(
+        return product(
             "...d,vd->...v",
             x.astype(self.dtype),
             self.embedding.astype(self.dtype),
-            preferred_element_type=jnp.float32,
+            jnp.float32,
         )
 
 
@@ -106,6 +145,40 @@ class LayerNorm(nn.Module):
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+
+
+def attend(
+    query: jax.Array,
+    key_value: KeyValue,
+    bias: jax.Array,
+    scale: float,
+    dropout: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Softmax attention of N query heads to G key heads, each of which N/G queries share.
+
+    Args:
+      query: [B, N, Q, H].
+      key_value: [B, G, K, H], in the query's dtype.
+      bias: float32, mask included, broadcastable to [B, N, Q, K].
+      scale: of the scores.
+      dropout: of the weights.
+
+    Returns:
+      [B, Q, N*H], in the query's dtype.
+    """
+    rows, num_heads, queries, _ = query.shape
+    num_groups = key_value.key.shape[1]
+    # With the axis r, if only of size 1, XLA reads a cache of one row where it was written; without
+    # it, its CPU backend copies the whole cache at every step.
+    query = query.reshape(rows, num_groups, -1, *query.shape[2:])
+    scores = jnp.einsum(
+        "bgrqh,bgkh->bgrqk", query, key_value.key, preferred_element_type=jnp.float32
+    )
+    scores = scores.reshape(rows, num_heads, queries, -1) * scale + bias
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
+    weights = weights.reshape(rows, num_groups, -1, *weights.shape[2:])
+    mixed = jnp.einsum("bgrqk,bgkh->bqgrh", weights, key_value.value)
+    return mixed.reshape(rows, queries, -1)
 
 
 class Attention(nn.Module):
@@ -147,13 +220,14 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """x [B, Q, D], bias (mask included) broadcastable to [B, N, Q, K] -> float32 [B, Q, D]."""
         query = self._split_heads(self.query(x))
-        scores = jnp.einsum(
-            "bnqh,bnkh->bnqk", query, key_value.key, preferred_element_type=jnp.float32
+        mixed = attend(
+            query,
+            key_value,
+            bias,
+            self.scale,
+            lambda weights: self.dropout(weights, deterministic=deterministic),
         )
-        weights = jax.nn.softmax(scores * self.scale + bias, axis=-1)
-        weights = self.dropout(weights.astype(self.dtype), deterministic=deterministic)
-        mixed = jnp.einsum("bnqk,bnkh->bqnh", weights, key_value.value)
-        return self.output(mixed.reshape(*mixed.shape[:2], -1))
+        return self.output(mixed)
 
 
 class Dropout(nn.Dropout):
