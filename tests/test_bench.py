@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import metadata
 
 import jax
 import pytest
@@ -34,47 +35,59 @@ def test_geometries_have_the_published_size(name):
     assert round(count / 1e6, 1) == PUBLISHED[name]
 
 
-SYSTEMS = ("l2s", "llm", "slm", "hf_slm", "hf_assisted", "ct2_slm_int8")
+PEERS = ("hf-slm", "hf-llm-assisted", "ct2-slm-int8")
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     arguments = [
-        *("--llm=tiny", "--slm=tiny", f"--systems={','.join(SYSTEMS)}", f"--output={folder}"),
-        *("--batch-sizes=2", "--prompt-tokens=8", "--new-tokens=5", "--repeats=2", "--profile"),
+        *(
+            "--llm=tiny",
+            "--slm=tiny",
+            f"--peers={','.join(PEERS)}",
+            f"--output={folder / 'new' / 'speed.json'}",
+        ),
+        *("--batch_sizes=2", "--prompt_tokens=8", "--new_tokens=5", "--repeats=2", "--profile"),
     ]
     assert bench.main(arguments) == 0
-    return folder
+    return folder / "new"
 
 
 def test_everyone_is_measured_on_every_case(output):
-    report = json.loads((output / "bench.json").read_text())
-    measured = {(r["system"], r["batch_size"]) for r in report["results"]}
-    expected = {(name, 2) for name in SYSTEMS if name != "hf_assisted"}
+    report = json.loads((output / "speed.json").read_text())
+    measured = {(r["system"], r["batch_size"]) for r in report["rows"]}
+    expected = {(name, 2) for name in ("l2s", "llm", "slm", "hf-slm", "ct2-slm-int8")}
     assert measured == expected
     assert report["weights"] == "random, of real geometry"
-    assert "expected checkpoints" in report["not_measured"]["hf_assisted"]
+    assert "expected checkpoints" in report["not_measured"]["hf-llm-assisted"]
     assert {"jax", "torch", "transformers", "ctranslate2"} <= report["environment"].keys()
-    for record in report["results"]:
+    for record in report["rows"]:
         assert record["total_ms"] > 0 and record["compile_s"] > 0
         rate = record["batch_size"] * record["new_tokens"] / record["total_ms"] * 1e3
         assert math.isclose(record["tokens_per_s"], rate)
-        assert report["peak_bytes"][record["system"]] > 1e6
+        assert record["peak_memory_mb"] > 1
+        assert record["dtype"] == ("int8" if "int8" in record["system"] else "float32")
+        library = {"hf": "transformers", "ct2": "ctranslate2"}.get(record["system"].split("-")[0])
+        assert record["version"] == metadata.version(library or "jax")
 
 
 def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):
-    records = json.loads((output / "bench.json").read_text())["results"]
+    report = json.loads((output / "speed.json").read_text())
+    records = report["rows"]
+    of_llm = next(r for r in records if r["system"] == "llm")
+    assert math.isclose(report["floor"]["llm_ms_per_token"], of_llm["floor_ms_per_token"])
+    assert report["floor"].keys() == {"gb_per_s", "l2s_ms_per_token", "llm_ms_per_token"}
     config = GEOMETRIES["tiny"]
     slm = LanguageModel("slm", config)
     params = jax.eval_shape(slm.init, jax.random.key(0))
     read = 4 * slm.parameters_read_per_token(params)
     for record in records:
         if record["system"] not in ("l2s", "llm", "slm"):
-            assert "floor_ms" not in record
+            assert "floor_ms_per_token" not in record
             continue
-        floor = record["bytes_read_per_token"] / record["bandwidth_gb_per_s"] / 1e6
-        assert math.isclose(record["floor_ms"], floor)
+        floor = record["bytes_read_per_token"] / record["gb_per_s"] / 1e6
+        assert math.isclose(record["floor_ms_per_token"], floor)
         cache = record["bytes_read_per_token"] - read
         heads = config.num_heads * config.head_width * 4 * 2 * config.num_decoder_layers
         positions = 8 + 1 + 8  # the prompt, the first token, a chunk
@@ -82,20 +95,21 @@ def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):
 
 
 def test_the_report_can_be_read(output):
-    text = (output / "bench.md").read_text()
+    text = (output / "speed.md").read_text()
     assert "## Batch 2, 8 prompt tokens, 5 new tokens" in text
     assert "| SLM, CTranslate2, int8 |" in text
-    for name in ("latency.png", "speedup.png", "shares.png"):
-        assert (output / name).stat().st_size > 10_000
-    assert list((output / "trace").rglob("*perfetto*"))
+    for name in ("latency", "speedup", "shares"):
+        assert (output / f"speed-{name}.png").stat().st_size > 10_000
+    assert list((output / "speed-trace").rglob("*perfetto*"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--llm=t6-large"], "'t6-large': neither a folder nor a geometry, expected one of tiny"),
-        (["--systems=l2s,ours"], "no 'ours', expected some of l2s"),
-        (["--batch-sizes=1,0"], "--batch-sizes"),
+        (["--peers=hf,ours"], "no 'ours', expected some of hf, ct2, hf-llm"),
+        (["--output=folder"], "'folder': expected the name of a .json file"),
+        (["--batch_sizes=1,0"], "--batch_sizes"),
         (["--repeats=none"], "--repeats"),
         (["--dtype=float16"], "--dtype"),
         (["everything"], "everything"),
@@ -103,7 +117,7 @@ def test_the_report_can_be_read(output):
 )
 def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
     try:
-        status = bench.main([f"--output={tmp_path}", *arguments])
+        status = bench.main([f"--output={tmp_path}/bench.json", *arguments])
     except SystemExit as error:
         status = error.code
     (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error:"))

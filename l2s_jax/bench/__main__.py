@@ -1,10 +1,11 @@
 """Measures L2S, its LLM and SLM and other libraries' on one machine, in one run.
 
-python -m l2s_jax.bench --llm=t5-large --slm=t5-small --output=bench
+python -m l2s_jax.bench --llm=t5-large --slm=t5-small --peers=hf,ct2 --output=bench.json
 
 --llm and --slm name a folder in Hugging Face's format or a published geometry, of which a
 checkpoint with random weights is made. Every contestant has a process of its own; they take turns,
-repeat by repeat, and what is reported are medians. Exit status: 0; 2 for bad input.
+repeat by repeat, and what is reported are medians. Beside FILE.json come FILE.md and plots, and
+with --profile a trace. Exit status: 0; 2 for bad input.
 """
 
 from __future__ import annotations
@@ -17,20 +18,28 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from l2s_jax.bench.contestants import CONTESTANTS, Case, Remote, Setup, unfit
+from l2s_jax.bench.contestants import (
+    BANDWIDTH,
+    CONTESTANTS,
+    OURS,
+    PEERS,
+    Case,
+    Remote,
+    Setup,
+    unfit,
+)
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.report import write_report
 
 log = logging.getLogger("l2s_jax")
 
-_OURS = ("l2s", "llm", "slm")
-_PEERS = ("jax", "torch", "transformers", "ctranslate2")
+_LIBRARIES = ("l2s_jax", "jax", "torch", "transformers", "ctranslate2")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,13 +54,22 @@ def _integers(text: str) -> list[int]:
     return values
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in CONTESTANTS:
-            expected = ", ".join(n for n in CONTESTANTS if n != "bandwidth")
-            raise argparse.ArgumentTypeError(f"no {name!r}, expected some of {expected}")
-    return names
+def _peers(text: str) -> list[str]:
+    """Names, or what names begin with: hf is hf-llm, hf-slm, and so on."""
+    chosen: dict[str, None] = {}
+    for word in text.split(",") if text else ():
+        names = [name for name in PEERS if name == word or name.split("-")[0] == word]
+        if not names:
+            expected = ", ".join(("hf", "ct2", *PEERS))
+            raise argparse.ArgumentTypeError(f"no {word!r}, expected some of {expected}")
+        chosen.update(dict.fromkeys(names))
+    return list(chosen)
+
+
+def _json_file(text: str) -> str:
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a .json file")
+    return text
 
 
 def _count(text: str) -> int:
@@ -70,15 +88,14 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add("--llm", default="t5-large", help="folder of a checkpoint, or a published geometry")
     add("--slm", default="t5-small", help="likewise")
-    everyone = ",".join(name for name in CONTESTANTS if name != "bandwidth")
-    add("--systems", type=_names, default=everyone, help="who takes part (default: %(default)s)")
-    add("--batch-sizes", type=_integers, default="1,8,32", help="rows (default: %(default)s)")
-    add("--prompt-tokens", type=_integers, default="32,128,512", help="(default: %(default)s)")
-    add("--new-tokens", type=_integers, default="32,128,256", help="(default: %(default)s)")
+    add("--peers", type=_peers, default="hf,ct2", help=f"hf, ct2, or of {', '.join(PEERS)}")
+    add("--batch_sizes", type=_integers, default="1,8,32", help="(default: %(default)s)")
+    add("--prompt_tokens", type=_integers, default="32,128,512", help="(default: %(default)s)")
+    add("--new_tokens", type=_integers, default="32,128,256", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
     add("--repeats", type=_count, default=5, help="of each case (default: %(default)s)")
     add("--threads", type=_count, default=os.cpu_count(), help="of other libraries, on a CPU")
-    add("--output", default="bench", help="folder for the report (default: %(default)s)")
+    add("--output", type=_json_file, default="bench.json", help="(default: %(default)s)")
     add("--profile", action="store_true", help="also write a trace of L2S on the last case")
     return parser
 
@@ -91,12 +108,13 @@ def run(options: argparse.Namespace) -> None:
             options.batch_sizes, options.prompt_tokens, options.new_tokens
         )
     ]
-    os.makedirs(options.output, exist_ok=True)
+    stem = options.output.removesuffix(".json")
+    os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
     with contextlib.ExitStack() as stack:
         setup = _setup(options, stack.enter_context(tempfile.TemporaryDirectory()))
         failures: dict[str, str] = {}
         remotes: dict[str, Remote] = {}
-        for name in (*options.systems, "bandwidth"):
+        for name in (*OURS, *options.peers, BANDWIDTH):
             reasons = [unfit(name, setup, case) for case in cases]
             if all(reasons):
                 failures[name] = reasons[0]
@@ -107,30 +125,24 @@ def run(options: argparse.Namespace) -> None:
                 remotes[name].start(setup)
             except RuntimeError as error:
                 _fail(failures, remotes, name, error)
-        results = [
-            record
+        rows = [
+            row
             for case in tqdm(cases, desc="cases", file=sys.stderr)
-            for record in _measure(case, setup, options.repeats, remotes, failures)
+            for row in _measure(case, setup, options.repeats, remotes, failures)
         ]
-        if options.profile and "l2s" in remotes:
-            remotes["l2s"].ask("trace", os.path.abspath(os.path.join(options.output, "trace")))
-        memory = {
-            name: remote.ask("memory")["peak_bytes"]
-            for name, remote in remotes.items()
-            if name != "bandwidth"
-        }
+        if options.profile:
+            remotes["l2s"].ask("trace", os.path.abspath(f"{stem}-trace"))
     report = {
         "llm": options.llm,
         "slm": options.slm,
         "weights": "of the checkpoints" if setup.real_weights else "random, of real geometry",
-        "dtype": options.dtype,
         "repeats": options.repeats,
-        "results": results,
-        "peak_bytes": memory,
+        "rows": rows,
+        "floor": _floor(rows),
         "not_measured": failures,
         "environment": _environment(options.threads),
     }
-    write_report(report, options.output)
+    write_report(report, stem)
 
 
 def _setup(options: argparse.Namespace, folder: str) -> Setup:
@@ -170,17 +182,20 @@ def _measure(
         name: {key: statistics.median(s[key] for s in runs) for key in runs[0]}
         for name, runs in samples.items()
     }
-    bandwidth = medians.pop("bandwidth")["gigabytes_per_s"]
+    bandwidth = medians.pop(BANDWIDTH)["gb_per_s"]
     return [
         {
             "system": name,
+            "dtype": "int8" if name.endswith("int8") else setup.dtype,
             **case._asdict(),
             **facts[name],
             **times,
             "tokens_per_s": case.batch_size * case.new_tokens / times["total_ms"] * 1e3,
-            "bandwidth_gb_per_s": bandwidth,
+            "peak_memory_mb": remotes[name].ask("memory")["peak_bytes"] / 1e6,
+            "version": metadata.version(CONTESTANTS[name][1]),
+            "gb_per_s": bandwidth,
             **(
-                {"floor_ms": facts[name]["bytes_read_per_token"] / bandwidth / 1e6}
+                {"floor_ms_per_token": facts[name]["bytes_read_per_token"] / bandwidth / 1e6}
                 if "bytes_read_per_token" in facts[name]
                 else {}
             ),
@@ -189,11 +204,20 @@ def _measure(
     ]
 
 
+def _floor(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The median bandwidth, and of the first case the time in which it reads what a token needs."""
+    floor = {"gb_per_s": statistics.median(row["gb_per_s"] for row in rows)}
+    for name in ("l2s", "llm"):
+        first = next(row for row in rows if row["system"] == name)
+        floor[f"{name}_ms_per_token"] = first["bytes_read_per_token"] / floor["gb_per_s"] / 1e6
+    return floor
+
+
 def _fail(
     failures: dict[str, str], remotes: dict[str, Remote], name: str, error: Exception
 ) -> None:
     """Another library that cannot do it is a result; one of ours is an error."""
-    if name in (*_OURS, "bandwidth"):
+    if name in (*OURS, BANDWIDTH):
         raise ValueError(f"{name}: {error}") from error
     log.warning("%s: not measured: %s", name, error)
     failures[name] = str(error)
@@ -204,7 +228,7 @@ def _environment(threads: int) -> dict[str, Any]:
     import jax
 
     versions = {}
-    for name in _PEERS:
+    for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
@@ -227,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    with open(os.path.join(options.output, "bench.md"), encoding="utf-8") as file:
+    with open(options.output.removesuffix(".json") + ".md", encoding="utf-8") as file:
         print(file.read())
     return 0
 

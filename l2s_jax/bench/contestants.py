@@ -44,7 +44,7 @@ class Contestant(Protocol):
         """Compiles and warms up; facts about the case, compile_s among them."""
 
     def measure(self) -> dict[str, float]:
-        """One run: encode_ms, first_token_ms (from the start), ms_per_token and total_ms."""
+        """One run: encode_ms, first_token_ms (from the start), decode_ms_per_token, total_ms."""
 
     def trace(self, folder: str) -> None:
         """A profile of one run, for Perfetto or XProf; only of ours."""
@@ -75,8 +75,7 @@ class _Ours:
             module, params = convert.load(setup.llm if name == "llm" else setup.slm, dtype=dtype)
             self.system, trained, frozen = LanguageModel(name, module.config), {name: params}, {}
             self.vocab_size = module.config.vocab_size
-        # As generation holds them: the products' dtype for what only products read.
-        self.trained, self.frozen = jax.device_put((trained, frozen))
+        self.trained, self.frozen = _put_away(trained), _put_away(frozen)
 
     def prepare(self, case: Case) -> dict[str, float]:
         from l2s_jax.latency import Stopwatch
@@ -96,7 +95,7 @@ class _Ours:
         return {
             "encode_ms": times["encode_ms"],
             "first_token_ms": times["encode_ms"] + times["prefill_ms"],
-            "ms_per_token": times["decode_ms_per_token"],
+            "decode_ms_per_token": times["decode_ms_per_token"],
             "total_ms": times["total_ms"],
         }
 
@@ -107,11 +106,24 @@ class _Ours:
             self._stopwatch.run()
 
 
+def _put_away(params: dict[str, Any]) -> dict[str, Any]:
+    """Moves parameters to the device one by one, so that they are never in memory twice."""
+    import jax
+
+    for name, part in params.items():
+        params[name] = (
+            _put_away(part)
+            if isinstance(part, dict)
+            else jax.block_until_ready(jax.device_put(part))
+        )
+    return params
+
+
 def _split(encode_ms: float, first_ms: float, total_ms: float, new_tokens: int) -> dict[str, float]:
     return {
         "encode_ms": encode_ms,
         "first_token_ms": first_ms,
-        "ms_per_token": (total_ms - first_ms) / max(new_tokens - 1, 1),
+        "decode_ms_per_token": (total_ms - first_ms) / max(new_tokens - 1, 1),
         "total_ms": total_ms,
     }
 
@@ -286,38 +298,62 @@ class _Bandwidth:
 
     def measure(self) -> dict[str, float]:
         seconds = statistics.median(_milliseconds(self._run) for _ in range(5)) / 1e3
-        return {"gigabytes_per_s": self._bytes / seconds / 1e9}
+        return {"gb_per_s": self._bytes / seconds / 1e9}
 
 
-CONTESTANTS: Mapping[str, tuple[str, Callable[[Setup], Contestant]]] = {
-    "l2s": ("L2S", lambda setup: _Ours("l2s", setup)),
-    "llm": ("LLM", lambda setup: _Ours("llm", setup)),
-    "slm": ("SLM alone", lambda setup: _Ours("slm", setup)),
-    "hf_llm": ("LLM, transformers", lambda setup: _Transformers("llm", setup)),
-    "hf_slm": ("SLM, transformers", lambda setup: _Transformers("slm", setup)),
-    "hf_llm_compiled": (
+BANDWIDTH = "bandwidth"
+
+# Name: what it is called in a table, the library whose version is recorded, how it is made.
+CONTESTANTS: Mapping[str, tuple[str, str, Callable[[Setup], Contestant]]] = {
+    "l2s": ("L2S", "jax", lambda setup: _Ours("l2s", setup)),
+    "llm": ("LLM", "jax", lambda setup: _Ours("llm", setup)),
+    "slm": ("SLM alone", "jax", lambda setup: _Ours("slm", setup)),
+    "hf-llm": ("LLM, transformers", "transformers", lambda setup: _Transformers("llm", setup)),
+    "hf-slm": ("SLM, transformers", "transformers", lambda setup: _Transformers("slm", setup)),
+    "hf-llm-compiled": (
         "LLM, transformers, compiled",
+        "transformers",
         lambda setup: _Transformers("llm", setup, static=True),
     ),
-    "hf_slm_compiled": (
+    "hf-slm-compiled": (
         "SLM, transformers, compiled",
+        "transformers",
         lambda setup: _Transformers("slm", setup, static=True),
     ),
-    "hf_assisted": (
+    "hf-llm-assisted": (
         "LLM, transformers, assisted by the SLM",
+        "transformers",
         lambda setup: _Transformers("llm", setup, assisted=True),
     ),
-    "ct2_llm": ("LLM, CTranslate2", lambda setup: _CTranslate2("llm", setup, setup.dtype)),
-    "ct2_slm": ("SLM, CTranslate2", lambda setup: _CTranslate2("slm", setup, setup.dtype)),
-    "ct2_llm_int8": ("LLM, CTranslate2, int8", lambda setup: _CTranslate2("llm", setup, "int8")),
-    "ct2_slm_int8": ("SLM, CTranslate2, int8", lambda setup: _CTranslate2("slm", setup, "int8")),
-    "bandwidth": ("matrix times vector", _Bandwidth),
+    "ct2-llm": (
+        "LLM, CTranslate2",
+        "ctranslate2",
+        lambda setup: _CTranslate2("llm", setup, setup.dtype),
+    ),
+    "ct2-slm": (
+        "SLM, CTranslate2",
+        "ctranslate2",
+        lambda setup: _CTranslate2("slm", setup, setup.dtype),
+    ),
+    "ct2-llm-int8": (
+        "LLM, CTranslate2, int8",
+        "ctranslate2",
+        lambda setup: _CTranslate2("llm", setup, "int8"),
+    ),
+    "ct2-slm-int8": (
+        "SLM, CTranslate2, int8",
+        "ctranslate2",
+        lambda setup: _CTranslate2("slm", setup, "int8"),
+    ),
+    BANDWIDTH: ("matrix times vector", "jax", lambda setup: _Bandwidth(setup)),
 }
+OURS = ("l2s", "llm", "slm")
+PEERS = tuple(name for name in CONTESTANTS if name not in (*OURS, BANDWIDTH))
 
 
 def unfit(name: str, setup: Setup, case: Case) -> str:
     """Why a contestant is not measured on a case; "" where it is."""
-    if name == "hf_assisted":
+    if name == "hf-llm-assisted":
         if not setup.real_weights:
             return "random weights accept no draft, expected checkpoints"
         if case.batch_size > 1:
@@ -341,7 +377,7 @@ def serve() -> None:
         try:
             if request == "start":
                 name, setup = arguments
-                contestant = CONTESTANTS[name][1](Setup(**setup))
+                contestant = CONTESTANTS[name][2](Setup(**setup))
                 answer({})
             elif request == "prepare":
                 answer(contestant.prepare(Case(*arguments)))

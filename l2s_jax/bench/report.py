@@ -1,4 +1,4 @@
-"""What a benchmark found: bench.json for programs, bench.md and plots for people."""
+"""What a benchmark found: a JSON file for programs, Markdown and plots for people."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _COLORS = {
     "l2s": "#0b62a4",
     "llm": "#333333",
     "slm": "#8a6d00",
-    "hf_llm": "#a33b3b",
-    "hf_slm": "#d98c8c",
-    "hf_llm_compiled": "#7a3ba3",
-    "hf_slm_compiled": "#b58cd9",
-    "hf_assisted": "#a35f3b",
-    "ct2_llm": "#2f7d4f",
-    "ct2_slm": "#7fbf9b",
-    "ct2_llm_int8": "#1f5f6f",
-    "ct2_slm_int8": "#6fb0bf",
+    "hf-llm": "#a33b3b",
+    "hf-slm": "#d98c8c",
+    "hf-llm-compiled": "#7a3ba3",
+    "hf-slm-compiled": "#b58cd9",
+    "hf-llm-assisted": "#a35f3b",
+    "ct2-llm": "#2f7d4f",
+    "ct2-slm": "#7fbf9b",
+    "ct2-llm-int8": "#1f5f6f",
+    "ct2-slm-int8": "#6fb0bf",
 }
 
 
-def write_report(report: Mapping[str, Any], directory: str) -> None:
-    """Writes bench.json, bench.md and the plots; replaces each as a whole."""
-    results = report["results"]
+def write_report(report: Mapping[str, Any], stem: str) -> None:
+    """Writes STEM.json, STEM.md and the plots STEM-*.png; replaces each as a whole."""
+    results = report["rows"]
     files = {
-        "bench.json": (json.dumps(_finite(report), indent=2) + "\n").encode(),
-        "bench.md": markdown(report).encode(),
+        ".json": (json.dumps(_finite(report), indent=2) + "\n").encode(),
+        ".md": markdown(report).encode(),
     }
     for name, figure in (
         ("latency", _latency(results)),
@@ -44,9 +44,9 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
         ("shares", _shares(results)),
     ):
         if figure is not None:
-            files[f"{name}.png"] = image(figure, "png")
-    for name, content in files.items():
-        path = os.path.join(directory, name)
+            files[f"-{name}.png"] = image(figure, "png")
+    for ending, content in files.items():
+        path = stem + ending
         with open(f"{path}.tmp", "wb") as file:
             file.write(content)
         os.replace(f"{path}.tmp", path)
@@ -64,8 +64,9 @@ def _finite(value: Any) -> Any:
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown, one table per case."""
     environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
+    dtype = report["rows"][0]["dtype"]
     lines = [
-        f"# {report['llm']} to {report['slm']}, {report['dtype']}",
+        f"# {report['llm']} to {report['slm']}, {dtype}",
         "",
         f"Weights: {report['weights']}. Medians of {report['repeats']} runs, in which everybody "
         f"took a turn, after warm-up. {environment}.",
@@ -74,9 +75,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "matrix-vector product, measured in the same turns, would read the weights and the cache "
         "that a step reads. *Speedup*: our LLM's total over this one's.",
     ]
-    for case, records in _cases(report["results"]):
+    for case, records in _cases(report["rows"]):
         lines += ["", f"## Batch {case[0]}, {case[1]} prompt tokens, {case[2]} new tokens", ""]
-        lines += _table(records, report["peak_bytes"])
+        lines += _table(records)
     if report["not_measured"]:
         lines += ["", "## Not measured", ""]
         for name, reason in report["not_measured"].items():
@@ -93,7 +94,7 @@ def _cases(
     return cases.items()
 
 
-def _table(records: Sequence[Mapping[str, Any]], peaks: Mapping[str, int]) -> list[str]:
+def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = (
         "system", "encode ms", "first token ms", "ms per token", "times the floor", "total ms",
         "tokens/s", "speedup", "peak GB", "compile s",
@@ -101,11 +102,11 @@ def _table(records: Sequence[Mapping[str, Any]], peaks: Mapping[str, int]) -> li
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     (llm,) = [r["total_ms"] for r in records if r["system"] == "llm"] or [math.nan]
     for record in records:
-        floor = record["ms_per_token"] / record["floor_ms"] if "floor_ms" in record else math.nan
-        peak = peaks.get(record["system"], math.nan) / 1e9
+        floor = record["decode_ms_per_token"] / record.get("floor_ms_per_token", math.nan)
         cells = (
-            record["encode_ms"], record["first_token_ms"], record["ms_per_token"], floor,
-            record["total_ms"], record["tokens_per_s"], llm / record["total_ms"], peak,
+            record["encode_ms"], record["first_token_ms"], record["decode_ms_per_token"], floor,
+            record["total_ms"], record["tokens_per_s"], llm / record["total_ms"],
+            record["peak_memory_mb"] / 1e3,
             record["compile_s"],
         )  # fmt: skip
         lines.append(
@@ -204,7 +205,7 @@ def _parts(record: Mapping[str, Any]) -> dict[str, float]:
     times = {
         "encode": record["encode_ms"],
         "prefill": record["first_token_ms"] - record["encode_ms"],
-        "decode": record["ms_per_token"] * max(record["new_tokens"] - 1, 0),
+        "decode": record["decode_ms_per_token"] * max(record["new_tokens"] - 1, 0),
     }
     whole = sum(times.values())
     return {name: time / whole for name, time in times.items()}
