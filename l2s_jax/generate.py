@@ -73,8 +73,7 @@ class Generator:
         tokens.
         """
         self.system = system
-        self.trained = jax.device_put(trained)
-        self.frozen = jax.device_put(frozen)
+        self.trained, self.frozen = jax.device_put(system.to_serve(trained, frozen))
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.max_new_tokens = max_new_tokens

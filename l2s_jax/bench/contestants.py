@@ -75,19 +75,23 @@ class _Ours:
             module, params = convert.load(setup.llm if name == "llm" else setup.slm, dtype=dtype)
             self.system, trained, frozen = LanguageModel(name, module.config), {name: params}, {}
             self.vocab_size = module.config.vocab_size
+        trained, frozen = self.system.to_serve(trained, frozen)
         self.trained, self.frozen = _put_away(trained), _put_away(frozen)
 
     def prepare(self, case: Case) -> dict[str, float]:
+        import jax.numpy as jnp
+
         from l2s_jax.latency import Stopwatch
 
         self._stopwatch = None
         self._stopwatch = Stopwatch(
             self.system, self.trained, self.frozen, self.vocab_size, **case._asdict()
         )
-        read = self.system.parameters_read_per_token(self.trained)
+        weights = self.system.parameters_read_per_token(self.trained)
+        weights *= jnp.dtype(self.system.decoder.dtype).itemsize
         return {
             "compile_s": self._stopwatch.compile_s,
-            "bytes_read_per_token": read * 4 + self._stopwatch.cache_bytes,
+            "bytes_read_per_token": weights + self._stopwatch.cache_bytes,
         }
 
     def measure(self) -> dict[str, float]:
