@@ -131,6 +131,7 @@ def default() -> ConfigDict:
                 "max_new_tokens": 128,
                 "batch_size": 32,
                 "search": search_config(),  # of evaluation, labels and generation
+                "weights": "float",  # of evaluation and generation: float | int8
             },
             "evaluation": {
                 "split": "test",

@@ -29,6 +29,7 @@ from l2s_jax.generate import Generator, generation_settings, make_generator
 from l2s_jax.models.families import ModelConfig, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.lora import Lora, check_lora
+from l2s_jax.models.serving import WEIGHTS
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
 from l2s_jax.workdir import atomic_directory, find_stage, fingerprint, open_stage
@@ -178,9 +179,9 @@ class Experiment:
         settings = self.config.evaluation
         return _first(self._examples(settings.split), settings.max_examples)
 
-    def generator(self, loaded: tuple[System, Params, Params]) -> Generator:
-        """Text in, text out, with one of the systems above."""
-        return make_generator(self.config, loaded, *self.tokenizers(loaded[0].name))
+    def generator(self, loaded: tuple[System, Params, Params], **settings: Any) -> Generator:
+        """Text in, text out, with one of the systems above; settings as of `make_generator`."""
+        return make_generator(self.config, loaded, *self.tokenizers(loaded[0].name), **settings)
 
     @functools.cached_property
     def _llm_hash(self) -> str:
@@ -196,7 +197,8 @@ class Experiment:
         directory = self._open_stage(self.workdir, "labels", inputs)
         return labels.label(
             examples,
-            lambda: self.generator(self.llm),
+            # What is learnt does not depend on how the result is served.
+            lambda: self.generator(self.llm, weights="float"),
             directory,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -437,6 +439,10 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         Search(**config.decoding.search.to_dict())
     except ValueError as error:
         raise ValueError(f"config.decoding.search.{error}") from None
+    if config.decoding.weights not in WEIGHTS:
+        raise ValueError(
+            f"config.decoding.weights={config.decoding.weights!r}: expected one of {WEIGHTS}"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("llm", "slm", "l2s"):
         section = config[name].train

@@ -66,14 +66,15 @@ class Generator:
         max_new_tokens: int,
         batch_size: int,
         search: Search | Mapping[str, Any] = GREEDY,
+        weights: str = "float",
     ):
         """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated.
 
         `max_new_tokens` and `search` hold for calls that name none; no call may have more new
-        tokens.
+        tokens. `weights` is one of models.serving.WEIGHTS.
         """
         self.system = system
-        self.trained, self.frozen = jax.device_put(system.to_serve(trained, frozen))
+        self.trained, self.frozen = jax.device_put(system.to_serve(trained, frozen, weights))
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.max_new_tokens = max_new_tokens
@@ -341,6 +342,7 @@ def generation_settings(config: ConfigDict) -> dict[str, Any]:
         "max_new_tokens": config.decoding.max_new_tokens,
         "batch_size": config.decoding.batch_size,
         "search": config.decoding.search.to_dict(),
+        "weights": config.decoding.weights,
     }
 
 
@@ -349,11 +351,13 @@ def make_generator(
     loaded: tuple[System, Params, Params],
     prompt_tokenizer: Tokenizer,
     response_tokenizer: Tokenizer,
+    **settings: Any,
 ) -> Generator:
-    """A Generator with a config's buckets and decoding settings; loaded is (system, trained,
-    frozen).
+    """A Generator with a config's buckets and decoding settings, but for `settings`; loaded is
+    (system, trained, frozen).
     """
-    return Generator(*loaded, prompt_tokenizer, response_tokenizer, **generation_settings(config))
+    settings = {**generation_settings(config), **settings}
+    return Generator(*loaded, prompt_tokenizer, response_tokenizer, **settings)
 
 
 def load(directory: str, *, dtype: str = "auto", **settings: Any) -> Generator:
@@ -372,8 +376,10 @@ def load(directory: str, *, dtype: str = "auto", **settings: Any) -> Generator:
     return Generator(*loaded, *bundle.load_tokenizers(directory), **settings)
 
 
-def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
+def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
     """The Generator of system `name` ("llm", "slm" or "l2s") that a run left in `workdir`.
+
+    Settings as of `make_generator`.
 
     Raises:
       ValueError: the workdir holds no such system.
@@ -386,13 +392,16 @@ def load_generator(config: ConfigDict, workdir: str, name: str) -> Generator:
     dtype = compute_dtype(config.dtype)
     if name == "l2s":
         return make_generator(
-            config, bundle.load(directory, dtype=dtype), *bundle.load_tokenizers(directory)
+            config,
+            bundle.load(directory, dtype=dtype),
+            *bundle.load_tokenizers(directory),
+            **settings,
         )
     module, params = convert.load(directory, dtype=dtype)
     tokenizer = load_tokenizer(directory)
     config_of_model = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
     loaded = LanguageModel(name, config_of_model), {name: params}, {}
-    return make_generator(config, loaded, tokenizer, tokenizer)
+    return make_generator(config, loaded, tokenizer, tokenizer, **settings)
 
 
 def generate_file(
@@ -409,6 +418,7 @@ def generate_file(
     seed: int = 0,
     stream: bool = False,
     warm_up: bool = False,
+    weights: str | None = None,
 ) -> None:
     """Answers every line of `source` into `target`, in order; "-" stands for stdin and stdout.
 
@@ -423,6 +433,7 @@ def generate_file(
       max_new_tokens: at most the config's.
       seed: of the first prompt, the next ones have the numbers after it.
       warm_up: everything is compiled before the first prompt is read.
+      weights: other than the config's.
 
     Raises:
       ValueError: the input cannot be read, a line holds no prompt (named file:line), or a setting
@@ -440,8 +451,9 @@ def generate_file(
     if not stream:
         records = list(records)
         prompts = [task.render_prompt(record, where) for where, record in records]
-    generator = load_generator(config, workdir, system)
-    generator.search = chosen
+    generator = load_generator(
+        config, workdir, system, search=chosen, weights=weights or config.decoding.weights
+    )
     if warm_up:
         generator.warm_up(stream=stream)
     if stream:

@@ -39,6 +39,9 @@ _STOP = flags.DEFINE_multi_string("stop", [], "generate: a text that ends a resp
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "generate: at most config.decoding.max_new_tokens, the default."
 )
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ("float", "int8"), "generate: other than config.decoding.weights."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "generate: of the first prompt; the others' follow on.")
 _STREAM = flags.DEFINE_bool("stream", False, "generate: write responses as they are decoded.")
 _WARM_UP = flags.DEFINE_bool("warmup", False, "generate: compile everything first.")
@@ -80,6 +83,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             seed=_SEED.value,
             stream=_STREAM.value,
             warm_up=_WARM_UP.value,
+            weights=_WEIGHTS.value,
         )
         return
     experiment = Experiment(config, workdir, train=mode == "train")

@@ -243,6 +243,7 @@ def test_missing_generation_input(finished, tmp_path, capfd):
         (["--search=early_stopping=1"], "early_stopping='1': expected true or false"),
         (["--search=top_p=2"], "top_p=2.0: expected a number above 0"),
         (["--search=num_beams=2", "--stop=x"], "num_beams=2 with stop"),
+        (["--weights=int4"], "int4.*should be one of|expected one of"),
         (["--max_new_tokens=9"], "max_new_tokens=9: expected 1 to 8"),
         (["--stream", "--output=out.txt"], "--stream writes text to stdout"),
         (["--stream", "--jsonl"], "--stream writes text to stdout"),
@@ -257,12 +258,19 @@ def test_bad_decoding_settings(flags, message, finished, tmp_path, capfd):
     assert re.search(message, line), line
 
 
-def test_bad_search_in_the_config(tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("search.num_beams=0", "config.decoding.search.num_beams=0: expected an integer >= 1"),
+        ("weights=int4", "config.decoding.weights='int4': expected one of ('float', 'int8')"),
+    ],
+)
+def test_bad_decoding_settings_in_the_config(setting, message, tmp_path, capfd):
     config = tiny.write_task(tmp_path / "task")
     line = refuse(
         capfd,
         f"--config={config}",
         f"--workdir={tmp_path / 'run'}",
-        "--config.decoding.search.num_beams=0",
+        f"--config.decoding.{setting}",
     )
-    assert "config.decoding.search.num_beams=0: expected an integer >= 1" in line
+    assert message in line

@@ -47,25 +47,6 @@ def with_eos(system, eos_id):
     return dataclasses.replace(system, **{name: changed})
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["llm", "add"])
-def test_parameters_held_to_serve_give_the_same_and_are_not_cast(name, dtype):
-    system = small.make_system(name, dtype=dtype)
-    params, batch = small.make_params(system), small.make_batch(system, rows=5)
-    held = jax.device_put(system.to_serve(*params))
-    small.assert_same(decode(system, *held, batch), decode(system, *params, batch), rtol=0, atol=0)
-    inputs = tuple(jnp.asarray(batch[f"{system.prompt_name}_{part}"]) for part in ("ids", "mask"))
-    small.assert_same(
-        jax.jit(system.encode)(*held, *inputs),
-        jax.jit(system.encode)(*params, *inputs),
-        rtol=0,
-        atol=0,
-    )
-    text = jax.jit(system.encode).lower(*held, *inputs).as_text()
-    width = (system.llm_config if name == "add" else system.config).feed_forward_width
-    assert not re.search(rf"convert.*\(tensor<\d+x{width}xf32>\) -> tensor<\d+x{width}xbf16>", text)
-
-
 @functools.cache
 def recomputed(name):
     """Tokens [B, NEW] without eos: each from teacher-forced logits of all tokens before it."""

@@ -19,7 +19,7 @@ SPEC = "...d,df->...f"
 def test_a_product_is_summed_in_float32(dtype, out):
     x, kernel = (jax.random.normal(jax.random.key(i), (32, 32)).astype(dtype) for i in range(2))
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
-    found = product(SPEC, x, kernel, out)
+    found = product(SPEC, x, kernel, dtype, out)
     assert found.dtype == out
     tolerance = 1e-5 if out == jnp.float32 else 2**-8
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=1e-4)
@@ -32,7 +32,7 @@ def test_the_gradient_is_that_of_the_exact_product(dtype):
     weights = jax.random.normal(jax.random.key(2), (4, 6))
 
     def loss(x, kernel):
-        return jnp.sum(weights * product(SPEC, x, kernel, jnp.float32))
+        return jnp.sum(weights * product(SPEC, x, kernel, x.dtype, jnp.float32))
 
     of_x, of_kernel = jax.grad(loss, argnums=(0, 1))(x, kernel)
     assert of_x.dtype == of_kernel.dtype == dtype
@@ -48,7 +48,7 @@ def test_the_gradient_is_that_of_the_exact_product(dtype):
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_no_product_of_two_dtypes_is_made(platform):
     def loss(x, kernel):
-        return jnp.sum(product(SPEC, x, kernel, jnp.float32) ** 2)
+        return jnp.sum(product(SPEC, x, kernel, x.dtype, jnp.float32) ** 2)
 
     x, kernel = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 6), jnp.bfloat16)
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, kernel)

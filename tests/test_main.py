@@ -192,6 +192,7 @@ def test_searches_streams_and_stops_from_the_command_line(job, tmp_path, monkeyp
     stop = first.strip()[1]
     stopped = answers("--search=temperature=1.5,top_k=20", "--seed=7", f"--stop={stop}")
     assert [record["response"] for record in stopped] == [text.split(stop)[0] for text in texts]
+    assert [record.keys() for record in answers("--weights=int8")] == [r.keys() for r in greedy]
     short = answers("--max_new_tokens=2")
     assert any(record["cut"] for record in short)
 

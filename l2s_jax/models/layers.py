@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import qwix
 from flax import linen as nn
 
 from l2s_jax.models.cache import KeyValue
@@ -31,14 +32,27 @@ ACTIVATIONS = {
 MASKED = -1e10
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """`jnp.einsum(spec, x, y)` of two arrays of one dtype, summed and given in `out_dtype`.
+def product(
+    spec: str,
+    x: jax.Array,
+    y: jax.Array | qwix.QArray,
+    dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """`jnp.einsum(spec, x, y)` of both cast to `dtype`, summed and given in `out_dtype`.
 
     The gradient is of products in that one dtype too: by itself JAX would multiply a float32
-    gradient by bfloat16 weights, for which GPUs have no fast product.
+    gradient by bfloat16 weights, for which GPUs have no fast product. A quantized `y` stays as it
+    is, and its scales are multiplied in afterwards.
     """
+    x = x.astype(dtype)
+    if isinstance(y, qwix.QArray):
+        return qwix.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(out_dtype)
+    return _product(spec, x, y.astype(dtype), out_dtype)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     def sum_in(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x, y, preferred_element_type=dtype).astype(out_dtype)
 
@@ -56,7 +70,7 @@ def product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax.
 def _product_forward(
     spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return product(spec, x, y, out_dtype), (x, y)
+    return _product(spec, x, y, out_dtype), (x, y)
 
 
 def _product_backward(
@@ -66,7 +80,7 @@ def _product_backward(
     return transpose(gradient.astype(factors[0].dtype))
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
@@ -83,8 +97,9 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
         y = product(
             "...d,df->...f",
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            x,
+            kernel,
+            self.dtype,
             self.out_dtype or self.dtype,
         )
         if not self.use_bias:
@@ -107,16 +122,15 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32 [...] -> float32 [..., D]."""
-        return jnp.take(self.embedding, ids, axis=0).astype(jnp.float32)
+        table = self.embedding
+        if isinstance(table, qwix.QArray):
+            rows, scales = (jnp.take(part, ids, axis=0) for part in (table.qvalue, table.scale))
+            return rows * scales.astype(jnp.float32)
+        return jnp.take(table, ids, axis=0).astype(jnp.float32)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""
-        return product(
-            "...d,vd->...v",
-            x.astype(self.dtype),
-            self.embedding.astype(self.dtype),
-            jnp.float32,
-        )
+        return product("...d,vd->...v", x, self.embedding, self.dtype, jnp.float32)
 
 
 class RMSNorm(nn.Module):

@@ -7,7 +7,7 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
     prefill(trained, frozen, ids, mask, hidden, max_steps) -> (logits [B, V], cache)    likewise
     step(trained, token, cache) -> (logits [B, V], cache)             once per token
     continued(ids, mask) -> (ids, mask)           what a response continues, in its own tokens
-    to_serve(trained, frozen) -> (trained, frozen)    what generation passes as them
+    to_serve(trained, frozen, weights) -> (trained, frozen)    what generation passes as them
 
 `trained` is what an optimizer sees; a frozen LLM is only ever in `frozen`. Systems are hashable,
 so that they can be static arguments of `jax.jit`.
@@ -25,6 +25,7 @@ from flax import linen as nn
 
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
+from l2s_jax.models.serving import to_serve
 from l2s_jax.models.t5 import T5Config
 
 Params = Mapping[str, Any]
@@ -34,15 +35,6 @@ Batch = Mapping[str, jax.Array]
 def parameter_count(params: Any) -> int:
     """Number of numbers in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _kernels_in(params: Params, dtype: jnp.dtype) -> dict[str, Any]:
-    """The same numbers, with what only products read, Linear's kernels, in the products' dtype."""
-
-    def cast(path: tuple, leaf: Any) -> Any:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _rngs(dropout_key: jax.Array | None) -> dict[str, jax.Array]:
@@ -131,9 +123,11 @@ class LanguageModel:
             return _start_token(self.config, len(ids))
         return ids, mask
 
-    def to_serve(self, trained: Params, frozen: Params) -> tuple[Params, Params]:
-        """Parameters as generation holds them: no program casts them, results are the same."""
-        return _kernels_in(trained, self.config.dtype), frozen
+    def to_serve(
+        self, trained: Params, frozen: Params, weights: str = "float"
+    ) -> tuple[Params, Params]:
+        """Parameters as generation holds them; `weights` is one of serving.WEIGHTS."""
+        return {self.name: to_serve(trained[self.name], self.config, weights)}, frozen
 
     def parameters_read_per_token(self, trained: Params) -> int:
         """Numbers that one decoding step reads."""
@@ -224,12 +218,18 @@ class LlmToSlm:
             return _start_token(self.slm_config, len(ids))
         return ids[:, :0], mask[:, :0]
 
-    def to_serve(self, trained: Params, frozen: Params) -> tuple[Params, Params]:
-        """Parameters as generation holds them: no program casts them, results are the same."""
-        return (
-            _kernels_in(trained, self.slm_config.dtype),
-            _kernels_in(frozen, self.llm_config.dtype),
-        )
+    def to_serve(
+        self, trained: Params, frozen: Params, weights: str = "float"
+    ) -> tuple[Params, Params]:
+        """Parameters as generation holds them; `weights` of the LLM's encoder and of the SLM.
+
+        What joins them, a small part of all, is not quantized.
+        """
+        joint = {name: part for name, part in trained.items() if name != "slm"}
+        return {
+            **to_serve(joint, self.slm_config, "float"),
+            "slm": to_serve(trained["slm"], self.slm_config, weights),
+        }, to_serve(frozen, self.llm_config, weights)
 
     def parameters_read_per_token(self, trained: Params) -> int:
         """Numbers that one decoding step reads: of the SLM only."""

@@ -1,0 +1,44 @@
+"""Parameters as generation holds them: in the dtype of the products, or in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from l2s_jax.models.families import ModelConfig
+
+WEIGHTS = ("float", "int8")
+
+
+def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> dict[str, Any]:
+    """A model's parameters, with what products read in the form in which they read it.
+
+    Args:
+      params: of a model or of a part of it, float32.
+      config: of the model.
+      weights: "float", kernels in the dtype of the products: no program has to cast them, and the
+        results are the same. "int8": kernels, and a table that is also the head, by qwix, with one
+        scale per output; activations stay in the dtype of the products.
+
+    Raises:
+      ValueError: weights is neither.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+
+    def quantize(leaf: Any, axis: int) -> qwix.QArray:
+        return qwix.quantize(jnp.asarray(leaf, jnp.float32), jnp.int8, channelwise_axes=(axis,))
+
+    def serve(path: tuple, leaf: Any) -> Any:
+        owner, name = [key.key for key in path][-2:]
+        if name == "kernel":
+            return quantize(leaf, 1) if weights == "int8" else leaf.astype(config.dtype)
+        if weights == "int8" and owner == "token_embedding" and config.tied_head:
+            return quantize(leaf, 0)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(serve, params)
