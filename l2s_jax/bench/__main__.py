@@ -125,24 +125,21 @@ def run(options: argparse.Namespace) -> None:
                 remotes[name].start(setup)
             except RuntimeError as error:
                 _fail(failures, remotes, name, error)
-        rows = [
-            row
-            for case in tqdm(cases, desc="cases", file=sys.stderr)
-            for row in _measure(case, setup, options.repeats, remotes, failures)
-        ]
+        report = {
+            "llm": options.llm,
+            "slm": options.slm,
+            "weights": "of the checkpoints" if setup.real_weights else "random, of real geometry",
+            "repeats": options.repeats,
+            "not_measured": failures,
+            "environment": _environment(options.threads),
+        }
+        rows: list[dict[str, Any]] = []
+        for case in tqdm(cases, desc="cases", file=sys.stderr):
+            rows += _measure(case, setup, options.repeats, remotes, failures)
+            # Whatever stops a long run, the cases before it are there.
+            write_report({**report, "rows": rows, "floor": _floor(rows)}, stem)
         if options.profile:
             remotes["l2s"].ask("trace", os.path.abspath(f"{stem}-trace"))
-    report = {
-        "llm": options.llm,
-        "slm": options.slm,
-        "weights": "of the checkpoints" if setup.real_weights else "random, of real geometry",
-        "repeats": options.repeats,
-        "rows": rows,
-        "floor": _floor(rows),
-        "not_measured": failures,
-        "environment": _environment(options.threads),
-    }
-    write_report(report, stem)
 
 
 def _setup(options: argparse.Namespace, folder: str) -> Setup:
