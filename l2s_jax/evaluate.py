@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from l2s_jax import metrics, report
+from l2s_jax import distributed, metrics, report
 from l2s_jax.card import write_card
 from l2s_jax.experiment import Experiment
 from l2s_jax.generate import Generator, Output
@@ -35,6 +35,7 @@ DESCRIPTIONS = {
 def evaluate(experiment: Experiment) -> dict[str, Any]:
     """Makes what is missing, measures, and writes the report and the outputs to the workdir.
 
+    The processes of a job share the work on the outputs; process 0 measures alone and writes.
     Outputs go to DIR/predictions/SYSTEM.jsonl, in the order of the examples.
     """
     settings = experiment.config.evaluation
@@ -50,7 +51,10 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
             [example.prompt for example in examples],
             description=f"evaluating {name}",
             mismatched=name.endswith("_mismatched"),
+            shared=True,
         )
+        if not distributed.is_primary():
+            continue
         _write_predictions(experiment.workdir, name, examples, outputs)
         systems[name] = {
             "description": description,
@@ -61,6 +65,17 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
             ),
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
+    return distributed.on_primary(lambda: _measured(experiment, generators, systems, references))
+
+
+def _measured(
+    experiment: Experiment,
+    generators: Mapping[str, Generator],
+    systems: dict[str, dict[str, Any]],
+    references: list[tuple[str, ...]],
+) -> dict[str, Any]:
+    """Adds the latencies of the systems and writes the report."""
+    settings = experiment.config.evaluation
     latency = settings.latency
     for key, batch_size in (("latency", 1), ("latency_batch", latency.batch_size)):
         measured = _latency(generators, batch_size, latency)
@@ -71,7 +86,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         "task": {
             "name": experiment.task.name,
             "split": settings.split,
-            "examples": len(examples),
+            "examples": len(references),
             "metric": settings.metrics[0],
             "metric_signatures": metrics.signatures(settings.metrics, references),
             "labels": experiment.config.labels,

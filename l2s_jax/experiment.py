@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from l2s_jax import bundle, convert, labels, metrics, sharding, train
+from l2s_jax import bundle, convert, distributed, labels, metrics, sharding, train
 from l2s_jax.config import compute_dtype
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
@@ -50,7 +50,7 @@ class Experiment:
         """
         self.config = config
         self.workdir = workdir
-        self._open_stage = open_stage if train else find_stage
+        self._train = train
         self._told_of_losses = False
         self.dtype = compute_dtype(config.dtype)
         self.task = load_task(config.task)
@@ -138,9 +138,9 @@ class Experiment:
             "fusion": config.fusion,
             "projector_width": config.projector_width,
         }
-        directory = self._open_stage(self.workdir, "l2s", inputs)
+        directory = self._open_stage("l2s", inputs)
         model = os.path.join(directory, "model")
-        if not os.path.isdir(model):
+        if not distributed.on_primary(lambda: os.path.isdir(model)):
             llm, frozen = convert.load_encoder(
                 self.llm_directory, layer=self.config.llm.layer, dtype=self.dtype
             )
@@ -158,20 +158,19 @@ class Experiment:
             trained = self._fit("l2s", system, params, frozen, directory, inputs, self._labelled)
             # A model and an LLM of the same workdir stay together when the workdir is moved.
             inside = os.path.join(os.path.abspath(self.workdir), "llm", "model")
-            with atomic_directory(model) as temporary:
-                bundle.save(
-                    system,
-                    trained,
-                    temporary,
-                    llm_path="../../llm/model"
-                    if os.path.abspath(self.llm_directory) == inside
-                    else os.path.abspath(self.llm_directory),
-                    llm_hash=self._llm_hash,
-                    layer=self.config.llm.layer,
-                    llm_tokenizer=self.llm_tokenizer,
-                    slm_tokenizer=self.slm_tokenizer,
-                    generation=generation_settings(self.config),
-                )
+            llm_path = os.path.abspath(self.llm_directory)
+            save = functools.partial(
+                bundle.save,
+                system,
+                trained,
+                llm_path="../../llm/model" if llm_path == inside else llm_path,
+                llm_hash=self._llm_hash,
+                layer=self.config.llm.layer,
+                llm_tokenizer=self.llm_tokenizer,
+                slm_tokenizer=self.slm_tokenizer,
+                generation=generation_settings(self.config),
+            )
+            _write_model(model, save)
         return bundle.load(model, dtype=self.dtype)
 
     def evaluation_examples(self) -> Sequence[Example]:
@@ -194,7 +193,7 @@ class Experiment:
         if self.config.labels == "data":
             return examples
         inputs = self._label_inputs()
-        directory = self._open_stage(self.workdir, "labels", inputs)
+        directory = self._open_stage("labels", inputs)
         return labels.label(
             examples,
             # What is learnt does not depend on how the result is served.
@@ -218,21 +217,29 @@ class Experiment:
             max_response_tokens=self.config.max_response_tokens,
         )
 
+    def _open_stage(self, name: str, inputs: dict[str, Any]) -> str:
+        opened = open_stage if self._train else find_stage
+        return distributed.on_primary(lambda: opened(self.workdir, name, inputs))
+
     def _trained_tokenizer(self, stage: str, settings: ConfigDict) -> Tokenizer:
         """A tokenizer of the train split's own text."""
         inputs = {"task": self._task_inputs(), "seed": self.config.seed, **settings.to_dict()}
-        directory = self._open_stage(self.workdir, stage, inputs)
-        if os.path.exists(os.path.join(directory, "spiece.model")):
-            return load_tokenizer(directory)
-        log.info("%s: training %d pieces", stage, settings.train_vocab_size)
-        texts = (text for e in self._examples("train") for text in (e.prompt, e.response))
-        return train_sentencepiece(
-            texts,
-            vocab_size=settings.train_vocab_size,
-            model_type=settings.model_type,
-            directory=directory,
-            seed=self.config.seed,
-        )
+        directory = self._open_stage(stage, inputs)
+
+        def make() -> None:
+            if os.path.exists(os.path.join(directory, "spiece.model")):
+                return
+            log.info("%s: training %d pieces", stage, settings.train_vocab_size)
+            train_sentencepiece(
+                (text for e in self._examples("train") for text in (e.prompt, e.response)),
+                vocab_size=settings.train_vocab_size,
+                model_type=settings.model_type,
+                directory=directory,
+                seed=self.config.seed,
+            )
+
+        distributed.on_primary(make)
+        return load_tokenizer(directory)
 
     def _task_inputs(self) -> dict[str, Any]:
         # Where the files lie says nothing about what is in them.
@@ -322,16 +329,19 @@ class Experiment:
         self, name: str, inputs: dict[str, Any], examples: Callable[[], Sequence[Example]]
     ) -> str:
         """Trains an encoder-decoder on its own; gives the directory of the result."""
-        directory = self._open_stage(self.workdir, name, inputs)
+        directory = self._open_stage(name, inputs)
         model = os.path.join(directory, "model")
-        if not os.path.isdir(model):
+        if not distributed.on_primary(lambda: os.path.isdir(model)):
             config, params = self._starting_point(name, self.config[name].train.dropout_rate)
             system = LanguageModel(name, config)
             start = self._init(system) if params is None else {name: params}
             trained = self._fit(name, system, start, {}, directory, inputs, examples())
-            with atomic_directory(model) as temporary:
-                convert.save_hf(config, trained[name], temporary)
-                self.tokenizers(name)[1].save(temporary)
+
+            def save(directory: str) -> None:
+                convert.save_hf(config, trained[name], directory)
+                self.tokenizers(name)[1].save(directory)
+
+            _write_model(model, save)
         return model
 
     def _load_alone(self, name: str, directory: str) -> tuple[LanguageModel, Params, Params]:
@@ -349,7 +359,7 @@ class Experiment:
         inputs: dict[str, Any],
         examples: Sequence[Example],
     ) -> Params:
-        if self._open_stage is find_stage:
+        if not self._train:
             raise ValueError(f"{directory}: not finished; --mode=train continues it")
         config = self.config[name].train
         data = self._tokenized(name, examples)
@@ -388,8 +398,7 @@ class Experiment:
                 buckets=self.buckets,
                 batch_size=config.batch_size,
                 seed=self.config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=sharding.batch_rows(self.mesh, config.batch_size),
             ),
             validation=[batch for _, batch in validation],
             directory=directory,
@@ -398,6 +407,16 @@ class Experiment:
             mesh=self.mesh,
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
+
+
+def _write_model(path: str, save: Callable[..., None]) -> None:
+    """`save(directory=PATH)`, by one process for all; PATH appears as a whole."""
+
+    def write() -> None:
+        with atomic_directory(path) as temporary:
+            save(directory=temporary)
+
+    distributed.on_primary(write)
 
 
 def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from l2s_jax import bundle, convert
+from l2s_jax import bundle, convert, distributed
 from l2s_jax.config import compute_dtype
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
 from l2s_jax.data.tasks import Example, Task, load_task
@@ -120,6 +120,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         description: str = "",
         mismatched: bool = False,
+        shared: bool = False,
     ) -> list[Output]:
         """One output per prompt, in order.
 
@@ -131,6 +132,8 @@ class Generator:
             prompts are; without them, the prompts' places 0, 1, 2, ...
           description: names a progress bar on stderr; without it there is none.
           mismatched: every prompt is decoded with the encoded prompt of another.
+          shared: all processes of a job make the same call; each answers its share of the batches,
+            and all get all outputs.
 
         Raises:
           ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
@@ -141,19 +144,26 @@ class Generator:
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
-        outputs: list[Output | None] = [None] * len(prompts)
+        processes, me = (jax.process_count(), jax.process_index()) if shared else (1, 0)
+        outputs: dict[int, Output] = {}
         with tqdm(
-            total=len(prompts), desc=description, disable=not description, file=sys.stderr
+            total=len(prompts), desc=description, disable=not description or me > 0, file=sys.stderr
         ) as bar:
-            for indices, batch in self._batches(prompts, limit, seeds, mismatched):
+            for number, (indices, batch) in enumerate(
+                self._batches(prompts, limit, seeds, mismatched)
+            ):
+                bar.update(len(indices))
+                if number % processes != me:
+                    continue
                 if search.stop:
                     answers = self._decode_until(batch, capacity, search, mismatched)
                 else:
                     answers = self._collect(self._decode(batch, capacity, search, mismatched))
-                for index, answer in zip(indices, answers, strict=False):
-                    outputs[index] = answer
-                bar.update(len(indices))
-        return outputs
+                outputs.update(zip(indices.tolist(), answers, strict=False))
+        if processes > 1:
+            shares = distributed.exchange(list(outputs.items()))
+            outputs = {index: _output_of(fields) for share in shares for index, fields in share}
+        return [outputs[index] for index in range(len(prompts))]
 
     def stream(
         self,
@@ -309,6 +319,12 @@ class Generator:
         ]
 
 
+def _output_of(fields: Sequence[Any]) -> Output:
+    """An Output from what JSON made of it."""
+    *own, others = fields
+    return Output(*own, tuple(map(_output_of, others)))
+
+
 class _Batch(NamedTuple):
     """Arguments of `decode`: int32 and bool [B, T], int32 [B], uint32 [B]."""
 
@@ -443,13 +459,16 @@ def generate_file(
     jsonl = jsonl or source.endswith(".jsonl")
     if stream and (target != "-" or jsonl):
         raise ValueError("--stream writes text to stdout: expected no --output and no JSON Lines")
+    if stream and jax.process_count() > 1:
+        raise ValueError(f"--stream: expected one process, this job has {jax.process_count()}")
     settings = {**config.decoding.search.to_dict(), **parse_search(search or {})}
     if stop:
         settings["stop"] = tuple(stop)
     chosen = Search(**settings)
-    records = _read_records(source, task, jsonl)
-    if not stream:
-        records = list(records)
+    if stream:
+        records = _read_records(source, task, jsonl)
+    else:
+        records = distributed.on_primary(lambda: list(_read_records(source, task, jsonl)))
         prompts = [task.render_prompt(record, where) for where, record in records]
     generator = load_generator(
         config, workdir, system, search=chosen, weights=weights or config.decoding.weights
@@ -470,7 +489,10 @@ def generate_file(
         max_new_tokens=max_new_tokens,
         seeds=range(seed, seed + len(prompts)),
         description="generating",
+        shared=True,
     )
+    if not distributed.is_primary():
+        return
     with _open_output(target) as file:
         for (_, record), output in zip(records, outputs, strict=True):
             if jsonl:

@@ -11,8 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
-from jax.experimental import multihost_utils
-
+from l2s_jax import distributed
 from l2s_jax.data.tasks import Example
 from l2s_jax.generate import Generator, Output
 
@@ -50,7 +49,7 @@ def label(
             prompts = [examples[i].prompt for i in indices]
             _write(paths[number], generator.generate(prompts, description=f"labels {number}"))
     if process_count > 1:
-        multihost_utils.sync_global_devices("labels")
+        distributed.barrier("labels")
     responses = [
         response
         for number, path in enumerate(paths)

@@ -8,6 +8,7 @@ Exit status: 0; 2 for bad input, with one line that says what is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -52,6 +53,21 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 )
 _JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
 
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of a job of several processes: HOST:PORT of process 0, a free port."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Whether to join the job that the cluster describes (Slurm, Open MPI, Cloud TPU, GKE); "
+    "default: if the environment has several processes.",
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+)
+
 log = logging.getLogger("l2s_jax")
 
 
@@ -60,6 +76,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 
+    from l2s_jax import distributed
     from l2s_jax import workdir as workdirs
     from l2s_jax.evaluate import evaluate
     from l2s_jax.experiment import Experiment
@@ -69,6 +86,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = config or workdirs.read_config(workdir)
+    distributed.check_same([config.to_dict(), mode, workdir], "config, mode and workdir")
     if mode == "generate":
         generate_file(
             config,
@@ -88,10 +106,24 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         return
     experiment = Experiment(config, workdir, train=mode == "train")
     if mode == "train":
-        workdirs.write_config(workdir, config)
+        distributed.on_primary(lambda: workdirs.write_config(workdir, config))
+        workdirs.check_shared(workdir)
     evaluate(experiment)
-    with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
-        print(file.read())
+    if distributed.is_primary():
+        with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
+            print(file.read())
+
+
+def _job() -> contextlib.AbstractContextManager[None]:
+    from l2s_jax import distributed
+
+    return distributed.job(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        detect=_DISTRIBUTED.value,
+        timeout_s=_JOIN_TIMEOUT.value,
+    )
 
 
 def _search_settings() -> dict[str, str]:
@@ -127,7 +159,8 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     try:
         parse_flags(argv)
-        run(_CONFIG.value, _WORKDIR.value, _MODE.value)
+        with _job():
+            run(_CONFIG.value, _WORKDIR.value, _MODE.value)
     except (ValueError, OSError) as error:
         log.debug("bad input", exc_info=True)
         return _fail(str(error))

@@ -83,6 +83,25 @@ class MetricWriter:
         self.close()
 
 
+class NoWriter:
+    """In the place of a MetricWriter, where another process writes."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 class _Bar:
     """A tqdm bar on a terminal."""
 

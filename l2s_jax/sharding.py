@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -107,7 +108,41 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> the global arrays."""
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, ascending, int64."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique([np.arange(batch_size)[rows] for (rows,) in held.values()])
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """This process's `batch_rows` of a batch of `batch_size` rows (None: all) -> global arrays."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, rows, global_shape=(batch_size or len(rows), *rows.shape[1:])
+        )
+        for name, rows in batch.items()
+    }
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that are the same on all processes -> global arrays."""
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def gather(tree: Any) -> Any:
+    """Global arrays -> host arrays, whole on every process."""
+
+    def whole(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)

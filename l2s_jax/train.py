@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax import losses, optim, sharding
+from l2s_jax import distributed, losses, optim, sharding
 from l2s_jax.checkpoint import Checkpoints
 from l2s_jax.models.systems import Params, System
-from l2s_jax.progress import MetricWriter
+from l2s_jax.progress import MetricWriter, NoWriter
 
 
 @struct.dataclass
@@ -190,16 +190,22 @@ def fit(
     Every `evaluate_every` steps and at the end: validation and a checkpoint in
     `directory/checkpoints`. A run that finds one continues from it exactly, with the same batches;
     one of another `fingerprint` is an error. Metrics go to `directory` (see progress.py).
+
+    All processes of a job call it alike, but for `batches`, which give each its own rows
+    (`sharding.batch_rows`). Their number changes nothing else.
     """
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
+    replicated = NamedSharding(mesh, P())
+    rows = sharding.batch_rows(mesh, config.batch_size)
     step_fn = jax.jit(
         functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),
         donate_argnums=0,
-        out_shardings=(shardings, None),
+        out_shardings=(shardings, replicated),
     )
     score_fn = jax.jit(
-        lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1]
+        lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
+        out_shardings=replicated,
     )
     best_metric = "val_accuracy" if config.select == "best" else None
     with (
@@ -211,13 +217,14 @@ def fit(
             jax.eval_shape(lambda p: init_state(p, optimizer, config), params),
             shardings,
         )
-        frozen = jax.device_put(frozen, sharding.parameter_shardings(frozen, mesh))
-        validation = [sharding.put_batch(batch, mesh) for batch in validation]
+        frozen = sharding.put(frozen, sharding.parameter_shardings(frozen, mesh))
+        put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
+        validation = [put({k: v[rows] for k, v in batch.items()}) for batch in validation]
         start = checkpoints.latest_step
         if start is None:
             start = 0
             state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
-                params
+                jax.device_get(params)
             )
         else:
             saved = checkpoints.config(start)
@@ -230,16 +237,16 @@ def fit(
             batches.set_state(data_state)
 
         if start < config.steps:
-            with MetricWriter(
+            with (MetricWriter if distributed.is_primary() else NoWriter)(
                 directory,
                 total_steps=config.steps,
                 start_step=start + 1,
                 name=os.path.basename(directory),
             ) as writer:
-                reader = _MetricReader(writer, config.log_every)
+                reader = _MetricReader(writer, config.log_every, config.batch_size / len(rows))
                 for step in range(start + 1, config.steps + 1):
                     batch = next(batches)
-                    state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+                    state, metrics = step_fn(state, frozen, put(batch))
                     reader.dispatched(step, metrics, batch)
                     if step % config.evaluate_every == 0 or step == config.steps:
                         reader.flush()
@@ -256,15 +263,17 @@ def fit(
                         )
                         reader.restart_clock()
         state, _ = _restore(checkpoints, checkpoints.best_step, abstract)
-    return jax.device_get(_weights(state))
+    return sharding.gather(_weights(state))
 
 
 class _MetricReader:
     """Reads a step's metrics only once the next step is on its way, so that no device waits."""
 
-    def __init__(self, writer: MetricWriter, every: int):
+    def __init__(self, writer: MetricWriter | NoWriter, every: int, share: float):
+        """`share`: how many times the rows of this process the whole batch is."""
         self._writer = writer
         self._every = every
+        self._share = share
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self.restart_clock()
 
@@ -291,7 +300,7 @@ class _MetricReader:
         self._pending = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - self._start
-        values["tokens_per_s"] = self._tokens * jax.process_count() / seconds
+        values["tokens_per_s"] = self._tokens * self._share / seconds
         self._writer.write(step, values)
         self.restart_clock()
 

@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from l2s_jax import distributed
 from l2s_jax.convert.files import read_json
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,25 @@ def write_config(workdir: str, config: ConfigDict) -> None:
     """Keeps the config of the newest run as DIR/config.json."""
     os.makedirs(workdir, exist_ok=True)
     write_json(os.path.join(workdir, "config.json"), config.to_dict())
+
+
+def check_shared(workdir: str) -> None:
+    """Raises a ValueError, on all processes of a job, unless all see the same workdir."""
+    path = os.path.join(workdir, ".shared")
+
+    def write() -> str:
+        write_json(path, {"token": uuid.uuid4().hex})
+        return read_json(path)["token"]
+
+    token = distributed.on_primary(write)
+    seen = os.path.exists(path) and read_json(path)["token"] == token
+    blind = [number for number, sees in enumerate(distributed.exchange(seen)) if not sees]
+    distributed.on_primary(lambda: os.remove(path))
+    if blind:
+        raise ValueError(
+            f"{workdir}: process {blind[0]} does not see what process 0 writes there; expected a "
+            "folder that all hosts share"
+        )
 
 
 def read_config(workdir: str) -> ConfigDict:

@@ -135,7 +135,14 @@ def random_pairs(count: int, longest: int, seed: int = 0) -> list[tuple[str, str
     return [(" ".join(row), " ".join(row[::-1])) for row in rows]
 
 
-def make_batches(system: System, pairs: list[tuple[str, str]], *, batch_size: int, seed: int = 0):
+def make_batches(
+    system: System,
+    pairs: list[tuple[str, str]],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    rows: np.ndarray | None = None,
+):
     """Training batches [batch_size, 8] of prompts and responses of up to 8 tokens."""
     return training_batches(
         make_data(pairs, (8, 8)),
@@ -143,6 +150,7 @@ def make_batches(system: System, pairs: list[tuple[str, str]], *, batch_size: in
         buckets=((8, 8),),
         batch_size=batch_size,
         seed=seed,
+        rows=rows,
     )
 
 

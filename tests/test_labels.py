@@ -108,9 +108,7 @@ class Unsliceable(Sequence):
 def test_processes_share_the_labelling(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "SHARD", 2)
     barrier = threading.Barrier(2)
-    monkeypatch.setattr(
-        labels.multihost_utils, "sync_global_devices", lambda _: barrier.wait(timeout=60)
-    )
+    monkeypatch.setattr(labels.distributed, "barrier", lambda _: barrier.wait(timeout=60))
     examples = Unsliceable([Example(f"prompt {i}", "old", ("old",)) for i in range(9)])
     generators = [Counting(), Counting()]
 

@@ -10,6 +10,7 @@ import numpy as np
 import small
 
 from l2s_jax import train
+from l2s_jax.sharding import batch_rows
 
 STEPS = 24
 
@@ -28,8 +29,9 @@ class Slow:
         return getattr(self.batches, name)
 
 
-def run(directory, seconds=0.0, wrap=lambda batches: batches):
+def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1)):
     """Trains an L2S with everything that a checkpoint has to bring back; gives its parameters."""
+    mesh = small.mesh_of(*mesh)
     system = small.make_system("add", dropout_rate=0.1)
     params, frozen = small.make_params(system)
     config = small.make_train_config(
@@ -42,13 +44,18 @@ def run(directory, seconds=0.0, wrap=lambda batches: batches):
         params,
         config,
         batches=wrap(
-            Slow(small.make_batches(system, small.random_pairs(30, 7), batch_size=8), seconds)
+            Slow(
+                small.make_batches(
+                    system, small.random_pairs(30, 7), batch_size=8, rows=batch_rows(mesh, 8)
+                ),
+                seconds,
+            )
         ),
         validation=[small.make_batch(system, rows=8)],
         directory=directory,
         fingerprint="f",
         seed=0,
-        mesh=small.mesh_of(),
+        mesh=mesh,
     )
 
 

@@ -247,8 +247,7 @@ def training_batches(
     buckets: Buckets,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches, epoch after epoch, each in its own order.
 
@@ -262,34 +261,27 @@ def training_batches(
         of `data`.
       batch_size: rows of the global batch.
       seed: of the order, at least 0.
-      process_index: this process gets rows `[process_index::process_count]` of each global batch.
-      process_count: number of processes; divides `batch_size`.
+      rows: which rows of each global batch this process reads; None: all.
 
     Returns:
       An iterator with `get_state()` and `set_state(state)` over dicts of `{prompt_name}_ids` int32
       and `{prompt_name}_mask` bool [B, T], `response_ids` int32 and `response_mask` bool [B, S].
 
     Raises:
-      ValueError: the buckets do not ascend or are too small, there are fewer examples than
-        `batch_size`, or the processes cannot share a batch.
+      ValueError: the buckets do not ascend or are too small, or there are fewer examples than
+        `batch_size`.
     """
     _check_buckets(data, buckets)
     if batch_size < 1 or len(data) < batch_size:
         raise ValueError(
             f"batch_size is {batch_size}, expected 1 to {len(data)}, the number of examples"
         )
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size is {batch_size}, expected a multiple of the {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}, expected 0 to {process_count - 1}")
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected at least 0")
 
     def collate(planned: _Planned) -> dict[str, np.ndarray]:
-        rows = planned.indices[process_index::process_count]
-        return data.padded(rows, *buckets[planned.bucket], prompt_name)
+        indices = planned.indices if rows is None else planned.indices[rows]
+        return data.padded(indices, *buckets[planned.bucket], prompt_name)
 
     plan = _Plan(data, buckets, batch_size, seed)
     return iter(grain.MapDataset.source(plan).map(collate).to_iter_dataset(_READ_AHEAD))

@@ -1,0 +1,286 @@
+"""Jobs of several processes: the same results as of one, and an end of all when one ends."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import label_child
+import numpy as np
+import pytest
+import small
+import tiny
+import train_child
+from safetensors.numpy import load_file
+
+from l2s_jax import distributed
+from l2s_jax.peers import Peers
+
+TESTS = Path(__file__).parent
+LAUNCH = TESTS.parent / "launch" / "local_multiprocess.sh"
+SECONDS = 120  # far more than anything here takes
+
+
+def environment():
+    """That of a process with one device."""
+    flags = os.environ["XLA_FLAGS"].split()
+    return {
+        **os.environ,
+        "XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
+        "PYTHON": sys.executable,
+    }
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(command):
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(processes):
+    """(exit status, last line of stderr) of each."""
+    errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    return [
+        (process.returncode, (error.strip().splitlines() or [""])[-1])
+        for process, error in zip(processes, errors, strict=True)
+    ]
+
+
+def lines_of(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def assert_same_lines(directory, expected):
+    for line, other in zip(lines_of(directory), expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+
+
+def launch(config, runs, *flags):
+    command = [str(LAUNCH), "--processes=2", f"--port={free_port()}", f"--runs={runs}", str(config)]
+    result = subprocess.run(
+        [*command, "--", *flags], env=environment(), capture_output=True, text=True, timeout=600
+    )
+    return result, [
+        (runs / config.stem / "logs" / f"process-{i}.log").read_text().splitlines() for i in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """(config, workdir of one process, runs of two, what their launch gave)."""
+    root = tmp_path_factory.mktemp("jobs")
+    config = tiny.write_task(root / "data")
+    lora = ("--config.l2s.lora.rank=2", "--config.l2s.train.parameter_scale=False")
+    flags = ("--config.labels=llm", *lora)
+    with ThreadPoolExecutor() as pool:
+        two = pool.submit(launch, config, root / "two", *flags)
+        assert tiny.run(f"--config={config}", f"--workdir={root / 'one'}", *flags) == 0
+    return config, root / "one", root / "two", two.result()
+
+
+def test_two_processes_train_and_evaluate_as_one(jobs):
+    config, one, runs, (result, logs) = jobs
+    two = runs / config.stem
+    assert result.returncode == 0, result.stderr
+    assert "training on 64 examples" in result.stdout
+    # One writes and reports; the other has nothing to say.
+    assert any("L2S, mismatched" in line for line in logs[0])
+    assert not [line for line in logs[1] if "[Gloo]" not in line]
+    for stage in ("llm", "slm", "l2s"):
+        assert_same_lines(two / stage, lines_of(one / stage))
+        assert len(list((two / stage).glob("events.out.tfevents.*"))) == 1
+        (ours,) = (two / stage / "model").glob("*.safetensors")
+        (theirs,) = (one / stage / "model").glob("*.safetensors")
+        small.assert_same(load_file(ours), load_file(theirs), rtol=1e-4, atol=1e-6)
+    same = [f"predictions/{name}.jsonl" for name in ("llm", "slm", "l2s", "l2s_mismatched")]
+    for name in (*same, "labels/train-00000.jsonl"):
+        assert (two / name).read_text() == (one / name).read_text()
+    reports = [json.loads((path / "report.json").read_text()) for path in (one, two)]
+    for name, system in reports[0]["systems"].items():
+        assert reports[1]["systems"][name]["quality"] == system["quality"]
+
+
+def test_two_processes_answer_as_one(jobs, tmp_path):
+    config, one, runs, _ = jobs
+    source, target = config.parent / "test.jsonl", tmp_path / "answers.jsonl"
+    generate = ("--mode=generate", f"--input={source}", "--search=temperature=1.5,top_k=20")
+    result, logs = launch(config, runs, *generate, f"--output={target}")
+    assert result.returncode == 0, logs
+    expected = tmp_path / "expected.jsonl"
+    assert tiny.run(f"--workdir={one}", *generate, f"--output={expected}") == 0
+    assert target.read_text() == expected.read_text()
+    # Nothing was trained again by reading the workdir.
+    assert not list((runs / config.stem).glob("*.old*"))
+
+
+def start_children(directory, seconds, count):
+    where = f"127.0.0.1:{free_port()}"
+    child = [sys.executable, str(TESTS / "job_child.py"), str(directory), str(seconds), where]
+    return [start([*child, str(count), str(i)]) for i in range(count)]
+
+
+def test_killed_the_others_end_and_all_continue_exactly(tmp_path):
+    whole = tmp_path / "whole"
+    expected = train_child.run(str(whole))
+    directory = tmp_path / "killed"
+    directory.mkdir()
+    children = start_children(directory, 0.05, 4)
+    metrics = directory / "metrics.jsonl"
+    while all(child.poll() is None for child in children) and not (
+        metrics.exists() and metrics.stat().st_size
+    ):
+        time.sleep(0.01)
+    delay, victim = random.uniform(0, 0.8), random.randrange(4)
+    time.sleep(delay)
+    children[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    results = ended(children)
+    where = f"process {victim} killed after {delay} s: {results}"
+    assert time.monotonic() - killed < 30, where
+    assert results.pop(victim)[0] == -signal.SIGKILL, where
+    lost = f"error: process {victim} of the job ended; the same command on all processes continues"
+    # JAX's own service, which lives in process 0, may be faster to say that process 0 is gone.
+    for status, error in results:
+        assert (status == 1 and error.startswith(lost)) or (victim == 0 and status < 0), where
+
+    # Half as many continue what four began.
+    results = ended(start_children(directory, 0.0, 2))
+    assert [status for status, _ in results] == [0, 0], (where, results)
+    for process in range(2):
+        facts = json.loads((directory / f"facts-{process}.json").read_text())
+        assert facts == {"devices": 2, "own": 1}
+        with np.load(directory / f"weights-{process}.npz") as saved:
+            weights = list(saved.values())
+        small.assert_same(weights, jax.tree.leaves(expected), rtol=1e-4, atol=1e-5)
+    assert_same_lines(directory, lines_of(whole))
+    asked = (directory / "labels" / "asked.txt").read_text().splitlines()
+    assert sorted(asked) == sorted(example.prompt for example in label_child.EXAMPLES)
+
+
+def test_an_interrupt_ends_all(tmp_path):
+    config = tiny.write_task(tmp_path / "data")
+    flags = ["--", "--config.llm.train.steps=100000"]
+    process = start([str(LAUNCH), "--processes=2", f"--runs={tmp_path}", str(config), *flags])
+    log = tmp_path / config.stem / "logs" / "process-0.log"
+    while process.poll() is None and not (log.exists() and "training on" in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    for i in range(2):
+        text = log.with_name(f"process-{i}.log").read_text()
+        assert text.splitlines()[-1].startswith("error: ") and "interrupted" in text
+
+
+def meet(*arguments, timeout_s=10.0):
+    """What each process of a job hears: "" or an error."""
+    where = f"127.0.0.1:{free_port()}"
+
+    def one(argument):
+        count, number = argument
+        try:
+            Peers(where, count, number, timeout_s).close()
+        except ValueError as error:
+            return str(error).removeprefix(f"--coordinator={where}: ")
+        return ""
+
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        return list(pool.map(one, arguments))
+
+
+def test_processes_find_each_other_in_any_order():
+    assert meet((3, 2), (3, 1), (3, 0)) == [""] * 3
+
+
+def test_who_is_missing_or_wrong_is_told_to_all():
+    missing = "of 4 processes, 2 and 3 did not come within 0.5 s"
+    assert meet((4, 0), (4, 1), timeout_s=0.5) == [missing] * 2
+    (error,) = set(meet((2, 0), (3, 1)))
+    assert error == "process 1 of 2: it was started with --num_processes=3"
+    assert set(meet((3, 0), (3, 1), (3, 1))) == {
+        "process 1 of 3: another one has that --process_id"
+    }
+    (error,) = meet((2, 1), timeout_s=0.3)
+    assert error.startswith("process 0 does not answer within 0.3 s (")
+
+
+def test_a_stranger_is_not_counted():
+    port = free_port()
+
+    def knock():
+        while True:
+            with contextlib.suppress(OSError):
+                with socket.create_connection(("127.0.0.1", port), 5) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                return
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(1) as pool:
+        stranger = pool.submit(knock)
+        with pytest.raises(ValueError, match="2 processes, 1 did not come"):
+            Peers(f"127.0.0.1:{port}", 2, 0, 1.0)
+        stranger.result()
+
+
+def test_a_port_in_use_is_one_line(capfd):
+    with socket.create_server(("", free_port())) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match="process 0 cannot listen there"):
+            Peers(f"127.0.0.1:{port}", 2, 0, 1.0)
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "l2s_jax.main", "--mode=evaluate", f"--workdir={tmp_path}"]
+    job = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=1"]
+    ((status, line),) = ended([start([*command, *job, "--join_timeout=1"])])
+    assert status == 2
+    assert line.startswith("error: --coordinator=127.0.0.1:")
+    assert "process 0 does not answer within 1 s" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2"], "expected all three, or none"),
+        (["--coordinator=host"], "expected all three"),
+        (["--coordinator=host", "--num_processes=2", "--process_id=0"], "expected HOST:PORT"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "expected a number from 0"),
+        (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "expected a number from 0"),
+    ],
+)
+def test_impossible_jobs_are_refused(flags, message, capsys):
+    assert tiny.run("--workdir=/nonexistent", *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, False),  # a batch script, outside srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a-0.b,a-1.b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_what_describes_a_job_of_several(variables, several):
+    assert distributed.described(variables) == several
