@@ -43,9 +43,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         # Of several processes, the one that failed would wait for the others, who wait for it.
-        if kind and jax.process_count() > 1:
+        if any(error) and jax.process_count() > 1:
             return
         self._manager.wait_until_finished()
         self._manager.close()

@@ -72,7 +72,6 @@ if [[ -z ${PYTHON:-} ]]; then
   [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
 fi
 if ! "$dry_run"; then
-  ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "expected bash 5.1 or newer"
   command -v "$PYTHON" >/dev/null || fail "no such interpreter: PYTHON=$PYTHON"
   if [[ $device == gpu ]]; then
     command -v nvidia-smi >/dev/null || fail "--device=gpu: nvidia-smi is not installed"
@@ -89,20 +88,14 @@ send() {
   ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}" 2>/dev/null || true
 }
 
-# Processes of a job end by themselves when one of them does; this is for those that cannot.
-await() {
-  for ((tenths = 0; tenths < 100; tenths++)); do
-    kill -0 "${pids[@]}" 2>/dev/null || return 0
-    sleep 0.1
-  done
-  send KILL
-}
-
 # shellcheck disable=SC2329  # called by the traps
 interrupted() {
   trap '' INT TERM
   send "$1"
-  ((${#pids[@]} == 0)) || await
+  for ((patience = 100; patience; patience--)); do
+    if ((${#pids[@]} == 0)) || ! kill -0 "${pids[@]}" 2>/dev/null; then break; fi
+    sleep 0.1
+  done
   exit "$2"
 }
 
@@ -130,23 +123,21 @@ done
 tail -n +1 -f --pid="${pids[0]}" "$logs/process-0.log" &
 follower=$!
 status=0
-numbers=("${!pids[@]}")
+patience=100
 while ((${#pids[@]})); do
-  code=0
-  wait -n -p finished "${pids[@]}" || code=$?
-  for index in "${!pids[@]}"; do
-    [[ ${pids[index]} == "$finished" ]] || continue
-    number=${numbers[index]}
-    unset "pids[index]" "numbers[index]"
-    pids=("${pids[@]}")
-    numbers=("${numbers[@]}")
-    break
+  sleep 0.1
+  for i in "${!pids[@]}"; do
+    ! kill -0 "${pids[i]}" 2>/dev/null || continue
+    code=0
+    { wait "${pids[i]}" || code=$?; } 2>/dev/null
+    unset "pids[i]"
+    if ((code)); then
+      ((status)) || status=$code
+      echo "process $i ended with status $code; see $logs/process-$i.log" >&2
+    fi
   done
-  if ((code && !status)); then
-    status=$code
-    echo "process $number ended with status $code; see $logs/process-$number.log" >&2
-    ((${#pids[@]} == 0)) || await
-  fi
+  # The others end by themselves when one does; these are for those that cannot.
+  ((status == 0 || patience-- > 0)) || send KILL
 done
 wait "$follower" || true
 exit "$status"

@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
-# Creates a one-host Cloud TPU VM, installs this repository on it, runs it, deletes it; see --help.
+# Creates a Cloud TPU slice of one or more hosts, runs this repository on it, deletes it; see --help.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: launch/tpu_vm.sh [--dry-run] create|setup|delete
+Usage: launch/tpu_vm.sh [--dry-run] create [--spot]
+       launch/tpu_vm.sh [--dry-run] setup|delete
        launch/tpu_vm.sh [--dry-run] run CONFIG [FLAG...]
-       launch/tpu_vm.sh [--dry-run] fetch CONFIG
+       launch/tpu_vm.sh [--dry-run] resume [--spot] CONFIG [FLAG...]
+       launch/tpu_vm.sh [--dry-run] logs|fetch CONFIG
 
-  create  makes the TPU VM
-  setup   copies the commit that is checked out, and installs it with the constraints file
-  run     trains and evaluates configs/CONFIG.py in runs/CONFIG on the VM; FLAG... as for
+  create  asks for a slice (a queued resource with one node) and waits until it is there; --spot:
+          one that is cheaper and may be taken away at any time
+  setup   copies the commit that is checked out to all hosts, and installs it with the constraints
+          file; mounts SHARE
+  run     starts configs/CONFIG.py on all hosts, and follows the log of the first; FLAG... as for
           l2s_jax.main; the same command again continues where it stopped
+  logs    follows that log again; the exit status is that of the run
+  resume  run; first delete, create and setup if the slice has been taken away
   fetch   copies the report of CONFIG and its predictions to runs/CONFIG
-  delete  deletes the VM and all that is on it
+  delete  deletes the slice and all that is on its hosts
 
 From the environment: NAME (default l2s), ZONE (us-central1-a), TYPE (v5litepod-8), IMAGE
-(v2-alpha-tpuv5-lite). TYPE must be a slice that one host holds. gcloud must be installed, with a
-project and credentials. --dry-run prints each command and runs none.
+(v2-alpha-tpuv5-lite), and SHARE, an NFS share such as that of a Filestore instance, as
+ADDRESS:/PATH. With SHARE the workdir is /mnt/l2s_jax/runs/CONFIG on it, else runs/CONFIG on the
+host's disk. A TYPE of several hosts needs it, because they share the workdir, and so does resume.
+gcloud must be installed, with a project and credentials. --dry-run prints each command and runs
+none.
 TEXT
 }
 
@@ -31,7 +40,12 @@ name=${NAME:-l2s}
 zone=${ZONE:-us-central1-a}
 type=${TYPE:-v5litepod-8}
 image=${IMAGE:-v2-alpha-tpuv5-lite}
-tpu=(gcloud compute tpus tpu-vm)
+share=${SHARE:-}
+mount=/mnt/l2s_jax
+runs=runs
+[[ -z $share ]] || runs=$mount/runs
+vm=(gcloud compute tpus tpu-vm)
+queue=(gcloud compute tpus queued-resources)
 
 dry_run=false
 call() {
@@ -40,13 +54,71 @@ call() {
   "$dry_run" || "$@"
 }
 
-on_vm() {
-  call "${tpu[@]}" ssh "$name" "--zone=$zone" "--command=$1"
+on_hosts() {
+  call "${vm[@]}" ssh "$name" "--zone=$zone" "--worker=$1" "--command=$2"
 }
 
 check_config() {
   [[ -n ${1:-} ]] || fail "$action needs a config; see --help"
   [[ -f configs/$1.py ]] || fail "no such config: configs/$1.py"
+}
+
+state() {
+  "${queue[@]}" describe "$name" "--zone=$zone" "--format=value(state.state)"
+}
+
+create() {
+  call "${queue[@]}" create "$name" "--node-id=$name" "--zone=$zone" \
+    "--accelerator-type=$type" "--runtime-version=$image" "$@"
+  ! "$dry_run" || return 0
+  local now
+  while now=$(state) && [[ $now != ACTIVE ]]; do
+    echo "$name: $now"
+    [[ $now != FAILED && $now != SUSPEND* ]] || return 1
+    sleep 30
+  done
+  [[ $now == ACTIVE ]]
+}
+
+setup() {
+  local archive mounting=""
+  archive=$(mktemp --suffix=.tar.gz)
+  # shellcheck disable=SC2064  # the name is known now
+  trap "rm -f '$archive'" EXIT
+  call git archive --format=tar.gz "--output=$archive" HEAD
+  call "${vm[@]}" scp "$archive" "$name:l2s_jax.tar.gz" "--zone=$zone" --worker=all
+  if [[ -n $share ]]; then
+    mounting=" && sudo apt-get install -q -y nfs-common && sudo mkdir -p $mount \
+&& { mountpoint -q $mount || sudo mount -t nfs $(printf %q "$share") $mount; } \
+&& sudo chown \"\$(id -u)\" $mount"
+  fi
+  # The images' own Python is older than 3.11, so uv brings one.
+  on_hosts all "mkdir -p l2s_jax && tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
+&& python3 -m pip install -q --user uv \
+&& python3 -m uv venv -q --allow-existing --python 3.11 .venv \
+&& python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e . 'jax[tpu]'\
+$mounting"
+}
+
+run() {
+  local config=$1 flags="" command
+  shift
+  (($# == 0)) || flags=$(printf ' %q' "$@")
+  command=".venv/bin/python -m l2s_jax.main --config=configs/$config.py --workdir=$runs/$config\
+ --distributed$flags; echo \$? > logs/$config.status"
+  # A run that is not tied to this connection, nor to this machine.
+  on_hosts all "cd l2s_jax && mkdir -p logs\
+ && { ! kill -0 \"\$(cat logs/$config.pid 2> /dev/null)\" 2> /dev/null\
+ || { echo '$config is running; see logs' >&2; exit 2; }; }\
+ && rm -f logs/$config.status && {\
+ setsid nohup bash -c $(printf %q "$command") > logs/$config.log 2>&1 < /dev/null &\
+ echo \$! > logs/$config.pid; }"
+  logs "$config"
+}
+
+logs() {
+  on_hosts 0 "cd l2s_jax && tail -n +1 -F --pid=\"\$(cat logs/$1.pid)\" logs/$1.log;\
+ exit \"\$(cat logs/$1.status)\""
 }
 
 if [[ ${1:-} == --dry-run ]]; then
@@ -56,41 +128,55 @@ fi
 action=${1:-}
 shift || true
 case $action in
-  --help | -h) usage ;;
-  create)
-    call "${tpu[@]}" create "$name" "--zone=$zone" "--accelerator-type=$type" "--version=$image"
+  --help | -h) usage; exit ;;
+  create | setup | delete | run | resume | logs | fetch) ;;
+  *)
+    fail "expected create, setup, run, resume, logs, fetch or delete, got '$action'; see --help"
     ;;
-  setup)
-    archive=$(mktemp --suffix=.tar.gz)
-    trap 'rm -f "$archive"' EXIT
-    call git archive --format=tar.gz "--output=$archive" HEAD
-    call "${tpu[@]}" scp "$archive" "$name:l2s_jax.tar.gz" "--zone=$zone"
-    # The images' own Python is older than 3.11, so uv brings one.
-    on_vm "mkdir -p l2s_jax && tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
-&& python3 -m pip install -q --user uv \
-&& python3 -m uv venv -q --allow-existing --python 3.11 .venv \
-&& python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e . 'jax[tpu]' \
-&& .venv/bin/python -c 'import jax; print(jax.devices())'"
+esac
+spot=()
+if [[ $action == create || $action == resume ]] && [[ ${1:-} == --spot ]]; then
+  spot=(--spot)
+  shift
+fi
+case $action in
+  create | setup | delete) (($# == 0)) || fail "$action: unexpected $1; see --help" ;;
+  *) check_config "${1:-}" ;;
+esac
+[[ $action != resume || -n $share ]] ||
+  fail "resume needs SHARE: the disks of a slice are gone with it; see --help"
+[[ -z $share || $share == ?*:/* ]] || fail "SHARE=$share: expected ADDRESS:/PATH"
+"$dry_run" || command -v gcloud >/dev/null || fail "gcloud is not installed"
+
+remove() {
+  call "${queue[@]}" delete "$name" "--zone=$zone" --force --quiet
+}
+
+case $action in
+  create) create "${spot[@]}" ;;
+  setup) setup ;;
+  run) run "$@" ;;
+  resume)
+    now=
+    "$dry_run" || now=$(state) || true
+    if [[ $now != ACTIVE ]]; then
+      if "$dry_run" || [[ -n $now ]]; then remove; fi
+      create "${spot[@]}"
+      setup
+    fi
+    run "$@"
     ;;
-  run)
-    check_config "${1:-}"
-    config=$1
-    shift
-    flags=""
-    (($# == 0)) || flags=$(printf ' %q' "$@")
-    on_vm "cd l2s_jax && .venv/bin/python -m l2s_jax.main --config=configs/$config.py\
- --workdir=runs/$config$flags"
-    ;;
+  logs) logs "$1" ;;
   fetch)
-    check_config "${1:-}"
     call mkdir -p "runs/$1"
+    home=l2s_jax/
+    [[ -z $share ]] || home=
     remote=()
     for file in config.json report.json report.md quality_latency.png quality_latency.svg \
       predictions; do
-      remote+=("$name:l2s_jax/runs/$1/$file")
+      remote+=("$name:$home$runs/$1/$file")
     done
-    call "${tpu[@]}" scp --recurse "${remote[@]}" "runs/$1" "--zone=$zone"
+    call "${vm[@]}" scp --recurse "${remote[@]}" "runs/$1" "--zone=$zone"
     ;;
-  delete) call "${tpu[@]}" delete "$name" "--zone=$zone" --quiet ;;
-  *) fail "expected create, setup, run, fetch or delete, got '$action'; see --help" ;;
+  delete) remove ;;
 esac

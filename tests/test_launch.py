@@ -1,18 +1,21 @@
-"""The scripts in launch/: dry runs, and real runs with stand-ins for python and gcloud."""
+"""The scripts in launch/: dry runs, and real runs with stand-ins for the programs they call."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Writes down its arguments, one line per call, and fails where an argument asks it to.
 STAND_IN = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+[[ $* != *describe* ]] || { sed -i -e 1w/dev/stdout -e 1d "$STATES"; }
 for argument in "$@"; do [[ $argument != *quickstart* || -z ${BREAK:-} ]] || exit 7; done
 """
 
@@ -36,16 +39,22 @@ def commands(output: str) -> list[list[str]]:
 
 @pytest.fixture
 def stand_in(tmp_path: pathlib.Path) -> dict[str, str]:
-    """Environment in which python (by PYTHON) and gcloud (by PATH) are stand-ins."""
+    """Environment in which python (by PYTHON), gcloud and sbatch (by PATH) are stand-ins.
+
+    "describe" of gcloud answers with the lines of the file STATES, one after another.
+    """
     directory = tmp_path / "bin"
     directory.mkdir()
     gcloud = directory / "gcloud"
     gcloud.write_text(STAND_IN)
     gcloud.chmod(0o755)
+    shutil.copy(gcloud, directory / "sbatch")
+    (tmp_path / "states").write_text("ACTIVE\n")
     return {
         "PATH": f"{directory}:{os.environ['PATH']}",
         "PYTHON": str(gcloud),
         "CALLS": str(tmp_path / "calls"),
+        "STATES": str(tmp_path / "states"),
     }
 
 
@@ -111,10 +120,22 @@ def test_local_stops_at_the_first_failure(stand_in: dict[str, str]) -> None:
         ("local.sh", [], "no config given"),
         ("local.sh", ["no_such"], "no such config: configs/no_such.py"),
         ("local.sh", ["quickstart", "--config.seed=1"], "unknown option --config.seed=1"),
-        ("tpu_vm.sh", [], "expected create, setup, run, fetch or delete"),
+        ("local_multiprocess.sh", ["quickstart"], "--processes=: expected a number above 0"),
+        ("local_multiprocess.sh", ["--processes=0", "quickstart"], "--processes=0: expected a"),
+        ("local_multiprocess.sh", ["--processes=2"], "no config given"),
+        ("local_multiprocess.sh", ["--processes=2", "no_such"], "no such config: no_such"),
+        ("local_multiprocess.sh", ["--processes=2", "--device=tpu", "aeslc"], "expected cpu or"),
+        ("local_multiprocess.sh", ["--processes=2", "aeslc", "quickstart"], "one config at a time"),
+        ("tpu_vm.sh", [], "expected create, setup, run, resume, logs, fetch or delete"),
         ("tpu_vm.sh", ["destroy"], "got 'destroy'"),
         ("tpu_vm.sh", ["run"], "run needs a config"),
+        ("tpu_vm.sh", ["create", "--sport"], "create: unexpected --sport"),
         ("tpu_vm.sh", ["fetch", "no_such"], "no such config: configs/no_such.py"),
+        ("tpu_vm.sh", ["resume", "quickstart"], "resume needs SHARE"),
+        ("gpu_slurm.sh", [], "no config given"),
+        ("gpu_slurm.sh", ["no_such"], "no such config: configs/no_such.py"),
+        ("gpu_slurm.sh", ["--nodes=two", "quickstart"], "--nodes=two: expected a number above 0"),
+        ("gpu_slurm.sh", ["quickstart", "--config.seed=1"], "unknown option --config.seed=1"),
     ],
 )
 def test_wrong_arguments(
@@ -127,47 +148,240 @@ def test_wrong_arguments(
     assert calls(stand_in) == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [["create"], ["setup"], ["run", "quickstart"], ["fetch", "aeslc"], ["delete"]]
-)
-def test_tpu_vm_dry_run(arguments: list[str], stand_in: dict[str, str]) -> None:
-    result = run("tpu_vm.sh", "--dry-run", *arguments, NAME="my vm", ZONE="z-1", **stand_in)
+def test_a_missing_program_is_named_first(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "dirname", "basename"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    path = {"PATH": str(tmp_path / "bin")}
+    for script, arguments, message in (
+        ("tpu_vm.sh", ["create"], "gcloud is not installed"),
+        ("gpu_slurm.sh", ["quickstart"], "sbatch is not installed"),
+        ("local_multiprocess.sh", ["--processes=2", "quickstart"], "no such interpreter"),
+        (
+            "local_multiprocess.sh",
+            ["--processes=2", "--device=gpu", "quickstart"],
+            "nvidia-smi is not installed",
+        ),
+    ):
+        python = "bash" if "--device=gpu" in arguments else "no_python"
+        result = run(script, *arguments, PYTHON=python, **path)
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+FLAG = "--config.task.prompt=to {en}: '$HOME' \"*\""
+VM = ("gcloud", "compute", "tpus", "tpu-vm")
+QUEUE = ("gcloud", "compute", "tpus", "queued-resources")
+
+
+def test_local_multiprocess_dry_run(tmp_path: pathlib.Path, stand_in: dict[str, str]) -> None:
+    config = tmp_path / "my task.py"
+    config.touch()
+    arguments = ("--dry-run", "--processes=2", "--port=1234", "--runs=a b", config.name)
+    result = run("local_multiprocess.sh", *arguments, "--", FLAG, cwd=tmp_path, **stand_in)
     assert result.returncode == 0, result.stderr
-    printed = commands(result.stdout)
-    gcloud = [command for command in printed if command[0] == "gcloud"]
-    assert gcloud
-    for command in gcloud:
-        assert command[1:4] == ["compute", "tpus", "tpu-vm"]
-        assert "--zone=z-1" in command
-        assert any(word.startswith("my vm") for word in command)
+    workdir = f"{tmp_path}/a b/my task"
+    assert commands(result.stdout) == [
+        [
+            *("env", "JAX_PLATFORMS=cpu", stand_in["PYTHON"], "-m", "l2s_jax.main"),
+            *(f"--config={config}", f"--workdir={workdir}", "--coordinator=127.0.0.1:1234"),
+            *("--num_processes=2", f"--process_id={process}", FLAG),
+            *(">", f"{workdir}/logs/process-{process}.log"),
+        ]
+        for process in range(2)
+    ]
+    assert not (tmp_path / "a b").exists()
+    result = run("local_multiprocess.sh", *arguments[:-1], "quickstart", "--device=gpu", **stand_in)
+    assert [command[:2] for command in commands(result.stdout)] == [
+        ["env", f"CUDA_VISIBLE_DEVICES={process}"] for process in range(2)
+    ]
     assert calls(stand_in) == []
 
 
-def test_tpu_vm_run_quotes_flags_for_the_far_shell(stand_in: dict[str, str]) -> None:
-    flag = "--config.task.prompt=to {en}: '$HOME'"
-    result = run("tpu_vm.sh", "run", "quickstart", flag, **stand_in)
+def test_local_multiprocess_ends_all_when_one_fails(
+    tmp_path: pathlib.Path, stand_in: dict[str, str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n[[ $* != *--process_id=1* ]] || exit 7\necho begun; exec sleep 600\n"
+    )
+    python.chmod(0o755)
+    environment = {**stand_in, "PYTHON": str(python)}
+    result = run(
+        "local_multiprocess.sh", "--processes=3", f"--runs={tmp_path}", "quickstart", **environment
+    )
+    assert result.returncode == 7
+    assert "process 1 ended with status 7" in result.stderr
+    assert "begun" in result.stdout
+
+
+@pytest.mark.parametrize("spot", [[], ["--spot"]])
+def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
+    def printed(*arguments: str) -> list[list[str]]:
+        environment = {"NAME": "my vm", "ZONE": "z-1", "TYPE": "t", "IMAGE": "i", "SHARE": "h:/v"}
+        result = run("tpu_vm.sh", "--dry-run", *arguments, **environment, **stand_in)
+        assert result.returncode == 0, result.stderr
+        return commands(result.stdout)
+
+    create = [
+        *(*QUEUE, "create", "my vm", "--node-id=my vm", "--zone=z-1"),
+        *("--accelerator-type=t", "--runtime-version=i", *spot),
+    ]
+    delete = [*QUEUE, "delete", "my vm", "--zone=z-1", "--force", "--quiet"]
+    assert printed("create", *spot) == [create]
+    assert printed("delete") == [delete]
+    archive, copy, install = printed("setup")
+    assert archive[:3] == ["git", "archive", "--format=tar.gz"]
+    assert copy[:5] == [*VM, "scp"] and copy[6:] == [
+        *("my vm:l2s_jax.tar.gz", "--zone=z-1", "--worker=all"),
+    ]
+    assert install[:-1] == [*VM, "ssh", "my vm", "--zone=z-1", "--worker=all"]
+    assert " sudo mount -t nfs h:/v /mnt/l2s_jax;" in install[-1]
+    start, follow = started = printed("run", "quickstart", FLAG)
+    assert start[:-1] == install[:-1]
+    assert follow[:-1] == [*VM, "ssh", "my vm", "--zone=z-1", "--worker=0"]
+    assert printed("logs", "quickstart") == [follow]
+    resumed = printed("resume", *spot, "quickstart", FLAG)
+    assert resumed[:2] == [delete, create]
+    assert [command[:3] for command in resumed[2:4]] == [archive[:3], copy[:3]]
+    assert resumed[4:] == [install, *started]
+    fetch = printed("fetch", "quickstart")
+    assert fetch[0] == ["mkdir", "-p", "runs/quickstart"]
+    assert fetch[1][:6] == [*VM, "scp", "--recurse"]
+    assert "my vm:/mnt/l2s_jax/runs/quickstart/report.json" in fetch[1]
+    assert calls(stand_in) == []
+
+
+def remote_of(command: list[str]) -> str:
+    (remote,) = (word for word in command if word.startswith("--command="))
+    return remote.removeprefix("--command=")
+
+
+def test_tpu_vm_starts_the_command_on_the_hosts(
+    tmp_path: pathlib.Path, stand_in: dict[str, str]
+) -> None:
+    """What the hosts' shell makes of it, with stand-ins for their Python."""
+    result = run("tpu_vm.sh", "run", "quickstart", FLAG, **stand_in)
     assert result.returncode == 0, result.stderr
-    (call,) = calls(stand_in)
-    (remote,) = (word for word in call if word.startswith("--command="))
-    assert shlex.split(remote.removeprefix("--command=")) == [
-        *("cd", "l2s_jax", "&&", ".venv/bin/python", "-m", "l2s_jax.main"),
-        "--config=configs/quickstart.py",
-        "--workdir=runs/quickstart",
-        flag,
+    start, follow = calls(stand_in)
+    python = tmp_path / "l2s_jax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"; exit 7\n')
+    python.chmod(0o755)
+    assert subprocess.run(["bash", "-c", remote_of(start)], cwd=tmp_path).returncode == 0
+    followed = subprocess.run(
+        ["bash", "-c", remote_of(follow)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert followed.returncode == 7, followed.stderr
+    assert followed.stdout.splitlines() == [
+        *("-m", "l2s_jax.main", "--config=configs/quickstart.py", "--workdir=runs/quickstart"),
+        *("--distributed", FLAG),
     ]
 
 
-def test_tpu_vm_setup_is_one_chain_of_commands(stand_in: dict[str, str]) -> None:
-    result = run("tpu_vm.sh", "--dry-run", "setup", **stand_in)
-    (remote,) = (
-        word.removeprefix("--command=")
-        for command in commands(result.stdout)
-        for word in command
-        if word.startswith("--command=")
+def test_tpu_vm_does_not_start_twice(tmp_path: pathlib.Path, stand_in: dict[str, str]) -> None:
+    run("tpu_vm.sh", "run", "quickstart", **stand_in)
+    logs = tmp_path / "l2s_jax" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "quickstart.pid").write_text(f"{os.getpid()}\n")
+    again = subprocess.run(
+        ["bash", "-c", remote_of(calls(stand_in)[0])], cwd=tmp_path, capture_output=True, text=True
     )
+    assert again.returncode == 2
+    assert again.stderr == "quickstart is running; see logs\n"
+
+
+def test_tpu_vm_setup_is_one_chain_of_commands(stand_in: dict[str, str]) -> None:
+    result = run("tpu_vm.sh", "--dry-run", "setup", SHARE="10.0.0.2:/a b", **stand_in)
+    remote = remote_of(commands(result.stdout)[-1])
     assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
     assert all(len(shlex.split(part)) > 1 for part in remote.split("&&"))
 
 
+def test_tpu_vm_create_waits_until_the_slice_is_there(
+    tmp_path: pathlib.Path, stand_in: dict[str, str]
+) -> None:
+    sleep = tmp_path / "bin" / "sleep"
+    sleep.write_text("#!/usr/bin/env bash\n")
+    sleep.chmod(0o755)
+    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+    result = run("tpu_vm.sh", "create", **stand_in)
+    assert result.returncode == 0, result.stderr
+    assert [call[3] for call in calls(stand_in)] == ["create", *["describe"] * 3]
+    (tmp_path / "states").write_text("FAILED\n")
+    assert run("tpu_vm.sh", "create", **stand_in).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "made_anew"), [("ACTIVE", False), ("SUSPENDED", True), ("FAILED", True)]
+)
+def test_tpu_vm_resume_makes_a_lost_slice_anew(
+    tmp_path: pathlib.Path, stand_in: dict[str, str], state: str, made_anew: bool
+) -> None:
+    (tmp_path / "states").write_text(f"{state}\nACTIVE\n")
+    result = run("tpu_vm.sh", "resume", "--spot", "quickstart", SHARE="h:/v", **stand_in)
+    assert result.returncode == 0, result.stderr
+    anew = ["delete", "create", "describe", "scp", "ssh"] if made_anew else []
+    assert [call[3] for call in calls(stand_in)] == ["describe", *anew, "ssh", "ssh"]
+
+
 def test_tpu_vm_failure_is_passed_on(stand_in: dict[str, str]) -> None:
     assert run("tpu_vm.sh", "run", "quickstart", BREAK="1", **stand_in).returncode == 7
+
+
+def test_gpu_slurm_submits_one_process_for_each_gpu(
+    tmp_path: pathlib.Path, stand_in: dict[str, str]
+) -> None:
+    arguments = ("--nodes=2", "--gpus=4", "--runs=a b", "quickstart", "--", FLAG)
+    result = run("gpu_slurm.sh", "--dry-run", *arguments, cwd=tmp_path, **stand_in)
+    assert result.returncode == 0, result.stderr
+    assert calls(stand_in) == [] and not (tmp_path / "a b").exists()
+    workdir = f"{tmp_path}/a b/quickstart"
+    make, submit = commands(result.stdout)
+    assert make == ["mkdir", "-p", f"{workdir}/logs"]
+    assert submit[:-1] == [
+        *("sbatch", "--job-name=l2s-quickstart", f"--chdir={ROOT}", "--nodes=2"),
+        *("--ntasks-per-node=4", "--gpus-per-node=4", "--requeue", "--open-mode=append"),
+        f"--output={workdir}/logs/slurm-%j.log",
+    ]
+    step = submit[-1].removeprefix("--wrap=")
+    expected = [
+        *("srun", "--kill-on-bad-exit=1", stand_in["PYTHON"], "-m", "l2s_jax.main"),
+        *("--config=configs/quickstart.py", f"--workdir={workdir}", FLAG),
+    ]
+    assert shlex.split(step) == expected
+    # Slurm gives it to sh.
+    words = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {step}"], capture_output=True, text=True, check=True
+    )
+    assert words.stdout.splitlines() == expected
+
+    assert run("gpu_slurm.sh", *arguments, cwd=tmp_path, **stand_in).returncode == 0
+    assert calls(stand_in) == [submit[1:]]
+    assert (tmp_path / "a b/quickstart/logs").is_dir()
+
+
+def test_gke_manifest_runs_a_config_on_every_host_of_the_slice() -> None:
+    claim, jobset = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+    assert (claim["kind"], jobset["kind"]) == ("PersistentVolumeClaim", "JobSet")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (slice_,) = jobset["spec"]["replicatedJobs"]
+    job = slice_["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    x, y = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == x * y // chips
+    # A pod that fails ends the job, and the JobSet starts it again.
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (volume,) = pod["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"]}
+    assert container["command"] == ["python", "-m", "l2s_jax.main"]
+    values = dict(argument.split("=", 1) for argument in container["args"])
+    assert (ROOT / values["--config"]).is_file()
+    assert any(
+        values["--workdir"].startswith(mount["mountPath"] + "/")
+        for mount in container["volumeMounts"]
+    )
