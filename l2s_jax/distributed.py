@@ -30,8 +30,10 @@ T = TypeVar("T")
 
 # Process 0 may train a tokenizer or measure for hours while the others wait.
 _WAIT_MS = 7 * 24 * 3600 * 1000
-# How errors of XLA's collectives and of JAX's service begin, whatever their class.
-_LOST_PEER = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
+# How errors of collectives and of JAX's service begin, whatever their class.
+_LOST_PEER = re.compile(
+    r"(UNKNOWN: Gloo|INTERNAL: NCCL|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED:)"
+)
 _numbers = itertools.count()
 _peers: Peers | None = None
 
@@ -39,7 +41,7 @@ _peers: Peers | None = None
 def described(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment says that this process is one of several, by Slurm, Open MPI or GKE.
 
-    The variables are those that `jax.distributed.initialize` looks at.
+    In each of these, `jax.distributed.initialize()` finds the job by itself.
     """
 
     def count(name: str) -> int:
@@ -121,7 +123,8 @@ def job(*arguments: Any, **settings: Any) -> Iterator[None]:
         yield
         return
     if not is_primary():
-        logging.getLogger("l2s_jax").setLevel(logging.WARNING)
+        # The others do the same and would say the same.
+        logging.getLogger("l2s_jax").setLevel(logging.ERROR)
     try:
         yield
         barrier("end")

@@ -19,7 +19,7 @@ MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
 
 
 def main(directory, seconds, coordinator, processes, process):
-    with distributed.job(coordinator, processes, process, detect=None, timeout_s=60):
+    with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
         distributed.on_primary(lambda: os.makedirs(f"{directory}/labels", exist_ok=True))
         labelled = labels.label(
             label_child.EXAMPLES,
