@@ -151,10 +151,10 @@ def default() -> ConfigDict:
     )
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype that `config.dtype` names, on this machine's devices."""
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The dtype that `config.dtype` names, on a platform's devices or else this machine's."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     if name == "float16":
         raise ValueError("config.dtype='float16': T5 overflows in it; use 'bfloat16' or 'float32'")
     if name not in ("float32", "bfloat16"):

@@ -2,6 +2,7 @@
 
 python -m l2s_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]
 python -m l2s_jax.main --mode=generate --workdir=DIR --input=FILE [--output=FILE]
+python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
 Exit status: 0; 2 for bad input, with one line that says what is wrong.
 """
@@ -19,13 +20,15 @@ from ml_collections import ConfigDict, config_flags
 
 app.define_help_flags()
 
-MODES = ("train", "evaluate", "generate")
+MODES = ("train", "evaluate", "generate", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment; default: that of the workdir.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results are, or will be.", required=True)
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "train (and evaluate), evaluate or generate.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", MODES, "train (and evaluate), evaluate, generate or plan."
+)
 _SYSTEM = flags.DEFINE_enum(
     "system", "l2s", ("llm", "slm", "l2s"), "generate: the system that answers."
 )
@@ -52,6 +55,15 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "Folder for compiled programs, which later runs on this machine start from.",
 )
 _JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4 or cpu:8.")
+_PROGRAMS = flags.DEFINE_list(
+    "programs", ["train", "encode", "prefill", "decode"], "plan: what is compiled."
+)
+_PRICE = flags.DEFINE_float("price", None, "plan: dollars per chip-hour.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "plan: try every mesh over the slice.")
+_BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", [], "plan: those that a sweep tries; default: the config's."
+)
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: HOST:PORT of process 0, a free port."
@@ -73,6 +85,9 @@ log = logging.getLogger("l2s_jax")
 
 def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     """One mode of the command."""
+    if mode == "plan":
+        _plan(config, workdir)
+        return
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 
@@ -124,6 +139,33 @@ def _job() -> contextlib.AbstractContextManager[None]:
         detect=_DISTRIBUTED.value,
         timeout_s=_JOIN_TIMEOUT.value,
     )
+
+
+def _plan(config: ConfigDict | None, workdir: str) -> None:
+    from l2s_jax import workdir as workdirs
+
+    if not _TOPOLOGY.value:
+        raise ValueError("--mode=plan: expected --topology, such as v5e:4x4 or cpu:8")
+    try:
+        batch_sizes = [int(size) for size in _BATCH_SIZES.value]
+    except ValueError:
+        raise ValueError(
+            f"--batch_sizes={','.join(_BATCH_SIZES.value)}: expected numbers above 0"
+        ) from None
+    # Nothing runs: a TPU or GPU that this machine may have is left to those who use it.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from l2s_jax.plan.command import plan
+
+    text = plan(
+        config or workdirs.read_config(workdir),
+        workdir,
+        _TOPOLOGY.value,
+        programs=_PROGRAMS.value,
+        price=_PRICE.value,
+        sweep=_SWEEP.value,
+        batch_sizes=batch_sizes,
+    )
+    print(text)
 
 
 def _search_settings() -> dict[str, str]:

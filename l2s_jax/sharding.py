@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,17 +40,22 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `config.data`, `.fsdp` and `.tensor` over all devices; one -1 takes the rest."""
-    devices = jax.device_count()
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config.data`, `.fsdp` and `.tensor`; one -1 takes the rest.
+
+    It is over `devices`, or all that there are.
+    """
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [config[axis] for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices or min(sizes) < 1:
+    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count or min(sizes) < 1:
         shape = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
-        raise ValueError(f"mesh {shape}: the product must be the number of devices, {devices}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise ValueError(f"mesh {shape}: the product must be the number of devices, {count}")
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def path_name(path: tuple) -> str:

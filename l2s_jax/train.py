@@ -141,6 +141,39 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, average), metrics
 
 
+def make_step(
+    system: System,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    seed: int,
+    shardings: TrainState,
+) -> Any:
+    """`train_step` as it is compiled: (state, frozen, batch) -> (state, metrics).
+
+    The state is given away, and comes back in `shardings`; all devices have the metrics, as they
+    have the step's number.
+    """
+    return jax.jit(
+        functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),
+        donate_argnums=0,
+        out_shardings=(shardings, shardings.step),
+    )
+
+
+def abstract_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    shardings: TrainState,
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state(params, ...)`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(lambda p: init_state(p, optimizer, config), params),
+        shardings,
+    )
+
+
 def validation_scores(
     score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, jax.Array]]
 ) -> dict[str, float]:
@@ -198,11 +231,7 @@ def fit(
     shardings = state_shardings(params, optimizer, config, mesh)
     replicated = NamedSharding(mesh, P())
     rows = sharding.batch_rows(mesh, config.batch_size)
-    step_fn = jax.jit(
-        functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated),
-    )
+    step_fn = make_step(system, optimizer, config, seed, shardings)
     score_fn = jax.jit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,
@@ -212,11 +241,7 @@ def fit(
         jax.set_mesh(mesh),
         Checkpoints(os.path.join(directory, "checkpoints"), best_metric=best_metric) as checkpoints,
     ):
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(lambda p: init_state(p, optimizer, config), params),
-            shardings,
-        )
+        abstract = abstract_state(params, optimizer, config, shardings)
         frozen = sharding.put(frozen, sharding.parameter_shardings(frozen, mesh))
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
         validation = [put({k: v[rows] for k, v in batch.items()}) for batch in validation]

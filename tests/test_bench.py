@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from l2s_jax.bench import __main__ as bench
-from l2s_jax.bench.geometry import GEOMETRIES
+from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.systems import LanguageModel, parameter_count
 
 # Millions of parameters, as the models' cards on huggingface.co give them.

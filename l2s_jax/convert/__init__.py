@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from l2s_jax.convert import gpt2, gpt_neox, llama, t5
 from l2s_jax.convert.engine import (
@@ -28,6 +29,7 @@ from l2s_jax.convert.engine import (
 from l2s_jax.convert.files import TensorFiles, content_hash, listed, read_json, write_directory
 
 __all__ = [
+    "abstract_encoder",
     "config_from_native",
     "config_to_native",
     "content_hash",
@@ -37,6 +39,7 @@ __all__ = [
     "load_encoder",
     "load_hf",
     "load_native",
+    "read_config",
     "save_hf",
     "save_native",
 ]
@@ -116,18 +119,46 @@ def _opened(directory: str, format: str | None = None) -> Iterator[tuple]:
     native = "format" in fields if format is None else format == FORMAT
     family = _native_family(fields, path) if native else _hf_family(fields, path)
     with TensorFiles(directory, "params" if native else "model") as files:
-        try:
-            config = (
-                config_from_native(fields, path)
-                if native
-                else family.config_from_hf(fields, files.keys, path)
-            )
-        except ValueError as error:
-            raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
+        config = _model_config(family, fields, files.keys, path, native)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
         rules = () if native else family.make_rules(config)
         entries = own_entries(shapes) if native else make_entries(rules, list(shapes))
         yield family, config, files, entries, shapes, () if native else family.ignored_keys
+
+
+def _model_config(
+    family: Family, fields: dict[str, Any], keys: frozenset[str], path: str, native: bool
+) -> Any:
+    try:
+        if native:
+            return config_from_native(fields, path)
+        return family.config_from_hf(fields, keys, path)
+    except ValueError as error:
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
+
+
+def read_config(directory: str) -> Any:
+    """The config of a directory's model, from config.json alone: no weights need be there.
+
+    A head that may be tied or not, which otherwise the weights say, counts as its own matrix.
+    """
+    fields, path = _read_config(directory)
+    native = "format" in fields
+    family = _native_family(fields, path) if native else _hf_family(fields, path)
+    return _model_config(family, fields, frozenset(["lm_head.weight"]), path, native)
+
+
+def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
+    """What `load_encoder` gives of a model: its config, and shapes and dtypes of its parameters."""
+    family = family_of(config)
+    shapes = family.abstract_params(family.make_module(config))
+    config, prefixes = family.encoder_parameters(config, layer)
+    kept = {
+        path: leaf
+        for path, leaf in flatten_dict(shapes, sep="/").items()
+        if path.startswith(tuple(prefixes))
+    }
+    return config, unflatten_dict(kept, sep="/")
 
 
 def _load(

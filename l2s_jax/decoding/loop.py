@@ -112,14 +112,14 @@ class Loop:
         )
         return self._choose(state, logits)
 
-    def advance(self, params: Any, state: State) -> State:
-        """A chunk of tokens more."""
+    def advance(self, params: Any, state: State, unroll: int = 1) -> State:
+        """A chunk of tokens more, `unroll` steps in each turn of the compiled loop."""
 
         def one_step(state: State, _: None) -> tuple[State, None]:
             logits, cache = self.step(params, state.token, state.cache)
             return self._choose(state.replace(cache=cache), logits), None
 
-        return jax.lax.scan(one_step, state, length=CHUNK)[0]
+        return jax.lax.scan(one_step, state, length=CHUNK, unroll=unroll)[0]
 
     def finish(self, state: State) -> Decoded:
         """What was decoded, S = capacity."""

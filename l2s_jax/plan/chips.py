@@ -1,0 +1,151 @@
+"""Slices to compile for: their devices, and what their chips can do.
+
+The devices come from libtpu, which holds the TPU's whole compiler and needs no TPU for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+EXPECTED = "such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
+
+# libtpu asks a Google Cloud VM's metadata server for what these say, and waits where there is none.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    # Compiling takes no TPU, so any number of processes may do it at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peak rates of a chip, each with both directions of its links.
+
+    flops: bfloat16 operations per second. hbm: bytes per second. links: bytes per second over all
+    of the chip's links, in and out together.
+    """
+
+    flops: float
+    hbm: float
+    links: float
+    source: str
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 400e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip(459e12, 2765e9, 1200e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip(918e12, 1638e9, 800e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """The devices of a topology, which are one a chip but for the oldest and newest TPUs.
+
+    capacity: bytes of memory that the compiler may fill on one device. chip: None without
+    published rates.
+    """
+
+    topology: str
+    devices: Sequence[Any]
+    capacity: int
+    chip: Chip | None
+
+    @property
+    def platform(self) -> str:
+        """Of its devices: "tpu" or "cpu"."""
+        return self.devices[0].platform
+
+    @property
+    def chips(self) -> int:
+        """Number of chips; of devices, on CPUs."""
+        if self.platform == "cpu":
+            return len(self.devices)
+        return len({tuple(device.coords) for device in self.devices})
+
+
+def open_slice(topology: str) -> Slice:
+    """The slice of that name, "KIND:AxB" or "KIND:AxBxC" as libtpu names them, or "cpu:N".
+
+    Raises:
+      ValueError: there is no such slice, or nothing to compile for it with.
+    """
+    kind, _, shape = topology.partition(":")
+    if not kind or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise ValueError(f"--topology={topology!r}: expected KIND:SHAPE, {EXPECTED}")
+    if kind == "cpu":
+        return _cpus(topology, shape)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology={topology}: libtpu, the TPU's compiler, is not installed; "
+            "pip install 'l2s-jax[tpu]' or 'jax[tpu]' brings it, and --topology=cpu:8 does without"
+        )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    settings: dict[str, Any] = {}
+    if kind == "v4":
+        settings["chip_config_name"] = "megacore"  # one device per chip, as JAX has it on a v4
+    if set(shape) <= set("1x"):
+        settings["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu", **settings).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise ValueError(
+            f"--topology={topology}: libtpu has no such slice ({reason}); expected one {EXPECTED}, "
+            "a single chip as 1x1, larger ones in whole hosts of 2x2"
+        ) from None
+    return Slice(topology, devices, _capacity(devices), CHIPS.get(kind))
+
+
+def _cpus(topology: str, shape: str) -> Slice:
+    """Fake devices of this machine, which share its memory."""
+    if not shape.isdigit():
+        raise ValueError(f"--topology={topology}: expected a number of CPU devices, as in cpu:8")
+    count = int(shape)
+    # JAX may run already, with as many as it was started with.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(
+            f"--topology={topology}: this process has {len(devices)} CPU devices already; expected "
+            f"at most cpu:{len(devices)}"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Slice(topology, devices[:count], memory // count, None)
+
+
+def _capacity(devices: Sequence[Any]) -> int:
+    """Bytes that the compiler may fill on a device: it says so when asked for far too many."""
+    mesh = Mesh(devices[:1], ("x",))
+    huge = jax.ShapeDtypeStruct((1 << 45,), "int8", sharding=NamedSharding(mesh, P()))
+    try:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := re.search(r"available HBM \(([\d.]+[KMGT]?)\)", str(error)):
+            return parse_size(found[1])
+        raise
+    raise RuntimeError("the compiler took 32 TiB on one device")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as the TPU's compiler writes it: 15.75G."""
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    return int(float(text.rstrip("KMGT")) * factor.get(text[-1], 1))

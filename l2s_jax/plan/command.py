@@ -1,0 +1,177 @@
+"""`--mode=plan`: compile a config's programs for a slice, and report; or try many meshes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from l2s_jax import optim, sharding, train
+from l2s_jax.plan import report
+from l2s_jax.plan.chips import Slice, open_slice
+from l2s_jax.plan.models import Plan, make_plan
+from l2s_jax.plan.programs import PROGRAMS, Compiler, mesh_name, shard_bytes
+
+log = logging.getLogger(__name__)
+
+
+def plan(
+    config: ConfigDict,
+    workdir: str,
+    topology: str,
+    *,
+    programs: Sequence[str] = PROGRAMS,
+    price: float | None = None,
+    sweep: bool = False,
+    batch_sizes: Sequence[int] = (),
+) -> str:
+    """Compiles `programs` for a slice, writes plan.json and plan.md; gives the latter's text.
+
+    With `sweep`, also for every mesh over the slice and each of `batch_sizes` (those of the config
+    if there are none). `price` is in dollars per chip-hour.
+
+    Raises:
+      ValueError: no such slice, a mesh that does not divide it, or a config that no run could use.
+    """
+    unknown = sorted(set(programs) - set(PROGRAMS))
+    if unknown or not programs:
+        raise ValueError(f"--programs={','.join(programs)}: expected some of {','.join(PROGRAMS)}")
+    if price is not None and not price > 0:
+        raise ValueError(f"--price={price:g}: expected dollars per chip-hour, above 0")
+    if any(size < 1 for size in batch_sizes):
+        raise ValueError(
+            f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
+        )
+    train.check_config(config.l2s.train, "config.l2s.train")
+    where = open_slice(topology)
+    mesh = make_mesh(config, where)
+    models = make_plan(config, where.platform)
+    compiler = Compiler(models, config, where, mesh)
+    result = report.describe(where, mesh) | {"model": models.description()}
+    result["programs"] = {}
+    for name, program in compiler.compile(tuple(programs)):
+        result["programs"][name] = report.program_report(program, where)
+        fits = "fits" if program.fits else "does not fit"
+        log.info("plan: %s %s, compiled in %.0f s", name, fits, program.compile_s)
+    result["throughput"] = report.throughput(result["programs"], config, where.chips, price)
+    if not all(program["fits"] for program in result["programs"].values()):
+        result["meshes_with_room"] = [
+            f"{mesh_name(other)}: {size / 2**30:.2f} GiB"
+            for size, other in _with_room(models, config, where, "train" in programs)
+        ]
+    if sweep:
+        result["sweep"] = _sweep(models, config, where, tuple(programs), batch_sizes)
+    return report.write(result, workdir)
+
+
+def make_mesh(config: ConfigDict, where: Slice) -> Mesh:
+    """The config's mesh over a slice."""
+    try:
+        return sharding.make_mesh(config.mesh, where.devices)
+    except NotImplementedError:
+        shape = ", ".join(f"{axis}={config.mesh[axis]}" for axis in sharding.AXES)
+        raise ValueError(
+            f"mesh {shape}: its axes cannot be laid along those of {where.topology}; expected axes "
+            "whose sizes are products of the slice's"
+        ) from None
+
+
+def meshes(config: ConfigDict, where: Slice) -> Iterator[Mesh]:
+    """Every mesh over the slice whose axes lie along the slice's own."""
+    count = len(where.devices)
+    for data in _divisors(count):
+        for fsdp in _divisors(count // data):
+            other = copy.deepcopy(config)
+            other.mesh.update(data=data, fsdp=fsdp, tensor=count // data // fsdp)
+            try:
+                yield make_mesh(other, where)
+            except ValueError:
+                continue
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
+
+
+def _weights(models: Plan, config: ConfigDict, mesh: Mesh, training: bool) -> int:
+    """Bytes on each device of the weights, and of the optimizer's state in training."""
+    _, params, frozen = models.adapted
+    settings = config.l2s.train
+    trees: list[tuple[Any, Any]] = [(frozen, sharding.parameter_shardings(frozen, mesh))]
+    if training:
+        optimizer = optim.optimizer(settings, params)
+        shardings = train.state_shardings(params, optimizer, settings, mesh)
+        state = train.abstract_state(params, optimizer, settings, shardings)
+        total = sum(map(shard_bytes, jax.tree.leaves(state)))
+    else:
+        trees.append((models.trained, sharding.parameter_shardings(models.trained, mesh)))
+        total = 0
+    for tree, shardings in trees:
+        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+            total += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
+def _with_room(
+    models: Plan, config: ConfigDict, where: Slice, training: bool
+) -> list[tuple[int, Mesh]]:
+    """(bytes of weights, mesh) of the meshes where these fit, least first."""
+    found = []
+    for mesh in meshes(config, where):
+        try:
+            Compiler(models, config, where, mesh)
+        except ValueError:
+            continue  # it does not divide
+        size = _weights(models, config, mesh, training)
+        if size < where.capacity:
+            found.append((size, mesh))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _sweep(
+    models: Plan,
+    config: ConfigDict,
+    where: Slice,
+    programs: tuple[str, ...],
+    batch_sizes: Sequence[int],
+) -> dict[str, list[dict[str, Any]]]:
+    """For training and for generation, the meshes and batches that fit, fastest first."""
+    ranked: dict[str, list[dict[str, Any]]] = {}
+    for name, own, size in (
+        ("train", {"train"}, config.l2s.train.batch_size),
+        ("generate", {"encode", "prefill", "decode"}, config.decoding.batch_size),
+    ):
+        if not own & set(programs):
+            continue
+        rows = []
+        for batch_size in batch_sizes or (size,):
+            changed = copy.deepcopy(config)
+            changed.l2s.train.batch_size = changed.decoding.batch_size = batch_size
+            for mesh in meshes(config, where):
+                try:
+                    compiler = Compiler(models, changed, where, mesh)
+                except ValueError:
+                    continue  # it does not divide
+                names = tuple(one for one in PROGRAMS if one in own)
+                compiled = dict(compiler.compile(names))
+                reports = {n: report.program_report(p, where) for n, p in compiled.items()}
+                log.info("plan: %s with %d rows on %s", name, batch_size, mesh_name(mesh))
+                if not all(program.fits for program in compiled.values()):
+                    continue
+                rate = report.throughput(reports, changed, where.chips, None).get(name)
+                rows.append(
+                    {
+                        "mesh": dict(mesh.shape),
+                        "batch_size": batch_size,
+                        "tokens_per_s": rate and rate["tokens_per_s"],
+                        "peak": max(program.peak for program in compiled.values()),
+                    }
+                )
+        ranked[name] = sorted(rows, key=lambda row: (-(row["tokens_per_s"] or 0), row["peak"]))
+    return ranked

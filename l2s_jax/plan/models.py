@@ -1,0 +1,120 @@
+"""The L2S system of a config as shapes, without a weight or a tokenizer read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from l2s_jax import convert
+from l2s_jax.config import compute_dtype
+from l2s_jax.models.families import ModelConfig, make_config
+from l2s_jax.models.geometries import GEOMETRIES
+from l2s_jax.models.lora import Lora
+from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
+from l2s_jax.text import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compiled: an L2S system, and ShapeDtypeStructs of its parameters.
+
+    trained and frozen: as decoding takes them. adapted: (system, trained, frozen) as training does,
+    which differ with LoRA.
+    """
+
+    system: LlmToSlm
+    trained: Params
+    frozen: Params
+    adapted: tuple[Any, Params, Params]
+
+    def description(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "llm_parameters": parameter_count(self.frozen),
+            "trained_parameters": parameter_count(self.adapted[1]),
+            "parameters": parameter_count(self.trained) + parameter_count(self.frozen),
+            "shared_vocabulary": self.system.shared_vocabulary,
+            "dtype": str(self.system.slm_config.dtype),
+        }
+
+
+def make_plan(config: ConfigDict, platform: str) -> Plan:
+    """The L2S system that training this config would build on devices of `platform`.
+
+    Raises:
+      ValueError: a model that is neither a folder, nor a published geometry, nor described.
+    """
+    dtype = compute_dtype(config.dtype, platform)
+    settings = config.l2s
+    llm = _model(config, "llm")
+    slm = dataclasses.replace(
+        _model(config, "slm"), dtype=dtype, dropout_rate=settings.train.dropout_rate
+    )
+    try:
+        encoder, frozen = convert.abstract_encoder(
+            dataclasses.replace(llm, dtype=dtype), config.llm.layer
+        )
+    except ValueError as error:
+        raise ValueError(f"config.llm.layer: {error}") from None
+    system = LlmToSlm(
+        llm_config=encoder,
+        slm_config=slm,
+        projector_width=settings.projector_width or slm.width,
+        fusion=settings.fusion,
+        shared_vocabulary=_shared_vocabulary(config, llm, slm),
+    )
+    key = jax.random.key(0)
+    trained = jax.eval_shape(system.init, key)
+    adapted: tuple[Any, Params, Params] = system, trained, frozen
+    if settings.lora.rank:
+        lora = Lora(system, **settings.lora.to_dict())
+        adapters, base = jax.eval_shape(lora.split, trained, key)
+        adapted = lora, adapters, {"base": base, "inner": frozen}
+    return Plan(system, trained, frozen, adapted)
+
+
+def _model(config: ConfigDict, name: str) -> ModelConfig:
+    section = config[name]
+    if section.path:
+        if os.path.isdir(section.path):
+            return convert.read_config(section.path)
+        known = os.path.basename(os.path.normpath(section.path)).lower()
+        if known not in GEOMETRIES:
+            raise ValueError(
+                f"config.{name}.path={section.path!r}: neither a folder with a config.json nor the "
+                f"name of a published geometry, expected one of {', '.join(GEOMETRIES)}"
+            )
+        log.info("%s: no folder %s, planned with the published geometry", name, section.path)
+        return GEOMETRIES[known]
+    vocabulary = section.get("tokenizer", config.tokenizer).train_vocab_size
+    vocabulary = vocabulary or config.tokenizer.train_vocab_size
+    if not vocabulary:
+        vocabulary = 0 if name == "llm" or not config.llm.path else _model(config, "llm").vocab_size
+    if not vocabulary:
+        raise ValueError(
+            f"config.{name}: expected a path (a folder, or a published geometry), or "
+            "config.tokenizer.train_vocab_size above 0"
+        )
+    geometry = section.model.to_dict()
+    family = geometry.pop("family")
+    return make_config(family, vocab_size=vocabulary, pad_id=0, eos_id=1, **geometry)
+
+
+def _shared_vocabulary(config: ConfigDict, llm: ModelConfig, slm: ModelConfig) -> bool:
+    """Whether both have one tokenizer; without tokenizers, whether their sizes are equal."""
+    if config.slm.tokenizer.train_vocab_size:
+        return False
+    if not config.slm.path:
+        return True
+    try:
+        one, other = load_tokenizer(config.llm.path), load_tokenizer(config.slm.path)
+    except (OSError, ValueError):
+        return llm.vocab_size == slm.vocab_size
+    return one.fingerprint == other.fingerprint

@@ -1,0 +1,278 @@
+"""The programs that training and generation run, compiled for a slice, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from l2s_jax import optim, sharding, train
+from l2s_jax.decoding import engine
+from l2s_jax.decoding.loop import CHUNK
+from l2s_jax.decoding.search import Search
+from l2s_jax.plan.chips import Chip, Slice, parse_size
+from l2s_jax.plan.hlo import Collective, collectives
+from l2s_jax.plan.models import Plan
+
+PROGRAMS = ("train", "encode", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one run on one device: operations, bytes of memory read and written, collectives."""
+
+    flops: float
+    memory_bytes: float
+    collectives: tuple[Collective, ...]
+
+    def roofline(self, chip: Chip) -> dict[str, float]:
+        """Milliseconds that each would take at the chip's published rate."""
+        sent = sum(c.sent * c.times for c in self.collectives)
+        return {
+            "compute_ms": self.flops / chip.flops * 1e3,
+            "memory_ms": self.memory_bytes / chip.hbm * 1e3,
+            "network_ms": sent / (chip.links / 2) * 1e3,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program compiled for a slice; sizes in bytes on each device.
+
+    temporaries, peak and costs are None where the compiler gave up, or was not asked, because the
+    program cannot fit. A step of decode is one token of each row, of the others one batch.
+    """
+
+    batch_size: int
+    arguments: int
+    temporaries: int | None
+    peak: int | None
+    fits: bool
+    costs: Costs | None
+    compile_s: float
+
+
+class Compiler:
+    """Compiles the programs of one system for one mesh over a slice."""
+
+    def __init__(self, plan: Plan, config: ConfigDict, where: Slice, mesh: Mesh):
+        """Checks that all divides.
+
+        Raises:
+          ValueError: a parameter or a batch that does not divide into the mesh's axes.
+        """
+        self.plan, self.config, self.slice, self.mesh = plan, config, where, mesh
+        self._rows = sharding.batch_sharding(mesh)
+        self._replicated = NamedSharding(mesh, P())
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        for name, size in (
+            ("l2s.train.batch_size", config.l2s.train.batch_size // config.l2s.train.accumulation),
+            ("decoding.batch_size", config.decoding.batch_size),
+        ):
+            if size % ways:
+                raise ValueError(
+                    f"config.{name}: {size} rows at a time do not divide into {mesh_name(mesh)}, "
+                    f"where {ways} devices share a batch; expected a multiple of {ways}"
+                )
+        self._placed(plan.adapted[1])
+        self._trained, self._frozen = self._placed(plan.trained), self._placed(plan.frozen)
+
+    def compile(self, names: tuple[str, ...] = PROGRAMS) -> Iterator[tuple[str, Program]]:
+        """(name, program) of each of `names`, in the order of PROGRAMS."""
+        if "train" in names:
+            yield "train", self._train()
+        if set(names) - {"train"}:
+            for name, program in self._generation(names):
+                if name in names:
+                    yield name, program
+
+    def _train(self) -> Program:
+        system, params, frozen = self.plan.adapted
+        settings = self.config.l2s.train
+        optimizer = optim.optimizer(settings, params)
+        shardings = train.state_shardings(params, optimizer, settings, self.mesh)
+        step = train.make_step(system, optimizer, settings, self.config.seed, shardings)
+        state = train.abstract_state(params, optimizer, settings, shardings)
+        prompt, response = (max(sizes) for sizes in zip(*self.config.buckets, strict=True))
+        rows = settings.batch_size
+        batch = {}
+        for name, width in (("llm", prompt), ("response", response)):
+            batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
+            batch[f"{name}_mask"] = self._array((rows, width), bool)
+        arguments = (state, self._placed(frozen), batch)
+        program, _ = self._program(step, arguments, rows)
+        if program.costs and settings.accumulation > 1:
+            # The compiler counts a loop's body once. The rest of a step is small beside it.
+            costs = dataclasses.replace(
+                program.costs,
+                flops=program.costs.flops * settings.accumulation,
+                memory_bytes=program.costs.memory_bytes * settings.accumulation,
+            )
+            program = dataclasses.replace(program, costs=costs)
+        return program
+
+    def _generation(self, names: tuple[str, ...]) -> Iterator[tuple[str, Program]]:
+        system = self.plan.system
+        settings = self.config.decoding
+        rows, width = settings.batch_size, self.config.max_prompt_tokens
+        ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
+        weights = (self._trained, self._frozen)
+        choices = Search(**{**settings.search.to_dict(), "num_beams": 1, "num_return": 1})
+        static = {"max_new_tokens": settings.max_new_tokens, "search": choices}
+
+        encode = jax.jit(system.encode)
+        inputs = (*weights, ids, mask)
+        hidden = jax.eval_shape(encode, *inputs)
+        if "encode" in names:
+            program, compiled = self._program(encode, inputs, rows)
+            yield "encode", program
+            hidden = self._outputs(hidden, compiled)
+        else:
+            hidden = self._outputs(hidden, None)
+
+        start = jax.jit(lambda *arguments: engine.prefill(system, *arguments, **static))
+        inputs = (*inputs, hidden)
+        first = jax.eval_shape(start, *inputs)
+        program, compiled = self._program(start, inputs, rows)
+        yield "prefill", program
+        if "decode" not in names:
+            return
+        logits, cache, history = self._outputs(first, compiled)
+        loop = engine.make_loop(system, **static)
+        limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+        state = jax.eval_shape(loop.start, logits, cache, limits, seeds, history)
+        state = self._outputs(state, None).replace(cache=cache)
+        yield "decode", self._decode(loop, state, rows)
+
+    def _decode(self, loop: Any, state: Any, rows: int) -> Program:
+        """One chunk; its costs are those of one more token.
+
+        The compiler counts a loop's body once, along with what it moved out of the loop. Two bodies
+        in a turn, less one, are one body.
+        """
+
+        def chunk(unroll: int) -> Callable[..., Any]:
+            return jax.jit(
+                lambda trained, state: loop.advance(trained, state, unroll), donate_argnums=1
+            )
+
+        arguments = (self._trained, state)
+        program, compiled = self._program(chunk(1), arguments, rows)
+        if compiled is None:
+            return program
+        twice, _ = self._program(chunk(2), arguments, rows)
+        once, more = program.costs, twice.costs
+        if more is None:
+            return program
+        per_token = tuple(c for c in once.collectives if c.times >= CHUNK)
+        costs = Costs(
+            flops=more.flops - once.flops,
+            memory_bytes=more.memory_bytes - once.memory_bytes,
+            collectives=tuple(c._replace(times=c.times // CHUNK) for c in per_token),
+        )
+        return dataclasses.replace(program, costs=costs)
+
+    def _program(
+        self, function: Any, arguments: tuple, rows: int
+    ) -> tuple[Program, jax.stages.Compiled | None]:
+        size = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
+        if size > self.slice.capacity:
+            return Program(rows, size, None, None, False, None, 0.0), None
+        began = time.perf_counter()
+        try:
+            with jax.set_mesh(self.mesh):
+                compiled = function.lower(*arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            seconds = time.perf_counter() - began
+            peak = _peak_in(str(error))
+            return Program(rows, size, None, peak, False, None, seconds), None
+        seconds = time.perf_counter() - began
+        memory = compiled.memory_analysis()
+        temporaries = memory.temp_size_in_bytes
+        peak = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + temporaries
+            + memory.generated_code_size_in_bytes
+        )
+        counted = compiled.cost_analysis()
+        costs = Costs(
+            flops=counted.get("flops", 0.0),
+            memory_bytes=counted.get("bytes accessed", 0.0),
+            collectives=tuple(collectives(compiled.as_text())),
+        )
+        arguments_bytes = memory.argument_size_in_bytes
+        fits = peak <= self.slice.capacity
+        return (
+            Program(rows, arguments_bytes, temporaries, peak, fits, costs, seconds),
+            compiled,
+        )
+
+    def _placed(self, params: Any) -> Any:
+        """Parameters with the shardings of the rules."""
+        shardings = sharding.parameter_shardings(params, self.mesh)
+
+        def place(path: tuple, leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+            for size, axis in zip(leaf.shape, where.spec, strict=False):
+                if axis and size % self.mesh.shape[axis]:
+                    raise ValueError(
+                        f"{mesh_name(self.mesh)}: {sharding.path_name(path)} {list(leaf.shape)} "
+                        f"does not divide into {axis}={self.mesh.shape[axis]}; expected a divisor "
+                        f"of {size}"
+                    )
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree_util.tree_map_with_path(place, params, shardings)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
+
+    def _outputs(self, tree: Any, compiled: jax.stages.Compiled | None) -> Any:
+        """What a program gives as the next one takes it: where the compiler leaves it.
+
+        Without a program, rows lie where those of its batch do.
+        """
+        rows = self.config.decoding.batch_size
+
+        def where(leaf: Any) -> NamedSharding:
+            if rows in leaf.shape:
+                axes = [None] * leaf.shape.index(rows)
+                return NamedSharding(self.mesh, P(*axes, ("data", "fsdp")))
+            return self._replicated
+
+        shardings = compiled.output_shardings if compiled else jax.tree.map(where, tree)
+        return jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            tree,
+            shardings,
+        )
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """As in the command line: mesh data=4, fsdp=2, tensor=1."""
+    return "mesh " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of an abstract array on each device that holds a part of it."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+
+
+def _peak_in(message: str) -> int | None:
+    """Bytes that the compiler found a program to need, from its refusal."""
+    if found := re.search(r"(?:Used|\() ?([\d.]+[KMGT]) ?(?:of|\))", message):
+        return parse_size(found[1])
+    return None

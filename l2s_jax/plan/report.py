@@ -1,0 +1,184 @@
+"""plan.json and plan.md: what was compiled, whether it fits, and what it would cost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from l2s_jax.plan.chips import Slice
+from l2s_jax.plan.programs import Program
+
+NOTES = """\
+- Sizes, FLOPs and collectives are those of one device. *Peak* is arguments, temporaries, results
+  that are not written over arguments, and code; *capacity* is what the compiler may fill.
+- FLOPs and bytes are the compiler's own count (`cost_analysis`). It counts a loop's body once: a
+  training step is multiplied by its accumulation, and decode is one step of its loop, one token of
+  each row. A collective in a loop counts as often as the loop turns.
+- The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
+  chip's published rate, all links of a chip at once in one direction. A real step takes longer.
+- Weights are float32 in memory, as training and generation hold them.
+"""
+
+
+def program_report(program: Program, where: Slice) -> dict[str, Any]:
+    """A program's entry in plan.json; null where the compiler gave nothing."""
+    report: dict[str, Any] = {
+        "fits": program.fits,
+        "batch_size": program.batch_size,
+        "bytes_per_chip": {
+            "arguments": program.arguments,
+            "temporaries": program.temporaries,
+            "peak": program.peak,
+            "capacity": where.capacity,
+        },
+        "flops": None,
+        "bytes_accessed": None,
+        "collectives": {},
+        "roofline_ms": None,
+        "compile_s": round(program.compile_s, 2),
+    }
+    if not program.costs:
+        return report
+    report["flops"] = program.costs.flops
+    report["bytes_accessed"] = program.costs.memory_bytes
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for one in program.costs.collectives:
+        kinds[one.kind]["count"] += one.times
+        kinds[one.kind]["bytes"] += one.bytes * one.times
+    report["collectives"] = dict(sorted(kinds.items()))
+    if where.chip:
+        times = program.costs.roofline(where.chip)
+        bound = max(times, key=times.__getitem__)
+        report |= {"roofline_ms": times[bound], "bound": bound.removesuffix("_ms"), **times}
+    return report
+
+
+def throughput(
+    programs: dict[str, Any], config: ConfigDict, chips: int, price: float | None
+) -> dict[str, Any]:
+    """Tokens per second at the roofline, and dollars per million of them at `price` a chip-hour.
+
+    train: prompt and response tokens of full batches. generate: new tokens, all of them decoded.
+    """
+
+    def milliseconds(name: str) -> float | None:
+        return programs.get(name, {}).get("roofline_ms")
+
+    rates = {}
+    if step := milliseconds("train"):
+        tokens = config.l2s.train.batch_size * sum(
+            max(b) for b in zip(*config.buckets, strict=True)
+        )
+        rates["train"] = tokens / step * 1e3
+    parts = [milliseconds(name) for name in ("encode", "prefill", "decode")]
+    if all(parts):
+        new = config.decoding.max_new_tokens
+        total = parts[0] + parts[1] + parts[2] * (new - 1)
+        rates["generate"] = config.decoding.batch_size * new / total * 1e3
+    result = {}
+    for name, rate in rates.items():
+        result[name] = {"tokens_per_s": rate}
+        if price is not None:
+            result[name]["dollars_per_million_tokens"] = price * chips / 3600 / rate * 1e6
+    return result
+
+
+def describe(where: Slice, mesh: Mesh) -> dict[str, Any]:
+    """The head of a plan."""
+    report: dict[str, Any] = {
+        "topology": where.topology,
+        "chips": where.chips,
+        "mesh": dict(mesh.shape),
+    }
+    if where.chip:
+        report["chip"] = {
+            "flops_per_s": where.chip.flops,
+            "memory_bytes_per_s": where.chip.hbm,
+            "link_bytes_per_s": where.chip.links,
+            "source": where.chip.source,
+        }
+    return report
+
+
+def write(report: dict[str, Any], workdir: str) -> str:
+    """Writes DIR/plan.json and DIR/plan.md; gives the latter's text."""
+    os.makedirs(workdir, exist_ok=True)
+    text = markdown(report)
+    for name, content in (("plan.json", json.dumps(report, indent=2) + "\n"), ("plan.md", text)):
+        temporary = os.path.join(workdir, f".{name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.replace(temporary, os.path.join(workdir, name))
+    return text
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """plan.md."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    model = report["model"]
+    lines = [
+        f"# Plan for {report['topology']}",
+        "",
+        f"{report['chips']} chips, mesh {mesh}. {model['llm_parameters']:,} frozen parameters of "
+        f"the LLM, {model['trained_parameters']:,} trained, {model['dtype']}.",
+    ]
+    if "chip" in report:
+        chip = report["chip"]
+        lines += [
+            "",
+            f"A chip: {chip['flops_per_s'] / 1e12:g} TFLOP/s in bfloat16, "
+            f"{chip['memory_bytes_per_s'] / 1e9:g} GB/s of memory, "
+            f"{chip['link_bytes_per_s'] / 1e9:g} GB/s of links in both directions "
+            f"({chip['source']}).",
+        ]
+    lines += [
+        "",
+        "| program | rows | fits | arguments GiB | temporaries GiB | peak GiB | capacity GiB "
+        "| GFLOP | GB accessed | roofline ms | bound by | compile s |",
+        "|" + "---|" * 12,
+    ]
+    for name, program in report["programs"].items():
+        size = program["bytes_per_chip"]
+        cells = [name, str(program["batch_size"]), "yes" if program["fits"] else "**no**"]
+        names = ("arguments", "temporaries", "peak", "capacity")
+        cells += [_number(size[key], 2**30) for key in names]
+        cells += [_number(program["flops"], 1e9), _number(program["bytes_accessed"], 1e9)]
+        cells += [_number(program["roofline_ms"], 1), program.get("bound", "-")]
+        lines.append("| " + " | ".join([*cells, f"{program['compile_s']:.0f}"]) + " |")
+    lines += ["", "| program | collective | count | MB |", "|---|---|---|---|"]
+    for name, program in report["programs"].items():
+        for kind, one in program["collectives"].items():
+            lines.append(f"| {name} | {kind} | {one['count']} | {one['bytes'] / 1e6:.2f} |")
+    for name, one in report["throughput"].items():
+        cost = one.get("dollars_per_million_tokens")
+        money = "" if cost is None else f", ${cost:.4f} per million tokens"
+        lines += ["", f"{name}: at most {one['tokens_per_s']:,.0f} tokens/s{money}."]
+    if report.get("meshes_with_room"):
+        lines += [
+            "",
+            "What does not fit here: the weights, and in training the optimizer's state, take less "
+            "than the capacity of a chip with",
+            "",
+            *(f"- {one}" for one in report["meshes_with_room"]),
+        ]
+    if report.get("sweep"):
+        lines += ["", "## Sweep", "", "| for | data | fsdp | tensor | rows | tokens/s | peak GiB |"]
+        lines.append("|" + "---|" * 7)
+        for name, rows in report["sweep"].items():
+            for row in rows:
+                shape = " | ".join(str(size) for size in row["mesh"].values())
+                rate = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "-"
+                lines.append(
+                    f"| {name} | {shape} | {row['batch_size']} | {rate} "
+                    f"| {_number(row['peak'], 2**30)} |"
+                )
+    return "\n".join([*lines, "", NOTES])
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:,.3g}"

@@ -1,0 +1,303 @@
+"""Plans: real TPU programs compiled without a TPU, against figures worked out here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from l2s_jax import optim, sharding, train
+from l2s_jax.config import default
+from l2s_jax.plan import hlo
+from l2s_jax.plan.chips import CHIPS, open_slice, parse_size
+from l2s_jax.plan.command import plan
+from l2s_jax.plan.models import make_plan
+from l2s_jax.plan.programs import Costs
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 1 << 30
+
+
+def small_config(**mesh: int) -> ConfigDict:
+    config = default()
+    config.tokenizer.train_vocab_size = 64
+    for section in (config.llm, config.slm):
+        section.model.update(
+            width=32,
+            num_heads=2,
+            head_width=16,
+            feed_forward_width=64,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+        )
+    config.max_prompt_tokens = config.max_response_tokens = 16
+    config.buckets = ((16, 16),)
+    config.l2s.train.batch_size = 16
+    config.decoding.update(batch_size=16, max_new_tokens=9)
+    config.mesh.update(**{"data": 1, "fsdp": 1, "tensor": 1, **mesh})
+    return config
+
+
+def planned(config: ConfigDict, directory: Path, topology: str, **settings) -> dict:
+    plan(config, str(directory), topology, **settings)
+    return json.loads((directory / "plan.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def v5e(tmp_path_factory) -> tuple[ConfigDict, dict, str]:
+    config = small_config(data=2, fsdp=2)
+    directory = tmp_path_factory.mktemp("v5e")
+    report = planned(config, directory, "v5e:2x2", price=1.2)
+    return config, report, (directory / "plan.md").read_text()
+
+
+def test_all_programs_compile_for_v5e_and_fit(v5e):
+    _, report, text = v5e
+    assert (report["topology"], report["chips"]) == ("v5e:2x2", 4)
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert list(report["programs"]) == ["train", "encode", "prefill", "decode"]
+    for name, program in report["programs"].items():
+        size = program["bytes_per_chip"]
+        assert program["fits"], name
+        assert size["arguments"] < size["peak"] < size["capacity"] == int(15.75 * GIB)
+        assert program["flops"] > 0 and program["roofline_ms"] > 0 and program["compile_s"] > 0
+        assert f"| {name} | 16 | yes |" in text
+    cost, rate = (
+        report["throughput"]["generate"][key]
+        for key in ("dollars_per_million_tokens", "tokens_per_s")
+    )
+    assert cost == pytest.approx(1.2 * 4 / 3600 / rate * 1e6)
+
+
+def test_argument_bytes_are_the_sum_of_the_shards(v5e):
+    config, report, _ = v5e
+    models = make_plan(config, "tpu")
+    settings = config.l2s.train
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+    trained, frozen = models.trained, models.frozen
+
+    def held(tree, shardings):
+        leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+        return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
+
+    optimizer = optim.optimizer(settings, trained)
+    shardings = train.state_shardings(trained, optimizer, settings, mesh)
+    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, settings), trained)
+    batch = 4 * 16 * (2 * 4 + 2)  # rows here, tokens, two int32 ids and two masks
+    expected = held(state, shardings) + batch
+    expected += held(frozen, sharding.parameter_shardings(frozen, mesh))
+    found = report["programs"]["train"]["bytes_per_chip"]["arguments"]
+    # On a TPU small arrays are padded to whole tiles; nothing is smaller than it is.
+    assert expected <= found
+
+
+def test_flops_and_collectives_of_a_known_matrix_product():
+    where = open_slice("v5e:2x2")
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 4}), where.devices)
+
+    def array(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*axes)))
+
+    x, w = array((512, 2048), None, "tensor"), array((2048, 1024), "tensor", None)
+    product = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, P()))
+    compiled = product.lower(x, w).compile()
+    assert compiled.cost_analysis()["flops"] == pytest.approx(2 * 512 * 2048 * 1024 / 4, rel=0.05)
+    found = hlo.collectives(compiled.as_text())
+    # Each device has a part of every sum: all are added up, in one operation or two.
+    sent = sum(one.sent * one.times for one in found)
+    width = 2 if "bf16" in compiled.as_text().split("all-reduce(")[0][-200:] else 4
+    assert {one.kind for one in found} <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert sent == pytest.approx(2 * 3 / 4 * 512 * 1024 * width, rel=0.5)
+    times = Costs(197e12, 819e9, tuple(found)).roofline(CHIPS["v5e"])
+    assert times["compute_ms"] == times["memory_ms"] == 1000
+    assert times["network_ms"] == pytest.approx(sent / 200e9 * 1e3)
+
+
+@pytest.mark.parametrize(("topology", "gib"), [("v5p:2x2x1", 95.74), ("v6e:2x2", 31.25)])
+def test_other_chips(topology, gib, tmp_path):
+    report = planned(small_config(data=4), tmp_path, topology, programs=["encode"])
+    assert list(report["programs"]) == ["encode"]
+    assert report["programs"]["encode"]["fits"]
+    assert report["programs"]["encode"]["bytes_per_chip"]["capacity"] == int(gib * GIB)
+    assert report["chip"]["source"].startswith("https://docs.cloud.google.com/tpu/docs/v")
+
+
+def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):
+    config = small_config(data=4)
+    config.llm.model.update(width=8192, feed_forward_width=65536, num_encoder_layers=8)
+    report = planned(config, tmp_path, "v5e:2x2", programs=["encode"])
+    program = report["programs"]["encode"]
+    size = program["bytes_per_chip"]
+    assert not program["fits"] and size["arguments"] > size["capacity"]
+    assert program["flops"] is None and program["roofline_ms"] is None
+    weights = 8 * 2 * 8192 * 65536 * 4
+    assert size["arguments"] > weights
+    assert any("tensor=4" in mesh for mesh in report["meshes_with_room"])
+    assert not any("data=4" in mesh for mesh in report["meshes_with_room"])
+    assert "**no**" in (tmp_path / "plan.md").read_text()
+
+
+def test_cpu_devices_and_the_sweep(tmp_path):
+    config = small_config(data=4)
+    report = planned(
+        config, tmp_path, "cpu:4", programs=["encode"], sweep=True, batch_sizes=[8, 16]
+    )
+    program = report["programs"]["encode"]
+    models = make_plan(config, "cpu")
+    weights = sum(x.size * 4 for x in jax.tree.leaves(models.frozen))
+    # Rows over four devices, weights on each; jit leaves out what a program does not read.
+    assert program["bytes_per_chip"]["arguments"] == weights + 4 * 16 * (4 + 1)
+    assert program["roofline_ms"] is None  # no published rates
+    rows = report["sweep"]["generate"]
+    assert {row["batch_size"] for row in rows} == {8, 16}
+    # tensor=4 does not divide two heads of 16, but the kernels it does: 4 = d * f * t in 6 ways.
+    assert len({tuple(row["mesh"].values()) for row in rows}) == 6
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_turns():
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 4}), jax.devices()[:4])
+    w = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "tensor")))
+
+    def loop(w, x):
+        spread = NamedSharding(mesh, P(None, "tensor"))
+        body = lambda x, _: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), spread), None)  # noqa: E731
+        return jax.lax.scan(body, x, length=7)[0]
+
+    found = hlo.collectives(jax.jit(loop).lower(w, x).compile().as_text())
+    assert sum(one.times for one in found) == 7
+    assert {one.group for one in found} == {4}
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "size", "group"),
+    [
+        ("%a = bf16[256,1024]{1,0} all-gather(%x), replica_groups=[4,4]<=[16]", 0, 524288, 4),
+        ("%a = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}", 1, 32, 2),
+        ("%a = f32[8]{0} reduce-scatter(%x), replica_groups={{0,1,2}}", 2, 96, 3),
+        (
+            "%a = bf16[] all-reduce(%x), replica_groups=mesh['a'=4,'b'=2] {'a','b'}",
+            1,
+            2,
+            8,
+        ),
+        (
+            "%a = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}",
+            0,
+            64,
+            4,
+        ),
+        (
+            "%a = (bf16[2,1]{1,0}, bf16[2,1]{1,0}, u32[]) collective-permute-start(%x), "
+            "source_target_pairs={{0,1}}",
+            4,
+            4,
+            2,
+        ),
+    ],
+)
+def test_collectives_are_read_from_text(line, kind, size, group):
+    found = hlo.collectives(f"ENTRY %main (x: f32[1]) -> f32[1] {{\n  {line}\n}}\n")
+    assert found == [hlo.Collective(hlo.KINDS[kind], size, group, 1)]
+
+
+def test_sizes():
+    assert parse_size("15.75G") == 15.75 * GIB
+    assert parse_size("512") == 512
+
+
+def test_a_folder_with_only_its_config_is_enough(tmp_path):
+    folder = tmp_path / "any"
+    folder.mkdir()
+    fields = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 3, "vocab_size": 64}
+    (folder / "config.json").write_text(json.dumps(fields))
+    config = small_config()
+    config.llm.path, config.llm.layer = str(folder), 2.0
+    config.slm.path = "checkpoints/t5-small"  # not there: the published geometry
+    models = make_plan(config, "cpu")
+    assert set(models.frozen) >= {"layers_0", "layers_1"} and "layers_2" not in models.frozen
+    assert models.system.slm_config.width == 512
+    assert not models.system.shared_vocabulary
+
+
+def test_published_geometries_have_their_published_sizes():
+    config = default()
+    config.llm.path, config.slm.path = "flan-t5-xxl", "t5-base"
+    models = make_plan(config, "tpu")
+    count = sum(x.size for x in jax.tree.leaves(models.frozen))
+    # Of the 11.3B parameters (arXiv 2210.11416, table 1: 11B) the encoder and the embedding.
+    assert 4.5e9 < count < 5e9 and models.system.shared_vocabulary
+    config.llm.path, config.slm.path = "llama-3-70b", "qwen3-0.6b"
+    models = make_plan(config, "tpu")
+    head = 128256 * 8192
+    assert sum(x.size for x in jax.tree.leaves(models.frozen)) + head == pytest.approx(
+        70.55e9, 1e-3
+    )
+    assert "prompt_map" in models.trained and not models.system.shared_vocabulary
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "expected --topology"),
+        (["--topology=v9:2x2"], "libtpu has no such slice (Invalid TPU external name: TPU v9)"),
+        (["--topology=v5e:3x5"], "larger ones in whole hosts of 2x2"),
+        (["--topology=v5e"], "expected KIND:SHAPE, such as v5e:4x4"),
+        (["--topology=cpu:999"], "8 CPU devices already; expected at most cpu:8"),
+        (["--topology=v5e:2x2", "--config.mesh.data=3"], "must be the number of devices, 4"),
+        (["--topology=cpu:8", "--config.decoding.batch_size=12"], "expected a multiple of 8"),
+        (["--topology=cpu:8", "--programs=fly"], "expected some of train,encode,prefill,decode"),
+        (["--topology=cpu:8", "--price=-1"], "expected dollars per chip-hour"),
+        (["--topology=cpu:8", "--batch_sizes=a"], "expected numbers above 0"),
+        (
+            ["--topology=cpu:8", "--config.llm.path=nowhere", "--config.llm.train.steps=0"],
+            "neither a folder with a config.json nor the name of a published geometry",
+        ),
+        (
+            ["--topology=cpu:3", "--config.decoding.batch_size=9", "--config.mesh.data=1",
+             "--config.mesh.tensor=3", "--config.l2s.train.batch_size=9"],
+            "does not divide into tensor=3",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
+    config = tiny.write_task(tmp_path / "task")
+    workdir = tmp_path / "work"
+    assert tiny.run("--mode=plan", f"--config={config}", f"--workdir={workdir}", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not workdir.exists()
+
+
+def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"libtpu.*not installed.*l2s-jax\[tpu\]"):
+        open_slice("v5e:2x2")
+
+
+def test_the_command_makes_its_own_cpu_devices(tmp_path):
+    """In a process that was started with one."""
+    config = tiny.write_task(tmp_path / "task")
+    command = [sys.executable, "-m", "l2s_jax.main", "--mode=plan", f"--config={config}"]
+    command += [f"--workdir={tmp_path}", "--topology=cpu:16", "--programs=encode"]
+    command += ["--config.decoding.batch_size=16", "--config.l2s.train.batch_size=16"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={"PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["chips"] == 16 and report["mesh"]["data"] == 16
+    assert np.isfinite(report["programs"]["encode"]["flops"])
