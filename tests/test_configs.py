@@ -78,6 +78,30 @@ CHECKPOINTS = {
         2_849_757_184,
         "t5",
     ),
+    "checkpoints/flan-t5-xxl": (
+        dataclasses.replace(
+            _T5_LARGE,
+            width=4096,
+            num_heads=64,
+            feed_forward_width=10240,
+            activation="gated_gelu",
+            tied_head=False,
+        ),
+        11_135_332_352,
+        "t5",
+    ),
+    "checkpoints/llama-3-70b": (
+        LlamaConfig(
+            vocab_size=128_256,
+            width=8192,
+            num_heads=64,
+            num_kv_heads=8,
+            feed_forward_width=28_672,
+            num_layers=80,
+        ),
+        70_553_706_496,
+        "llama3",
+    ),
     "checkpoints/gpt2": (GPT2Config(), 124_439_808, "gpt2"),
     # One more row than GPT-2 for a padding token.
     "checkpoints/lamini-gpt-124m": (GPT2Config(vocab_size=50_258), 124_440_576, "lamini"),
