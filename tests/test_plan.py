@@ -117,9 +117,9 @@ def test_flops_and_collectives_of_a_known_matrix_product():
     found = hlo.collectives(compiled.as_text())
     # Each device has a part of every sum: all are added up, in one operation or two.
     sent = sum(one.sent * one.times for one in found)
-    width = 2 if "bf16" in compiled.as_text().split("all-reduce(")[0][-200:] else 4
     assert {one.kind for one in found} <= {"all-reduce", "reduce-scatter", "all-gather"}
-    assert sent == pytest.approx(2 * 3 / 4 * 512 * 1024 * width, rel=0.5)
+    # In bfloat16 or, before it is rounded, in float32.
+    assert sent in [2 * 3 / 4 * 512 * 1024 * width for width in (2, 4)]
     times = Costs(197e12, 819e9, tuple(found)).roofline(CHIPS["v5e"])
     assert times["compute_ms"] == times["memory_ms"] == 1000
     assert times["network_ms"] == pytest.approx(sent / 200e9 * 1e3)

@@ -21,6 +21,7 @@ NOTES = """\
   each row. A collective in a loop counts as often as the loop turns.
 - The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
   chip's published rate, all links of a chip at once in one direction. A real step takes longer.
+- Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
 - Weights are float32 in memory, as training and generation hold them.
 """
 

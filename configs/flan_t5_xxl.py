@@ -1,7 +1,7 @@
 r"""Alpaca instructions: Flan-T5-XXL encodes, T5-base decodes; one vocabulary.
 
-    python -m l2s_jax.main --config=configs/flan_t5_xxl_t5_base.py --workdir=runs/flan_t5_xxl_t5_base
-    python -m l2s_jax.main --mode=plan --config=configs/flan_t5_xxl_t5_base.py \
+    python -m l2s_jax.main --config=configs/flan_t5_xxl.py --workdir=runs/flan_t5_xxl
+    python -m l2s_jax.main --mode=plan --config=configs/flan_t5_xxl.py \
         --workdir=runs/plan --topology=v5e:4x4
 
 As alpaca_gpt2.py, with checkpoints/flan-t5-xxl (huggingface.co/google/flan-t5-xxl) as the LLM and
@@ -15,7 +15,7 @@ from configs import alpaca_gpt2
 
 def get_config() -> ConfigDict:
     config = alpaca_gpt2.get_config()
-    config.task.name = "flan_t5_xxl_t5_base"
+    config.task.name = "flan_t5_xxl"
     config.llm.path = "checkpoints/flan-t5-xxl"
     config.slm.path = "checkpoints/t5-base"
     config.l2s.train.batch_size = config.decoding.batch_size = 256
