@@ -130,6 +130,9 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
 
 
 def _job() -> contextlib.AbstractContextManager[None]:
+    if _MODE.value == "plan":
+        # One process does it, and says how many devices it has before JAX asks for them.
+        return contextlib.nullcontext()
     from l2s_jax import distributed
 
     return distributed.job(

@@ -109,6 +109,21 @@ def optimizer_shardings(
     )
 
 
+def split_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...] with its rows where those of a batch lie, in a program for a mesh.
+
+    Without it, the compiler may leave parameters that `fsdp` splits where they are, split the
+    activations along their width too, and add up those of the whole batch over all devices. Nothing
+    changes without `jax.set_mesh`, or where the rows do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    if ways == 1 or x.shape[0] % ways:
+        return x
+    rest = [P.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *rest))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`."""
     return NamedSharding(mesh, P(("data", "fsdp")))

@@ -142,7 +142,7 @@ def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):
     size = program["bytes_per_chip"]
     assert not program["fits"] and size["arguments"] > size["capacity"]
     assert program["flops"] is None and program["roofline_ms"] is None
-    weights = 8 * 2 * 8192 * 65536 * 4
+    weights = 8 * 2 * 8192 * 65536 * 2  # in bfloat16
     assert size["arguments"] > weights
     assert any("tensor=4" in mesh for mesh in report["meshes_with_room"])
     assert not any("data=4" in mesh for mesh in report["meshes_with_room"])
@@ -259,6 +259,7 @@ def test_published_geometries_have_their_published_sizes():
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must be the number of devices, 4"),
         (["--topology=cpu:8", "--config.decoding.batch_size=12"], "expected a multiple of 8"),
         (["--topology=cpu:8", "--programs=fly"], "expected some of train,encode,prefill,decode"),
+        (["--topology=cpu:8", "--config.decoding.weights=int8"], "expected 'float', for which"),
         (["--topology=cpu:8", "--price=-1"], "expected dollars per chip-hour"),
         (["--topology=cpu:8", "--batch_sizes=a"], "expected numbers above 0"),
         (

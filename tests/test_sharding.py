@@ -12,7 +12,18 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax import optim, train
-from l2s_jax.sharding import RULES, make_mesh, parameter_shardings, path_name, put_batch
+from l2s_jax.models.families import make_module
+from l2s_jax.models.gpt2 import GPT2Config
+from l2s_jax.models.systems import LanguageModel, parameter_count
+from l2s_jax.plan.hlo import collectives
+from l2s_jax.sharding import (
+    RULES,
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    path_name,
+    put_batch,
+)
 
 DEVICES = 8
 MESHES = {"data": (8, 1, 1), "all": (2, 2, 2)}
@@ -163,6 +174,47 @@ def test_the_new_state_lies_where_the_rules_say(sizes):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
             split = [mesh.shape[axis] for axis in sharding.spec if axis]
             assert leaf.addressable_shards[0].data.size == leaf.size // int(np.prod(split))
+
+
+@pytest.mark.parametrize("family", ["T5", "GPT-2"])
+def test_parameters_are_gathered_and_activations_stay_where_their_rows_are(family):
+    if family == "T5":
+        config = small.t5_config(num_encoder_layers=3)
+    else:
+        config = GPT2Config(
+            vocab_size=small.VOCABULARY, width=16, num_heads=2, feed_forward_width=32, num_layers=3
+        )
+    system = LanguageModel("llm", config)
+    mesh = small.mesh_of(fsdp=DEVICES)
+    params = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        abstract(system),
+        parameter_shardings(abstract(system), mesh),
+    )
+    rows, length = 64, 32
+    ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=batch_sharding(mesh))
+    mask = jax.ShapeDtypeStruct((rows, length), bool, sharding=batch_sharding(mesh))
+    name = "encode" if family == "T5" else "hidden_states"
+    module = make_module(config)
+
+    def run(params, ids, mask):
+        embedded = module.apply({"params": params["llm"]}, ids, method="embed")
+        return module.apply({"params": params["llm"]}, embedded, mask, method=name)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run).lower(params, ids, mask).compile()
+    assert compiled.output_shardings.is_equivalent_to(batch_sharding(mesh), 3)
+    moved = collectives(compiled.as_text())
+    weights = 4 * parameter_count(params)
+    activations = 4 * rows * length * config.width
+    gathered = [one for one in moved if one.kind == "all-gather"]
+    assert 0 < sum(one.bytes * one.times for one in gathered) <= weights < activations
+    # Layer by layer, not all at once.
+    assert max(one.bytes for one in gathered) < weights / 4
+    # Embedded rows, of which a split table gives each device some columns, may go to their device.
+    others = [one for one in moved if one.kind != "all-gather"]
+    assert {one.kind for one in others} <= {"all-to-all"}
+    assert sum(one.bytes * one.times for one in others) <= activations / DEVICES
 
 
 def test_a_batch_is_split_over_data_and_fsdp():

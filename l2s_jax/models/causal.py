@@ -18,6 +18,7 @@ from flax import linen as nn
 from l2s_jax.models.cache import CausalCache, KeyValue, write_position
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.sharding import split_rows
 
 
 class CausalAttention(nn.Module):
@@ -130,12 +131,14 @@ class CausalModel(nn.Module):
     ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
         """All of [B, T, D] at once, slots in order under bool mask [B, T]."""
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
+        x = split_rows(x)
         slots = jnp.arange(x.shape[1])
         visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])
         biases = _biases(self.config.windows, visible, positions, positions)
         held = []
         for layer, bias in list(zip(self.layers, biases, strict=True))[:num_layers]:
             x, key_value = layer(x, positions, bias, deterministic=deterministic)
+            x = split_rows(x)
             held.append(key_value)
         return x, tuple(held)
 
@@ -222,10 +225,11 @@ class CausalModel(nn.Module):
         positions = update(cache.positions, position, cache.index, axis=1)
         mask = update(cache.mask, jnp.ones_like(position, bool), cache.index, axis=1)
         biases = _biases(self.config.windows, mask[:, None, :], position, positions)
-        x = self.enter(self.embed(token[:, None]), position)
+        x = split_rows(self.enter(self.embed(token[:, None]), position))
         written = []
         for layer, bias, held in zip(self.layers, biases, cache.layers, strict=True):
             x, key_value = layer(x, position, bias, held, cache.index)
+            x = split_rows(x)
             written.append(key_value)
         cache = CausalCache(
             index=cache.index + 1,

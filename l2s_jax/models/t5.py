@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, write_position
 from l2s_jax.models.layers import Attention, Dropout, Embedding, Linear, RMSNorm, mask_bias
+from l2s_jax.sharding import split_rows
 
 ACTIVATIONS = {
     "relu": (nn.relu, False),
@@ -215,9 +216,9 @@ class Encoder(nn.Module):
         """x [B, T, D], bool mask [B, T] -> float32 [B, T, D]."""
         positions = jnp.arange(x.shape[1])
         bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
-        x = self.dropout(x, deterministic=deterministic)
+        x = split_rows(self.dropout(x, deterministic=deterministic))
         for layer in self.layers:
-            x = layer(x, bias, deterministic)
+            x = split_rows(layer(x, bias, deterministic))
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
 
@@ -245,9 +246,10 @@ class Decoder(nn.Module):
         causal = positions[None, :] <= positions[:, None]
         bias = self.relative_bias(positions, positions) + mask_bias(causal)[None, None]
         cross_bias = mask_bias(mask)[:, None, None, :]
-        x = self.dropout(x, deterministic=deterministic)
+        x = split_rows(self.dropout(x, deterministic=deterministic))
         for layer, cross in zip(self.layers, self.cross_key_value(hidden), strict=True):
             x, _ = layer(x, bias, cross, cross_bias, deterministic=deterministic)
+            x = split_rows(x)
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
     def step(self, x: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
@@ -256,11 +258,13 @@ class Decoder(nn.Module):
         bias = self.relative_bias(cache.index[None], keys)
         bias = bias + mask_bias(keys <= cache.index)[None, None, None, :]
         cross_bias = mask_bias(cache.prompt_mask)[:, None, None, :]
+        x = split_rows(x)
         written = []
         for layer, own, cross in zip(
             self.layers, cache.self_attention, cache.cross_attention, strict=True
         ):
             x, key_value = layer(x, bias, cross, cross_bias, own, cache.index)
+            x = split_rows(x)
             written.append(key_value)
         cache = cache.replace(index=cache.index + 1, self_attention=tuple(written))
         return self.final_norm(x), cache

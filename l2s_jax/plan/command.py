@@ -49,6 +49,11 @@ def plan(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
         )
     train.check_config(config.l2s.train, "config.l2s.train")
+    if config.decoding.weights != "float":
+        raise ValueError(
+            f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "
+            "plans are made"
+        )
     where = open_slice(topology)
     mesh = make_mesh(config, where)
     models = make_plan(config, where.platform)

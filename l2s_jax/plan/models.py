@@ -15,6 +15,7 @@ from l2s_jax.config import compute_dtype
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
+from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.text import load_tokenizer
 
@@ -63,6 +64,7 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         )
     except ValueError as error:
         raise ValueError(f"config.llm.layer: {error}") from None
+    frozen = jax.eval_shape(lambda params: to_serve(params, encoder, "float"), frozen)
     system = LlmToSlm(
         llm_config=encoder,
         slm_config=slm,

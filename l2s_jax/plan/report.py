@@ -18,11 +18,13 @@ NOTES = """\
   that are not written over arguments, and code; *capacity* is what the compiler may fill.
 - FLOPs and bytes are the compiler's own count (`cost_analysis`). It counts a loop's body once: a
   training step is multiplied by its accumulation, and decode is one step of its loop, one token of
-  each row. A collective in a loop counts as often as the loop turns.
+  each row. A collective in a loop counts as often as the loop turns. Where the compiler makes a
+  loop of a product, FLOPs are the whole program's over the number of devices, and bytes too few.
 - The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
   chip's published rate, all links of a chip at once in one direction. A real step takes longer.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
-- Weights are float32 in memory, as training and generation hold them.
+- What is trained is float32 in memory; the frozen LLM and generation hold the weights of products
+  in the products' dtype.
 """
 
 
