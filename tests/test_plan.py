@@ -274,6 +274,7 @@ def test_published_geometries_have_their_published_sizes():
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
+    assert len(jax.devices()) == 8  # so many, now that JAX runs
     config = tiny.write_task(tmp_path / "task")
     workdir = tmp_path / "work"
     assert tiny.run("--mode=plan", f"--config={config}", f"--workdir={workdir}", *flags) == 2
