@@ -54,29 +54,9 @@ class _Ours:
     """One of our systems: "llm", "slm" or "l2s"."""
 
     def __init__(self, name: str, setup: Setup):
-        import jax
-
-        from l2s_jax import convert
-        from l2s_jax.config import compute_dtype
-        from l2s_jax.models.systems import LanguageModel, LlmToSlm
-
-        dtype = compute_dtype(setup.dtype)
-        if name == "l2s":
-            llm, frozen = convert.load_encoder(setup.llm, dtype=dtype)
-            slm, slm_params = convert.load(setup.slm, dtype=dtype)
-            same = llm.config.vocab_size == slm.config.vocab_size
-            self.system = LlmToSlm(
-                llm.config, slm.config, projector_width=slm.config.width, shared_vocabulary=same
-            )
-            params = jax.jit(self.system.init)(jax.random.key(0))
-            trained = {**params, "slm": {key: slm_params[key] for key in params["slm"]}}
-            self.vocab_size = llm.config.vocab_size
-        else:
-            module, params = convert.load(setup.llm if name == "llm" else setup.slm, dtype=dtype)
-            self.system, trained, frozen = LanguageModel(name, module.config), {name: params}, {}
-            self.vocab_size = module.config.vocab_size
-        trained, frozen = self.system.to_serve(trained, frozen)
-        self.trained, self.frozen = _put_away(trained), _put_away(frozen)
+        self.system, self.vocab_size, *params = _load(name, setup)
+        # Nothing but these holds the numbers that were read.
+        self.trained, self.frozen = map(_put_away, params)
 
     def prepare(self, case: Case) -> dict[str, float]:
         import jax.numpy as jnp
@@ -108,6 +88,30 @@ class _Ours:
 
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             self._stopwatch.run()
+
+
+def _load(name: str, setup: Setup) -> tuple[Any, int, dict[str, Any], dict[str, Any]]:
+    """(system, size of the prompts' vocabulary, trained, frozen), as generation holds them."""
+    import jax
+
+    from l2s_jax import convert
+    from l2s_jax.config import compute_dtype
+    from l2s_jax.models.systems import LanguageModel, LlmToSlm
+
+    dtype = compute_dtype(setup.dtype)
+    if name == "l2s":
+        llm, frozen = convert.load_encoder(setup.llm, dtype=dtype)
+        slm, slm_params = convert.load(setup.slm, dtype=dtype)
+        same = llm.config.vocab_size == slm.config.vocab_size
+        system = LlmToSlm(
+            llm.config, slm.config, projector_width=slm.config.width, shared_vocabulary=same
+        )
+        params = jax.jit(system.init)(jax.random.key(0))
+        trained = {**params, "slm": {key: slm_params[key] for key in params["slm"]}}
+        return system, llm.config.vocab_size, *system.to_serve(trained, frozen)
+    module, params = convert.load(setup.llm if name == "llm" else setup.slm, dtype=dtype)
+    system = LanguageModel(name, module.config)
+    return system, module.config.vocab_size, *system.to_serve({name: params}, {})
 
 
 def _put_away(params: dict[str, Any]) -> dict[str, Any]:

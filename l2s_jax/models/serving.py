@@ -36,7 +36,9 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
     def serve(path: tuple, leaf: Any) -> Any:
         owner, name = [key.key for key in path][-2:]
         if name == "kernel":
-            return quantize(leaf, 1) if weights == "int8" else leaf.astype(config.dtype)
+            if weights == "int8":
+                return quantize(leaf, 1)
+            return leaf.astype(config.dtype, copy=False)
         if weights == "int8" and owner == "token_embedding" and config.tied_head:
             return quantize(leaf, 0)
         return leaf
