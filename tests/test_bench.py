@@ -22,9 +22,12 @@ PUBLISHED = {
     "flan-t5-base": 247.6,
     "flan-t5-large": 783.2,
     "flan-t5-xl": 2849.8,
+    "flan-t5-xxl": 11135.3,
     "gpt2": 124.4,
     "pythia-160m": 162.3,
     "qwen3-0.6b": 596.0,
+    "qwen3-8b": 8190.7,
+    "llama-3-70b": 70553.7,
 }
 
 

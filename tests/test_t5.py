@@ -108,7 +108,7 @@ def test_encoder_and_logits_do_not_depend_on_padding(data):
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
+        for value in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
