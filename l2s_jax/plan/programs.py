@@ -138,6 +138,8 @@ class Compiler:
             hidden = self._outputs(hidden, compiled)
         else:
             hidden = self._outputs(hidden, None)
+        if not {"prefill", "decode"} & set(names):
+            return
 
         start = jax.jit(lambda *arguments: engine.prefill(system, *arguments, **static))
         inputs = (*inputs, hidden)
