@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -21,8 +22,16 @@ from ml_collections import ConfigDict
 
 from l2s_jax import distributed, losses, optim, sharding
 from l2s_jax.checkpoint import Checkpoints
+from l2s_jax.chips import chip_of
+from l2s_jax.flops import training_flops
 from l2s_jax.models.systems import Params, System
 from l2s_jax.progress import MetricWriter, NoWriter
+
+# What metrics.jsonl has of the clock: mean milliseconds of a step; real tokens of prompts and
+# responses per second, over all devices; operations per second and device, in 10**12, as flops.py
+# counts them, and their share of the chip's peak in bfloat16 (model FLOPs utilization), where that
+# is known; share of the time that the loop waited for batches; seconds of compilation so far.
+TIMES = ("step_ms", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "compile_s")
 
 
 @struct.dataclass
@@ -160,6 +169,21 @@ def make_step(
     )
 
 
+def step_flops(
+    system: System,
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, Any],
+    config: ConfigDict,
+) -> float:
+    """Operations of the products that one update on `batch` has to make, over all devices."""
+
+    def loss(params: Params, frozen: Params, batch: Mapping[str, Any]) -> jax.Array:
+        return batch_loss(system, params, frozen, batch, None, 0.0)[0]
+
+    return training_flops(loss, params, optim.trained_mask(config, params), frozen, batch)
+
+
 def abstract_state(
     params: Params,
     optimizer: optax.GradientTransformation,
@@ -268,13 +292,20 @@ def fit(
                 start_step=start + 1,
                 name=os.path.basename(directory),
             ) as writer:
-                reader = _MetricReader(writer, config.log_every, config.batch_size / len(rows))
+                meter = _Meter(writer, config, mesh, config.batch_size / len(rows))
+                flops: dict[Any, float] = {}
                 for step in range(start + 1, config.steps + 1):
-                    batch = next(batches)
-                    state, metrics = step_fn(state, frozen, put(batch))
-                    reader.dispatched(step, metrics, batch)
+                    with meter.waiting():
+                        batch = next(batches)
+                    placed = put(batch)
+                    shapes = tuple((name, value.shape) for name, value in placed.items())
+                    with meter.compiling(first=shapes not in flops):
+                        if shapes not in flops:
+                            flops[shapes] = step_flops(system, state.params, frozen, placed, config)
+                        state, metrics = step_fn(state, frozen, placed)
+                    meter.dispatched(step, metrics, batch, flops[shapes])
                     if step % config.evaluate_every == 0 or step == config.steps:
-                        reader.flush()
+                        meter.flush()
                         weights = _weights(state)
                         scores = validation_scores(score_fn, weights, frozen, validation)
                         writer.write(step, scores)
@@ -286,33 +317,66 @@ def fit(
                             config={"fingerprint": fingerprint, **config.to_dict()},
                             metrics=scores,
                         )
-                        reader.restart_clock()
+                        meter.restart()
         state, _ = _restore(checkpoints, checkpoints.best_step, abstract)
     return sharding.gather(_weights(state))
 
 
-class _MetricReader:
-    """Reads a step's metrics only once the next step is on its way, so that no device waits."""
+class _Meter:
+    """Reads a step's metrics only once the next step is on its way, so that no device waits.
 
-    def __init__(self, writer: MetricWriter | NoWriter, every: int, share: float):
+    Beside them it writes what a clock says of the steps since it last did (TIMES), compilation,
+    validation and checkpoints left out.
+    """
+
+    def __init__(
+        self, writer: MetricWriter | NoWriter, config: ConfigDict, mesh: Mesh, share: float
+    ):
         """`share`: how many times the rows of this process the whole batch is."""
         self._writer = writer
-        self._every = every
+        self._every = config.log_every
+        self._devices = mesh.size
+        self._chip = chip_of(mesh.devices.flat[0])
         self._share = share
+        self._compile_s = 0.0
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.restart_clock()
+        self.restart()
 
-    def restart_clock(self) -> None:
-        """Leaves what happened until now out of tokens_per_s."""
-        self._start, self._tokens = time.perf_counter(), 0
+    def restart(self) -> None:
+        """Leaves what happened until now out of the next values."""
+        self._start = time.perf_counter()
+        self._steps, self._tokens, self._flops, self._waited = 0, 0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def compiling(self, *, first: bool) -> Iterator[None]:
+        """Around the dispatch of a step; the first of its shape compiles before it."""
+        began = time.perf_counter()
+        yield
+        if first:
+            seconds = time.perf_counter() - began
+            self._compile_s += seconds
+            self._start += seconds
 
     def dispatched(
-        self, step: int, metrics: dict[str, jax.Array], batch: Mapping[str, np.ndarray]
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        batch: Mapping[str, np.ndarray],
+        flops: float,
     ) -> None:
-        """Takes note of a step that the device has been given."""
+        """Takes note of a step that the devices have been given."""
         self.flush()
         masks = (value for key, value in batch.items() if key.endswith("_mask"))
         self._tokens += sum(int(mask.sum()) for mask in masks)
+        self._steps += 1
+        self._flops += flops / self._devices
         if step % self._every == 0:
             self._pending = step, metrics
         self._writer.advance(step)
@@ -324,10 +388,21 @@ class _MetricReader:
         step, metrics = self._pending
         self._pending = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        self._writer.write(step, values | self._times())
+        self.restart()
+
+    def _times(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start
-        values["tokens_per_s"] = self._tokens * self._share / seconds
-        self._writer.write(step, values)
-        self.restart_clock()
+        times = {
+            "step_ms": seconds / self._steps * 1e3,
+            "tokens_per_s": self._tokens * self._share / seconds,
+            "tflops_per_device": self._flops / seconds / 1e12,
+            "data_wait": self._waited / seconds,
+            "compile_s": self._compile_s,
+        }
+        if self._chip:
+            times["mfu"] = self._flops / seconds / self._chip.flops
+        return times
 
 
 def _weights(state: TrainState) -> Params:

@@ -21,7 +21,7 @@ import tiny
 import train_child
 from safetensors.numpy import load_file
 
-from l2s_jax import distributed
+from l2s_jax import distributed, train
 from l2s_jax.data import toy
 from l2s_jax.peers import Peers
 
@@ -63,7 +63,7 @@ def ended(processes):
 
 def lines_of(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in train.TIMES} for line in lines]
 
 
 def assert_same_lines(directory, expected):

@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax import optim, sharding, train
+from l2s_jax.chips import CHIPS, chip_of
 from l2s_jax.config import default
 from l2s_jax.plan import hlo
-from l2s_jax.plan.chips import CHIPS, open_slice, parse_size
 from l2s_jax.plan.command import plan
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Costs
+from l2s_jax.plan.slices import open_slice, parse_size
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +133,7 @@ def test_other_chips(topology, gib, tmp_path):
     assert report["programs"]["encode"]["fits"]
     assert report["programs"]["encode"]["bytes_per_chip"]["capacity"] == int(gib * GIB)
     assert report["chip"]["source"].startswith("https://docs.cloud.google.com/tpu/docs/v")
+    assert chip_of(open_slice(topology).devices[0]) is CHIPS[topology.split(":")[0]]
 
 
 def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):

@@ -161,7 +161,7 @@ def lines_of(directory):
     """metrics.jsonl without what a clock measured."""
     with open(os.path.join(directory, "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in train.TIMES} for line in lines]
 
 
 def scores(name, params, validation):

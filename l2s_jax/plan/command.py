@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from l2s_jax import optim, sharding, train
 from l2s_jax.plan import report
-from l2s_jax.plan.chips import Slice, open_slice
 from l2s_jax.plan.models import Plan, make_plan
 from l2s_jax.plan.programs import PROGRAMS, Compiler, mesh_name, shard_bytes
+from l2s_jax.plan.slices import Slice, open_slice
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax import optim, sharding, train
+from l2s_jax.chips import Chip
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.decoding.search import Search
-from l2s_jax.plan.chips import Chip, Slice, parse_size
 from l2s_jax.plan.hlo import Collective, collectives
 from l2s_jax.plan.models import Plan
+from l2s_jax.plan.slices import Slice, parse_size
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
 

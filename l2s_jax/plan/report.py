@@ -10,8 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from l2s_jax.plan.chips import Slice
 from l2s_jax.plan.programs import Program
+from l2s_jax.plan.slices import Slice
 
 NOTES = """\
 - Sizes, FLOPs and collectives are those of one device. *Peak* is arguments, temporaries, results

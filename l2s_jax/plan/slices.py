@@ -1,4 +1,4 @@
-"""Slices to compile for: their devices, and what their chips can do.
+"""Slices to compile for, and what fits on their devices.
 
 The devices come from libtpu, which holds the TPU's whole compiler and needs no TPU for it.
 """
@@ -18,6 +18,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from l2s_jax.chips import CHIPS, Chip
+
 EXPECTED = "such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
 
 # libtpu asks a Google Cloud VM's metadata server for what these say, and waits where there is none.
@@ -30,27 +32,6 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published peak rates of a chip, each with both directions of its links.
-
-    flops: bfloat16 operations per second. hbm: bytes per second. links: bytes per second over all
-    of the chip's links, in and out together.
-    """
-
-    flops: float
-    hbm: float
-    links: float
-    source: str
-
-
-CHIPS = {
-    "v5e": Chip(197e12, 819e9, 400e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(459e12, 2765e9, 1200e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(918e12, 1638e9, 800e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
 }
 
 
