@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from l2s_jax.models.stacking import is_stacked
+
 AXES = ("data", "fsdp", "tensor")
 
 # Path pattern (the whole path must match) -> axes of the parameter's dimensions.
@@ -64,7 +66,10 @@ def path_name(path: tuple) -> str:
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """A tree like `params` of NamedShardings; every parameter must match exactly one rule."""
+    """A tree like `params` of NamedShardings; every parameter must match exactly one rule.
+
+    No axis splits the layers of a stacked parameter (models/stacking.py).
+    """
     problems = []
 
     def sharding(path: tuple, _: Any) -> NamedSharding:
@@ -73,7 +78,7 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
         if len(specs) != 1:
             problems.append(f"{name} ({len(specs)} rules)")
             return NamedSharding(mesh, P())
-        return NamedSharding(mesh, specs[0])
+        return NamedSharding(mesh, P(None, *specs[0]) if is_stacked(name) else specs[0])
 
     shardings = jax.tree_util.tree_map_with_path(sharding, params)
     if problems:
