@@ -20,4 +20,6 @@ def get_config() -> ConfigDict:
     config.slm.path = "checkpoints/t5-base"
     config.l2s.train.batch_size = config.decoding.batch_size = 256
     config.mesh.update(data=1, fsdp=-1)
+    config.scan_layers = True
+    config.l2s.train.remat = True
     return config

@@ -125,8 +125,12 @@ def generation_settings(directory: str) -> dict[str, Any]:
     return dict(read_json(os.path.join(directory, "config.json"))["generation"])
 
 
-def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params, Params]:
+def load(
+    directory: str, *, dtype: Any = jnp.float32, scan_layers: bool = False
+) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
+
+    `scan_layers` is of the LLM's.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
@@ -144,7 +148,7 @@ def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[LlmToSlm, Params,
         settings = {name: fields[name] for name in names}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
-    llm, frozen = convert.load_encoder(llm_path, layer=layer, dtype=dtype)
+    llm, frozen = convert.load_encoder(llm_path, layer=layer, dtype=dtype, scan_layers=scan_layers)
     if content_hash(llm_path) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "

@@ -64,6 +64,8 @@ def train_config(steps: int = 0) -> ConfigDict:
             "ema_decay": 0.0,  # the run returns averaged parameters; 0: the last ones
             "evaluate_every": 1000,  # steps between validations, each with a checkpoint
             "log_every": 10,  # steps between lines of metrics
+            # Keep only what enters each layer for the gradient, and compute the rest again.
+            "remat": False,
             "select": "best",  # checkpoint to return: best (validation accuracy) | last
             # Regular expressions over whole parameter paths ("slm/decoder/.*"); (): all is trained.
             "trainable": (),
@@ -89,6 +91,9 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "dtype": "auto",  # of the products: float32 | bfloat16 | auto (float32 on CPU)
+            # Layers of the frozen LLM and of what is trained as one loop: the same results from
+            # programs that do not grow, nor take longer to compile, with depth.
+            "scan_layers": False,
             "task": {
                 "name": "",
                 "source": "",  # tfds | jsonl | tsv | text

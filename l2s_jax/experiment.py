@@ -142,10 +142,13 @@ class Experiment:
         model = os.path.join(directory, "model")
         if not distributed.on_primary(lambda: os.path.isdir(model)):
             llm, frozen = convert.load_encoder(
-                self.llm_directory, layer=self.config.llm.layer, dtype=self.dtype
+                self.llm_directory,
+                layer=self.config.llm.layer,
+                dtype=self.dtype,
+                scan_layers=self.config.scan_layers,
             )
             frozen = to_serve(frozen, llm.config, "float")
-            slm_config, slm_params = self._starting_point("slm", config.train.dropout_rate)
+            slm_config, slm_params = self._starting_point("slm", config.train)
             system = LlmToSlm(
                 llm_config=llm.config,
                 slm_config=slm_config,
@@ -172,7 +175,7 @@ class Experiment:
                 generation=generation_settings(self.config),
             )
             _write_model(model, save)
-        return bundle.load(model, dtype=self.dtype)
+        return bundle.load(model, dtype=self.dtype, scan_layers=self.config.scan_layers)
 
     def evaluation_examples(self) -> Sequence[Example]:
         """The examples that the report is about."""
@@ -257,7 +260,8 @@ class Experiment:
             "buckets": self.buckets,
             "dtype": str(self.dtype),
             "seed": config.seed,
-            "train": config[name].train.to_dict(),
+            # Which of two ways to the same gradient is taken makes no other model.
+            "train": {k: v for k, v in config[name].train.to_dict().items() if k != "remat"},
         }
         if prompt_tokenizer.fingerprint != response_tokenizer.fingerprint:
             inputs["prompt_tokenizer"] = prompt_tokenizer.fingerprint
@@ -283,13 +287,18 @@ class Experiment:
         lora = self.config[name].lora
         return {"lora": lora.to_dict()} if lora.rank else {}
 
-    def _starting_point(self, name: str, dropout_rate: float) -> tuple[ModelConfig, Params | None]:
+    def _starting_point(self, name: str, settings: ConfigDict) -> tuple[ModelConfig, Params | None]:
         """Config, and parameters unless they are to be random, of an LLM or SLM to train."""
         section = self.config[name]
+        computed = {
+            "dropout_rate": settings.dropout_rate,
+            "scan_layers": self.config.scan_layers,
+            "remat": settings.remat,
+        }
         tokenizer = self.tokenizers(name)[1]
         if section.path:
             module, params = convert.load(section.path, dtype=self.dtype)
-            config = dataclasses.replace(module.config, dropout_rate=dropout_rate)
+            config = dataclasses.replace(module.config, **computed)
             return self._fitted(config, tokenizer, section.path), params
         geometry = section.model.to_dict()
         config = make_config(
@@ -297,8 +306,8 @@ class Experiment:
             vocab_size=tokenizer.vocab_size,
             pad_id=tokenizer.pad_id,
             eos_id=tokenizer.eos_id,
-            dropout_rate=dropout_rate,
             dtype=self.dtype,
+            **computed,
             **geometry,
         )
         return self._fitted(config, tokenizer, f"config.{name}.model"), None
@@ -333,7 +342,7 @@ class Experiment:
         directory = self._open_stage(name, inputs)
         model = os.path.join(directory, "model")
         if not distributed.on_primary(lambda: os.path.isdir(model)):
-            config, params = self._starting_point(name, self.config[name].train.dropout_rate)
+            config, params = self._starting_point(name, self.config[name].train)
             system = LanguageModel(name, config)
             start = self._init(system) if params is None else {name: params}
             trained = self._fit(name, system, start, {}, directory, inputs, examples())

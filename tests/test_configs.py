@@ -216,7 +216,7 @@ def model_of(config: ConfigDict, name: str, tmp_path: pathlib.Path) -> tuple[Mod
     size = own or config.tokenizer.train_vocab_size
     tokenizer = SimpleNamespace(vocab_size=size, pad_id=0, eos_id=1)
     experiment.llm_tokenizer = experiment.slm_tokenizer = tokenizer
-    made, params = experiment._starting_point(name, section.train.dropout_rate)
+    made, params = experiment._starting_point(name, section.train)
     assert params is None
     return made, "its own" if own else "trained here"
 

@@ -27,6 +27,7 @@ from l2s_jax.convert.engine import (
     write_tensors,
 )
 from l2s_jax.convert.files import TensorFiles, content_hash, listed, read_json, write_directory
+from l2s_jax.models.stacking import stack_layers
 
 __all__ = [
     "abstract_encoder",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 FORMAT = "l2s_jax"
+# Of a model config: how programs compute, which no file says.
+RUNTIME_FIELDS = ("dtype", "scan_layers", "remat")
 FAMILIES: tuple[Family, ...] = (t5.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY)
 
 
@@ -83,14 +86,19 @@ def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params
 
 
 def load_encoder(
-    directory: str, *, layer: float = 0.0, dtype: Any = jnp.float32
+    directory: str, *, layer: float = 0.0, dtype: Any = jnp.float32, scan_layers: bool = False
 ) -> tuple[nn.Module, Params]:
     """As `load`, but only what encodes a prompt is read and held.
 
     An encoder-decoder gives its encoder. A decoder-only model gives its first `layer` layers, or
-    that fraction of them if it is below 1, or all of them if it is 0.
+    that fraction of them if it is below 1, or all of them if it is 0. With `scan_layers`, they are
+    stacked (models/stacking.py), as the module then takes them.
     """
-    return _load(directory, dtype, layer=layer)
+    module, params = _load(directory, dtype, layer=layer)
+    if not scan_layers:
+        return module, params
+    config = dataclasses.replace(module.config, scan_layers=True)
+    return family_of(config).make_module(config), stack_layers(params, donate=True)
 
 
 class Parameter(NamedTuple):
@@ -149,7 +157,10 @@ def read_config(directory: str) -> Any:
 
 
 def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
-    """What `load_encoder` gives of a model: its config, and shapes and dtypes of its parameters."""
+    """What `load_encoder` gives of a model: its config, and shapes and dtypes of its parameters.
+
+    The layers are stacked where the config has `scan_layers`.
+    """
     family = family_of(config)
     shapes = family.abstract_params(family.make_module(config))
     config, prefixes = family.encoder_parameters(config, layer)
@@ -158,7 +169,8 @@ def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
         for path, leaf in flatten_dict(shapes, sep="/").items()
         if path.startswith(tuple(prefixes))
     }
-    return config, unflatten_dict(kept, sep="/")
+    params = unflatten_dict(kept, sep="/")
+    return config, stack_layers(params) if config.scan_layers else params
 
 
 def _load(
@@ -204,9 +216,10 @@ def save_hf(config: Any, params: Params, directory: str) -> None:
 
 
 def config_to_native(config: Any) -> dict[str, Any]:
-    """A model config as a JSON object: its family and its fields but dtype."""
+    """A model config as a JSON object: its family and its fields but those of RUNTIME_FIELDS."""
     fields = dataclasses.asdict(config)
-    del fields["dtype"]
+    for name in RUNTIME_FIELDS:
+        del fields[name]
     return {"format": FORMAT, "family": family_of(config).name, **fields}
 
 
@@ -214,7 +227,8 @@ def config_from_native(fields: dict[str, Any], path: str) -> Any:
     """What `config_to_native` made of a config; `path` is named in errors."""
     family = _native_family(fields, path)
     defaults = {f.name: f.default for f in dataclasses.fields(family.config_class)}
-    del defaults["dtype"]
+    for name in RUNTIME_FIELDS:
+        del defaults[name]
     given = {name: value for name, value in fields.items() if name not in ("format", "family")}
     marked = [f"- {name}" for name in sorted(defaults.keys() - given.keys())]
     marked += [f"+ {name}" for name in sorted(given.keys() - defaults.keys())]
@@ -247,7 +261,7 @@ def _nested(kind: type, fields: dict[str, Any]) -> Any:
 
 
 def save_native(config: Any, params: Params, directory: str) -> None:
-    """Writes config.json (the config's own fields but dtype) and params.safetensors (float32)."""
+    """Writes config.json (`config_to_native`) and params.safetensors (float32)."""
     family = family_of(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
     tensors = write_tensors(params, own_entries(shapes), shapes)

@@ -74,7 +74,11 @@ class Family:
     ignored_keys: tuple[str, ...] = ()  # keys that a file may hold and that mean nothing
 
     def abstract_params(self, module: nn.Module) -> Params:
-        """Shapes and dtypes of a module's parameters (ShapeDtypeStructs), without making any."""
+        """Shapes and dtypes of a module's parameters (ShapeDtypeStructs), without making any.
+
+        Layers are not stacked, whatever the module's `scan_layers`.
+        """
+        module = self.make_module(dataclasses.replace(module.config, scan_layers=False))
         dtypes = {"ids": jnp.int32, "mask": jnp.bool_}
         inputs = [jax.ShapeDtypeStruct((1, 1), dtypes[name]) for name in self.inputs]
         return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]

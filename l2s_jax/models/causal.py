@@ -18,6 +18,7 @@ from flax import linen as nn
 from l2s_jax.models.cache import CausalCache, KeyValue, write_position
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.stacking import each_layer, run_layers
 from l2s_jax.sharding import split_rows
 
 
@@ -101,10 +102,11 @@ class CausalAttention(nn.Module):
 class CausalModel(nn.Module):
     """A decoder-only language model. `apply({"params": p}, ids, mask)` -> logits [B, T, V].
 
-    A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (each called as
-    CausalAttention is, on the residual stream), `final_norm`, `embedding_dropout`, and `head`
-    (layers.Linear) unless `config.tied_head`. `config` has vocab_size, width, num_layers, tied_head
-    and `windows`, how many positions back each layer sees (None: all).
+    A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (by make_layers, each
+    called as CausalAttention is, on the residual stream), `final_norm`, `embedding_dropout`, and
+    `head` (layers.Linear) unless `config.tied_head`. `config` has vocab_size, width, num_layers,
+    tied_head, scan_layers, remat and `windows`, how many positions back each layer sees (None:
+    all).
     """
 
     config: Any
@@ -128,19 +130,30 @@ class CausalModel(nn.Module):
         mask: jax.Array,
         deterministic: bool,
         num_layers: int | None = None,
+        keep: bool = False,
     ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
-        """All of [B, T, D] at once, slots in order under bool mask [B, T]."""
+        """All of [B, T, D] at once, slots in order under bool mask [B, T].
+
+        The layers' keys and values come with `keep` only, which prefill needs.
+        """
+        c = self.config
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
         x = split_rows(x)
         slots = jnp.arange(x.shape[1])
         visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])
-        biases = _biases(self.config.windows, visible, positions, positions)
-        held = []
-        for layer, bias in list(zip(self.layers, biases, strict=True))[:num_layers]:
+        biases, which = _biases(c.windows, visible, positions, positions)
+        if c.scan_layers and len(biases) > 1:
+            biases = jnp.stack(biases)
+
+        def run(layer: nn.Module, x: jax.Array, i: Any) -> tuple[jax.Array, KeyValue | None]:
+            bias = biases[i] if len(biases) > 1 else biases[0]
             x, key_value = layer(x, positions, bias, deterministic=deterministic)
-            x = split_rows(x)
-            held.append(key_value)
-        return x, tuple(held)
+            return split_rows(x), key_value if keep else None
+
+        part = num_layers is not None or keep
+        layers = each_layer(self.layers)[:num_layers] if part else self.layers
+        x, held = run_layers(run, layers, c, x, which[:num_layers])
+        return x, tuple(held) if keep else ()
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32 [B, T] -> float32 [B, T, D]."""
@@ -151,7 +164,7 @@ class CausalModel(nn.Module):
     ) -> jax.Array:
         """Embedded tokens under bool mask [B, T] -> float32 [B, T, D] after `num_layers` layers.
 
-        No final norm is applied; None runs all layers.
+        No final norm is applied; None runs all layers, which `scan_layers` needs.
         """
         return self._run(embedded, token_positions(mask), mask, True, num_layers)[0]
 
@@ -202,7 +215,7 @@ class CausalModel(nn.Module):
         `max_steps` more).
         """
         positions = token_positions(mask)
-        x, held = self._run(prompt, positions, mask, True)
+        x, held = self._run(prompt, positions, mask, True, keep=True)
 
         def extend(slots: jax.Array, axis: int) -> jax.Array:
             padding = [(0, 0)] * slots.ndim
@@ -224,11 +237,12 @@ class CausalModel(nn.Module):
         update = jax.lax.dynamic_update_slice_in_dim
         positions = update(cache.positions, position, cache.index, axis=1)
         mask = update(cache.mask, jnp.ones_like(position, bool), cache.index, axis=1)
-        biases = _biases(self.config.windows, mask[:, None, :], position, positions)
+        biases, which = _biases(self.config.windows, mask[:, None, :], position, positions)
         x = split_rows(self.enter(self.embed(token[:, None]), position))
         written = []
-        for layer, bias, held in zip(self.layers, biases, cache.layers, strict=True):
-            x, key_value = layer(x, position, bias, held, cache.index)
+        layers = each_layer(self.layers)
+        for layer, i, held in zip(layers, which, cache.layers, strict=True):
+            x, key_value = layer(x, position, biases[i], held, cache.index)
             x = split_rows(x)
             written.append(key_value)
         cache = CausalCache(
@@ -271,8 +285,8 @@ def _biases(
     visible: jax.Array,
     query_positions: jax.Array,
     key_positions: jax.Array,
-) -> list[jax.Array]:
-    """One bias [B, 1, Q, K] per layer; layers with the same window share it."""
+) -> tuple[list[jax.Array], list[int]]:
+    """The biases [B, 1, Q, K] that differ, and which of them each layer has: that of its window."""
 
     def bias(window: int | None) -> jax.Array:
         if window is None:
@@ -280,5 +294,5 @@ def _biases(
         distance = query_positions[:, :, None] - key_positions[:, None, :]
         return mask_bias(visible & (distance < window))[:, None]
 
-    made = {window: bias(window) for window in set(windows)}
-    return [made[window] for window in windows]
+    distinct = list(dict.fromkeys(windows))
+    return [bias(window) for window in distinct], [distinct.index(window) for window in windows]

@@ -12,6 +12,7 @@ from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.stacking import make_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,9 @@ class GPTNeoXConfig:
     # Nothing here depends on it, but other programs take an exported model's limit from it.
     trained_positions: int = 0
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
+    # How a program is made of the layers, with the same results; see models/stacking.py.
+    scan_layers: bool = False
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.width % self.num_heads:
@@ -127,7 +131,7 @@ class GPTNeoX(CausalModel):
         normal = nn.initializers.normal(0.02)
         self.token_embedding = Embedding(c.vocab_size, c.width, normal, c.dtype)
         self.embedding_dropout = Dropout(c.dropout_rate)
-        self.layers = [Layer(c) for _ in range(c.num_layers)]
+        self.layers = make_layers(lambda: Layer(c), c, c.num_layers)
         self.final_norm = LayerNorm(c.norm_epsilon)
         if not c.tied_head:
             self.head = Linear(c.vocab_size, normal, c.dtype, jnp.float32)

@@ -16,6 +16,7 @@ from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.stacking import make_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class LlamaConfig:
     # Nothing here depends on it, but other programs take an exported model's limit from it.
     trained_positions: int = 0
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
+    # How a program is made of the layers, with the same results; see models/stacking.py.
+    scan_layers: bool = False
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -150,7 +154,7 @@ class Llama(CausalModel):
         normal = nn.initializers.normal(0.02)
         self.token_embedding = Embedding(c.vocab_size, c.width, normal, c.dtype)
         self.embedding_dropout = Dropout(c.dropout_rate)
-        self.layers = [Layer(c) for _ in range(c.num_layers)]
+        self.layers = make_layers(lambda: Layer(c), c, c.num_layers)
         self.final_norm = RMSNorm(c.norm_epsilon)
         if not c.tied_head:
             self.head = Linear(c.vocab_size, normal, c.dtype, jnp.float32)

@@ -18,7 +18,7 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
     """A model's parameters, with what products read in the form in which they read it.
 
     Args:
-      params: of a model or of a part of it, float32.
+      params: of a model or of a part of it, float32; layers may be stacked.
       config: of the model.
       weights: "float", kernels in the dtype of the products: no program has to cast them, and the
         results are the same. "int8": kernels, and a table that is also the head, by qwix, with one
@@ -30,14 +30,14 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
 
-    def quantize(leaf: Any, axis: int) -> qwix.QArray:
-        return qwix.quantize(jnp.asarray(leaf, jnp.float32), jnp.int8, channelwise_axes=(axis,))
+    def quantize(leaf: Any, *axes: int) -> qwix.QArray:
+        return qwix.quantize(jnp.asarray(leaf, jnp.float32), jnp.int8, channelwise_axes=axes)
 
     def serve(path: tuple, leaf: Any) -> Any:
         owner, name = [key.key for key in path][-2:]
         if name == "kernel":
             if weights == "int8":
-                return quantize(leaf, 1)
+                return quantize(leaf, *range(leaf.ndim - 2), leaf.ndim - 1)
             return leaf.astype(config.dtype, copy=False)
         if weights == "int8" and owner == "token_embedding" and config.tied_head:
             return quantize(leaf, 0)

@@ -1,20 +1,23 @@
-"""The two layouts of a model's layers: one entry each, or stacked with an axis of layers in front.
+"""The two layouts of a model's layers, one entry each or stacked in one, and a loop over either.
 
     {"layers_0": {"wi": [D, F]}, "layers_1": {"wi": [D, F]}}  <->  {"layers": {"wi": [L, D, F]}}
 
-Files, training and cached decoding have the first; a program that runs its layers in one loop takes
-the second (`scan_layers` of a model's config).
+Files, optimizers and cached decoding have the first. With `scan_layers` in a model's config, its
+module takes the second: layers are the turns of one loop, so that compiling a program does not take
+longer the more there are. With `remat`, of each layer only its input is kept for the gradient, and
+the rest is computed again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 STACKED = "layers"
 
@@ -70,6 +73,55 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def is_stacked(path: str) -> bool:
     """Whether the parameter at a '/'-joined path has an axis of layers in front."""
     return STACKED in path.split("/")
+
+
+def make_layers(make: Callable[[], nn.Module], config: Any, count: int) -> Any:
+    """What a model's `setup` names `layers`: `count` modules, or the one that stands for them."""
+    return make() if config.scan_layers else [make() for _ in range(count)]
+
+
+def each_layer(layers: Any) -> list[nn.Module]:
+    """The modules that `make_layers` made, one by one.
+
+    Raises:
+      ValueError: it made one that stands for all.
+    """
+    if isinstance(layers, nn.Module):
+        raise ValueError(
+            "scan_layers: prefill, step and a part of the layers need a config without it, and "
+            "parameters that are not stacked"
+        )
+    return list(layers)
+
+
+def run_layers(
+    run: Callable[[nn.Module, jax.Array, Any], tuple[jax.Array, Any]],
+    layers: Any,
+    config: Any,
+    x: jax.Array,
+    own: Sequence[int],
+) -> tuple[jax.Array, Any]:
+    """`run(layer, x, own[i]) -> (x, out)` for each layer i of `make_layers`, as `config` says.
+
+    With `scan_layers`, own[i] is a traced number. Returns x and each layer's `out`: a list of them,
+    or with `scan_layers` stacked.
+    """
+    if config.scan_layers:
+        scanned = nn.scan(
+            nn.remat(run, prevent_cse=False) if config.remat else run,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+        )
+        return scanned(layers, x, jnp.asarray(own, jnp.int32))
+    outs = []
+    for layer, number in zip(layers, own, strict=True):
+
+        def one(layer: nn.Module, x: jax.Array, number: int = number) -> tuple[jax.Array, Any]:
+            return run(layer, x, number)
+
+        x, out = (nn.remat(one) if config.remat else one)(layer, x)
+        outs.append(out)
+    return x, outs
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

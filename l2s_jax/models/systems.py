@@ -11,6 +11,9 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
 
 `trained` is what an optimizer sees; a frozen LLM is only ever in `frozen`. Systems are hashable,
 so that they can be static arguments of `jax.jit`.
+
+Layers of `trained` are never stacked: where its config has `scan_layers`, `logits` stacks them in
+its program. Those of `frozen` are, where the LLM's config has it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from flax import linen as nn
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.serving import to_serve
+from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
 
 Params = Mapping[str, Any]
@@ -44,6 +48,19 @@ def _rngs(dropout_key: jax.Array | None) -> dict[str, jax.Array]:
 def _start_token(config: T5Config, rows: int) -> tuple[jax.Array, jax.Array]:
     ids = jnp.full((rows, 1), config.decoder_start_id, jnp.int32)
     return ids, jnp.ones_like(ids, bool)
+
+
+def _one_by_one(config: ModelConfig) -> ModelConfig:
+    """The config with which a module takes layers that are not stacked."""
+    return dataclasses.replace(config, scan_layers=False)
+
+
+def _as_trained(params: Params, config: ModelConfig) -> Params:
+    """Parameters as the module of `config` takes them in training."""
+    if not config.scan_layers:
+        return params
+    # Cast first, as products would, so that the copy is no larger than it has to be.
+    return stack_layers(to_serve(params, config, "float"))
 
 
 def _respond(
@@ -75,18 +92,19 @@ class LanguageModel:
         """Random float32 parameters."""
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
-        variables = make_module(self.config).init(key, ids, mask, ids, True, method=_respond)
-        return {self.name: variables["params"]}
+        module = make_module(_one_by_one(self.config))
+        return {self.name: module.init(key, ids, mask, ids, True, method=_respond)["params"]}
 
     def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
-        return make_module(self.config).apply({"params": trained[self.name]}, *args, **kwargs)
+        module = make_module(_one_by_one(self.config))
+        return module.apply({"params": trained[self.name]}, *args, **kwargs)
 
     def logits(
         self, trained: Params, frozen: Params, batch: Batch, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Teacher-forced logits of the response, float32 [B, S, V]."""
-        return self._apply(
-            trained,
+        return make_module(self.config).apply(
+            {"params": _as_trained(trained[self.name], self.config)},
             batch[f"{self.prompt_name}_ids"],
             batch[f"{self.prompt_name}_mask"],
             batch["response_ids"],
@@ -155,8 +173,13 @@ class LlmToSlm:
         """Config of the model that decodes."""
         return self.slm_config
 
-    def _module(self) -> L2S:
-        return L2S(self.slm_config, self.projector_width, self.fusion, self.shared_vocabulary)
+    def _module(self, slm_config: ModelConfig) -> L2S:
+        return L2S(slm_config, self.projector_width, self.fusion, self.shared_vocabulary)
+
+    def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
+        return self._module(_one_by_one(self.slm_config)).apply(
+            {"params": trained}, *args, **kwargs
+        )
 
     def _embedded(self, frozen: Params, ids: jax.Array) -> jax.Array | None:
         """The LLM's embedding of the prompt, where L2S needs it."""
@@ -169,15 +192,16 @@ class LlmToSlm:
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
         hidden = jnp.zeros((1, 2, self.llm_config.width))
-        return self._module().init(key, ids, mask, hidden, ids, hidden)["params"]
+        module = self._module(_one_by_one(self.slm_config))
+        return module.init(key, ids, mask, hidden, ids, hidden)["params"]
 
     def logits(
         self, trained: Params, frozen: Params, batch: Batch, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Teacher-forced logits of the response, float32 [B, S, V]."""
         ids, mask = batch["llm_ids"], batch["llm_mask"]
-        return self._module().apply(
-            {"params": trained},
+        return self._module(self.slm_config).apply(
+            {"params": _as_trained(trained, self.slm_config)},
             ids,
             mask,
             self.encode(trained, frozen, ids, mask),
@@ -204,13 +228,11 @@ class LlmToSlm:
     ) -> tuple[jax.Array, Any]:
         """Projector, fusion, SLM prompt: logits of the first token, and the SLM's cache."""
         embedded = self._embedded(frozen, ids)
-        return self._module().apply(
-            {"params": trained}, ids, mask, hidden, embedded, max_steps, method="prefill"
-        )
+        return self._apply(trained, ids, mask, hidden, embedded, max_steps, method="prefill")
 
     def step(self, trained: Params, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One decoded token."""
-        return self._module().apply({"params": trained}, token, cache, method="step")
+        return self._apply(trained, token, cache, method="step")
 
     def continued(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The start token of an encoder-decoder; nothing else, the prompt is the LLM's."""

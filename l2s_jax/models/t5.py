@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, write_position
 from l2s_jax.models.layers import Attention, Dropout, Embedding, Linear, RMSNorm, mask_bias
+from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.sharding import split_rows
 
 ACTIVATIONS = {
@@ -49,6 +50,9 @@ class T5Config:
     eos_id: int = 1
     decoder_start_id: int = 0
     dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
+    # How a program is made of the layers, with the same results; see models/stacking.py.
+    scan_layers: bool = False
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -208,7 +212,7 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relative_bias = RelativeBias(c, bidirectional=True)
-        self.layers = [EncoderLayer(c) for _ in range(c.num_encoder_layers)]
+        self.layers = make_layers(lambda: EncoderLayer(c), c, c.num_encoder_layers)
         self.final_norm = RMSNorm(c.norm_epsilon)
         self.dropout = Dropout(c.dropout_rate)
 
@@ -216,9 +220,12 @@ class Encoder(nn.Module):
         """x [B, T, D], bool mask [B, T] -> float32 [B, T, D]."""
         positions = jnp.arange(x.shape[1])
         bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
+
+        def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+            return split_rows(layer(x, bias, deterministic)), None
+
         x = split_rows(self.dropout(x, deterministic=deterministic))
-        for layer in self.layers:
-            x = split_rows(layer(x, bias, deterministic))
+        x, _ = run_layers(run, self.layers, self.config, x, range(self.config.num_encoder_layers))
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
 
@@ -230,13 +237,14 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relative_bias = RelativeBias(c, bidirectional=False)
-        self.layers = [DecoderLayer(c) for _ in range(c.num_decoder_layers)]
+        self.layers = make_layers(lambda: DecoderLayer(c), c, c.num_decoder_layers)
         self.final_norm = RMSNorm(c.norm_epsilon)
         self.dropout = Dropout(c.dropout_rate)
 
     def cross_key_value(self, hidden: jax.Array) -> tuple[KeyValue, ...]:
         """Encoder output [B, T, D] -> each layer's cross-attention keys and values."""
-        return tuple(layer.cross_attention.key_value(hidden) for layer in self.layers)
+        layers = each_layer(self.layers)
+        return tuple(layer.cross_attention.key_value(hidden) for layer in layers)
 
     def __call__(
         self, x: jax.Array, hidden: jax.Array, mask: jax.Array, deterministic: bool
@@ -246,10 +254,14 @@ class Decoder(nn.Module):
         causal = positions[None, :] <= positions[:, None]
         bias = self.relative_bias(positions, positions) + mask_bias(causal)[None, None]
         cross_bias = mask_bias(mask)[:, None, None, :]
-        x = split_rows(self.dropout(x, deterministic=deterministic))
-        for layer, cross in zip(self.layers, self.cross_key_value(hidden), strict=True):
+
+        def run(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+            cross = layer.cross_attention.key_value(hidden)
             x, _ = layer(x, bias, cross, cross_bias, deterministic=deterministic)
-            x = split_rows(x)
+            return split_rows(x), None
+
+        x = split_rows(self.dropout(x, deterministic=deterministic))
+        x, _ = run_layers(run, self.layers, self.config, x, range(self.config.num_decoder_layers))
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
     def step(self, x: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
@@ -261,7 +273,7 @@ class Decoder(nn.Module):
         x = split_rows(x)
         written = []
         for layer, own, cross in zip(
-            self.layers, cache.self_attention, cache.cross_attention, strict=True
+            each_layer(self.layers), cache.self_attention, cache.cross_attention, strict=True
         ):
             x, key_value = layer(x, bias, cross, cross_bias, own, cache.index)
             x = split_rows(x)

@@ -56,11 +56,15 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     settings = config.l2s
     llm = _model(config, "llm")
     slm = dataclasses.replace(
-        _model(config, "slm"), dtype=dtype, dropout_rate=settings.train.dropout_rate
+        _model(config, "slm"),
+        dtype=dtype,
+        dropout_rate=settings.train.dropout_rate,
+        scan_layers=config.scan_layers,
+        remat=settings.train.remat,
     )
     try:
         encoder, frozen = convert.abstract_encoder(
-            dataclasses.replace(llm, dtype=dtype), config.llm.layer
+            dataclasses.replace(llm, dtype=dtype, scan_layers=config.scan_layers), config.llm.layer
         )
     except ValueError as error:
         raise ValueError(f"config.llm.layer: {error}") from None
