@@ -129,6 +129,17 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *rest))
 
 
+def split_parameters(params: Any) -> Any:
+    """Parameters where the rules put them, and their gradient too, in a program for a mesh.
+
+    Nothing changes without `jax.set_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return params
+    return jax.lax.with_sharding_constraint(params, parameter_shardings(params, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`."""
     return NamedSharding(mesh, P(("data", "fsdp")))

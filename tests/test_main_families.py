@@ -1,4 +1,7 @@
-"""The whole main job with decoder-only models: two vocabularies, a middle layer, LoRA, beams."""
+"""The whole main job with decoder-only models: two vocabularies, a middle layer, LoRA, beams.
+
+Layers are scanned and rematerialized where they can be.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,8 @@ def get_config():
         width=16, num_heads=2, num_kv_heads=1, head_width=8, feed_forward_width=32, num_layers=2
     )
     config.llm.layer = 0.5
+    config.scan_layers = True
+    config.l2s.train.remat = True
     config.slm.model = l2s_jax.config.model_config("gpt2")
     config.slm.model.update(
         width=16, num_heads=2, feed_forward_width=32, num_layers=1, max_positions=64
@@ -109,7 +114,9 @@ def test_a_second_run_makes_nothing_anew(job):
     config, workdir = job
     files = sorted(workdir.glob("*/model/*"))
     before = [path.stat().st_mtime_ns for path in files if path.name != "README.md"]
-    assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--mode=evaluate") == 0
+    # Nor with layers computed in another way.
+    flags = ["--mode=evaluate", "--config.scan_layers=False", "--config.l2s.train.remat=False"]
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}", *flags) == 0
     assert [p.stat().st_mtime_ns for p in files if p.name != "README.md"] == before
 
 

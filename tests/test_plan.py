@@ -183,6 +183,40 @@ def test_collectives_in_a_loop_count_as_often_as_it_turns():
     assert {one.group for one in found} == {4}
 
 
+def test_layers_in_a_loop_cost_what_they_do_one_by_one(tmp_path):
+    found = []
+    for scan_layers in (False, True):
+        config = small_config(fsdp=4)
+        config.llm.model.update(width=64, feed_forward_width=256, num_encoder_layers=6)
+        config.scan_layers = scan_layers
+        directory = tmp_path / str(scan_layers)
+        found.append(planned(config, directory, "cpu:4", programs=["encode"])["programs"]["encode"])
+    plain, scanned = found
+    assert scanned["flops"] == pytest.approx(plain["flops"], rel=0.01)
+    assert scanned["bytes_accessed"] == pytest.approx(plain["bytes_accessed"], rel=0.1)
+    assert scanned["collectives"].keys() == plain["collectives"].keys()
+    for kind, one in scanned["collectives"].items():
+        assert one["bytes"] == pytest.approx(plain["collectives"][kind]["bytes"], rel=0.02)
+    sizes = [one["bytes_per_chip"]["arguments"] for one in found]
+    assert sizes[0] == sizes[1]
+
+
+def test_what_a_loop_reads_and_writes_counts_as_often_as_it_turns():
+    def loss(ws, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0].sum()
+
+    turned = []
+    for turns in (4, 8, 12):
+        ws, x = (jax.ShapeDtypeStruct(shape, "f") for shape in ((turns, 256, 256), (512, 256)))
+        compiled = jax.jit(jax.grad(loss)).lower(ws, x).compile()
+        once, often = hlo.memory_bytes(compiled.as_text())
+        assert once == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=1e-3)
+        turned.append(often)
+    # Each turn reads x and w, there and back, and writes x and the gradient of w.
+    assert turned[2] - turned[1] == turned[1] - turned[0] > 4 * 4 * (4 * 512 * 256 + 3 * 256 * 256)
+    assert turned[1] == pytest.approx(2 * turned[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "size", "group"),
     [

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax import sharding
+from l2s_jax import convert, optim, sharding, train
+from l2s_jax.models.cache import CausalCache
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.llama import LlamaConfig
+from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import stack_layers, unstack_layers
-from l2s_jax.models.systems import LanguageModel
+from l2s_jax.models.systems import LanguageModel, LlmToSlm
 
 DEEP = {"num_encoder_layers": 3, "num_decoder_layers": 2}
 
@@ -127,3 +131,133 @@ def test_scanned_and_rematerialized_layers_give_the_same(family):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
         )
+
+
+def pair(family, **computed):
+    """An L2S of a T5 and an SLM of a family, with layers as `computed` says."""
+    llm = small.t5_config(width=24, head_width=8, num_encoder_layers=3)
+    scanned = {key: value for key, value in computed.items() if key == "scan_layers"}
+    return LlmToSlm(
+        dataclasses.replace(llm, **scanned),
+        dataclasses.replace(small_model(family), **computed),
+        projector_width=20,
+    )
+
+
+SCANNED = {"scan_layers": True, "remat": True}
+
+
+def test_a_run_trains_alike_and_goes_on_in_the_other_layout(tmp_path):
+    plain, scanned = pair("t5"), pair("t5", **SCANNED)
+    params, frozen = small.make_params(plain)
+    pairs = small.random_pairs(32, 7)
+
+    def fit(system, frozen, directory, steps):
+        return train.fit(
+            system,
+            frozen,
+            params,
+            small.make_train_config(
+                steps, evaluate_every=2, select="last", trainable=("projector/.*", ".*layers_1/.*")
+            ),
+            batches=small.make_batches(system, pairs, batch_size=8),
+            validation=[small.make_batch(system, rows=8)],
+            directory=str(tmp_path / directory),
+            fingerprint="f",
+            seed=0,
+            mesh=small.mesh_of(),
+        )
+
+    expected = fit(plain, frozen, "plain", 4)
+    fit(plain, frozen, "mixed", 2)
+    found = fit(scanned, stack_layers(frozen), "mixed", 4)
+    small.assert_same(found, expected, rtol=1e-3, atol=1e-4)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "mixed")
+    ]
+    losses = [[line["loss"] for line in own if "loss" in line] for own in lines]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_a_causal_slm_trains_alike_on_a_mesh():
+    config = small.make_train_config(3, accumulation=2)
+    found = []
+    for computed, sizes in (({}, (1, 1, 1)), (SCANNED, (2, 2, 2))):
+        system, mesh = pair("windows", **computed), small.mesh_of(*sizes)
+        params, frozen = small.make_params(pair("windows"))
+        frozen = stack_layers(frozen) if computed else frozen
+        optimizer = optim.optimizer(config, params)
+        shardings = train.state_shardings(params, optimizer, config, mesh)
+        step = train.make_step(system, optimizer, config, 0, shardings)
+        losses = []
+        with jax.set_mesh(mesh):
+            frozen = jax.device_put(frozen, sharding.parameter_shardings(frozen, mesh))
+            state = jax.device_put(train.init_state(params, optimizer, config), shardings)
+            for seed in range(3):
+                batch = small.make_batch(system, rows=16, seed=seed)
+                state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
+                losses.append(float(metrics["loss"]))
+        found.append((losses, jax.device_get(state.params)))
+    (plain, plain_params), (scanned, scanned_params) = found
+    np.testing.assert_allclose(scanned, plain, rtol=1e-5)
+    assert len(set(np.round(plain, 3))) == 3
+    small.assert_same(scanned_params, plain_params, rtol=1e-3, atol=2e-4)
+
+
+def test_lora_generation_and_int8_with_stacked_layers():
+    plain, scanned = pair("gpt2"), pair("gpt2", **SCANNED)
+    trained, frozen = small.make_params(plain)
+    stacked, batch = stack_layers(frozen), small.make_batch(plain)
+    adapters, base = Lora(plain, 2, 4.0, ".*layers_1/.*kernel").split(trained, jax.random.key(0))
+    adapters = small.random_like(adapters)
+    logits = [
+        Lora(system, 2, 4.0, ".*layers_1/.*kernel").logits(
+            adapters, {"base": base, "inner": inner}, batch
+        )
+        for system, inner in ((plain, frozen), (scanned, stacked))
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+    for weights in ("float", "int8"):
+        outs = []
+        for system, own in ((plain, frozen), (scanned, stacked)):
+            held = system.to_serve(trained, own, weights)
+            inputs = batch["llm_ids"], batch["llm_mask"]
+            hidden = system.encode(*held, *inputs)
+            first, cache = system.prefill(*held, *inputs, hidden, 2)
+            second, _ = system.step(held[0], jnp.argmax(first, axis=-1), cache)
+            outs.append((hidden, first, second))
+        small.assert_same(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", ["prefill", "step"])
+def test_a_scanned_module_does_not_decode(call):
+    config = dataclasses.replace(small_model("gpt2"), scan_layers=True)
+    params = stack_layers(small.make_params(LanguageModel("llm", config))[0]["llm"])
+    module = make_module(config)
+    prompt, mask = np.ones((1, 2, 16), np.float32), np.ones((1, 2), bool)
+    cache = CausalCache(jnp.zeros((), int), jnp.ones(1, int), jnp.ones((1, 2), int), mask, ())
+    arguments = (prompt, mask, 2) if call == "prefill" else (np.ones(1, int), cache)
+    with pytest.raises(ValueError, match="scan_layers: prefill, step"):
+        module.apply({"params": params}, *arguments, method=call)
+
+
+def test_a_scanned_program_is_as_long_for_any_depth():
+    def lines(layers, scan_layers):
+        config = small.t5_config(num_encoder_layers=layers, scan_layers=scan_layers)
+        config, params = convert.abstract_encoder(config)
+        system = LlmToSlm(config, config, projector_width=4)
+        ids = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
+        lowered = jax.jit(system.encode).lower({}, params, *ids)
+        return len(lowered.compile(small.QUICK_COMPILATION).as_text().splitlines())
+
+    shallow = lines(2, True)
+    assert lines(12, True) == pytest.approx(shallow, rel=0.03)
+    assert lines(4, False) > 1.5 * shallow
+
+
+def test_the_layout_is_on_no_disk():
+    config = dataclasses.replace(small_model("llama"), **SCANNED)
+    fields = convert.config_to_native(config)
+    assert fields == convert.config_to_native(small_model("llama"))
+    assert convert.config_from_native(fields, "") == small_model("llama")

@@ -102,7 +102,7 @@ class CausalAttention(nn.Module):
 class CausalModel(nn.Module):
     """A decoder-only language model. `apply({"params": p}, ids, mask)` -> logits [B, T, V].
 
-    A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (by make_layers, each
+    A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (make_layers, each
     called as CausalAttention is, on the residual stream), `final_norm`, `embedding_dropout`, and
     `head` (layers.Linear) unless `config.tied_head`. `config` has vocab_size, width, num_layers,
     tied_head, scan_layers, remat and `windows`, how many positions back each layer sees (None:

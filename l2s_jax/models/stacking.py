@@ -111,6 +111,7 @@ def run_layers(
             nn.remat(run, prevent_cse=False) if config.remat else run,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
+            check_constancy_invariants=False,  # which would trace a layer once more
         )
         return scanned(layers, x, jnp.asarray(own, jnp.int32))
     outs = []

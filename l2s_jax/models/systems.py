@@ -31,6 +31,7 @@ from l2s_jax.models.l2s import L2S
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
+from l2s_jax.sharding import split_parameters
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -56,11 +57,11 @@ def _one_by_one(config: ModelConfig) -> ModelConfig:
 
 
 def _as_trained(params: Params, config: ModelConfig) -> Params:
-    """Parameters as the module of `config` takes them in training."""
+    """A system's trained parameters as the module of `config` takes them in training."""
     if not config.scan_layers:
         return params
     # Cast first, as products would, so that the copy is no larger than it has to be.
-    return stack_layers(to_serve(params, config, "float"))
+    return split_parameters(stack_layers(to_serve(params, config, "float")))
 
 
 def _respond(
@@ -104,7 +105,7 @@ class LanguageModel:
     ) -> jax.Array:
         """Teacher-forced logits of the response, float32 [B, S, V]."""
         return make_module(self.config).apply(
-            {"params": _as_trained(trained[self.name], self.config)},
+            {"params": _as_trained(trained, self.config)[self.name]},
             batch[f"{self.prompt_name}_ids"],
             batch[f"{self.prompt_name}_mask"],
             batch["response_ids"],

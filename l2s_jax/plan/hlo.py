@@ -1,10 +1,11 @@
-"""Collectives of a compiled program, from its text in HLO."""
+"""Collectives of a compiled program, and what its loops read and write, from its text in HLO."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -15,6 +16,37 @@ _CALLED = re.compile(
     r"(?:calls|body|true_computation|false_computation|called_computations|branch_computations)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+
+
+_ASSIGNED = re.compile(
+    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[a-z][\w\-]*)\("
+    r"(?P<operands>[^()]*)\)(?P<rest>.*)$"
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+# They move nothing, or what they call does and is counted there.
+_FREE = {
+    "after-all",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "tuple",
+    "while",
+}
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    kind: str
+    operands: tuple[str, ...]  # names; of a parameter its number
+    called: tuple[str, ...]  # computations
+    line: str
+    is_root: bool
 
 
 class Collective(NamedTuple):
@@ -65,6 +97,116 @@ def collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
+def memory_bytes(text: str) -> tuple[int, int]:
+    """Bytes that a program's instructions read and write: loops turned once, and as they turn.
+
+    The first is what the compiler counts, up to its own knowledge of some instructions.
+    """
+    computations, entry = _computations(text)
+    parsed = {name: _instructions(lines, computations) for name, lines in computations.items()}
+    once = often = 0
+
+    def visit(name: str, count: int) -> None:
+        nonlocal once, often
+        shapes = {one.name: one.shape for one in parsed[name]}
+        for one in parsed[name]:
+            if one.kind not in _FREE and not one.kind.endswith("-done"):
+                moved = _moved(one, shapes, parsed)
+                once, often = once + moved, often + moved * count
+            if one.kind in ("while", "conditional", "call"):
+                turns = _turns(computations, one.line) if one.kind == "while" else 1
+                for called in one.called:
+                    visit(called, count * turns)
+
+    visit(entry, 1)
+    return once, often
+
+
+def _instructions(lines: list[str], computations: Mapping[str, Any]) -> list[_Instruction]:
+    found = []
+    for line in lines:
+        if match := _ASSIGNED.match(re.sub(r"/\*.*?\*/", "", line)):
+            names = re.findall(r"%?([\w.\-]+)", match["operands"])
+            called = re.findall(r"[{=, ]%([\w.\-]+)", match["rest"])
+            found.append(
+                _Instruction(
+                    match["name"],
+                    match["shape"],
+                    match["kind"],
+                    tuple(names),
+                    tuple(name for name in called if name in computations),
+                    line,
+                    bool(match["root"]),
+                )
+            )
+    return found
+
+
+Parsed = Mapping[str, list[_Instruction]]
+
+
+def _moved(one: _Instruction, shapes: Mapping[str, str], parsed: Parsed) -> int:
+    """Bytes that an instruction reads and writes; of what it slices, the slice's."""
+    if one.kind in _SLICES:
+        return 2 * _size(one.shape)
+    if one.kind == "dynamic-update-slice":
+        return 2 * _size(shapes.get(one.operands[1], ""))
+    if one.kind == "fusion" and one.called:
+        inside = one.called[0]
+        read = sum(_read(inside, i, parsed) for i in range(len(one.operands)))
+        return read + _written(inside, parsed)
+    return _size(one.shape) + sum(_size(shapes.get(name, "")) for name in one.operands)
+
+
+def _read(computation: str, index: int, parsed: Parsed) -> int:
+    """Bytes that a fused computation reads of its argument `index`."""
+    inside = parsed[computation]
+    for one in inside:
+        if one.kind == "parameter" and one.operands == (str(index),):
+            return _used(one, inside, parsed)
+    return 0
+
+
+def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> int:
+    """Bytes of `source`, within a fusion, that what is computed from it reads."""
+    whole, read = _size(source.shape), 0
+    for one in inside:
+        if source.name not in one.operands:
+            continue
+        if one.kind in _SLICES and one.operands[0] == source.name:
+            read += _size(one.shape)
+        elif one.kind == "dynamic-update-slice" and one.operands[0] == source.name:
+            continue  # written in place
+        elif one.kind == "bitcast":
+            read += _used(one, inside, parsed)
+        elif one.kind == "fusion" and one.called:
+            read += _read(one.called[0], one.operands.index(source.name), parsed)
+        else:
+            return whole
+    return min(read, whole)
+
+
+def _written(computation: str, parsed: Parsed) -> int:
+    """Bytes that a fused computation writes."""
+    inside = {one.name: one for one in parsed[computation]}
+
+    def written(one: _Instruction | None) -> int:
+        if one is None:
+            return 0
+        if one.kind == "dynamic-update-slice":
+            update = inside.get(one.operands[1])
+            return _size(update.shape) if update else 0
+        if one.kind == "bitcast":
+            return min(_size(one.shape), written(inside.get(one.operands[0])))
+        if one.kind == "tuple":
+            return sum(written(inside.get(name)) for name in one.operands)
+        if one.kind == "fusion" and one.called:
+            return _written(one.called[0], parsed)
+        return _size(one.shape)
+
+    return sum(written(one) for one in inside.values() if one.is_root)
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     computations: dict[str, list[str]] = {}
     entry = name = ""
@@ -110,6 +252,11 @@ def _bytes(shape: str, kind: str, start: str | None) -> int:
     if start and kind != "all-reduce":
         parts = _parts(shape)
         shape = parts[1] if len(parts) > 1 else shape
+    return _size(shape)
+
+
+def _size(shape: str) -> int:
+    """Bytes of an array or of all in a tuple."""
     return sum(
         _width(dtype) * _product(dimensions) // 8 for dtype, dimensions in _ARRAY.findall(shape)
     )

@@ -16,6 +16,7 @@ from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.serving import to_serve
+from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.text import load_tokenizer
 
@@ -34,6 +35,26 @@ class Plan:
     trained: Params
     frozen: Params
     adapted: tuple[Any, Params, Params]
+
+    def unscanned(self) -> Plan:
+        """The same with layers that are not stacked, one by one in every program."""
+        system, trained, frozen = self.adapted
+
+        def one_by_one(config: ModelConfig) -> ModelConfig:
+            return dataclasses.replace(config, scan_layers=False)
+
+        plain = dataclasses.replace(
+            self.system,
+            llm_config=one_by_one(self.system.llm_config),
+            slm_config=one_by_one(self.system.slm_config),
+        )
+        adapted = dataclasses.replace(system, system=plain) if isinstance(system, Lora) else plain
+        return Plan(
+            plain,
+            self.trained,
+            unstack_layers(self.frozen),
+            (adapted, trained, unstack_layers(frozen)),
+        )
 
     def description(self) -> dict[str, Any]:
         """For the report."""

@@ -19,7 +19,7 @@ from l2s_jax.chips import Chip
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.decoding.search import Search
-from l2s_jax.plan.hlo import Collective, collectives
+from l2s_jax.plan.hlo import Collective, collectives, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
 
@@ -83,6 +83,7 @@ class Compiler:
                     f"config.{name}: {size} rows at a time do not divide into {mesh_name(mesh)}, "
                     f"where {ways} devices share a batch; expected a multiple of {ways}"
                 )
+        self._flat = plan.unscanned()
         self._placed(plan.adapted[1])
         served = jax.eval_shape(plan.system.to_serve, plan.trained, plan.frozen)
         self._trained, self._frozen = map(self._placed, served)
@@ -101,7 +102,10 @@ class Compiler:
         settings = self.config.l2s.train
         optimizer = optim.optimizer(settings, params)
         shardings = train.state_shardings(params, optimizer, settings, self.mesh)
-        step = train.make_step(system, optimizer, settings, self.config.seed, shardings)
+
+        def make_step(system: Any) -> Any:
+            return train.make_step(system, optimizer, settings, self.config.seed, shardings)
+
         state = train.abstract_state(params, optimizer, settings, shardings)
         prompt, response = (max(sizes) for sizes in zip(*self.config.buckets, strict=True))
         rows = settings.batch_size
@@ -110,13 +114,13 @@ class Compiler:
             batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
             batch[f"{name}_mask"] = self._array((rows, width), bool)
         arguments = (state, self._placed(frozen), batch)
-        program, _ = self._program(step, arguments, rows)
+        flat, _, flat_frozen = self._flat.adapted
+        whole = (make_step(flat), (state, flat_frozen, batch))
+        program, _ = self._program(make_step(system), arguments, rows, whole)
         if program.costs and settings.accumulation > 1:
-            # The compiler counts a loop's body once. The rest of a step is small beside it.
+            # A loop's body is counted once. The rest of a step is small beside it.
             costs = dataclasses.replace(
-                program.costs,
-                flops=program.costs.flops * settings.accumulation,
-                memory_bytes=program.costs.memory_bytes * settings.accumulation,
+                program.costs, flops=program.costs.flops * settings.accumulation
             )
             program = dataclasses.replace(program, costs=costs)
         return program
@@ -134,7 +138,9 @@ class Compiler:
         inputs = (*weights, ids, mask)
         hidden = jax.eval_shape(encode, *inputs)
         if "encode" in names:
-            program, compiled = self._program(encode, inputs, rows)
+            flat = self._flat
+            whole = (jax.jit(flat.system.encode), (self._trained, flat.frozen, ids, mask))
+            program, compiled = self._program(encode, inputs, rows, whole)
             yield "encode", program
             hidden = self._outputs(hidden, compiled)
         else:
@@ -186,8 +192,13 @@ class Compiler:
         return dataclasses.replace(program, costs=costs)
 
     def _program(
-        self, function: Any, arguments: tuple, rows: int
+        self, function: Any, arguments: tuple, rows: int, whole: tuple[Any, tuple] | None = None
     ) -> tuple[Program, jax.stages.Compiled | None]:
+        """The program, and what it costs; of a loop, its body once.
+
+        With `whole`, a function and arguments that compute the same without loops over layers,
+        loops count as often as they turn.
+        """
         size = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
         if size > self.slice.capacity:
             return Program(rows, size, None, None, False, None, 0.0), None
@@ -211,11 +222,13 @@ class Compiler:
             + temporaries
             + memory.generated_code_size_in_bytes
         )
-        counted = compiled.cost_analysis()
+        counted, text = compiled.cost_analysis(), compiled.as_text()
+        least = self._least_flops(*(whole or (function, arguments)))
+        once, often = memory_bytes(text) if whole else (1, 1)
         costs = Costs(
-            flops=max(counted.get("flops", 0.0), self._least_flops(function, arguments)),
-            memory_bytes=counted.get("bytes accessed", 0.0),
-            collectives=tuple(collectives(compiled.as_text())),
+            flops=max(counted.get("flops", 0.0), least),
+            memory_bytes=counted.get("bytes accessed", 0.0) * often / max(once, 1),
+            collectives=tuple(collectives(text)),
         )
         arguments_bytes = memory.argument_size_in_bytes
         fits = peak <= self.slice.capacity

@@ -16,10 +16,12 @@ from l2s_jax.plan.slices import Slice
 NOTES = """\
 - Sizes, FLOPs and collectives are those of one device. *Peak* is arguments, temporaries, results
   that are not written over arguments, and code; *capacity* is what the compiler may fill.
-- FLOPs and bytes are the compiler's own count (`cost_analysis`). It counts a loop's body once: a
-  training step is multiplied by its accumulation, and decode is one step of its loop, one token of
-  each row. A collective in a loop counts as often as the loop turns. Where the compiler makes a
-  loop of a product, FLOPs are the whole program's over the number of devices, and bytes too few.
+- FLOPs and bytes are the compiler's own count (`cost_analysis`), which takes a loop's body once.
+  FLOPs are therefore at least those of the whole program, without loops over layers and before it
+  is split, over the number of devices; those of training are multiplied by its accumulation.
+  Bytes of train and encode are multiplied by what their loops make of them, instruction by
+  instruction. Decode is one step of its loop, one token of each row. A collective in a loop counts
+  as often as the loop turns.
 - The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
   chip's published rate, all links of a chip at once in one direction. A real step takes longer.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
