@@ -182,7 +182,7 @@ def test_a_run_trains_alike_and_goes_on_in_the_other_layout(tmp_path):
 
 def test_a_causal_slm_trains_alike_on_a_mesh():
     config = small.make_train_config(3, accumulation=2)
-    found = []
+    found, flops = [], []
     for computed, sizes in (({}, (1, 1, 1)), (SCANNED, (2, 2, 2))):
         system, mesh = pair("windows", **computed), small.mesh_of(*sizes)
         params, frozen = small.make_params(pair("windows"))
@@ -199,7 +199,9 @@ def test_a_causal_slm_trains_alike_on_a_mesh():
                 state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
                 losses.append(float(metrics["loss"]))
         found.append((losses, jax.device_get(state.params)))
+        flops.append(train.step_flops(system, params, frozen, batch, config))
     (plain, plain_params), (scanned, scanned_params) = found
+    assert flops[0] == flops[1]
     np.testing.assert_allclose(scanned, plain, rtol=1e-5)
     assert len(set(np.round(plain, 3))) == 3
     small.assert_same(scanned_params, plain_params, rtol=1e-3, atol=2e-4)

@@ -52,8 +52,8 @@ def _start_token(config: T5Config, rows: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _one_by_one(config: ModelConfig) -> ModelConfig:
-    """The config with which a module takes layers that are not stacked."""
-    return dataclasses.replace(config, scan_layers=False)
+    """The config of a module that takes layers as they are held, and has no gradient."""
+    return dataclasses.replace(config, scan_layers=False, remat=False)
 
 
 def _as_trained(params: Params, config: ModelConfig) -> Params:
