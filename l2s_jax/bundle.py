@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from l2s_jax import convert
-from l2s_jax.convert.engine import own_entries, param_shapes, read_params, write_tensors
+from l2s_jax.convert.engine import own_entries, param_shapes, write_tensors
 from l2s_jax.convert.files import TensorFiles, content_hash, read_json, write_directory
+from l2s_jax.convert.reading import read_params
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.text import Tokenizer, load_tokenizer
 
@@ -126,11 +128,16 @@ def generation_settings(directory: str) -> dict[str, Any]:
 
 
 def load(
-    directory: str, *, dtype: Any = jnp.float32, scan_layers: bool = False
+    directory: str,
+    *,
+    dtype: Any = jnp.float32,
+    serve: bool = False,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
-    `scan_layers` is of the LLM's.
+    `serve`, `mesh` and `scan_layers` are about the LLM, as of `convert.load_encoder`.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
@@ -148,7 +155,9 @@ def load(
         settings = {name: fields[name] for name in names}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
-    llm, frozen = convert.load_encoder(llm_path, layer=layer, dtype=dtype, scan_layers=scan_layers)
+    llm, frozen = convert.load_encoder(
+        llm_path, layer=layer, dtype=dtype, serve=serve, mesh=mesh, scan_layers=scan_layers
+    )
     if content_hash(llm_path) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "

@@ -29,7 +29,7 @@ from l2s_jax.generate import Generator, generation_settings, make_generator
 from l2s_jax.models.families import ModelConfig, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.lora import Lora, check_lora
-from l2s_jax.models.serving import WEIGHTS, to_serve
+from l2s_jax.models.serving import WEIGHTS
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
 from l2s_jax.workdir import atomic_directory, find_stage, fingerprint, open_stage
@@ -145,9 +145,10 @@ class Experiment:
                 self.llm_directory,
                 layer=self.config.llm.layer,
                 dtype=self.dtype,
+                serve=True,
+                mesh=self.mesh,
                 scan_layers=self.config.scan_layers,
             )
-            frozen = to_serve(frozen, llm.config, "float")
             slm_config, slm_params = self._starting_point("slm", config.train)
             system = LlmToSlm(
                 llm_config=llm.config,

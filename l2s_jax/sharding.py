@@ -30,7 +30,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/(query|key|value|wi|wi_gate)/kernel", P("fsdp", "tensor")),
     (r".*/(query|key|value|wi|wi_gate)/bias", P("tensor")),
     (r".*/(output|wo)/kernel", P("tensor", "fsdp")),
-    (r".*/(output|wo|attention_norm|feed_forward_norm|final_norm)/bias", P()),
+    (r"(.*/)?(output|wo|attention_norm|feed_forward_norm|final_norm)/bias", P()),
     (r"(.*/)?head/kernel", P("fsdp", "tensor")),
     (r"projector/inward/kernel", P("fsdp", "tensor")),
     (r"projector/outward/kernel", P("tensor", "fsdp")),
@@ -65,20 +65,30 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def mesh_name(mesh: Mesh) -> str:
+    """As in the command line: mesh data=4, fsdp=2, tensor=1."""
+    return "mesh " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """A tree like `params` of NamedShardings; every parameter must match exactly one rule.
 
     No axis splits the layers of a stacked parameter (models/stacking.py).
+
+    Raises:
+      ValueError: a parameter that no rule matches, or several, or that does not divide.
     """
     problems = []
 
-    def sharding(path: tuple, _: Any) -> NamedSharding:
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = path_name(path)
         specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, name)]
         if len(specs) != 1:
             problems.append(f"{name} ({len(specs)} rules)")
             return NamedSharding(mesh, P())
-        return NamedSharding(mesh, P(None, *specs[0]) if is_stacked(name) else specs[0])
+        spec = P(None, *specs[0]) if is_stacked(name) else specs[0]
+        _check_divides(name, np.shape(leaf), spec, mesh)
+        return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(sharding, params)
     if problems:
@@ -86,6 +96,15 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
             f"parameters that don't match exactly one sharding rule: {', '.join(problems)}"
         )
     return shardings
+
+
+def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+    for size, axis in zip(shape, spec, strict=False):
+        if axis and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{mesh_name(mesh)}: {name} {list(shape)} does not divide into "
+                f"{axis}={mesh.shape[axis]}; expected a divisor of {size}"
+            )
 
 
 def optimizer_shardings(
@@ -165,9 +184,11 @@ def put_batch(
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that are the same on all processes -> global arrays."""
+    """Arrays that are the same on all processes -> global arrays; what lies right stays."""
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

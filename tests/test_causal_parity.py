@@ -226,7 +226,7 @@ def test_load_encoder_reads_the_first_layers_only(model_type, layer, count, tmp_
     read = []
     whole = files.TensorFiles.read
     monkeypatch.setattr(
-        files.TensorFiles, "read", lambda self, key: read.append(key) or whole(self, key)
+        files.TensorFiles, "read", lambda self, key, at: read.append(key) or whole(self, key, at)
     )
     module, params = load_encoder(str(tmp_path), layer=layer)
     names = {name for name in params if name.startswith("layers_")}

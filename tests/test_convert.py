@@ -29,6 +29,7 @@ from l2s_jax.convert import (
     load_encoder,
     load_hf,
     load_native,
+    reading,
     save_hf,
     save_native,
 )
@@ -571,7 +572,7 @@ def test_one_tensor_may_hold_several_parameters(tmp_path):
     np.testing.assert_array_equal(written["h.10.ab"][2:], flat["layers_10/b"])
     files.write_directory(str(tmp_path / "out"), {}, written, "model")
     with files.TensorFiles(str(tmp_path / "out"), "model") as tensors:
-        assert_same(engine.read_params(tensors, entries, SHAPES), params)
+        assert_same(reading.read_params(tensors, entries, SHAPES), params)
 
 
 @pytest.mark.parametrize(

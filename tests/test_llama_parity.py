@@ -131,7 +131,7 @@ def test_only_the_shards_that_an_encoder_needs_are_opened(tmp_path, monkeypatch)
     read = []
     whole = files.TensorFiles.read
     monkeypatch.setattr(
-        files.TensorFiles, "read", lambda self, key: read.append(key) or whole(self, key)
+        files.TensorFiles, "read", lambda self, key, at: read.append(key) or whole(self, key, at)
     )
     _, params = load_encoder(str(tmp_path), layer=2)
     assert sorted(read) == sorted(wanted)

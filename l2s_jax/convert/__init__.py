@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from l2s_jax.convert import gpt2, gpt_neox, llama, t5
 from l2s_jax.convert.engine import (
@@ -23,10 +24,11 @@ from l2s_jax.convert.engine import (
     matched,
     own_entries,
     param_shapes,
-    read_params,
     write_tensors,
 )
 from l2s_jax.convert.files import TensorFiles, content_hash, listed, read_json, write_directory
+from l2s_jax.convert.reading import read_params
+from l2s_jax.models.serving import float_dtype
 from l2s_jax.models.stacking import stack_layers
 
 __all__ = [
@@ -80,13 +82,29 @@ def load_native(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module,
     return _load(directory, dtype, format=FORMAT)
 
 
-def load(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params]:
-    """(module, params) of a directory of either kind; see `load_hf`."""
-    return _load(directory, dtype)
+def load(
+    directory: str, *, dtype: Any = jnp.float32, serve: bool = False, mesh: Mesh | None = None
+) -> tuple[nn.Module, Params]:
+    """(module, params) of a directory of either kind; see `load_hf`.
+
+    Args:
+      directory: what is read.
+      dtype: the compute dtype of the module.
+      serve: kernels are held in the compute dtype, as `serving.to_serve` would hold them.
+      mesh: with one, params are global arrays that lie on it by the rules of sharding.py; each
+        process reads the part that its own devices hold, and casts and places it array by array.
+    """
+    return _load(directory, dtype, serve=serve, mesh=mesh)
 
 
 def load_encoder(
-    directory: str, *, layer: float = 0.0, dtype: Any = jnp.float32, scan_layers: bool = False
+    directory: str,
+    *,
+    layer: float = 0.0,
+    dtype: Any = jnp.float32,
+    serve: bool = False,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[nn.Module, Params]:
     """As `load`, but only what encodes a prompt is read and held.
 
@@ -94,11 +112,7 @@ def load_encoder(
     that fraction of them if it is below 1, or all of them if it is 0. With `scan_layers`, they are
     stacked (models/stacking.py), as the module then takes them.
     """
-    module, params = _load(directory, dtype, layer=layer)
-    if not scan_layers:
-        return module, params
-    config = dataclasses.replace(module.config, scan_layers=True)
-    return family_of(config).make_module(config), stack_layers(params, donate=True)
+    return _load(directory, dtype, layer=layer, serve=serve, mesh=mesh, scan_layers=scan_layers)
 
 
 class Parameter(NamedTuple):
@@ -174,7 +188,14 @@ def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
 
 
 def _load(
-    directory: str, dtype: Any, *, format: str | None = None, layer: float | None = None
+    directory: str,
+    dtype: Any,
+    *,
+    format: str | None = None,
+    layer: float | None = None,
+    serve: bool = False,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[nn.Module, Params]:
     with _opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
@@ -183,8 +204,18 @@ def _load(
                 config, prefixes = family.encoder_parameters(config, layer)
             except ValueError as error:
                 raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from None
-        params = read_params(files, entries, shapes, ignored=ignored, prefixes=prefixes)
-    return family.make_module(dataclasses.replace(config, dtype=dtype)), params
+        config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)
+        params = read_params(
+            files,
+            entries,
+            shapes,
+            ignored=ignored,
+            prefixes=prefixes,
+            dtype_of=lambda path: float_dtype(path, config) if serve else jnp.float32,
+            mesh=mesh,
+            stacked=scan_layers,
+        )
+    return family.make_module(config), params
 
 
 def _hf_family(fields: dict[str, Any], path: str) -> Family:

@@ -17,11 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from l2s_jax.convert.files import TensorFiles, listed
-
-_STRIP = 64  # columns
 
 Params = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -183,43 +181,6 @@ def _chosen(entries: Sequence[Entry], prefixes: Sequence[str] | None) -> list[En
     if prefixes is None:
         return list(entries)
     return [e for e in entries if all(p.startswith(tuple(prefixes)) for p in e.parameters)]
-
-
-def read_params(
-    files: TensorFiles,
-    entries: Sequence[Entry],
-    shapes: Mapping[str, Shape],
-    *,
-    ignored: Sequence[str] = (),
-    prefixes: Sequence[str] | None = None,
-) -> Params:
-    """The parameter tree, float32 numpy arrays; with `prefixes`, only paths that start with one.
-
-    Names and shapes are all checked before the first tensor is read. Tensors held under several
-    names must be equal; with `prefixes` only the first is read, since the others may lie in shards
-    that are not needed.
-    """
-    flat: dict[str, np.ndarray] = {}
-    held = matched(files, entries, shapes, ignored=ignored, prefixes=prefixes)
-    for entry, (first, *others) in held:
-        tensor = files.read(first)
-        for other in others:
-            if not np.array_equal(files.read(other), tensor):
-                raise ValueError(f"{files.file(other)}: {other} differs from {first}")
-        parts = entry.transform.to_ours(tensor)
-        for path, part in zip(entry.parameters, parts, strict=True):
-            flat[path] = _contiguous(part)
-    return unflatten_dict(flat, sep="/")
-
-
-def _contiguous(x: np.ndarray) -> np.ndarray:
-    """`np.ascontiguousarray`; a large transposed matrix by strips, in less than half the time."""
-    if x.ndim != 2 or x.flags.c_contiguous:
-        return np.ascontiguousarray(x)
-    copy = np.empty(x.shape, x.dtype)
-    for start in range(0, x.shape[1], _STRIP):
-        copy[:, start : start + _STRIP] = x[:, start : start + _STRIP]
-    return copy
 
 
 def matched(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 _MAPPED_BYTES = 1 << 27
+
+Index = tuple[slice, ...]  # of each axis from where to where, without steps
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -85,7 +88,7 @@ class TensorFiles:
         single = _single_path(directory, stem)
         index = _index_path(directory, stem)
         self._open: dict[str, Any] = {}
-        self._mapped: dict[str, int] = {}  # bytes read through each open file
+        self._mapped = 0  # bytes read through the open files
         self._expected: dict[str, set[str]] = {}
         if os.path.exists(single):
             self.source = single
@@ -105,11 +108,12 @@ class TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in list(self._open):
-            self._close(file)
+        self._close()
 
-    def _close(self, file: str) -> None:
-        self._open.pop(file).__exit__(None, None, None)
+    def _close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+        self._mapped = 0
 
     def _opened(self, file: str) -> Any:
         if file in self._open:
@@ -120,13 +124,13 @@ class TensorFiles:
             raise ValueError(f"{file}: no such file, but {self.source} names it") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-        if file in self._expected:
+        self._open[file] = handle
+        if (expected := self._expected.pop(file, None)) is not None:
             found = set(handle.keys())
-            differing = [f"- {key}" for key in sorted(self._expected[file] - found)]
-            differing += [f"+ {key}" for key in sorted(found - self._expected[file])]
+            differing = [f"- {key}" for key in sorted(expected - found)]
+            differing += [f"+ {key}" for key in sorted(found - expected)]
             if differing:
                 raise ValueError(f"{file}: differs from {self.source}: {listed(differing)}")
-        self._open[file], self._mapped[file] = handle, 0
         return handle
 
     def file(self, key: str) -> str:
@@ -141,18 +145,25 @@ class TensorFiles:
         """Dtype of a tensor as safetensors names it (F32, BF16, ...), without reading it."""
         return self._opened(self._files[key]).get_slice(key).get_dtype()
 
-    def read(self, key: str) -> np.ndarray:
-        """A tensor as float32."""
-        file = self._files[key]
-        dtype = self.dtype(key)
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{file}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-        tensor = np.asarray(self._opened(file).get_tensor(key), dtype=np.float32)
-        # The library maps the file, and what was read of it stays in memory until it is closed.
-        self._mapped[file] += tensor.nbytes
-        if self._mapped[file] > _MAPPED_BYTES:
-            self._close(file)
-        return tensor
+    def read(self, key: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the part of it at `index`, in the file's own dtype."""
+        tensor = self._opened(self._files[key]).get_slice(key)
+        if (dtype := tensor.get_dtype()) not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{self._files[key]}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+            )
+        if not index:
+            part = self._opened(self._files[key]).get_tensor(key)
+            self._mapped += part.nbytes
+        else:
+            part = tensor[index]
+            # Of a row, what lies between the numbers that are asked for is read with them.
+            row = math.prod(tensor.get_shape()[1:])
+            self._mapped += len(part) * row * part.itemsize
+        # The library maps files, and what was read of one stays in memory until it is closed.
+        if self._mapped > _MAPPED_BYTES:
+            self._close()
+        return part
 
 
 def content_hash(directory: str) -> str:

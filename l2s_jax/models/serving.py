@@ -14,6 +14,11 @@ from l2s_jax.models.families import ModelConfig
 WEIGHTS = ("float", "int8")
 
 
+def float_dtype(path: str, config: ModelConfig) -> Any:
+    """Dtype in which `to_serve` holds the parameter at a '/'-joined path, if not in int8."""
+    return config.dtype if path.split("/")[-1] == "kernel" else jnp.float32
+
+
 def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> dict[str, Any]:
     """A model's parameters, with what products read in the form in which they read it.
 
@@ -34,13 +39,12 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
         return qwix.quantize(jnp.asarray(leaf, jnp.float32), jnp.int8, channelwise_axes=axes)
 
     def serve(path: tuple, leaf: Any) -> Any:
-        owner, name = [key.key for key in path][-2:]
-        if name == "kernel":
-            if weights == "int8":
+        *_, owner, name = (key.key for key in path)
+        if weights == "int8":
+            if name == "kernel":
                 return quantize(leaf, *range(leaf.ndim - 2), leaf.ndim - 1)
-            return leaf.astype(config.dtype, copy=False)
-        if weights == "int8" and owner == "token_embedding" and config.tied_head:
-            return quantize(leaf, 0)
-        return leaf
+            if owner == "token_embedding" and config.tied_head:
+                return quantize(leaf, 0)
+        return leaf.astype(float_dtype(name, config), copy=False)
 
     return jax.tree_util.tree_map_with_path(serve, params)

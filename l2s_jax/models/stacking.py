@@ -24,19 +24,18 @@ STACKED = "layers"
 _LAYER = re.compile(r"layers_(\d+)")
 
 
-def stack_layers(params: Mapping[str, Any], *, donate: bool = False) -> dict[str, Any]:
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """A tree with each of its groups `layers_0`, `layers_1`, ... as one `layers`.
 
     Groups may lie at any depth. Leaves are numpy arrays, which stay such, JAX arrays or
-    ShapeDtypeStructs. With `donate` the groups are taken out of `params`, a tree of dicts, so that
-    no more than one leaf of a group is held twice at a time.
+    ShapeDtypeStructs.
 
     Raises:
       ValueError: layers of one group that differ in their parameters or in a shape.
     """
     names = sorted(filter(_LAYER.fullmatch, params), key=lambda name: int(name.split("_")[1]))
     stacked = {
-        name: stack_layers(part, donate=donate) if isinstance(part, Mapping) else part
+        name: stack_layers(part) if isinstance(part, Mapping) else part
         for name, part in params.items()
         if name not in names
     }
@@ -48,13 +47,7 @@ def stack_layers(params: Mapping[str, Any], *, donate: bool = False) -> dict[str
     for name, structure in zip(names, structures, strict=True):
         if structure != structures[0]:
             raise ValueError(f"layers to stack: {name} has other parameters than layers_0")
-        if donate:
-            del params[name]
-    leaves = []
-    for i in range(len(columns[0])):
-        leaves.append(_stack([column[i] for column in columns]))
-        for column in columns:
-            column[i] = None
+    leaves = [_stack(column) for column in zip(*columns, strict=True)]
     return {**stacked, STACKED: jax.tree.unflatten(structures[0], leaves)}
 
 
@@ -68,6 +61,15 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         else:
             unstacked[name] = unstack_layers(part) if isinstance(part, Mapping) else part
     return unstacked
+
+
+def stacked_path(path: str) -> tuple[str, int | None]:
+    """Where `stack_layers` puts a parameter: (path, layer), or (path, None) if in no layer."""
+    names = path.split("/")
+    for i, name in enumerate(names):
+        if layer := _LAYER.fullmatch(name):
+            return "/".join([*names[:i], STACKED, *names[i + 1 :]]), int(layer[1])
+    return path, None
 
 
 def is_stacked(path: str) -> bool:

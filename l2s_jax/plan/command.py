@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from l2s_jax import optim, sharding, train
 from l2s_jax.plan import report
 from l2s_jax.plan.models import Plan, make_plan
-from l2s_jax.plan.programs import PROGRAMS, Compiler, mesh_name, shard_bytes
+from l2s_jax.plan.programs import PROGRAMS, Compiler, shard_bytes
 from l2s_jax.plan.slices import Slice, open_slice
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def plan(
     result["throughput"] = report.throughput(result["programs"], config, where.chips, price)
     if not all(program["fits"] for program in result["programs"].values()):
         result["meshes_with_room"] = [
-            f"{mesh_name(other)}: {size / 2**30:.2f} GiB"
+            f"{sharding.mesh_name(other)}: {size / 2**30:.2f} GiB"
             for size, other in _with_room(models, config, where, "train" in programs)
         ]
     if sweep:
@@ -166,7 +166,7 @@ def _sweep(
                 names = tuple(one for one in PROGRAMS if one in own)
                 compiled = dict(compiler.compile(names))
                 reports = {n: report.program_report(p, where) for n, p in compiled.items()}
-                log.info("plan: %s with %d rows on %s", name, batch_size, mesh_name(mesh))
+                log.info("plan: %s with %d rows on %s", name, batch_size, sharding.mesh_name(mesh))
                 if not all(program.fits for program in compiled.values()):
                     continue
                 rate = report.throughput(reports, changed, where.chips, None).get(name)

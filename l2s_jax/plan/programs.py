@@ -80,8 +80,9 @@ class Compiler:
         ):
             if size % ways:
                 raise ValueError(
-                    f"config.{name}: {size} rows at a time do not divide into {mesh_name(mesh)}, "
-                    f"where {ways} devices share a batch; expected a multiple of {ways}"
+                    f"config.{name}: {size} rows at a time do not divide into "
+                    f"{sharding.mesh_name(mesh)}, where {ways} devices share a batch; expected "
+                    f"a multiple of {ways}"
                 )
         self._flat = plan.unscanned()
         self._placed(plan.adapted[1])
@@ -249,19 +250,11 @@ class Compiler:
 
     def _placed(self, params: Any) -> Any:
         """Parameters with the shardings of the rules."""
-        shardings = sharding.parameter_shardings(params, self.mesh)
-
-        def place(path: tuple, leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-            for size, axis in zip(leaf.shape, where.spec, strict=False):
-                if axis and size % self.mesh.shape[axis]:
-                    raise ValueError(
-                        f"{mesh_name(self.mesh)}: {sharding.path_name(path)} {list(leaf.shape)} "
-                        f"does not divide into {axis}={self.mesh.shape[axis]}; expected a divisor "
-                        f"of {size}"
-                    )
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-        return jax.tree_util.tree_map_with_path(place, params, shardings)
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            params,
+            sharding.parameter_shardings(params, self.mesh),
+        )
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
@@ -285,11 +278,6 @@ class Compiler:
             tree,
             shardings,
         )
-
-
-def mesh_name(mesh: Mesh) -> str:
-    """As in the command line: mesh data=4, fsdp=2, tensor=1."""
-    return "mesh " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 def shard_bytes(leaf: Any) -> int:
