@@ -144,7 +144,7 @@ def load_part(directory: str, coordinator: str, processes: int, process: int) ->
     from l2s_jax.convert import load_encoder
 
     found: dict[str, float] = {}
-    with distributed.job(coordinator, processes, process):
+    with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
         mesh = sharding.make_mesh({"data": 1, "fsdp": processes, "tensor": 1})
 
         def run() -> object:

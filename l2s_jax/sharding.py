@@ -133,19 +133,32 @@ def optimizer_shardings(
     )
 
 
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """x with its leading dimensions split by these axes, in a program for a mesh.
+
+    What the compiler may choose: the dimensions named None, those that do not divide, and those
+    after. Nothing changes without `jax.set_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = [P.UNCONSTRAINED] * x.ndim
+    for i, (size, axis) in enumerate(zip(x.shape, axes, strict=False)):
+        ways = math.prod(mesh.shape[name] for name in np.atleast_1d(axis)) if axis else 1
+        if ways > 1 and size % ways == 0:
+            spec[i] = axis
+    if spec == [P.UNCONSTRAINED] * x.ndim:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
 def split_rows(x: jax.Array) -> jax.Array:
     """x [B, ...] with its rows where those of a batch lie, in a program for a mesh.
 
     Without it, the compiler may leave parameters that `fsdp` splits where they are, split the
-    activations along their width too, and add up those of the whole batch over all devices. Nothing
-    changes without `jax.set_mesh`, or where the rows do not divide.
+    activations along their width too, and add up those of the whole batch over all devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    if ways == 1 or x.shape[0] % ways:
-        return x
-    rest = [P.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *rest))
+    return constrain(x, ("data", "fsdp"))
 
 
 def split_parameters(params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One of the processes of a job that labels and trains, for test_distributed to start and kill.
+"""One process of a job that labels, reads and trains, for test_distributed to start and kill.
 
 python tests/job_child.py DIRECTORY SECONDS_PER_STEP COORDINATOR PROCESSES PROCESS
 """
@@ -10,12 +10,36 @@ import sys
 import jax
 import label_child
 import numpy as np
+import small
 import train_child
 
-from l2s_jax import distributed, labels
+from l2s_jax import convert, distributed, labels
+from l2s_jax.convert.files import TensorFiles
+from l2s_jax.sharding import path_name
 
 # Two of four processes hold the same rows of a batch, and parts of the same parameters.
 MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
+
+
+def read_encoder(directory, process, mesh):
+    """Keeps this process's part of an encoder; gives how many bytes it is, and how many it read."""
+    read, whole = [], TensorFiles.read
+
+    def counted(self, key, index):
+        read.append(whole(self, key, index))
+        return read[-1]
+
+    TensorFiles.read = counted
+    _, params = convert.load_encoder(f"{directory}/llm", mesh=small.mesh_of(*mesh))
+    kept = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        (shard,) = leaf.addressable_shards
+        kept[path_name(path)] = shard.data
+        starts = [axis.indices(size)[0] for axis, size in zip(shard.index, leaf.shape, strict=True)]
+        kept[f"{path_name(path)} from"] = np.array(starts)
+    np.savez(f"{directory}/encoder-{process}.npz", **kept)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    return {"held": held, "read": sum(part.nbytes for part in read)}
 
 
 def main(directory, seconds, coordinator, processes, process):
@@ -28,11 +52,13 @@ def main(directory, seconds, coordinator, processes, process):
             process_index=process,
             process_count=processes,
         )
+        facts = read_encoder(directory, process, MESHES[processes])
+        facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
         weights = train_child.run(directory, seconds, mesh=MESHES[processes])
         distributed.check_same([example.response for example in labelled], "labels")
         np.savez(f"{directory}/weights-{process}.npz", *jax.tree.leaves(weights))
         with open(f"{directory}/facts-{process}.json", "w", encoding="utf-8") as file:
-            json.dump({"devices": jax.device_count(), "own": jax.local_device_count()}, file)
+            json.dump(facts, file)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import tiny
 import train_child
 from safetensors.numpy import load_file
 
-from l2s_jax import distributed, train
+from l2s_jax import convert, distributed, sharding, train
 from l2s_jax.data import toy
 from l2s_jax.peers import Peers
 
@@ -140,11 +140,27 @@ def start_children(directory, seconds, count):
     return [start([*child, str(count), str(i)]) for i in range(count)]
 
 
+def assert_part_of_encoder(directory, process, facts):
+    """A process of two holds its half of what is split, and read nothing else."""
+    _, whole = convert.load_encoder(str(directory / "llm"))
+    with np.load(directory / f"encoder-{process}.npz") as part:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
+            name = sharding.path_name(path)
+            starts = part[f"{name} from"]
+            assert (starts.max() > 0) == (part[name].size < leaf.size and process == 1), name
+            index = tuple(map(slice, starts, starts + part[name].shape))
+            np.testing.assert_array_equal(part[name], leaf[index], err_msg=name)
+    assert facts["read"] == facts["held"]
+    assert facts["held"] < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
+
+
 def test_killed_the_others_end_and_all_continue_exactly(tmp_path):
     whole = tmp_path / "whole"
     expected = train_child.run(str(whole))
     directory = tmp_path / "killed"
     directory.mkdir()
+    config = small.t5_config()
+    convert.save_native(config, small.t5_params(config), str(directory / "llm"))
     children = start_children(directory, 0.05, 4)
     metrics = directory / "metrics.jsonl"
     while all(child.poll() is None for child in children) and not (
@@ -169,7 +185,8 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path):
     assert [status for status, _ in results] == [0, 0], (where, results)
     for process in range(2):
         facts = json.loads((directory / f"facts-{process}.json").read_text())
-        assert facts == {"devices": 2, "own": 1}
+        assert (facts["devices"], facts["own"]) == (2, 1)
+        assert_part_of_encoder(directory, process, facts)
         with np.load(directory / f"weights-{process}.npz") as saved:
             weights = list(saved.values())
         small.assert_same(weights, jax.tree.leaves(expected), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ import qwix
 from flax import linen as nn
 
 from l2s_jax.models.cache import KeyValue
+from l2s_jax.sharding import constrain, split_rows
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -131,6 +132,15 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""
         return product("...d,vd->...v", x, self.embedding, self.dtype, jnp.float32)
+
+
+def embed_tokens(table: Embedding, ids: jax.Array) -> jax.Array:
+    """Rows of a vocabulary's table, at ids [B, T] -> float32 [B, T, D], split by rows on a mesh.
+
+    Left to itself, the compiler may bring the whole vocabulary to each device. Here each takes what
+    its part of the table holds of the rows of all devices along `fsdp`, and they exchange that.
+    """
+    return split_rows(constrain(table(constrain(ids, "data")), "data", None, "fsdp"))
 
 
 class RMSNorm(nn.Module):
