@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import small
-from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from l2s_jax import optim, train
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
-from l2s_jax.models.layers import Embedding, embed_tokens
+from l2s_jax.models.layers import Embedding
 from l2s_jax.models.systems import LanguageModel, parameter_count
 from l2s_jax.plan import hlo
 from l2s_jax.plan.hlo import collectives
@@ -228,14 +227,13 @@ def test_a_table_is_looked_up_where_it_lies(sizes):
     # As many rows as this, and the compiler would rather bring the whole vocabulary to each device.
     vocabulary, width, rows, length = 248, 16, 64, 12
     table = Embedding(vocabulary, width, jax.nn.initializers.normal())
-    apply = nn.apply(embed_tokens, table)
     mesh = small.mesh_of(*sizes)
     params = {"token_embedding": {"embedding": np.zeros((vocabulary, width), np.float32)}}
     where = parameter_shardings(params, mesh)["token_embedding"]
 
     @functools.partial(jax.jit, out_shardings=(None, where))
     def run(params, ids, cotangent):
-        out, pull = jax.vjp(lambda params: apply({"params": params}, ids), params)
+        out, pull = jax.vjp(lambda params: table.apply({"params": params}, ids), params)
         return out, pull(cotangent)[0]
 
     at = batch_sharding(mesh)

@@ -16,15 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from l2s_jax.models.cache import CausalCache, KeyValue, write_position
-from l2s_jax.models.layers import (
-    Dropout,
-    Initializer,
-    Linear,
-    RMSNorm,
-    attend,
-    embed_tokens,
-    mask_bias,
-)
+from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
 from l2s_jax.sharding import split_rows
@@ -165,7 +157,7 @@ class CausalModel(nn.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32 [B, T] -> float32 [B, T, D]."""
-        return embed_tokens(self.token_embedding, ids)
+        return self.token_embedding(ids)
 
     def hidden_states(
         self, embedded: jax.Array, mask: jax.Array, num_layers: int | None = None

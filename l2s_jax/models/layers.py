@@ -122,25 +122,22 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", self.initializer, shape, jnp.float32)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """int32 [...] -> float32 [..., D]."""
+        """int32 [B, ...] -> float32 [B, ..., D]."""
         table = self.embedding
+        # On a mesh a device has some columns of the table: it reads them for the rows of all that
+        # have the others, and then they swap. The compiler may gather the table instead.
+        ids = constrain(ids, "data")
         if isinstance(table, qwix.QArray):
             rows, scales = (jnp.take(part, ids, axis=0) for part in (table.qvalue, table.scale))
-            return rows * scales.astype(jnp.float32)
-        return jnp.take(table, ids, axis=0).astype(jnp.float32)
+            embedded = rows * scales.astype(jnp.float32)
+        else:
+            embedded = jnp.take(table, ids, axis=0).astype(jnp.float32)
+        columns = [None] * (embedded.ndim - 2)
+        return split_rows(constrain(embedded, "data", *columns, "fsdp"))
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""
         return product("...d,vd->...v", x, self.embedding, self.dtype, jnp.float32)
-
-
-def embed_tokens(table: Embedding, ids: jax.Array) -> jax.Array:
-    """Rows of a vocabulary's table, at ids [B, T] -> float32 [B, T, D], split by rows on a mesh.
-
-    Left to itself, the compiler may bring the whole vocabulary to each device. Here each takes what
-    its part of the table holds of the rows of all devices along `fsdp`, and they exchange that.
-    """
-    return split_rows(constrain(table(constrain(ids, "data")), "data", None, "fsdp"))
 
 
 class RMSNorm(nn.Module):

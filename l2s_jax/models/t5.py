@@ -17,15 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, write_position
-from l2s_jax.models.layers import (
-    Attention,
-    Dropout,
-    Embedding,
-    Linear,
-    RMSNorm,
-    embed_tokens,
-    mask_bias,
-)
+from l2s_jax.models.layers import Attention, Dropout, Embedding, Linear, RMSNorm, mask_bias
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.sharding import split_rows
 
@@ -310,7 +302,7 @@ class T5(nn.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32 [B, T] -> float32 [B, T, D]."""
-        return embed_tokens(self.token_embedding, ids)
+        return self.token_embedding(ids)
 
     def encode(self, embedded: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Embedded prompt [B, T, D] under bool mask [B, T] -> encoder output, float32 [B, T, D]."""
