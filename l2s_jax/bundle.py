@@ -122,30 +122,39 @@ def inspect(directory: str) -> list[convert.Parameter]:
         ]
 
 
+def _read_fields(directory: str) -> tuple[dict[str, Any], str]:
+    """(config.json's object, its path) of an L2S model."""
+    path = os.path.join(directory, "config.json")
+    fields = read_json(path)
+    if fields.get("family") != _FAMILY:
+        raise ValueError(f"{path}: family is {fields.get('family')!r}, expected {_FAMILY!r}")
+    return fields, path
+
+
 def generation_settings(directory: str) -> dict[str, Any]:
     """What `save` was given as `generation`."""
-    return dict(read_json(os.path.join(directory, "config.json"))["generation"])
+    fields, path = _read_fields(directory)
+    if not isinstance(fields.get("generation"), dict):
+        raise ValueError(f"{path}: not the config of an L2S model: no settings of generation")
+    return dict(fields["generation"])
 
 
 def load(
     directory: str,
     *,
     dtype: Any = jnp.float32,
-    serve: bool = False,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
 ) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
-    `serve`, `mesh` and `scan_layers` are about the LLM, as of `convert.load_encoder`.
+    `mesh` and `scan_layers` are about the LLM, as of `convert.load_encoder`. On a mesh it is held
+    as generation with weights "float" holds it.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
     """
-    path = os.path.join(directory, "config.json")
-    fields = read_json(path)
-    if fields.get("family") != _FAMILY:
-        raise ValueError(f"{path}: family is {fields.get('family')!r}, expected {_FAMILY!r}")
+    fields, path = _read_fields(directory)
     try:
         llm_path = os.path.normpath(os.path.join(directory, fields["llm"]["path"]))
         expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
@@ -156,7 +165,12 @@ def load(
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
     llm, frozen = convert.load_encoder(
-        llm_path, layer=layer, dtype=dtype, serve=serve, mesh=mesh, scan_layers=scan_layers
+        llm_path,
+        layer=layer,
+        dtype=dtype,
+        serve=mesh is not None,
+        mesh=mesh,
+        scan_layers=scan_layers,
     )
     if content_hash(llm_path) != expected:
         raise ValueError(

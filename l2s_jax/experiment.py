@@ -176,7 +176,12 @@ class Experiment:
                 generation=generation_settings(self.config),
             )
             _write_model(model, save)
-        return bundle.load(model, dtype=self.dtype, scan_layers=self.config.scan_layers)
+        return bundle.load(
+            model,
+            dtype=self.dtype,
+            mesh=sharding.one_device() if self.config.decoding.weights == "float" else None,
+            scan_layers=self.config.scan_layers,
+        )
 
     def evaluation_examples(self) -> Sequence[Example]:
         """The examples that the report is about."""

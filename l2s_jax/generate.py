@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from l2s_jax import bundle, convert, distributed
+from l2s_jax import bundle, convert, distributed, sharding
 from l2s_jax.config import compute_dtype
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
 from l2s_jax.data.tasks import Example, Task, load_task
@@ -387,8 +387,9 @@ def load(directory: str, *, dtype: str = "auto", **settings: Any) -> Generator:
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
     """
-    loaded = bundle.load(directory, dtype=compute_dtype(dtype))
     settings = {**bundle.generation_settings(directory), **settings}
+    mesh = sharding.one_device() if settings.get("weights", "float") == "float" else None
+    loaded = bundle.load(directory, dtype=compute_dtype(dtype), mesh=mesh)
     return Generator(*loaded, *bundle.load_tokenizers(directory), **settings)
 
 
@@ -407,9 +408,11 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype = compute_dtype(config.dtype)
     if name == "l2s":
+        weights = settings.get("weights", config.decoding.weights)
+        mesh = sharding.one_device() if weights == "float" else None
         return make_generator(
             config,
-            bundle.load(directory, dtype=dtype),
+            bundle.load(directory, dtype=dtype, mesh=mesh),
             *bundle.load_tokenizers(directory),
             **settings,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 
 # Path pattern (the whole path must match) -> axes of the parameter's dimensions.
 RULES: tuple[tuple[str, P], ...] = (
+    # The vocabulary over `tensor`. Over `fsdp` too, whose devices have different rows of a batch, each
+    # would need all of it: the compiler gathers the table, or adds up the whole batch's activations.
     (r"(.*/)?token_embedding/embedding", P("tensor", "fsdp")),
     (r"(.*/)?position_embedding/embedding", P(None, "fsdp")),
     (r".*/(query|key|value|wi|wi_gate)/kernel", P("fsdp", "tensor")),
@@ -42,7 +44,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: ConfigDict | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.data`, `.fsdp` and `.tensor`; one -1 takes the rest.
 
     It is over `devices`, or all that there are.
@@ -58,6 +60,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def one_device() -> Mesh:
+    """A mesh over the first device of this process."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
 
 
 def path_name(path: tuple) -> str:
