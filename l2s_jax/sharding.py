@@ -25,8 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 
 # Path pattern (the whole path must match) -> axes of the parameter's dimensions.
 RULES: tuple[tuple[str, P], ...] = (
-    # The vocabulary over `tensor`. Over `fsdp` too, whose devices have different rows of a batch, each
-    # would need all of it: the compiler gathers the table, or adds up the whole batch's activations.
+    # The vocabulary over `tensor`. Over `fsdp` too, whose devices have different rows of a batch,
+    # each would need all of it: the compiler gathers the table, or adds up whole batches.
     (r"(.*/)?token_embedding/embedding", P("tensor", "fsdp")),
     (r"(.*/)?position_embedding/embedding", P(None, "fsdp")),
     (r".*/(query|key|value|wi|wi_gate)/kernel", P("fsdp", "tensor")),
