@@ -110,6 +110,8 @@ def default() -> ConfigDict:
             # (prompt, response) lengths that batches are padded to, ascending.
             "buckets": ((128, 128),),
             "labels": "data",  # what the SLM and L2S learn to say: data | llm
+            # A folder that keeps H of all prompts, computed once; "": each step computes its own.
+            "features": {"cache": ""},
             "llm": {
                 "path": "",  # a Hugging Face directory, or RUN/llm/model; "": made here
                 "model": model_config(),

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from l2s_jax import bundle, convert, distributed, labels, metrics, sharding, train
+from l2s_jax import bundle, convert, distributed, features, labels, metrics, sharding, train
 from l2s_jax.config import compute_dtype
 from l2s_jax.convert.files import content_hash
-from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
+from l2s_jax.data.batches import TokenizedExamples, training_batches, validation_batches
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.decoding.search import Search
 from l2s_jax.generate import Generator, generation_settings, make_generator
@@ -129,6 +129,7 @@ class Experiment:
     def l2s(self) -> tuple[LlmToSlm, Params, Params]:
         """(system, trained parameters, the LLM's frozen ones)."""
         config = self.config.l2s
+        cache = self.config.features.cache
         inputs = {
             **self._slm_inputs(),
             **self._training_inputs("l2s"),
@@ -137,18 +138,12 @@ class Experiment:
             "layer": self.config.llm.layer,
             "fusion": config.fusion,
             "projector_width": config.projector_width,
+            **({"features": "bfloat16"} if cache else {}),
         }
         directory = self._open_stage("l2s", inputs)
         model = os.path.join(directory, "model")
         if not distributed.on_primary(lambda: os.path.isdir(model)):
-            llm, frozen = convert.load_encoder(
-                self.llm_directory,
-                layer=self.config.llm.layer,
-                dtype=self.dtype,
-                serve=True,
-                mesh=self.mesh,
-                scan_layers=self.config.scan_layers,
-            )
+            llm, _ = self._encoder(entries=())
             slm_config, slm_params = self._starting_point("slm", config.train)
             system = LlmToSlm(
                 llm_config=llm.config,
@@ -160,7 +155,17 @@ class Experiment:
             params = self._init(system)
             if slm_params is not None:
                 params = {**params, "slm": {k: slm_params[k] for k in params["slm"]}}
-            trained = self._fit("l2s", system, params, frozen, directory, inputs, self._labelled)
+            _, frozen = self._encoder(entries=system.beside_hidden if cache else None)
+            trained = self._fit(
+                "l2s",
+                system,
+                params,
+                frozen,
+                directory,
+                inputs,
+                self._labelled,
+                prepare=functools.partial(self._cache_features, system) if cache else None,
+            )
             # A model and an LLM of the same workdir stay together when the workdir is moved.
             inside = os.path.join(os.path.abspath(self.workdir), "llm", "model")
             llm_path = os.path.abspath(self.llm_directory)
@@ -195,6 +200,45 @@ class Experiment:
     @functools.cached_property
     def _llm_hash(self) -> str:
         return content_hash(self.llm_directory)
+
+    def _encoder(self, entries: Sequence[str] | None) -> tuple[Any, Params]:
+        """(module, parameters) of what encodes a prompt, of which only `entries` are read."""
+        return convert.load_encoder(
+            self.llm_directory,
+            layer=self.config.llm.layer,
+            dtype=self.dtype,
+            serve=True,
+            mesh=self.mesh,
+            scan_layers=self.config.scan_layers,
+            entries=entries,
+        )
+
+    def _cache_features(self, system: LlmToSlm, **splits: TokenizedExamples) -> None:
+        """Has the batches of these splits hold H, which is computed once."""
+        encoder = functools.cache(
+            lambda: features.Encoder(system, self._encoder(entries=None)[1], self.mesh)
+        )
+        config = self.config.l2s.train
+        rows = config.batch_size // config.accumulation
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        for split, data in splits.items():
+            data.hidden = features.cached(
+                data,
+                self.config.features.cache,
+                {
+                    "llm_hash": self._llm_hash,
+                    "layer": self.config.llm.layer,
+                    "dtype": str(self.dtype),
+                    "task": self.config.task.name,
+                    "split": split,
+                    "tokenizer": self.llm_tokenizer.fingerprint,
+                    "max_prompt_tokens": self.config.max_prompt_tokens,
+                },
+                encoder,
+                width=system.llm_config.width,
+                buckets=[prompt_tokens for prompt_tokens, _ in self.buckets],
+                batch_size=config.batch_size if rows % ways else rows,
+            )
 
     @functools.cached_property
     def _labelled(self) -> Sequence[Example]:
@@ -374,6 +418,7 @@ class Experiment:
         directory: str,
         inputs: dict[str, Any],
         examples: Sequence[Example],
+        prepare: Callable[..., None] | None = None,
     ) -> Params:
         if not self._train:
             raise ValueError(f"{directory}: not finished; --mode=train continues it")
@@ -397,26 +442,24 @@ class Experiment:
             params, base = adapted.split(params, jax.random.key(self.config.seed))
             frozen = {"base": base, "inner": frozen}
         limit = self.config.evaluation.validation_examples
-        validation = evaluation_batches(
-            self._tokenized(name, _first(self._examples("validation"), limit)),
-            prompt_name=system.prompt_name,
-            buckets=self.buckets,
-            batch_size=config.batch_size,
-        )
+        validation = self._tokenized(name, _first(self._examples("validation"), limit))
+        settings = {
+            "prompt_name": system.prompt_name,
+            "buckets": self.buckets,
+            "batch_size": config.batch_size,
+            "rows": sharding.batch_rows(self.mesh, config.batch_size),
+        }
+        batches = training_batches(data, seed=self.config.seed, **settings)
+        validations = validation_batches(validation, **settings)
+        if prepare:
+            prepare(train=data, validation=validation)
         trained = train.fit(
             adapted if adapted else system,
             frozen,
             params,
             config,
-            batches=training_batches(
-                data,
-                prompt_name=system.prompt_name,
-                buckets=self.buckets,
-                batch_size=config.batch_size,
-                seed=self.config.seed,
-                rows=sharding.batch_rows(self.mesh, config.batch_size),
-            ),
-            validation=[batch for _, batch in validation],
+            batches=batches,
+            validation=validations,
             directory=directory,
             fingerprint=fingerprint(inputs),
             seed=self.config.seed,
@@ -442,6 +485,8 @@ def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:
 
 def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """One-line errors for settings that no run could use."""
+    if config.features.cache:
+        features.check_folder(config.features.cache)
     if config.labels not in ("data", "llm"):
         raise ValueError(f"config.labels={config.labels!r}: expected 'data' or 'llm'")
     if config.l2s.fusion not in FUSIONS:

@@ -202,7 +202,12 @@ def validation_scores(
     score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, jax.Array]]
 ) -> dict[str, float]:
     """Mean loss (nats), perplexity and accuracy per response token, over all of `batches`."""
-    sums = jax.device_get([score(params, frozen, batch) for batch in batches])
+    sums: list[Any] = []
+    for batch in batches:
+        sums.append(score(params, frozen, batch))
+        # While the device is at one batch the next is put there, and no more than that.
+        sums[-2:-1] = jax.device_get(sums[-2:-1])
+    sums = jax.device_get(sums)
     loss, tokens, correct = (
         float(sum(np.float64(batch[name]) for batch in sums))
         for name in ("loss", "tokens", "correct")
@@ -236,7 +241,7 @@ def fit(
     config: ConfigDict,
     *,
     batches: grain.DatasetIterator,
-    validation: list[dict[str, np.ndarray]],
+    validation: Iterable[Mapping[str, np.ndarray]],
     directory: str,
     fingerprint: str,
     seed: int,
@@ -248,8 +253,9 @@ def fit(
     `directory/checkpoints`. A run that finds one continues from it exactly, with the same batches;
     one of another `fingerprint` is an error. Metrics go to `directory` (see progress.py).
 
-    All processes of a job call it alike, but for `batches`, which give each its own rows
-    (`sharding.batch_rows`). Their number changes nothing else.
+    All processes of a job call it alike, but for `batches` and `validation`, which give each its
+    own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
+    through once for each validation.
     """
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
@@ -268,7 +274,6 @@ def fit(
         abstract = abstract_state(params, optimizer, config, shardings)
         frozen = sharding.put(frozen, sharding.parameter_shardings(frozen, mesh))
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
-        validation = [put({k: v[rows] for k, v in batch.items()}) for batch in validation]
         start = checkpoints.latest_step
         if start is None:
             start = 0
@@ -307,7 +312,7 @@ def fit(
                     if step % config.evaluate_every == 0 or step == config.steps:
                         meter.flush()
                         weights = _weights(state)
-                        scores = validation_scores(score_fn, weights, frozen, validation)
+                        scores = validation_scores(score_fn, weights, frozen, map(put, validation))
                         writer.write(step, scores)
                         checkpoints.save(
                             step,

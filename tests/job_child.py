@@ -1,4 +1,4 @@
-"""One process of a job that labels, reads and trains, for test_distributed to start and kill.
+"""One process of a job that labels, reads, encodes and trains, for test_distributed to kill.
 
 python tests/job_child.py DIRECTORY SECONDS_PER_STEP COORDINATOR PROCESSES PROCESS
 """
@@ -7,13 +7,14 @@ import json
 import os
 import sys
 
+import features_child
 import jax
 import label_child
 import numpy as np
 import small
 import train_child
 
-from l2s_jax import convert, distributed, labels
+from l2s_jax import convert, distributed, features, labels
 from l2s_jax.convert.files import TensorFiles
 from l2s_jax.sharding import path_name
 
@@ -42,6 +43,30 @@ def read_encoder(directory, process, mesh):
     return {"held": held, "read": sum(part.nbytes for part in read)}
 
 
+def encode(directory, mesh):
+    """The LLM's H of prompts in many shards, each of which notes who wrote it."""
+    features_child.small_shards()
+    system = small.make_system("add")
+    frozen = small.make_params(system)[1]
+    write = features._write
+
+    def noted(path, records):
+        with open(f"{directory}/wrote.txt", "a", encoding="utf-8") as file:
+            file.write(f"{jax.process_index()} {os.path.basename(path)}\n")
+        write(path, records)
+
+    features._write = noted
+    return features.cached(
+        features_child.DATA,
+        f"{directory}/features",
+        features_child.FACTS,
+        lambda: features.Encoder(system, frozen, small.mesh_of(*mesh)),
+        width=features_child.WIDTH,
+        buckets=[8],
+        batch_size=8,
+    )
+
+
 def main(directory, seconds, coordinator, processes, process):
     with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
         distributed.on_primary(lambda: os.makedirs(f"{directory}/labels", exist_ok=True))
@@ -54,6 +79,8 @@ def main(directory, seconds, coordinator, processes, process):
         )
         facts = read_encoder(directory, process, MESHES[processes])
         facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
+        kept = encode(directory, MESHES[processes])
+        distributed.check_same([float(h.astype(float).sum()) for h in kept], "features")
         weights = train_child.run(directory, seconds, mesh=MESHES[processes])
         distributed.check_same([example.response for example in labelled], "labels")
         np.savez(f"{directory}/weights-{process}.npz", *jax.tree.leaves(weights))

@@ -12,7 +12,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import features_child
 import jax
+import job_child
 import label_child
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ import tiny
 import train_child
 from safetensors.numpy import load_file
 
-from l2s_jax import convert, distributed, sharding, train
+from l2s_jax import convert, distributed, features, sharding, train
 from l2s_jax.data import toy
 from l2s_jax.peers import Peers
 
@@ -154,7 +156,7 @@ def assert_part_of_encoder(directory, process, facts):
     assert facts["held"] < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
 
 
-def test_killed_the_others_end_and_all_continue_exactly(tmp_path):
+def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     expected = train_child.run(str(whole))
     directory = tmp_path / "killed"
@@ -193,6 +195,25 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path):
     assert_same_lines(directory, lines_of(whole))
     asked = (directory / "labels" / "asked.txt").read_text().splitlines()
     assert sorted(asked) == sorted(example.prompt for example in label_child.EXAMPLES)
+
+    # The four encoded together and wrote in turns, what one process makes alone.
+    (folder,) = (directory / "features").iterdir()
+    lines = sorted(line.split() for line in (directory / "wrote.txt").read_text().splitlines())
+    assert sorted(name for _, name in lines) == sorted(
+        path.name for path in folder.glob("*.array_record")
+    )
+    assert all(int(name[9:14]) % 4 == int(process) for process, name in lines)
+    monkeypatch.setattr(features, "SHARD_BYTES", 0)
+    monkeypatch.setattr(features, "_write", features._write)
+    alone = job_child.encode(str(tmp_path), (1, 1, 1))
+    together = job_child.encode(str(directory), (1, 1, 1))
+    for index in range(len(features_child.DATA)):
+        small.assert_same(
+            together[index].astype(np.float32),
+            alone[index].astype(np.float32),
+            rtol=2**-7,
+            atol=1e-5,
+        )
 
 
 def test_an_interrupt_ends_all(tmp_path):

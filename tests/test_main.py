@@ -102,8 +102,9 @@ def test_changed_stage_is_made_anew_and_the_old_one_kept(job, tmp_path):
     assert json.loads((copy / "l2s/model/config.json").read_text())["fusion"] == "cross"
 
 
-def test_llm_labels_and_a_previous_runs_llm(job, tmp_path):
+def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, capfd):
     config, workdir = job
+    cache = tmp_path / "features"
     arguments = (
         f"--config={config}",
         f"--workdir={tmp_path / 'run'}",
@@ -112,6 +113,7 @@ def test_llm_labels_and_a_previous_runs_llm(job, tmp_path):
         "--config.llm.train.steps=0",
         "--config.tokenizer.train_vocab_size=0",
         "--config.labels=llm",
+        f"--config.features.cache={cache}",
     )
     assert tiny.run(*arguments) == 0
     (shard,) = (tmp_path / "run/labels").glob("train-*.jsonl")
@@ -123,6 +125,26 @@ def test_llm_labels_and_a_previous_runs_llm(job, tmp_path):
         report_of(path)["systems"]["llm"]["quality"] for path in (tmp_path / "run", workdir)
     )
     assert ours == theirs
+
+    # H of either split lies in the cache, is found again, and is not taken for another LLM's.
+    facts = {json.loads(path.read_text())["split"]: path for path in cache.glob("*/features.json")}
+    assert set(facts) == {"train", "validation"}
+    stage = json.loads((tmp_path / "run/l2s/stage.json").read_text())
+    assert stage["features"] == "bfloat16"
+    model = tmp_path / "run/l2s/model"
+    trained = (model / "params.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/l2s")
+    capfd.readouterr()
+    assert tiny.run(*arguments) == 0
+    assert (model / "params.safetensors").read_bytes() == trained
+    assert "the LLM encodes" not in capfd.readouterr().err
+    path = facts["train"]
+    path.write_text(path.read_text().replace(stage["llm_hash"], "0" * 64))
+    shutil.rmtree(tmp_path / "run/l2s")
+    for folder, message in ((cache, "another LLM's features"), (path.parent, "the folder above")):
+        assert tiny.run(*arguments[:-1], f"--config.features.cache={folder}") == 2
+        (line,) = (x for x in capfd.readouterr().err.splitlines() if x.startswith("error:"))
+        assert message in line and str(path.parent) in line
 
 
 @pytest.mark.parametrize("system", ["llm", "slm", "l2s"])

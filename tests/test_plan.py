@@ -104,6 +104,24 @@ def test_argument_bytes_are_the_sum_of_the_shards(v5e):
     assert expected <= found
 
 
+def test_training_from_a_cache_holds_no_llm(tmp_path):
+    config = small_config(data=4)
+    config.features.cache = "features"
+    report = planned(config, tmp_path, "cpu:4", programs=["train"])
+    models = make_plan(config, "cpu")
+    assert models.adapted[2] == {} and models.frozen
+    settings = config.l2s.train
+    optimizer = optim.optimizer(settings, models.trained)
+    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, settings), models.trained)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    batch = 4 * 16 * (2 * 4 + 2) + 4 * 16 * 32 * 2  # and H, 32 wide, in bfloat16
+    assert report["programs"]["train"]["bytes_per_chip"]["arguments"] == held + batch
+
+    config.slm.tokenizer.train_vocab_size = 32
+    config.l2s.lora.rank = 2
+    assert set(make_plan(config, "cpu").adapted[2]["inner"]) == {"token_embedding"}
+
+
 def test_flops_and_collectives_of_a_known_matrix_product():
     where = open_slice("v5e:2x2")
     mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 4}), where.devices)

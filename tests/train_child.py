@@ -34,6 +34,8 @@ def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1)):
     mesh = small.mesh_of(*mesh)
     system = small.make_system("add", dropout_rate=0.1)
     params, frozen = small.make_params(system)
+    rows = batch_rows(mesh, 8)
+    validation = {key: value[rows] for key, value in small.make_batch(system, rows=8).items()}
     config = small.make_train_config(
         STEPS, evaluate_every=3, ema_decay=0.9, learning_rate=1e-2, accumulation=2, warmup_steps=5
     )
@@ -45,13 +47,11 @@ def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1)):
         config,
         batches=wrap(
             Slow(
-                small.make_batches(
-                    system, small.random_pairs(30, 7), batch_size=8, rows=batch_rows(mesh, 8)
-                ),
+                small.make_batches(system, small.random_pairs(30, 7), batch_size=8, rows=rows),
                 seconds,
             )
         ),
-        validation=[small.make_batch(system, rows=8)],
+        validation=[validation],
         directory=directory,
         fingerprint="f",
         seed=0,

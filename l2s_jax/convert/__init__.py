@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import jax.numpy as jnp
@@ -105,14 +105,24 @@ def load_encoder(
     serve: bool = False,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
+    entries: Sequence[str] | None = None,
 ) -> tuple[nn.Module, Params]:
     """As `load`, but only what encodes a prompt is read and held.
 
     An encoder-decoder gives its encoder. A decoder-only model gives its first `layer` layers, or
     that fraction of them if it is below 1, or all of them if it is 0. With `scan_layers`, they are
-    stacked (models/stacking.py), as the module then takes them.
+    stacked (models/stacking.py), as the module then takes them. Of all this only `entries` of the
+    parameter tree, where they are given.
     """
-    return _load(directory, dtype, layer=layer, serve=serve, mesh=mesh, scan_layers=scan_layers)
+    return _load(
+        directory,
+        dtype,
+        layer=layer,
+        serve=serve,
+        mesh=mesh,
+        scan_layers=scan_layers,
+        kept=entries,
+    )
 
 
 class Parameter(NamedTuple):
@@ -196,6 +206,7 @@ def _load(
     serve: bool = False,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
+    kept: Sequence[str] | None = None,
 ) -> tuple[nn.Module, Params]:
     with _opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
@@ -204,6 +215,8 @@ def _load(
                 config, prefixes = family.encoder_parameters(config, layer)
             except ValueError as error:
                 raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from None
+            if kept is not None:
+                prefixes = tuple(f"{name}/" for name in kept)
         config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)
         params = read_params(
             files,

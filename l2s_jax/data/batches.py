@@ -5,9 +5,10 @@ step, so the state of an iterator is its step number. Grain reads ahead along th
 """
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -46,6 +47,14 @@ class _Ragged(NamedTuple):
         return cls(np.concatenate(values or [np.zeros(0, np.int32)]), offsets)
 
 
+class Hidden(Protocol):
+    """Where an LLM's representations H of the prompts are read from."""
+
+    def padded(self, indices: np.ndarray, prompt_tokens: int) -> np.ndarray:
+        """H of prompts `indices` [B], none where -1: [B, prompt_tokens, D], zeros elsewhere."""
+        ...
+
+
 class _Tokens(NamedTuple):
     prompts: _Ragged
     responses: _Ragged
@@ -57,6 +66,7 @@ class TokenizedExamples:
     """Token ids of examples, computed on first use, all at once, and kept as two flat arrays.
 
     A sequence over its maximum is cut; where the tokenizer ended it with eos, so does the cut one.
+    Once `hidden` is set, batches hold what it reads too.
 
     Args:
       examples: what to tokenize; references are not used.
@@ -91,6 +101,7 @@ class TokenizedExamples:
         self.max_response_tokens = max_response_tokens
         self.prompt_pad_id = prompt_tokenizer.pad_id
         self.response_pad_id = response_tokenizer.pad_id
+        self.hidden: Hidden | None = None
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -120,6 +131,22 @@ class TokenizedExamples:
         """Tokens of each response after the cut, int32 [len(self)]."""
         return self._tokens.responses.lengths
 
+    @functools.cached_property
+    def prompts_hash(self) -> str:
+        """sha256 (hex) over the ids of all prompts, as they are after the cut."""
+        values, offsets = self._tokens.prompts
+        digest = hashlib.sha256(offsets.astype("<i8"))
+        digest.update(values.astype("<i4"))
+        return digest.hexdigest()
+
+    def padded_prompts(
+        self, indices: np.ndarray, prompt_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 and mask bool [B, prompt_tokens] of the prompts of `padded`."""
+        ids, mask = _pad(self._tokens.prompts, indices, prompt_tokens, self.prompt_pad_id)
+        mask[indices < 0, 0] = True
+        return ids, mask
+
     def padded(
         self, indices: np.ndarray, prompt_tokens: int, response_tokens: int, prompt_name: str
     ) -> dict[str, np.ndarray]:
@@ -128,19 +155,19 @@ class TokenizedExamples:
         An index of -1 makes a padding row: its prompt mask has one true token, lest a softmax
         over the prompt be empty, and its response mask none, lest it count in a loss.
         """
-        prompt_ids, prompt_mask = _pad(
-            self._tokens.prompts, indices, prompt_tokens, self.prompt_pad_id
-        )
+        prompt_ids, prompt_mask = self.padded_prompts(indices, prompt_tokens)
         response_ids, response_mask = _pad(
             self._tokens.responses, indices, response_tokens, self.response_pad_id
         )
-        prompt_mask[indices < 0, 0] = True
-        return {
+        batch = {
             f"{prompt_name}_ids": prompt_ids,
             f"{prompt_name}_mask": prompt_mask,
             "response_ids": response_ids,
             "response_mask": response_mask,
         }
+        if self.hidden is not None:
+            batch[f"{prompt_name}_hidden"] = self.hidden.padded(indices, prompt_tokens)
+        return batch
 
     @functools.cached_property
     def _tokens(self) -> _Tokens:
@@ -265,7 +292,8 @@ def training_batches(
 
     Returns:
       An iterator with `get_state()` and `set_state(state)` over dicts of `{prompt_name}_ids` int32
-      and `{prompt_name}_mask` bool [B, T], `response_ids` int32 and `response_mask` bool [B, S].
+      and `{prompt_name}_mask` bool [B, T], `response_ids` int32 and `response_mask` bool [B, S],
+      and, where `data` has it, `{prompt_name}_hidden` [B, T, D].
 
     Raises:
       ValueError: the buckets do not ascend or are too small, or there are fewer examples than
@@ -288,12 +316,20 @@ def training_batches(
 
 
 class _EvaluationBatches(Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]):
-    def __init__(self, data: TokenizedExamples, prompt_name: str, buckets: Buckets, size: int):
+    def __init__(
+        self,
+        data: TokenizedExamples,
+        prompt_name: str,
+        buckets: Buckets,
+        size: int,
+        own_rows: np.ndarray | slice = slice(None),
+    ):
         self._data = data
         self._prompt_name = prompt_name
         self._prompt_widths = np.asarray([prompt for prompt, _ in buckets])
         self._response_width = buckets[-1][1]
         self._size = size
+        self._own_rows = own_rows
         self._order = np.argsort(data.prompt_lengths, kind="stable")
 
     def __len__(self) -> int:
@@ -306,6 +342,7 @@ class _EvaluationBatches(Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]):
         width = int(self._prompt_widths[np.searchsorted(self._prompt_widths, longest)])
         indices = np.full(self._size, -1, np.int64)
         indices[: len(rows)] = rows
+        indices = indices[self._own_rows]
         return indices, self._data.padded(indices, width, self._response_width, self._prompt_name)
 
 
@@ -331,10 +368,31 @@ def evaluation_batches(
     Raises:
       ValueError: the buckets do not ascend or are too small, or `batch_size` is below 1.
     """
+    _check_evaluation(data, buckets, batch_size)
+    return _EvaluationBatches(data, prompt_name, buckets, batch_size)
+
+
+def validation_batches(
+    data: TokenizedExamples,
+    *,
+    prompt_name: str,
+    buckets: Buckets,
+    batch_size: int,
+    rows: np.ndarray,
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+    """The batches of `evaluation_batches` without their indices, to be read again and again.
+
+    rows: which rows of each global batch this process reads.
+    """
+    _check_evaluation(data, buckets, batch_size)
+    batches = _EvaluationBatches(data, prompt_name, buckets, batch_size, rows)
+    return grain.MapDataset.source(batches).map(lambda pair: pair[1]).to_iter_dataset(_READ_AHEAD)
+
+
+def _check_evaluation(data: TokenizedExamples, buckets: Buckets, batch_size: int) -> None:
     _check_buckets(data, buckets)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    return _EvaluationBatches(data, prompt_name, buckets, batch_size)
 
 
 def _check_buckets(data: TokenizedExamples, buckets: Buckets) -> None:

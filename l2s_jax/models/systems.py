@@ -182,9 +182,14 @@ class LlmToSlm:
             {"params": trained}, *args, **kwargs
         )
 
+    @property
+    def beside_hidden(self) -> tuple[str, ...]:
+        """The entries of `frozen` that are read even where a batch holds H."""
+        return ("token_embedding",) if self.fusion == "add" and not self.shared_vocabulary else ()
+
     def _embedded(self, frozen: Params, ids: jax.Array) -> jax.Array | None:
         """The LLM's embedding of the prompt, where L2S needs it."""
-        if self.fusion != "add" or self.shared_vocabulary:
+        if not self.beside_hidden:
             return None
         return make_module(self.llm_config).apply({"params": frozen}, ids, method="embed")
 
@@ -199,13 +204,20 @@ class LlmToSlm:
     def logits(
         self, trained: Params, frozen: Params, batch: Batch, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Teacher-forced logits of the response, float32 [B, S, V]."""
+        """Teacher-forced logits of the response, float32 [B, S, V].
+
+        Where the batch holds H, as "llm_hidden" [B, T, D_llm], it is not computed.
+        """
         ids, mask = batch["llm_ids"], batch["llm_mask"]
+        if "llm_hidden" in batch:
+            hidden = batch["llm_hidden"].astype(jnp.float32)
+        else:
+            hidden = self.encode(trained, frozen, ids, mask)
         return self._module(self.slm_config).apply(
             {"params": _as_trained(trained, self.slm_config)},
             ids,
             mask,
-            self.encode(trained, frozen, ids, mask),
+            hidden,
             batch["response_ids"],
             self._embedded(frozen, ids),
             deterministic=dropout_key is None,

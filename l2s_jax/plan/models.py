@@ -28,7 +28,7 @@ class Plan:
     """What is compiled: an L2S system, and ShapeDtypeStructs of its parameters.
 
     trained and frozen: as decoding takes them. adapted: (system, trained, frozen) as training does,
-    which differ with LoRA.
+    which differ with LoRA, and where H comes from a cache.
     """
 
     system: LlmToSlm
@@ -99,11 +99,14 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     )
     key = jax.random.key(0)
     trained = jax.eval_shape(system.init, key)
-    adapted: tuple[Any, Params, Params] = system, trained, frozen
+    beside = frozen
+    if config.features.cache:
+        beside = {name: frozen[name] for name in system.beside_hidden}
+    adapted: tuple[Any, Params, Params] = system, trained, beside
     if settings.lora.rank:
         lora = Lora(system, **settings.lora.to_dict())
         adapters, base = jax.eval_shape(lora.split, trained, key)
-        adapted = lora, adapters, {"base": base, "inner": frozen}
+        adapted = lora, adapters, {"base": base, "inner": beside}
     return Plan(system, trained, frozen, adapted)
 
 
