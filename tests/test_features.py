@@ -375,5 +375,7 @@ def test_only_what_training_reads_of_an_llm_is_loaded(tmp_path):
     whole, encoder = convert.load_encoder(str(tmp_path))
     module, nothing = convert.load_encoder(str(tmp_path), entries=())
     assert nothing == {} and module.config == whole.config
-    _, table = convert.load_encoder(str(tmp_path), entries=system.beside_hidden)
+    stacked = {"mesh": small.mesh_of(), "scan_layers": True}
+    assert convert.load_encoder(str(tmp_path), entries=(), **stacked)[1] == {}
+    _, table = convert.load_encoder(str(tmp_path), entries=system.beside_hidden, **stacked)
     small.assert_same(table, {"token_embedding": encoder["token_embedding"]})
