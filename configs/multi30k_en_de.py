@@ -71,6 +71,6 @@ def get_config() -> ConfigDict:
         )
     config.l2s.projector_width = 256
     config.labels = "llm"
-    config.decoding.update(max_new_tokens=64, batch_size=100)
+    config.decoding.update(max_new_tokens=64, batch_size=96)
     config.evaluation.latency.update(prompt_tokens=24, new_tokens=24)
     return config

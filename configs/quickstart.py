@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     for section in (config.llm, config.slm, config.l2s):
         section.train.update(batch_size=64, learning_rate=2e-2, dropout_rate=0.0)
     config.l2s.projector_width = 128
-    config.decoding.update(max_new_tokens=20, batch_size=100)
+    config.decoding.update(max_new_tokens=20, batch_size=96)
     config.evaluation.metrics = ("exact_match", "bleu")
     config.evaluation.latency.update(prompt_tokens=20, new_tokens=20)
     return config

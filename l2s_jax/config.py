@@ -152,7 +152,7 @@ def default() -> ConfigDict:
                     "repeats": 20,
                 },
             },
-            # Device mesh; one axis may be -1, which takes the devices that are left.
+            # Devices of training and generation; one axis may be -1, which takes those left.
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )

@@ -35,8 +35,8 @@ DESCRIPTIONS = {
 def evaluate(experiment: Experiment) -> dict[str, Any]:
     """Makes what is missing, measures, and writes the report and the outputs to the workdir.
 
-    The processes of a job share the work on the outputs; process 0 measures alone and writes.
-    Outputs go to DIR/predictions/SYSTEM.jsonl, in the order of the examples.
+    The processes of a job share the work on the outputs. Process 0 writes, and measures alone where
+    it can decode alone. Outputs go to DIR/predictions/SYSTEM.jsonl, in the order of the examples.
     """
     settings = experiment.config.evaluation
     # First, so that what is wrong with them shows before hours of training.
@@ -65,20 +65,24 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
             ),
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
-    return distributed.on_primary(lambda: _measured(experiment, generators, systems, references))
+
+    def measured() -> dict[str, dict[str, dict[str, float]]]:
+        return _latencies(generators, settings.latency)
+
+    together = experiment.decoding_mesh.is_multi_process
+    latencies = measured() if together else distributed.on_primary(measured)
+    return distributed.on_primary(lambda: _written(experiment, systems, latencies, references))
 
 
-def _measured(
+def _written(
     experiment: Experiment,
-    generators: Mapping[str, Generator],
     systems: dict[str, dict[str, Any]],
+    latencies: Mapping[str, Mapping[str, dict[str, float]]],
     references: list[tuple[str, ...]],
 ) -> dict[str, Any]:
-    """Adds the latencies of the systems and writes the report."""
+    """The report, which it writes."""
     settings = experiment.config.evaluation
-    latency = settings.latency
-    for key, batch_size in (("latency", 1), ("latency_batch", latency.batch_size)):
-        measured = _latency(generators, batch_size, latency)
+    for key, measured in latencies.items():
         # The control runs the same program as L2S.
         for name in systems:
             systems[name][key] = measured[name.removesuffix("_mismatched")]
@@ -103,6 +107,16 @@ def _measured(
     return result
 
 
+def _latencies(
+    generators: Mapping[str, Generator], settings: ConfigDict
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of one prompt and of a batch of them, by their key in the report and by system."""
+    return {
+        key: _latency(generators, batch_size, settings)
+        for key, batch_size in (("latency", 1), ("latency_batch", settings.batch_size))
+    }
+
+
 def _latency(
     generators: Mapping[str, Generator], batch_size: int, settings: ConfigDict
 ) -> dict[str, dict[str, float]]:
@@ -122,12 +136,14 @@ def _latency(
             generator.frozen,
             generator.prompt_tokenizer.vocab_size,
             search=generator.search,
+            mesh=generator.mesh,
             **shape,
         )
         for name, generator in generators.items()
     }
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for _ in tqdm(range(settings.repeats), desc=f"latency, batch {batch_size}"):
+    silent = not distributed.is_primary()
+    for _ in tqdm(range(settings.repeats), desc=f"latency, batch {batch_size}", disable=silent):
         for name, run in runs.items():
             samples[name].append(run.measure())
     return {

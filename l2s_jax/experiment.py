@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax import bundle, convert, distributed, features, labels, metrics, sharding, train
@@ -55,8 +56,9 @@ class Experiment:
         self.dtype = compute_dtype(config.dtype)
         self.task = load_task(config.task)
         self.mesh = sharding.make_mesh(config.mesh)
+        self.decoding_mesh = sharding.decoding_mesh(self.mesh)
         self.buckets = tuple(tuple(bucket) for bucket in config.buckets)
-        _check(config, self.mesh)
+        _check(config, self.mesh, self.decoding_mesh)
 
     @functools.cached_property
     def llm_tokenizer(self) -> Tokenizer:
@@ -184,7 +186,7 @@ class Experiment:
         return bundle.load(
             model,
             dtype=self.dtype,
-            mesh=sharding.one_device() if self.config.decoding.weights == "float" else None,
+            mesh=self.decoding_mesh if self.config.decoding.weights == "float" else None,
             scan_layers=self.config.scan_layers,
         )
 
@@ -195,6 +197,7 @@ class Experiment:
 
     def generator(self, loaded: tuple[System, Params, Params], **settings: Any) -> Generator:
         """Text in, text out, with one of the systems above; settings as of `make_generator`."""
+        settings = {"mesh": self.decoding_mesh, **settings}
         return make_generator(self.config, loaded, *self.tokenizers(loaded[0].name), **settings)
 
     @functools.cached_property
@@ -255,6 +258,7 @@ class Experiment:
             directory,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            together=self.decoding_mesh.is_multi_process,
         )
 
     @functools.cache  # noqa: B019  an experiment lives as long as its process
@@ -483,7 +487,7 @@ def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:
     return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
 
 
-def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def _check(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh) -> None:
     """One-line errors for settings that no run could use."""
     if config.features.cache:
         features.check_folder(config.features.cache)
@@ -523,17 +527,13 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(
             f"config.decoding.weights={config.decoding.weights!r}: expected one of {WEIGHTS}"
         )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding.check_rows(config.decoding.batch_size, decoding_mesh, "config.decoding.batch_size")
     for name in ("llm", "slm", "l2s"):
         section = config[name].train
         if name == "llm" and not section.steps:
             continue
         train.check_config(section, f"config.{name}.train")
-        if section.batch_size % ways:
-            raise ValueError(
-                f"config.{name}.train.batch_size={section.batch_size}: expected a multiple of the "
-                f"{ways} devices that share a batch"
-            )
+        sharding.check_rows(section.batch_size, mesh, f"config.{name}.train.batch_size")
         if name != "llm" and config[name].lora.rank:
             _check_lora(config[name], f"config.{name}")
 

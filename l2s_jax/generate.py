@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -51,7 +52,9 @@ class Generator:
     """Answers prompts with one system. Results do not depend on batch company or padding.
 
     Batches have one of a few fixed shapes: the number of rows, of prompt tokens and of new tokens
-    are each rounded up to a bucket, and every combination is compiled once.
+    are each rounded up to a bucket, and every combination is compiled once. On a mesh, rows are
+    split over it, and the parameters as for training. A mesh of several processes makes every call
+    one that they all make, alike.
     """
 
     def __init__(
@@ -67,14 +70,23 @@ class Generator:
         batch_size: int,
         search: Search | Mapping[str, Any] = GREEDY,
         weights: str = "float",
+        mesh: Mesh | None = None,
     ):
         """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated.
 
         `max_new_tokens` and `search` hold for calls that name none; no call may have more new
-        tokens. `weights` is one of models.serving.WEIGHTS.
+        tokens. `weights` is one of models.serving.WEIGHTS. `mesh`: None is one device.
+
+        Raises:
+          ValueError: the mesh does not divide the batch_size or a parameter.
         """
         self.system = system
-        self.trained, self.frozen = jax.device_put(system.to_serve(trained, frozen, weights))
+        self.mesh = mesh or sharding.one_device()
+        sharding.check_rows(batch_size, self.mesh, "batch_size")
+        self.trained, self.frozen = (
+            sharding.put_parameters(params, self.mesh)
+            for params in system.to_serve(trained, frozen, weights)
+        )
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.max_new_tokens = max_new_tokens
@@ -84,8 +96,8 @@ class Generator:
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
-        """Numbers of rows that programs are compiled for."""
-        return _buckets(1, self.batch_size, 4)
+        """Numbers of rows that programs are compiled for, which the mesh splits."""
+        return _buckets(sharding.batch_ways(self.mesh), self.batch_size, 4)
 
     @property
     def new_token_buckets(self) -> tuple[int, ...]:
@@ -98,7 +110,7 @@ class Generator:
         It does so for the default search; another one is another set of programs.
         """
         in_chunks = stream or self.search.stop
-        rows_of = (1,) if stream else self.row_buckets
+        rows_of = self.row_buckets[:1] if stream else self.row_buckets
         shapes = list(itertools.product(rows_of, self.prompt_lengths, self.new_token_buckets))
         for rows, length, capacity in tqdm(shapes, desc="compiling", file=sys.stderr):
             ids, mask = np.zeros((rows, length), np.int32), np.ones((rows, length), bool)
@@ -106,7 +118,7 @@ class Generator:
             limits = np.full(rows, 2 if in_chunks else 0, np.int32)
             batch = _Batch(ids, mask, limits, np.zeros(rows, np.uint32))
             if in_chunks:
-                list(self._chunks(batch, capacity, self.search, False, lambda: [False]))
+                list(self._chunks(batch, capacity, self.search, False, lambda: []))
             else:
                 jax.block_until_ready(self._decode(batch, capacity, self.search, False))
         return len(shapes)
@@ -132,8 +144,8 @@ class Generator:
             prompts are; without them, the prompts' places 0, 1, 2, ...
           description: names a progress bar on stderr; without it there is none.
           mismatched: every prompt is decoded with the encoded prompt of another.
-          shared: all processes of a job make the same call; each answers its share of the batches,
-            and all get all outputs.
+          shared: all processes of a job make the same call, and all get all outputs. Each answers
+            its share of the batches; on a mesh of all of them, they answer each batch together.
 
         Raises:
           ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
@@ -144,11 +156,12 @@ class Generator:
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
+        together = self.mesh.is_multi_process
+        silent = not description or ((shared or together) and not distributed.is_primary())
+        shared = shared and not together
         processes, me = (jax.process_count(), jax.process_index()) if shared else (1, 0)
         outputs: dict[int, Output] = {}
-        with tqdm(
-            total=len(prompts), desc=description, disable=not description or me > 0, file=sys.stderr
-        ) as bar:
+        with tqdm(total=len(prompts), desc=description, disable=silent, file=sys.stderr) as bar:
             for number, (indices, batch) in enumerate(
                 self._batches(prompts, limit, seeds, mismatched)
             ):
@@ -239,15 +252,20 @@ class Generator:
     def _decode(
         self, batch: _Batch, capacity: int, search: Search, mismatched: bool
     ) -> Decoded | Hypotheses:
-        return jitted_decode(
-            self.system,
-            self.trained,
-            self.frozen,
-            *batch,
-            max_new_tokens=capacity,
-            search=search,
-            mismatched=mismatched,
-        )
+        with jax.set_mesh(self.mesh):
+            return jitted_decode(
+                self.system,
+                self.trained,
+                self.frozen,
+                *self._put(batch),
+                max_new_tokens=capacity,
+                search=search,
+                mismatched=mismatched,
+            )
+
+    def _put(self, batch: _Batch) -> _Batch:
+        """The batch on the devices, split by rows."""
+        return sharding.put(batch, sharding.batch_sharding(self.mesh))
 
     def _chunks(
         self,
@@ -257,22 +275,30 @@ class Generator:
         mismatched: bool,
         ended: Callable[[], Sequence[bool]],
     ) -> Iterator[_Progress]:
-        """What has been decoded after each chunk; `ended` says which rows have said enough."""
+        """What has been decoded after each chunk; `ended` says which of the first rows have said
+        enough.
+        """
         settings = {"max_new_tokens": capacity, "search": dataclasses.replace(search, stop=())}
-        state = start(
-            self.system, self.trained, self.frozen, *batch, mismatched=mismatched, **settings
-        )
+        weights = (self.trained, self.frozen)
+        with jax.set_mesh(self.mesh):
+            state = start(
+                self.system, *weights, *self._put(batch), mismatched=mismatched, **settings
+            )
         while True:
-            progress = _Progress(*jax.device_get((state.tokens, state.lengths, state.done)))
+            progress = _Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
             yield progress
-            stopped = np.asarray(ended(), bool)
+            told = ended()
+            stopped = np.zeros(len(batch.limits), bool)
+            stopped[: len(told)] = told
             if (progress.done | stopped).all():
                 return
-            state = advance(self.system, self.trained, state, stopped, **settings)
+            # Not around the loop: it would hold while the caller has the progress.
+            with jax.set_mesh(self.mesh):
+                state = advance(self.system, self.trained, state, stopped, **settings)
 
     def _collect(self, decoded: Decoded | Hypotheses) -> Iterator[Output]:
         """The output of each row."""
-        decoded = jax.device_get(decoded)
+        decoded = sharding.gather(decoded)
         if isinstance(decoded, Decoded):
             for tokens, length, finished in zip(
                 decoded.tokens, decoded.lengths, decoded.finished, strict=True
@@ -376,31 +402,49 @@ def make_generator(
     return Generator(*loaded, prompt_tokenizer, response_tokenizer, **settings)
 
 
-def load(directory: str, *, dtype: str = "auto", **settings: Any) -> Generator:
+def load(
+    directory: str,
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | Mapping[str, int] | None = None,
+    **settings: Any,
+) -> Generator:
     """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
 
     Args:
       directory: what a run left in RUN/l2s/model, or `python -m l2s_jax.convert` made of it.
       dtype: as config.dtype.
+      mesh: of the devices of this process, along its axes as in config.mesh; data is what is left.
+        {} splits batches between all of them, {"tensor": 4} the model between each four. None: one
+        device.
       settings: arguments of `Generator` to use instead of the model's own.
 
     Raises:
-      ValueError: no L2S model is there, or its LLM is gone or no longer the same.
+      ValueError: no L2S model is there, its LLM is gone or no longer the same, or the mesh does not
+        fit the devices, the batch size or the model.
     """
     settings = {**bundle.generation_settings(directory), **settings}
-    mesh = sharding.one_device() if settings.get("weights", "float") == "float" else None
-    loaded = bundle.load(directory, dtype=compute_dtype(dtype), mesh=mesh)
-    return Generator(*loaded, *bundle.load_tokenizers(directory), **settings)
+    if mesh is None:
+        mesh = sharding.one_device()
+    elif not isinstance(mesh, Mesh):
+        rest = {} if -1 in mesh.values() else {"data": -1}
+        mesh = sharding.make_mesh({**rest, **mesh}, jax.local_devices())
+    placed = mesh if settings.get("weights", "float") == "float" else None
+    loaded = bundle.load(directory, dtype=compute_dtype(dtype), mesh=placed)
+    return Generator(*loaded, *bundle.load_tokenizers(directory), mesh=mesh, **settings)
 
 
 def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
     """The Generator of system `name` ("llm", "slm" or "l2s") that a run left in `workdir`.
 
-    Settings as of `make_generator`.
+    On config.mesh, see `sharding.decoding_mesh`. Settings as of `make_generator`.
 
     Raises:
-      ValueError: the workdir holds no such system.
+      ValueError: the workdir holds no such system, or the mesh does not fit.
     """
+    mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
+    sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
+    settings = {"mesh": mesh, **settings}
     directory = os.path.join(workdir, name, "model")
     if name == "llm" and not config.llm.train.steps:
         directory = config.llm.path
@@ -409,10 +453,10 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     dtype = compute_dtype(config.dtype)
     if name == "l2s":
         weights = settings.get("weights", config.decoding.weights)
-        mesh = sharding.one_device() if weights == "float" else None
+        placed = mesh if weights == "float" else None
         return make_generator(
             config,
-            bundle.load(directory, dtype=dtype, mesh=mesh),
+            bundle.load(directory, dtype=dtype, mesh=placed),
             *bundle.load_tokenizers(directory),
             **settings,
         )

@@ -27,11 +27,13 @@ def label(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    together: bool = False,
 ) -> list[Example]:
     """`examples` with responses by the generator, which is made only if some are missing.
 
     Of several processes, which share `directory`, each answers every process_count-th file and
-    waits for the others.
+    waits for the others. `together`: their generators are one, so all of them answer every file,
+    and process 0 writes.
 
     Raises:
       ValueError: a file holds another number of labels than it should.
@@ -40,14 +42,23 @@ def label(
         os.path.join(directory, f"train-{number:05d}.jsonl")
         for number in range(-(-len(examples) // SHARD))
     ]
-    missing = [n for n, path in enumerate(paths) if not os.path.exists(path)]
-    if own := [number for number in missing if number % process_count == process_index]:
+
+    def missing() -> list[int]:
+        return [number for number, path in enumerate(paths) if not os.path.exists(path)]
+
+    if together:
+        own = distributed.on_primary(missing)
+    else:
+        own = [number for number in missing() if number % process_count == process_index]
+    if own:
         log.info("labels: the LLM answers %d of %d files of prompts", len(own), len(paths))
         generator = make_generator()
         for number in own:
             indices = range(number * SHARD, min((number + 1) * SHARD, len(examples)))
             prompts = [examples[i].prompt for i in indices]
-            _write(paths[number], generator.generate(prompts, description=f"labels {number}"))
+            outputs = generator.generate(prompts, description=f"labels {number}")
+            if not together or process_index == 0:
+                _write(paths[number], outputs)
     if process_count > 1:
         distributed.barrier("labels")
     responses = [

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from l2s_jax import sharding
 from l2s_jax.decoding.engine import GREEDY, decode, decode_cache, prefill
 from l2s_jax.decoding.loop import decoding_steps
 from l2s_jax.decoding.search import Search
@@ -40,18 +41,28 @@ class Stopwatch:
         prompt_tokens: int,
         new_tokens: int,
         search: Search = GREEDY,
+        mesh: Mesh | None = None,
     ):
-        """`vocab_size` is that of the prompts. Compiles, and runs everything twice to warm up."""
-        ids = jnp.asarray(random_prompts(batch_size, prompt_tokens, vocab_size))
-        mask = jnp.ones(ids.shape, bool)
-        limits = jnp.full(batch_size, new_tokens, jnp.int32)
-        seeds = jnp.arange(batch_size, dtype=jnp.uint32)
+        """`vocab_size` is that of the prompts. Compiles, and runs everything twice to warm up.
+
+        On a mesh, where the parameters must be, rows are added up to a number that it splits, as
+        generation does. All processes of the mesh measure together. None is one device.
+        """
+        mesh = mesh or sharding.one_device()
+        rows = -(-batch_size // sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)
+        prompts = random_prompts(rows, prompt_tokens, vocab_size)
+        limits = np.where(np.arange(rows) < batch_size, new_tokens, 0).astype(np.int32)
+        ids, mask, limits, seeds = sharding.put(
+            (prompts, np.ones(prompts.shape, bool), limits, np.arange(rows, dtype=np.uint32)),
+            sharding.batch_sharding(mesh),
+        )
         settings = {"max_new_tokens": new_tokens, "search": search}
         self._steps = max(new_tokens - 1 if search.num_beams > 1 else decoding_steps(new_tokens), 1)
 
-        encode = _compiled(system.encode, trained, frozen, ids, mask)
+        encode = _compiled(mesh, system.encode, trained, frozen, ids, mask)
         hidden = encode(trained, frozen, ids, mask)
         start = _compiled(
+            mesh,
             lambda trained, frozen, ids, mask, hidden: prefill(
                 system, trained, frozen, ids, mask, hidden, **settings
             ),
@@ -59,6 +70,7 @@ class Stopwatch:
         )
         first = start(trained, frozen, ids, mask, hidden)
         loop = _compiled(
+            mesh,
             lambda trained, first, limits, seeds: decode_cache(
                 system, trained, *first[:2], limits, seeds, first[2], ignore_eos=True, **settings
             ),
@@ -66,6 +78,7 @@ class Stopwatch:
         )
         began = time.perf_counter()
         whole = _compiled(
+            mesh,
             lambda *arguments: decode(system, *arguments, ignore_eos=True, **settings),
             *(trained, frozen, ids, mask, limits, seeds),
         )
@@ -101,8 +114,9 @@ class Stopwatch:
         jax.block_until_ready(self._whole())
 
 
-def _compiled(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    return jax.jit(function).lower(*arguments).compile()
+def _compiled(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*arguments).compile()
 
 
 def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from l2s_jax.models.stacking import is_stacked
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that split a batch
 
 # Path pattern (the whole path must match) -> axes of the parameter's dimensions.
 RULES: tuple[tuple[str, P], ...] = (
@@ -42,29 +42,86 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/relative_bias/embedding", P()),
     (r".*/scale", P()),
 )
+_VOCABULARY = r"(.*/)?(token_embedding/embedding|head/kernel)"
 
 
-def make_mesh(config: ConfigDict | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config.data`, `.fsdp` and `.tensor`; one -1 takes the rest.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these sizes of AXES, 1 where one is not named; one -1 takes the rest.
 
     It is over `devices`, or all that there are.
+
+    Raises:
+      ValueError: an axis that there is not, or another number of devices.
     """
+    if unknown := set(sizes) - set(AXES):
+        raise ValueError(f"mesh: no axis {min(unknown)!r}, expected some of {', '.join(AXES)}")
     count = jax.device_count() if devices is None else len(devices)
-    sizes = [config[axis] for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    if math.prod(sizes) != count or min(sizes) < 1:
-        shape = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
-        raise ValueError(f"mesh {shape}: the product must be the number of devices, {count}")
+    asked = [sizes.get(axis, 1) for axis in AXES]
+    shape = list(asked)
+    known = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) == 1 and known > 0 and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if math.prod(shape) != count or min(shape) < 1:
+        raise ValueError(
+            f"mesh {_named(asked)}: the product must be the number of devices, {count}, as in "
+            f"{_named(_nearest(asked, count))}"
+        )
     return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def _named(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+
+
+def _nearest(sizes: Sequence[int], count: int) -> list[int]:
+    """Sizes for `count` devices: those that split parameters where they divide, data the rest."""
+    shape = []
+    for size in reversed(sizes[1:]):
+        shape.insert(0, size if size > 0 and count % size == 0 else 1)
+        count //= shape[0]
+    return [count, *shape]
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """As in the command line: mesh data=4, fsdp=2, tensor=1."""
+    return f"mesh {_named([mesh.shape[axis] for axis in AXES])}"
 
 
 def one_device() -> Mesh:
     """A mesh over the first device of this process."""
-    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+    return make_mesh({}, jax.local_devices()[:1])
+
+
+def decoding_mesh(mesh: Mesh) -> Mesh:
+    """What a process of a job generates on, when the job trains on `mesh`.
+
+    Its own devices, if those of every process hold whole copies of the model: processes then answer
+    different prompts and never wait for each other. Else all of `mesh`, for all processes together.
+    """
+    copy = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    own: dict[int, list[Any]] = {}
+    for device in mesh.devices.flat:
+        own.setdefault(device.process_index, []).append(device)
+    if len(own) == 1 or any(len(devices) % copy for devices in own.values()):
+        return mesh
+    return make_mesh({**mesh.shape, "data": -1}, own[jax.process_index()])
+
+
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Between how many devices, or groups of them, the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def check_rows(rows: int, mesh: Mesh, what: str) -> None:
+    """Raises a ValueError if the mesh cannot split a batch of so many rows; `what` names them."""
+    ways = batch_ways(mesh)
+    if rows % ways:
+        raise ValueError(
+            f"{what}={rows}: {mesh_name(mesh)} splits a batch between {ways} devices, expected a "
+            f"multiple of {ways}, such as {-(-rows // ways) * ways}"
+        )
 
 
 def path_name(path: tuple) -> str:
@@ -72,15 +129,12 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def mesh_name(mesh: Mesh) -> str:
-    """As in the command line: mesh data=4, fsdp=2, tensor=1."""
-    return "mesh " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-
-
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """A tree like `params` of NamedShardings; every parameter must match exactly one rule.
 
-    No axis splits the layers of a stacked parameter (models/stacking.py).
+    No axis splits the layers of a stacked parameter (models/stacking.py). The parts of a quantized
+    parameter lie as it would. A vocabulary that `tensor` does not divide, such as GPT-2's, is not
+    split by it.
 
     Raises:
       ValueError: a parameter that no rule matches, or several, or that does not divide.
@@ -88,14 +142,23 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     problems = []
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        name = path_name(path)
+        part = isinstance(path[-1], jax.tree_util.GetAttrKey)
+        name = path_name(path[:-1] if part else path)
         specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, name)]
         if len(specs) != 1:
             problems.append(f"{name} ({len(specs)} rules)")
             return NamedSharding(mesh, P())
-        spec = P(None, *specs[0]) if is_stacked(name) else specs[0]
-        _check_divides(name, np.shape(leaf), spec, mesh)
-        return NamedSharding(mesh, spec)
+        axes = [None, *specs[0]] if is_stacked(name) else list(specs[0])
+        for i, (size, axis) in enumerate(zip(np.shape(leaf), axes, strict=False)):
+            if axis is None or size % mesh.shape[axis] == 0:
+                continue
+            if size > 1 and not (axis == "tensor" and re.fullmatch(_VOCABULARY, name)):
+                raise ValueError(
+                    f"{mesh_name(mesh)}: {name} {list(np.shape(leaf))} does not divide into "
+                    f"{axis}={mesh.shape[axis]}; expected a divisor of {size}"
+                )
+            axes[i] = None
+        return NamedSharding(mesh, P(*axes))
 
     shardings = jax.tree_util.tree_map_with_path(sharding, params)
     if problems:
@@ -103,15 +166,6 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
             f"parameters that don't match exactly one sharding rule: {', '.join(problems)}"
         )
     return shardings
-
-
-def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis and size % mesh.shape[axis]:
-            raise ValueError(
-                f"{mesh_name(mesh)}: {name} {list(shape)} does not divide into "
-                f"{axis}={mesh.shape[axis]}; expected a divisor of {size}"
-            )
 
 
 def optimizer_shardings(
@@ -141,31 +195,46 @@ def optimizer_shardings(
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """x with its leading dimensions split by these axes, in a program for a mesh.
+    """x with its leading dimensions split by these axes, None by none, in a program for a mesh.
 
-    What the compiler may choose: the dimensions named None, those that do not divide, and those
-    after. Nothing changes without `jax.set_mesh`.
+    The compiler chooses for the dimensions after them, and for those that do not divide. Nothing
+    changes without `jax.set_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     spec = [P.UNCONSTRAINED] * x.ndim
     for i, (size, axis) in enumerate(zip(x.shape, axes, strict=False)):
-        ways = math.prod(mesh.shape[name] for name in np.atleast_1d(axis)) if axis else 1
-        if ways > 1 and size % ways == 0:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        if size % math.prod(mesh.shape[name] for name in names) == 0:
             spec[i] = axis
-    if spec == [P.UNCONSTRAINED] * x.ndim:
-        return x
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...] with its rows where those of a batch lie, in a program for a mesh.
+    """x [B, ...] with its rows, each whole, where those of a batch lie, in a program for a mesh.
 
     Without it, the compiler may leave parameters that `fsdp` splits where they are, split the
-    activations along their width too, and add up those of the whole batch over all devices.
+    activations along their width too, and add up those of the whole batch over all devices; or
+    split them along their width by `tensor`, and gather them for every product.
     """
-    return constrain(x, ("data", "fsdp"))
+    return constrain(x, ROWS, *[None] * (x.ndim - 1))
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of x [B, ...], in a program for a mesh with each row where it lies.
+
+    By itself the compiler gathers all rows on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
+        return jax.lax.top_k(x, k)
+    return jax.shard_map(
+        lambda rows: jax.lax.top_k(rows, k),
+        in_specs=P(ROWS),
+        out_specs=P(ROWS),
+        axis_names=set(ROWS),
+    )(x)
 
 
 def split_parameters(params: Any) -> Any:
@@ -181,7 +250,7 @@ def split_parameters(params: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -204,15 +273,27 @@ def put_batch(
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that are the same on all processes -> global arrays; what lies right stays."""
+    """Arrays that are the same on all processes -> global arrays; what lies right stays.
+
+    shardings: a tree like `tree`, or one for all of its arrays.
+    """
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: place(x, shardings), tree)
     return jax.tree.map(place, tree, shardings)
+
+
+def put_parameters(params: Any, mesh: Mesh) -> Any:
+    """Parameters -> global arrays that lie where the rules say."""
+    return put(params, parameter_shardings(params, mesh))
 
 
 def gather(tree: Any) -> Any:

@@ -67,16 +67,24 @@ def encode(directory, mesh):
     )
 
 
+def label(directory, asked, processes, process, **settings):
+    """The examples with labels that lie in a directory; `asked` is where asked.txt is."""
+    os.makedirs(asked, exist_ok=True)
+    return labels.label(
+        label_child.EXAMPLES,
+        lambda: label_child.Slow(asked),
+        directory,
+        process_index=process,
+        process_count=processes,
+        **settings,
+    )
+
+
 def main(directory, seconds, coordinator, processes, process):
     with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
-        distributed.on_primary(lambda: os.makedirs(f"{directory}/labels", exist_ok=True))
-        labelled = labels.label(
-            label_child.EXAMPLES,
-            lambda: label_child.Slow(f"{directory}/labels"),
-            f"{directory}/labels",
-            process_index=process,
-            process_count=processes,
-        )
+        labelled = label(f"{directory}/labels", f"{directory}/labels", processes, process)
+        own = f"{directory}/together/{process}"
+        assert labelled == label(f"{directory}/together", own, processes, process, together=True)
         facts = read_encoder(directory, process, MESHES[processes])
         facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
         kept = encode(directory, MESHES[processes])

@@ -47,7 +47,15 @@ OVERRIDES = {
     "unknown activation": ("--config.llm.model.activation=swish", "swish.*gated_gelu"),
     "half precision": ("--config.dtype=float16", "float16.*overflows"),
     "unknown dtype": ("--config.dtype=int8", "int8.*bfloat16"),
-    "mesh of another size": ("--config.mesh.data=7", "data=7.*number of devices"),
+    "mesh of another size": ("--config.mesh.data=7", "data=7.*number of devices, 8, as in data=8,"),
+    "mesh that doesn't divide a batch": (
+        "--config.l2s.train.batch_size=12",
+        "config.l2s.train.batch_size=12: mesh data=8.*multiple of 8, such as 16",
+    ),
+    "mesh that doesn't divide what is decoded": (
+        "--config.decoding.batch_size=4",
+        "config.decoding.batch_size=4: mesh data=8.*multiple of 8, such as 8",
+    ),
     "accumulation that doesn't divide": ("--config.llm.train.accumulation=3", "accumulation=3"),
     "no steps": ("--config.slm.train.steps=0", "steps=0"),
     "vocabulary larger than the text": (

@@ -85,7 +85,10 @@ def launch(config, runs, *flags):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """(config, workdir of one process, runs of two, what their launch gave)."""
+    """(config, workdir of one process, runs of two, what their launch gave).
+
+    Neither of the two has the whole model.
+    """
     root = tmp_path_factory.mktemp("jobs")
     config = tiny.write_task(root / "data")
     texts = toy.write_task(str(root / "toy"))
@@ -96,7 +99,8 @@ def jobs(tmp_path_factory):
         "--config.evaluation.latency.batch_size=1",
     )
     with ThreadPoolExecutor() as pool:
-        two = pool.submit(launch, config, root / "two", *flags)
+        mesh = ("--config.mesh.data=1", "--config.mesh.tensor=2")
+        two = pool.submit(launch, config, root / "two", *flags, *mesh)
         assert tiny.run(f"--config={config}", f"--workdir={root / 'one'}", *flags) == 0
     return config, root / "one", root / "two", two.result()
 
@@ -123,7 +127,7 @@ def test_two_processes_train_and_evaluate_as_one(jobs):
         assert reports[1]["systems"][name]["quality"] == system["quality"]
 
 
-def test_two_processes_answer_as_one(jobs, tmp_path):
+def test_two_processes_with_the_whole_model_each_answer_as_one(jobs, tmp_path):
     config, one, runs, _ = jobs
     source, target = config.parent / "test.jsonl", tmp_path / "answers.jsonl"
     generate = ("--mode=generate", f"--input={source}", "--search=temperature=1.5,top_k=20")
@@ -193,8 +197,13 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
             weights = list(saved.values())
         small.assert_same(weights, jax.tree.leaves(expected), rtol=1e-4, atol=1e-5)
     assert_same_lines(directory, lines_of(whole))
-    asked = (directory / "labels" / "asked.txt").read_text().splitlines()
-    assert sorted(asked) == sorted(example.prompt for example in label_child.EXAMPLES)
+    # Each label was asked for once, those of one generator for all once by each of the four.
+    prompts = sorted(example.prompt for example in label_child.EXAMPLES)
+    for place in ("labels", *(f"together/{process}" for process in range(4))):
+        asked = (directory / place / "asked.txt").read_text().splitlines()
+        assert sorted(asked) == prompts
+    for file in (directory / "labels").glob("train-*"):
+        assert file.read_bytes() == (directory / "together" / file.name).read_bytes()
 
     # The four encoded together and wrote in turns, what one process makes alone.
     (folder,) = (directory / "features").iterdir()

@@ -217,7 +217,12 @@ def test_wide_beams_find_what_an_exhaustive_search_finds(limit, length_penalty):
                     "steps": jnp.int32(0),
                 },
                 jnp.full(5, limit),
-                take=lambda cache, rows: {**cache, "context": cache["context"][rows]},
+                take=lambda cache, parents: {
+                    **cache,
+                    "context": jnp.take_along_axis(
+                        cache["context"].reshape(parents.shape), parents, axis=1
+                    ).reshape(-1),
+                },
                 search=Search(num_beams=beams, num_return=3, length_penalty=length_penalty),
                 eos_id=EOS,
                 pad_id=PAD,

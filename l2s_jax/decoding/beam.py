@@ -18,6 +18,7 @@ from flax import struct
 
 from l2s_jax.decoding.logits import History, constrain
 from l2s_jax.decoding.search import Search
+from l2s_jax.sharding import top_k
 
 # Not -inf: differences between hypotheses that are out must not be NaN.
 _OUT = -1e9
@@ -82,13 +83,16 @@ def beam_search(
         first.
       limits: int32 [B], tokens that a hypothesis of each row may have, at most `capacity`; rows
         with 0 give padding only.
-      take: (cache, rows int32 [R]) -> the cache with row rows[r] in place of r, where all rows r of
-        one prompt stay with it.
+      take: (cache of rows B * K, parents int32 [B, K]) -> the cache with hypothesis parents[b, k]
+        of prompt b in place of its k-th.
     """
     rows, vocab_size = logits.shape
     beams = search.num_beams
     limits = jnp.minimum(limits, capacity)
-    every = jnp.repeat(jnp.arange(rows), beams)  # the prompt of each running hypothesis
+
+    def each(leaf: jax.Array) -> jax.Array:
+        """A row for every running hypothesis."""
+        return jnp.repeat(leaf, beams, axis=0)
 
     def choose(state: _State, logits: jax.Array) -> tuple[_State, jax.Array]:
         """One more token in every running hypothesis; also gives them, int32 [B * K]."""
@@ -96,7 +100,7 @@ def beam_search(
         log_p = constrain(search, jax.nn.log_softmax(logits), state.history, state.count, eos_id)
         log_p = log_p.reshape(rows, beams, vocab_size) + state.scores[..., None]
         # Twice as many as run on, so that enough are left if the best all end.
-        scores, flat = jax.lax.top_k(log_p.reshape(rows, -1), 2 * beams)
+        scores, flat = top_k(log_p.reshape(rows, -1), 2 * beams)
         parents, token = flat // vocab_size, (flat % vocab_size).astype(jnp.int32)
         tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
         tokens = tokens.at[:, :, state.count].set(token)
@@ -116,7 +120,7 @@ def beam_search(
                 there=ended,
             ),
         )
-        run_on, places = jax.lax.top_k(jnp.where(ends, scores + _OUT, scores), beams)
+        run_on, places = top_k(jnp.where(ends, scores + _OUT, scores), beams)
         parents, token = (jnp.take_along_axis(one, places, axis=1) for one in (parents, token))
         tokens = jnp.take_along_axis(tokens, places[..., None], axis=1)
 
@@ -126,16 +130,15 @@ def beam_search(
         still = state.open & (reachable > worst) & (count < limits)
         if search.early_stopping:
             still &= ~full
-        sources = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
         last = token.reshape(-1)
         state = _State(
             count=count,
             open=still,
             tokens=tokens,
             scores=run_on,
-            history=None if state.history is None else state.history.take(sources).append(last),
+            history=None if state.history is None else state.history.take(parents).append(last),
             best=best,
-            cache=take(state.cache, sources),
+            cache=take(state.cache, parents),
         )
         return state, last
 
@@ -151,7 +154,7 @@ def beam_search(
         tokens=none,
         # All beams of a row are the same as yet: only the first may be continued.
         scores=jnp.where(jnp.arange(beams) == 0, 0.0, _OUT) + jnp.zeros((rows, 1)),
-        history=None if history is None else history.take(every),
+        history=None if history is None else history.repeat(beams),
         best=_Finished(
             tokens=none,
             lengths=jnp.zeros((rows, beams), jnp.int32),
@@ -159,9 +162,9 @@ def beam_search(
             scores=jnp.full((rows, beams), _OUT),
             there=jnp.zeros((rows, beams), bool),
         ),
-        cache=jax.tree.map(lambda leaf: leaf[every] if leaf.ndim else leaf, cache),
+        cache=jax.tree.map(lambda leaf: each(leaf) if leaf.ndim else leaf, cache),
     )
-    state, token = choose(start, logits[every])
+    state, token = choose(start, each(logits))
     state, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[0].open), one_step, (state, token))
     best = jax.tree.map(lambda leaf: leaf[:, : search.num_return], state.best)
     return Hypotheses(best.tokens, best.lengths, best.finished, best.scores)
@@ -170,7 +173,7 @@ def beam_search(
 def _best(old: _Finished, new: _Finished) -> _Finished:
     """The best of both, as many as in `old`."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
-    _, places = jax.lax.top_k(both.scores, old.scores.shape[1])
+    _, places = top_k(both.scores, old.scores.shape[1])
 
     def pick(leaf: jax.Array) -> jax.Array:
         index = places[..., None] if leaf.ndim == 3 else places

@@ -17,7 +17,7 @@ from l2s_jax.decoding.beam import Hypotheses, beam_search
 from l2s_jax.decoding.logits import History, history_of
 from l2s_jax.decoding.loop import Decoded, Loop, State, decoding_steps
 from l2s_jax.decoding.search import Search
-from l2s_jax.models.cache import take_rows
+from l2s_jax.models.cache import take_hypotheses
 from l2s_jax.models.systems import Params, System
 
 GREEDY = Search()
@@ -80,7 +80,7 @@ def decode_cache(
             logits,
             cache,
             limits,
-            take=take_rows,
+            take=take_hypotheses,
             search=search,
             eos_id=-1 if ignore_eos else system.decoder.eos_id,
             pad_id=system.decoder.pad_id,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from l2s_jax.decoding.search import Search
+from l2s_jax.sharding import top_k
 
 
 @struct.dataclass
@@ -31,9 +32,17 @@ class History:
         tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, token[None], self.end, axis=0)
         return self.replace(tokens=tokens, end=self.end + 1)
 
-    def take(self, rows: jax.Array) -> History:
-        """Other rows in the places of these, int32 [B]."""
-        return self.replace(tokens=self.tokens[:, rows], start=self.start[rows])
+    def repeat(self, times: int) -> History:
+        """Each row `times` times, next to each other."""
+        return self.replace(
+            tokens=jnp.repeat(self.tokens, times, axis=1), start=jnp.repeat(self.start, times)
+        )
+
+    def take(self, parents: jax.Array) -> History:
+        """Of rows B * K, the one parents[b, k] of the K in the place of the k-th, int32 [B, K]."""
+        own = self.tokens.reshape(-1, *parents.shape)
+        tokens = jnp.take_along_axis(own, parents[None], axis=2)
+        return self.replace(tokens=tokens.reshape(self.tokens.shape))
 
     @property
     def valid(self) -> jax.Array:
@@ -77,10 +86,9 @@ def constrain(
 
 def _mark(tokens: jax.Array, chosen: jax.Array, vocab_size: int) -> jax.Array:
     """Bool [B, V]: the tokens int32 [L, B] of each row where chosen bool [L, B] is true."""
-    rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     outside = jnp.where(chosen, tokens, vocab_size)
-    marks = jnp.zeros((tokens.shape[1], vocab_size), bool)
-    return marks.at[rows, outside].set(True, mode="drop")
+    none = jnp.zeros(vocab_size, bool)
+    return jax.vmap(lambda row: none.at[row].set(True, mode="drop"), in_axes=1)(outside)
 
 
 def _penalize_repetition(logits: jax.Array, history: History, penalty: float) -> jax.Array:
@@ -106,7 +114,7 @@ def truncate(search: Search, logits: jax.Array) -> jax.Array:
     """Temperature, then top-k, top-p and min-p, in transformers' order; for sampling."""
     logits = logits / search.temperature
     if 0 < search.top_k < logits.shape[1]:
-        least = jax.lax.top_k(logits, search.top_k)[0][:, -1:]
+        least = top_k(logits, search.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if search.top_p < 1:
         descending = -jnp.sort(-logits, axis=1)

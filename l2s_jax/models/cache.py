@@ -1,7 +1,8 @@
 """The key/value cache of cached decoding: its shapes, dtypes and axes, declared once.
 
 A cache is a plain pytree that a model's `prefill` makes and its `step` returns anew. Leaves with a
-batch axis carry it first; `index` is the one scalar.
+batch axis carry it first; `index` is the one scalar. On a mesh, leaves are split by rows, and keys
+and values also by heads, where these divide: see `place`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from l2s_jax.sharding import ROWS, constrain
 
 
 @struct.dataclass
@@ -53,6 +56,14 @@ class CausalCache:
     layers: tuple[KeyValue, ...]
 
 
+def place(cache: DecoderCache | CausalCache) -> DecoderCache | CausalCache:
+    """The cache, where its axes say: what a program for a mesh makes of `prefill`."""
+    # B, N, K, H of keys and values; B, K of all else.
+    return jax.tree.map(
+        lambda leaf: constrain(leaf, ROWS, "tensor" if leaf.ndim == 4 else None, None, None), cache
+    )
+
+
 def empty_key_value(
     batch_size: int, num_heads: int, length: int, head_width: int, dtype: jnp.dtype
 ) -> KeyValue:
@@ -70,12 +81,20 @@ def write_position(cache: KeyValue, new: KeyValue, index: jax.Array) -> KeyValue
     return KeyValue(write(cache.key, new.key), write(cache.value, new.value))
 
 
-def take_rows(cache: DecoderCache | CausalCache, rows: jax.Array) -> DecoderCache | CausalCache:
-    """The cache with what row rows[r], int32 [B], has decoded in place of r.
+def take_hypotheses(
+    cache: DecoderCache | CausalCache, parents: jax.Array
+) -> DecoderCache | CausalCache:
+    """The cache of rows B * K with what hypothesis parents[b, k] of prompt b has decoded in place
+    of what its k-th has; int32 [B, K].
 
-    What the prompt left stays where it is: for the hypotheses of a beam search, which change places
-    with those of the same prompt only.
+    What the prompt left stays where it is: it is the same for all hypotheses of a prompt.
     """
     name = "self_attention" if isinstance(cache, DecoderCache) else "layers"
-    decoded = jax.tree.map(lambda leaf: leaf[rows], getattr(cache, name))
-    return cache.replace(**{name: decoded})
+
+    def take(leaf: jax.Array) -> jax.Array:
+        # Within a prompt: rows that a mesh splits stay on their devices.
+        own = leaf.reshape(*parents.shape, *leaf.shape[1:])
+        index = parents.reshape(*parents.shape, *[1] * (leaf.ndim - 1))
+        return jnp.take_along_axis(own, index, axis=1).reshape(leaf.shape)
+
+    return cache.replace(**{name: jax.tree.map(take, getattr(cache, name))})

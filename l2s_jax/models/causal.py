@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from l2s_jax.models.cache import CausalCache, KeyValue, write_position
+from l2s_jax.models.cache import CausalCache, KeyValue, place, write_position
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
@@ -222,12 +222,14 @@ class CausalModel(nn.Module):
             padding[axis] = (0, max_steps)
             return jnp.pad(slots, padding)
 
-        cache = CausalCache(
-            index=jnp.full((), prompt.shape[1], jnp.int32),
-            next_position=jnp.sum(mask, axis=1, dtype=jnp.int32),
-            positions=extend(positions, 1),
-            mask=extend(mask, 1),
-            layers=jax.tree.map(lambda slots: extend(slots, 2), held),
+        cache = place(
+            CausalCache(
+                index=jnp.full((), prompt.shape[1], jnp.int32),
+                next_position=jnp.sum(mask, axis=1, dtype=jnp.int32),
+                positions=extend(positions, 1),
+                mask=extend(mask, 1),
+                layers=jax.tree.map(lambda slots: extend(slots, 2), held),
+            )
         )
         return self._logits(_last_real(x, mask))[:, 0], cache
 

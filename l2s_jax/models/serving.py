@@ -27,7 +27,8 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
       config: of the model.
       weights: "float", kernels in the dtype of the products: no program has to cast them, and the
         results are the same. "int8": kernels, and a table that is also the head, by qwix, with one
-        scale per output; activations stay in the dtype of the products.
+        scale per output; activations stay in the dtype of the products. Arrays of the host stay on
+        the host: all of a large model's may not fit on the device that quantizes them.
 
     Raises:
       ValueError: weights is neither.
@@ -36,7 +37,9 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
         raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
 
     def quantize(leaf: Any, *axes: int) -> qwix.QArray:
-        return qwix.quantize(jnp.asarray(leaf, jnp.float32), jnp.int8, channelwise_axes=axes)
+        whole = jnp.asarray(leaf, jnp.float32)
+        quantized = qwix.quantize(whole, jnp.int8, channelwise_axes=axes)
+        return quantized if isinstance(leaf, jax.Array) else jax.device_get(quantized)
 
     def serve(path: tuple, leaf: Any) -> Any:
         *_, owner, name = (key.key for key in path)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, write_position
+from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place, write_position
 from l2s_jax.models.layers import Attention, Dropout, Embedding, Linear, RMSNorm, mask_bias
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.sharding import split_rows
@@ -355,11 +355,13 @@ class T5(nn.Module):
         """Encoder output [B, T, D] under bool mask [B, T] -> a cache for `length` tokens."""
         c = self.config
         empty = empty_key_value(hidden.shape[0], c.num_heads, length, c.head_width, c.dtype)
-        return DecoderCache(
-            index=jnp.zeros((), jnp.int32),
-            self_attention=(empty,) * c.num_decoder_layers,
-            cross_attention=self.decoder.cross_key_value(hidden),
-            prompt_mask=mask,
+        return place(
+            DecoderCache(
+                index=jnp.zeros((), jnp.int32),
+                self_attention=(empty,) * c.num_decoder_layers,
+                cross_attention=self.decoder.cross_key_value(hidden),
+                prompt_mask=mask,
+            )
         )
 
     def prefill(

@@ -73,17 +73,12 @@ class Compiler:
         self.plan, self.config, self.slice, self.mesh = plan, config, where, mesh
         self._rows = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, P())
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        training = config.l2s.train
         for name, size in (
-            ("l2s.train.batch_size", config.l2s.train.batch_size // config.l2s.train.accumulation),
+            ("l2s.train.batch_size / accumulation", training.batch_size // training.accumulation),
             ("decoding.batch_size", config.decoding.batch_size),
         ):
-            if size % ways:
-                raise ValueError(
-                    f"config.{name}: {size} rows at a time do not divide into "
-                    f"{sharding.mesh_name(mesh)}, where {ways} devices share a batch; expected "
-                    f"a multiple of {ways}"
-                )
+            sharding.check_rows(size, mesh, f"config.{name}")
         self._flat = plan.unscanned()
         self._placed(plan.adapted[1])
         served = jax.eval_shape(plan.system.to_serve, plan.trained, plan.frozen)
@@ -254,7 +249,7 @@ class Compiler:
     def _placed(self, params: Any) -> Any:
         """Parameters with the shardings of the rules."""
         return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
             params,
             sharding.parameter_shardings(params, self.mesh),
         )
@@ -272,7 +267,7 @@ class Compiler:
         def where(leaf: Any) -> NamedSharding:
             if rows in leaf.shape:
                 axes = [None] * leaf.shape.index(rows)
-                return NamedSharding(self.mesh, P(*axes, ("data", "fsdp")))
+                return NamedSharding(self.mesh, P(*axes, sharding.ROWS))
             return self._replicated
 
         shardings = compiled.output_shardings if compiled else jax.tree.map(where, tree)
