@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from l2s_jax import distributed
+from l2s_jax.config import default
 from l2s_jax.convert.files import read_json
 
 log = logging.getLogger(__name__)
@@ -143,10 +144,23 @@ def check_shared(workdir: str) -> None:
 def read_config(workdir: str) -> ConfigDict:
     """The config of the newest run in `workdir`.
 
+    Settings that there were not yet when it was written have their defaults.
+
     Raises:
       ValueError: there was none.
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; expected the workdir of a run, or --config")
-    return ConfigDict(read_json(path))
+    return ConfigDict(_filled(read_json(path), default().to_dict()))
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`given` with what it lacks of `defaults`, but for geometries, which differ by family."""
+    filled = dict(given)
+    for name, value in defaults.items():
+        if name not in given:
+            filled[name] = value
+        elif isinstance(value, dict) and name != "model":
+            filled[name] = _filled(given[name], value)
+    return filled

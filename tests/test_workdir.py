@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from l2s_jax import workdir
+from l2s_jax.config import default, model_config
 
 
 def test_a_stage_with_the_same_inputs_is_found_again(tmp_path):
@@ -46,8 +47,24 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    config = ConfigDict({"a": {"b": (1, 2)}, "c": "x"})
+    config = default()
+    config.buckets = ((8, 16), (32, 64))
+    config.task.splits.update(train="train.tsv")
     workdir.write_config(str(tmp_path / "run"), config)
     assert workdir.read_config(str(tmp_path / "run")).to_dict() == json.loads(config.to_json())
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         workdir.read_config(str(tmp_path))
+
+
+def test_a_config_from_before_a_setting_has_its_default(tmp_path):
+    config = default()
+    config.slm.model = model_config("gpt2")
+    config.decoding.search.num_beams = 4
+    config.l2s.train.steps = 7
+    workdir.write_config(str(tmp_path), config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["scan_layers"], saved["features"], saved["decoding"]["weights"]
+    del saved["l2s"]["train"]["remat"], saved["decoding"]["search"]["min_p"]
+    path.write_text(json.dumps(saved))
+    assert workdir.read_config(str(tmp_path)) == ConfigDict(workdir.plain(config.to_dict()))
