@@ -73,7 +73,7 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable[[], float], dict[str, 
     batch = sharding.put_batch(random_batch(arguments, llm.vocab_size), mesh)
     flops = train.step_flops(system, params, frozen, batch, config)
     jax.set_mesh(mesh)
-    frozen = sharding.put(frozen, sharding.parameter_shardings(frozen, mesh))
+    frozen = sharding.put_parameters(frozen, mesh)
     state = jax.jit(lambda p: train.init_state(p, optimizer, config), out_shardings=shardings)(
         params
     )

@@ -223,7 +223,6 @@ class Experiment:
         )
         config = self.config.l2s.train
         rows = config.batch_size // config.accumulation
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         for split, data in splits.items():
             data.hidden = features.cached(
                 data,
@@ -240,7 +239,7 @@ class Experiment:
                 encoder,
                 width=system.llm_config.width,
                 buckets=[prompt_tokens for prompt_tokens, _ in self.buckets],
-                batch_size=config.batch_size if rows % ways else rows,
+                batch_size=config.batch_size if rows % sharding.batch_ways(self.mesh) else rows,
             )
 
     @functools.cached_property

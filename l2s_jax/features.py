@@ -59,19 +59,16 @@ class Encoder:
 
     def __init__(self, system: LlmToSlm, frozen: Params, mesh: Mesh):
         self._mesh = mesh
-        self._frozen = sharding.put(frozen, sharding.parameter_shardings(frozen, mesh))
+        self._frozen = sharding.put_parameters(frozen, mesh)
         self._encode = jax.jit(
             lambda frozen, ids, mask: system.encode({}, frozen, ids, mask).astype(jnp.bfloat16),
             out_shardings=NamedSharding(mesh, P()),
         )
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-        rows = sharding.batch_rows(self._mesh, len(ids))
-        own = {"ids": ids[rows], "mask": mask[rows]}
+        batch = sharding.put((ids, mask), sharding.batch_sharding(self._mesh))
         with jax.set_mesh(self._mesh):
-            return self._encode(
-                self._frozen, **sharding.put_batch(own, self._mesh, batch_size=len(ids))
-            )
+            return self._encode(self._frozen, *batch)
 
 
 class Shards(NamedTuple):

@@ -63,15 +63,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         shape[shape.index(-1)] = count // known
     if math.prod(shape) != count or min(shape) < 1:
         raise ValueError(
-            f"mesh {_named(asked)}: the product must be the number of devices, {count}, as in "
-            f"{_named(_nearest(asked, count))}"
+            f"mesh {axes_name(asked)}: the product must be the number of devices, {count}, as in "
+            f"{axes_name(_nearest(asked, count))}"
         )
     return jax.make_mesh(
         tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 
-def _named(sizes: Sequence[int]) -> str:
+def axes_name(sizes: Sequence[int]) -> str:
+    """Of sizes in the order of AXES: data=4, fsdp=2, tensor=1."""
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
@@ -86,7 +87,7 @@ def _nearest(sizes: Sequence[int], count: int) -> list[int]:
 
 def mesh_name(mesh: Mesh) -> str:
     """As in the command line: mesh data=4, fsdp=2, tensor=1."""
-    return f"mesh {_named([mesh.shape[axis] for axis in AXES])}"
+    return f"mesh {axes_name([mesh.shape[axis] for axis in AXES])}"
 
 
 def one_device() -> Mesh:

@@ -272,7 +272,7 @@ def fit(
         Checkpoints(os.path.join(directory, "checkpoints"), best_metric=best_metric) as checkpoints,
     ):
         abstract = abstract_state(params, optimizer, config, shardings)
-        frozen = sharding.put(frozen, sharding.parameter_shardings(frozen, mesh))
+        frozen = sharding.put_parameters(frozen, mesh)
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
         start = checkpoints.latest_step
         if start is None:
@@ -304,8 +304,9 @@ def fit(
                         batch = next(batches)
                     placed = put(batch)
                     shapes = tuple((name, value.shape) for name, value in placed.items())
-                    with meter.compiling(first=shapes not in flops):
-                        if shapes not in flops:
+                    first = shapes not in flops
+                    with meter.compiling(first=first):
+                        if first:
                             flops[shapes] = step_flops(system, state.params, frozen, placed, config)
                         state, metrics = step_fn(state, frozen, placed)
                     meter.dispatched(step, metrics, batch, flops[shapes])

@@ -80,9 +80,9 @@ def make_mesh(config: ConfigDict, where: Slice) -> Mesh:
     try:
         return sharding.make_mesh(config.mesh, where.devices)
     except NotImplementedError:
-        shape = ", ".join(f"{axis}={config.mesh[axis]}" for axis in sharding.AXES)
+        asked = sharding.axes_name([config.mesh[axis] for axis in sharding.AXES])
         raise ValueError(
-            f"mesh {shape}: its axes cannot be laid along those of {where.topology}; expected axes "
+            f"mesh {asked}: its axes cannot be laid along those of {where.topology}; expected axes "
             "whose sizes are products of the slice's"
         ) from None
 
