@@ -114,12 +114,26 @@ class Loop:
 
     def advance(self, params: Any, state: State, unroll: int = 1) -> State:
         """A chunk of tokens more, `unroll` steps in each turn of the compiled loop."""
+        # The compiled loop carries the cache of one row without its row axis, which XLA leaves out
+        # of the step's products: with it, the CPU backend copies the cache at every step.
+        squeezed = jax.tree.map(lambda leaf: leaf.ndim > 0 and leaf.shape[0] == 1, state.cache)
+
+        def squeeze(state: State) -> State:
+            leaves = jax.tree.map(lambda leaf, one: leaf[0] if one else leaf, state.cache, squeezed)
+            return state.replace(cache=leaves)
+
+        def expand(state: State) -> State:
+            leaves = jax.tree.map(
+                lambda leaf, one: leaf[None] if one else leaf, state.cache, squeezed
+            )
+            return state.replace(cache=leaves)
 
         def one_step(state: State, _: None) -> tuple[State, None]:
+            state = expand(state)
             logits, cache = self.step(params, state.token, state.cache)
-            return self._choose(state.replace(cache=cache), logits), None
+            return squeeze(self._choose(state.replace(cache=cache), logits)), None
 
-        return jax.lax.scan(one_step, state, length=CHUNK, unroll=unroll)[0]
+        return expand(jax.lax.scan(one_step, squeeze(state), length=CHUNK, unroll=unroll)[0])
 
     def finish(self, state: State) -> Decoded:
         """What was decoded, S = capacity."""

@@ -76,7 +76,12 @@ def write_position(cache: KeyValue, new: KeyValue, index: jax.Array) -> KeyValue
     """Puts the one position of `new` [B, N, 1, H] at `index` of `cache` [B, N, S, H]."""
 
     def write(old: jax.Array, one: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, one.astype(old.dtype), index, axis=2)
+        one = one.astype(old.dtype)
+        if old.shape[0] == 1:
+            # Without the axis that the products leave out and the decoding loop does not carry:
+            # with it, XLA's CPU backend writes into a copy.
+            return jax.lax.dynamic_update_slice_in_dim(old[0], one[0], index, axis=1)[None]
+        return jax.lax.dynamic_update_slice_in_dim(old, one, index, axis=2)
 
     return KeyValue(write(cache.key, new.key), write(cache.value, new.value))
 

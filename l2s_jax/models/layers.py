@@ -189,16 +189,22 @@ def attend(
     """
     rows, num_heads, queries, _ = query.shape
     num_groups = key_value.key.shape[1]
-    # With the axis r, if only of size 1, XLA reads a cache of one row where it was written; without
-    # it, its CPU backend copies the whole cache at every step.
     query = query.reshape(rows, num_groups, -1, *query.shape[2:])
-    scores = jnp.einsum(
-        "bgrqh,bgkh->bgrqk", query, key_value.key, preferred_element_type=jnp.float32
-    )
+    # XLA's CPU backend multiplies [M, K] by [K, N] and first transposes what comes otherwise: for
+    # one query, the cache at every step. So the keys are the first factor then, the values always
+    # the second.
+    if queries == 1:
+        scores = jnp.einsum(
+            "bgkh,bgrqh->bgkrq", key_value.key, query, preferred_element_type=jnp.float32
+        ).transpose(0, 1, 3, 4, 2)
+    else:
+        scores = jnp.einsum(
+            "bgrqh,bgkh->bgrqk", query, key_value.key, preferred_element_type=jnp.float32
+        )
     scores = scores.reshape(rows, num_heads, queries, -1) * scale + bias
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
     weights = weights.reshape(rows, num_groups, -1, *weights.shape[2:])
-    mixed = jnp.einsum("bgrqk,bgkh->bqgrh", weights, key_value.value)
+    mixed = jnp.einsum("bgrqk,bgkh->bgrqh", weights, key_value.value).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(rows, queries, -1)
 
 
