@@ -26,7 +26,7 @@ from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, training_batches, validation_batches
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.decoding.search import Search
-from l2s_jax.generate import Generator, generation_settings, make_generator
+from l2s_jax.generate import Generator, generation_settings, make_generator, where_to_read
 from l2s_jax.models.families import ModelConfig, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.lora import Lora, check_lora
@@ -186,7 +186,7 @@ class Experiment:
         return bundle.load(
             model,
             dtype=self.dtype,
-            mesh=self.decoding_mesh if self.config.decoding.weights == "float" else None,
+            mesh=where_to_read(self.decoding_mesh, self.config.decoding.weights),
             scan_layers=self.config.scan_layers,
         )
 
@@ -250,10 +250,16 @@ class Experiment:
             return examples
         inputs = self._label_inputs()
         directory = self._open_stage("labels", inputs)
+
+        def labeller() -> Generator:
+            # In float: what is learnt does not depend on how the result is served. Not `self.llm`,
+            # which would take up memory while the SLM trains.
+            llm = self._load_alone("llm", self.llm_directory, "float")
+            return self.generator(llm, weights="float")
+
         return labels.label(
             examples,
-            # What is learnt does not depend on how the result is served.
-            lambda: self.generator(self.llm, weights="float"),
+            labeller,
             directory,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -407,8 +413,14 @@ class Experiment:
             _write_model(model, save)
         return model
 
-    def _load_alone(self, name: str, directory: str) -> tuple[LanguageModel, Params, Params]:
-        module, params = convert.load(directory, dtype=self.dtype)
+    def _load_alone(
+        self, name: str, directory: str, weights: str | None = None
+    ) -> tuple[LanguageModel, Params, Params]:
+        """A model to generate with; `weights` other than the config's."""
+        mesh = where_to_read(self.decoding_mesh, weights or self.config.decoding.weights)
+        module, params = convert.load(
+            directory, dtype=self.dtype, serve=mesh is not None, mesh=mesh
+        )
         config = self._fitted(module.config, self.tokenizers(name)[1], directory)
         return LanguageModel(name, config), {name: params}, {}
 

@@ -429,9 +429,14 @@ def load(
     elif not isinstance(mesh, Mesh):
         rest = {} if -1 in mesh.values() else {"data": -1}
         mesh = sharding.make_mesh({**rest, **mesh}, jax.local_devices())
-    placed = mesh if settings.get("weights", "float") == "float" else None
+    placed = where_to_read(mesh, settings.get("weights", "float"))
     loaded = bundle.load(directory, dtype=compute_dtype(dtype), mesh=placed)
     return Generator(*loaded, *bundle.load_tokenizers(directory), mesh=mesh, **settings)
+
+
+def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
+    """Where a model is read to that generates on `mesh`: None, the host, to quantize it there."""
+    return mesh if weights == "float" else None
 
 
 def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
@@ -451,16 +456,15 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     if not os.path.isdir(directory):
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype = compute_dtype(config.dtype)
+    placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))
     if name == "l2s":
-        weights = settings.get("weights", config.decoding.weights)
-        placed = mesh if weights == "float" else None
         return make_generator(
             config,
             bundle.load(directory, dtype=dtype, mesh=placed),
             *bundle.load_tokenizers(directory),
             **settings,
         )
-    module, params = convert.load(directory, dtype=dtype)
+    module, params = convert.load(directory, dtype=dtype, serve=placed is not None, mesh=placed)
     tokenizer = load_tokenizer(directory)
     config_of_model = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
     loaded = LanguageModel(name, config_of_model), {name: params}, {}

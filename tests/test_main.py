@@ -6,9 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 import tiny
+
+from l2s_jax import sharding
+from l2s_jax.experiment import Experiment
+from l2s_jax.generate import load_generator
+from l2s_jax.workdir import read_config
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +170,26 @@ def test_generate_from_a_workdir_alone_gives_the_reports_answers(job, tmp_path, 
     assert [a["words"] for a in answers] == [
         json.loads(line)["words"] for line in source.read_text().splitlines()
     ]
+
+
+@pytest.mark.parametrize("name", ["llm", "slm"])
+def test_a_model_alone_is_read_to_where_it_runs(job, name):
+    _, workdir = job
+    config = read_config(str(workdir))
+    mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
+
+    def read_for(**settings):
+        with mock.patch("l2s_jax.generate.make_generator") as made:
+            load_generator(config, str(workdir), name, **settings)
+        _, (_, params, _), *_ = made.call_args.args
+        return params[name]
+
+    _, of_report, _ = getattr(Experiment(config, str(workdir), train=False), name)
+    for params in (read_for(), of_report[name]):
+        expected = sharding.parameter_shardings(params, mesh)
+        assert jax.tree.map(lambda leaf: leaf.sharding, params) == expected
+    # Quantized on the host.
+    assert {type(leaf) for leaf in jax.tree.leaves(read_for(weights="int8"))} == {np.ndarray}
 
 
 def test_generate_reads_lines_from_stdin_and_writes_lines_in_order(job, monkeypatch, capsys):
