@@ -24,12 +24,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from l2s_jax.peers import CONTINUES, LOST, Peers
+from l2s_jax.peers import CONTINUES, LOST, Peers, offer
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 # Process 0 may train a tokenizer or measure for hours while the others wait.
 _WAIT_MS = 7 * 24 * 3600 * 1000
+_MEET_SECONDS = 30.0
 # How errors of collectives and of JAX's service begin, whatever their class.
 _LOST_PEER = re.compile(
     r"(UNKNOWN: Gloo|INTERNAL: NCCL|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED:)"
@@ -92,7 +95,10 @@ def join(
             )
         if num_processes == 1:
             return
-        _peers = Peers(coordinator, num_processes, process_id, timeout_s)
+        try:
+            _peers = Peers(coordinator, num_processes, process_id, timeout_s)
+        except ValueError as error:
+            raise ValueError(f"--coordinator={error}") from None
         settings = {
             "coordinator_address": coordinator,
             "num_processes": num_processes,
@@ -118,6 +124,7 @@ def job(*arguments: Any, **settings: Any) -> Iterator[None]:
     the exit status that the command has for the error (1 where another process was lost), because
     the ordinary way out would wait for the others.
     """
+    global _peers
     join(*arguments, **settings)
     if jax.process_count() == 1:
         yield
@@ -126,6 +133,8 @@ def job(*arguments: Any, **settings: Any) -> Iterator[None]:
         # The others do the same and would say the same.
         logging.getLogger("l2s_jax").setLevel(logging.ERROR)
     try:
+        if not _peers:
+            _peers = _meet()
         yield
         barrier("end")
     except BaseException as error:
@@ -133,6 +142,26 @@ def job(*arguments: Any, **settings: Any) -> Iterator[None]:
     if _peers:
         _peers.close()
     jax.distributed.shutdown()
+
+
+def _meet() -> Peers | None:
+    """Connects the processes of a job that JAX has found; None if they cannot reach each other."""
+    where = exchange(offer() if is_primary() else "")[0]
+    peers, problem = None, ""
+    try:
+        peers = Peers(where, jax.process_count(), jax.process_index(), _MEET_SECONDS)
+    except ValueError as error:
+        problem = str(error)
+    if not any(problems := exchange(problem)):
+        return peers
+    log.warning(
+        "processes cannot watch each other (%s): when one ends, the others will do so after JAX's "
+        "heartbeats have failed for a while",
+        next(filter(None, problems)),
+    )
+    if peers:
+        peers.close()
+    return None
 
 
 def _described(error: BaseException) -> tuple[str, int]:

@@ -1,4 +1,5 @@
-"""The processes of a job find each other before JAX does, and notice at once when one ends.
+"""The processes of a job find each other, before JAX does where they are told how, and notice at
+once when one ends.
 
 JAX's own service ends a process that cannot join, or whose peer is gone, by an abort with a stack
 trace, the latter after its heartbeats have failed for a while. Here process 0 says which processes
@@ -82,8 +83,7 @@ class Peers:
             )
         except OSError as error:
             raise ValueError(
-                f"--coordinator={self._coordinator}: process 0 cannot listen there: "
-                f"{error.strerror}"
+                f"{self._coordinator}: process 0 cannot listen there: {error.strerror}"
             ) from None
         with server:
             while len(self._sockets) < self._processes - 1:
@@ -115,12 +115,12 @@ class Peers:
         _send(self._sockets.values(), {"start": True})
 
     def _refuse(self, reason: str) -> NoReturn:
-        message = f"--coordinator={self._coordinator}: {reason}"
+        message = f"{self._coordinator}: {reason}"
         _send(self._sockets.values(), {"error": message})
         raise ValueError(message)
 
     def _attend(self, host: str, port: int) -> None:
-        where = f"--coordinator={self._coordinator}"
+        where = self._coordinator
         while True:
             remaining = self._deadline - time.monotonic()
             try:
@@ -183,6 +183,19 @@ class Peers:
                     if connection.recv(1 << 16):
                         continue
                 there.remove(connection)
+
+
+def offer() -> str:
+    """HOST:PORT of this process for `Peers`: where the others reach its host, and a free port."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: this asks which of the host's addresses leads out of it.
+            probe.connect(("192.0.2.1", 9))
+            host = probe.getsockname()[0]
+    except OSError:
+        host = socket.gethostname()
+    with socket.create_server(("", 0)) as server:
+        return f"{host}:{server.getsockname()[1]}"
 
 
 def _send(connections: Iterable[socket.socket], message: Any) -> None:

@@ -48,9 +48,13 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(command):
+def start(command, **variables):
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -225,6 +229,39 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
         )
 
 
+def test_processes_that_slurm_describes_end_when_one_is_killed(tmp_path):
+    config = tiny.write_task(tmp_path / "data")
+    command = [
+        *(sys.executable, "-m", "l2s_jax.main", f"--config={config}"),
+        *(f"--workdir={tmp_path / 'run'}", "--config.llm.train.steps=100000"),
+    ]
+    job = {
+        "SLURM_JOB_ID": str(random.randrange(1 << 30)),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+    }
+    children = [start(command, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **job) for i in range(2)]
+    metrics = tmp_path / "run" / "llm" / "metrics.jsonl"
+    while all(child.poll() is None for child in children) and not metrics.exists():
+        time.sleep(0.05)
+    children[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    (status, line), _ = ended(children)
+    assert time.monotonic() - killed < 30
+    assert (status, line[:38]) == (1, "error: process 1 of the job ended; the")
+
+
+def test_a_job_goes_on_where_processes_cannot_reach_each_other(monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "exchange", lambda value: [value, ""])
+    monkeypatch.setattr(distributed, "_MEET_SECONDS", 0.2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert distributed._meet() is None
+    assert "cannot watch each other" in caplog.text
+    assert "of 2 processes, 1 did not come within 0.2 s" in caplog.text
+
+
 def test_an_interrupt_ends_all(tmp_path):
     config = tiny.write_task(tmp_path / "data")
     flags = ["--", "--config.llm.train.steps=100000"]
@@ -254,7 +291,7 @@ def meet(*arguments, timeout_s=10.0):
         try:
             Peers(where, count, number, timeout_s).close()
         except ValueError as error:
-            return str(error).removeprefix(f"--coordinator={where}: ")
+            return str(error).removeprefix(f"{where}: ")
         return ""
 
     with ThreadPoolExecutor(len(arguments)) as pool:
