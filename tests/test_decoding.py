@@ -366,7 +366,10 @@ def test_the_cache_is_updated_in_place(name, rows):
         jnp.ones((rows, prompt), bool),
         jnp.full(rows, new),
     )
-    compiled = jitted_decode.lower(system, *arguments, max_new_tokens=new).compile()
+    # As users compile it, not as the tests do.
+    compiled = jitted_decode.lower(system, *arguments, max_new_tokens=new).compile(
+        {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
+    )
     hidden = jax.eval_shape(system.encode, *arguments[:4])
     prefill = functools.partial(system.prefill, max_steps=decoding_steps(new))
     _, cache = jax.eval_shape(prefill, *arguments[:4], hidden)

@@ -83,8 +83,6 @@ def mesh_of(name):
 
 
 CONFIG = small.make_train_config(STEPS, batch_size=ROWS, learning_rate=1e-2)
-# Programs of eight devices compile in a third of the time.
-QUICK = {"xla_cpu_use_fusion_emitters": False}
 
 
 class Run(NamedTuple):
@@ -110,7 +108,7 @@ def trained_on(pair, name) -> Run:
             params
         )
         batch = sharding.put_batch(small.make_batch(system, ROWS, PROMPT, RESPONSE), mesh)
-        step = step.lower(state, frozen, batch).compile(QUICK)
+        step = step.lower(state, frozen, batch).compile()
         for _ in range(STEPS):
             state, metrics = step(state, frozen, batch)
             losses.append(metrics["loss"])
@@ -124,7 +122,7 @@ class Recorder:
         self.function, self.texts, self.shardings = function, [], []
 
     def __call__(self, system, *arrays, **settings):
-        program = self.function.lower(system, *arrays, **settings).compile(QUICK)
+        program = self.function.lower(system, *arrays, **settings).compile()
         outputs = program(*arrays)
         self.texts.append(program.as_text())
         self.shardings.append(

@@ -227,12 +227,56 @@ def test_what_a_loop_reads_and_writes_counts_as_often_as_it_turns():
     for turns in (4, 8, 12):
         ws, x = (jax.ShapeDtypeStruct(shape, "f") for shape in ((turns, 256, 256), (512, 256)))
         compiled = jax.jit(jax.grad(loss)).lower(ws, x).compile()
-        once, often = hlo.memory_bytes(compiled.as_text())
-        assert once == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=1e-3)
-        turned.append(often)
+        turned.append(hlo.memory_bytes(compiled.as_text()))
     # Each turn reads x and w, there and back, and writes x and the gradient of w.
     assert turned[2] - turned[1] == turned[1] - turned[0] > 4 * 4 * (4 * 512 * 256 + 3 * 256 * 256)
     assert turned[1] == pytest.approx(2 * turned[0], rel=0.05)
+
+
+def test_what_a_program_without_loops_reads_and_writes_is_what_the_compiler_counts():
+    def loss(w, x):
+        return jnp.tanh(jnp.tanh(x @ w) @ w.T)[:, :8].sum()
+
+    w, x = (jax.ShapeDtypeStruct((size, 256), "f") for size in (256, 512))
+    compiled = jax.jit(jax.grad(loss)).lower(w, x).compile()
+    counted = compiled.cost_analysis()["bytes accessed"]
+    assert hlo.memory_bytes(compiled.as_text()) == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # To the chip's own memory, whole and a part; from it; within it; in main memory.
+        ("%b = (f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)}) copy-start(%main)", 32),
+        ("%b = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%main)", 8),
+        ("%b = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%own)", 32),
+        ("%b = f32[8]{0:S(1)} add(%own, %own)", 0),
+        ("%b = f32[8]{0} add(%own, %main)", 64),
+        ("%b = f32[2]{0} slice(%main), slice={[0:2]}", 16),
+        ("%b = f32[2]{0} slice(%own), slice={[0:2]}", 8),
+        ("%b = f32[8]{0} dynamic-update-slice(%main, %part, %i)", 16),
+        ("%b = f32[8]{0} fusion(%main, %own), kind=kLoop, calls=%sum", 64),
+        ("%b = f32[8]{0:S(1)} fusion(%own, %own), kind=kLoop, calls=%sum", 0),
+    ],
+)
+def test_what_stays_on_the_chip_is_not_counted(line, moved):
+    text = f"""HloModule m
+
+%sum (p0: f32[8], p1: f32[8]) -> f32[8] {{
+  %p0 = f32[8]{{0}} parameter(0)
+  %p1 = f32[8]{{0}} parameter(1)
+  ROOT %s = f32[8]{{0}} add(%p0, %p1)
+}}
+
+ENTRY %main_spmd (main: f32[8], own: f32[8], part: f32[2], i: s32[]) -> f32[8] {{
+  %main = f32[8]{{0}} parameter(0)
+  %own = f32[8]{{0:S(1)}} parameter(1)
+  %part = f32[2]{{0}} parameter(2)
+  %i = s32[]{{:S(2)}} parameter(3)
+  {line}
+}}
+"""
+    assert hlo.memory_bytes(text) == moved
 
 
 @pytest.mark.parametrize(

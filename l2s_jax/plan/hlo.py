@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, and what its loops read and write, from its text in HLO."""
+"""Collectives of a compiled program, and what it reads and writes, from its text in HLO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
-_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(
     r"(?:calls|body|true_computation|false_computation|called_computations|branch_computations)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
@@ -97,29 +97,30 @@ def collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
-def memory_bytes(text: str) -> tuple[int, int]:
-    """Bytes that a program's instructions read and write: loops turned once, and as they turn.
+def memory_bytes(text: str) -> int:
+    """Bytes that a program's instructions read from main memory and write to it, in loops as often
+    as they turn.
 
-    The first is what the compiler counts, up to its own knowledge of some instructions.
+    Of what is sliced or gathered, the part counts. What the compiler keeps in a memory of its own
+    (TPU: on the chip, memory space 1) is not in main memory.
     """
     computations, entry = _computations(text)
     parsed = {name: _instructions(lines, computations) for name, lines in computations.items()}
-    once = often = 0
+    total = 0
 
     def visit(name: str, count: int) -> None:
-        nonlocal once, often
+        nonlocal total
         shapes = {one.name: one.shape for one in parsed[name]}
         for one in parsed[name]:
             if one.kind not in _FREE and not one.kind.endswith("-done"):
-                moved = _moved(one, shapes, parsed)
-                once, often = once + moved, often + moved * count
+                total += _moved(one, shapes, parsed) * count
             if one.kind in ("while", "conditional", "call"):
                 turns = _turns(computations, one.line) if one.kind == "while" else 1
                 for called in one.called:
                     visit(called, count * turns)
 
     visit(entry, 1)
-    return once, often
+    return total
 
 
 def _instructions(lines: list[str], computations: Mapping[str, Any]) -> list[_Instruction]:
@@ -146,16 +147,28 @@ Parsed = Mapping[str, list[_Instruction]]
 
 
 def _moved(one: _Instruction, shapes: Mapping[str, str], parsed: Parsed) -> int:
-    """Bytes that an instruction reads and writes; of what it slices, the slice's."""
+    """Bytes that an instruction reads and writes in main memory; of what it slices, the slice's."""
+    operands = [shapes.get(name, "") for name in one.operands]
     if one.kind in _SLICES:
-        return 2 * _size(one.shape)
+        return _copied(one.shape, operands[0], one.shape)
     if one.kind == "dynamic-update-slice":
-        return 2 * _size(shapes.get(one.operands[1], ""))
+        return _copied(operands[1], operands[1], one.shape)
+    if one.kind.endswith("-start"):
+        # Its shape is a tuple that begins with what it takes and what it gives.
+        if one.kind.removesuffix("-start") in _SLICES:
+            whole, part, *_ = _parts(one.shape)
+            return _copied(part, whole, part)
+        return _in_main_memory(one.shape)
     if one.kind == "fusion" and one.called:
         inside = one.called[0]
-        read = sum(_read(inside, i, parsed) for i in range(len(one.operands)))
-        return read + _written(inside, parsed)
-    return _size(one.shape) + sum(_size(shapes.get(name, "")) for name in one.operands)
+        read = sum(_read(inside, i, parsed) for i, x in enumerate(operands) if _in_main_memory(x))
+        return read + min(_written(inside, parsed), _in_main_memory(one.shape))
+    return _in_main_memory(one.shape) + sum(map(_in_main_memory, operands))
+
+
+def _copied(what: str, source: str, target: str) -> int:
+    """Bytes of `what`, once for each of the two places that is in main memory."""
+    return _size(what) * (bool(_in_main_memory(source)) + bool(_in_main_memory(target)))
 
 
 def _read(computation: str, index: int, parsed: Parsed) -> int:
@@ -258,8 +271,13 @@ def _bytes(shape: str, kind: str, start: str | None) -> int:
 def _size(shape: str) -> int:
     """Bytes of an array or of all in a tuple."""
     return sum(
-        _width(dtype) * _product(dimensions) // 8 for dtype, dimensions in _ARRAY.findall(shape)
+        _width(dtype) * _product(dimensions) // 8 for dtype, dimensions, _ in _ARRAY.findall(shape)
     )
+
+
+def _in_main_memory(shape: str) -> int:
+    """As `_size`, of the arrays that lie in main memory."""
+    return sum(_size(array[0]) for array in _ARRAY.finditer(shape) if "S(" not in (array[3] or ""))
 
 
 def _parts(shape: str) -> list[str]:

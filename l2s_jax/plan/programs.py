@@ -163,10 +163,10 @@ class Compiler:
         yield "decode", self._decode(loop, state, rows)
 
     def _decode(self, loop: Any, state: Any, rows: int) -> Program:
-        """One chunk; its costs are those of one more token.
+        """One chunk; its costs are those of one token.
 
-        The compiler counts a loop's body once, along with what it moved out of the loop. Two bodies
-        in a turn, less one, are one body.
+        The compiler counts the operations of a loop's body once, along with those that it moved out
+        of the loop. Two bodies in a turn, less one, are one body.
         """
 
         def chunk(unroll: int) -> Callable[..., Any]:
@@ -185,7 +185,7 @@ class Compiler:
         per_token = tuple(c for c in once.collectives if c.times >= CHUNK)
         costs = Costs(
             flops=more.flops - once.flops,
-            memory_bytes=more.memory_bytes - once.memory_bytes,
+            memory_bytes=once.memory_bytes / CHUNK,
             collectives=tuple(c._replace(times=c.times // CHUNK) for c in per_token),
         )
         return dataclasses.replace(program, costs=costs)
@@ -223,10 +223,9 @@ class Compiler:
         )
         counted, text = compiled.cost_analysis(), compiled.as_text()
         least = self._least_flops(*(whole or (function, arguments)))
-        once, often = memory_bytes(text) if whole else (1, 1)
         costs = Costs(
             flops=max(counted.get("flops", 0.0), least),
-            memory_bytes=counted.get("bytes accessed", 0.0) * often / max(once, 1),
+            memory_bytes=memory_bytes(text),
             collectives=tuple(collectives(text)),
         )
         arguments_bytes = memory.argument_size_in_bytes

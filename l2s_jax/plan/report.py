@@ -16,12 +16,13 @@ from l2s_jax.plan.slices import Slice
 NOTES = """\
 - Sizes, FLOPs and collectives are those of one device. *Peak* is arguments, temporaries, results
   that are not written over arguments, and code; *capacity* is what the compiler may fill.
-- FLOPs and bytes are the compiler's own count (`cost_analysis`), which takes a loop's body once.
-  FLOPs are therefore at least those of the whole program, without loops over layers and before it
-  is split, over the number of devices; those of training are multiplied by its accumulation.
-  Bytes of train and encode are multiplied by what their loops make of them, instruction by
-  instruction. Decode is one step of its loop, one token of each row. A collective in a loop counts
-  as often as the loop turns.
+- FLOPs are the compiler's own count (`cost_analysis`), which takes a loop's body once, and at least
+  those of the whole program, without loops over layers and before it is split, over the number of
+  devices; those of training are multiplied by its accumulation. Decode is one step of its loop, one
+  token of each row.
+- Bytes are what the compiled program's instructions read from main memory and write to it, of what
+  is sliced or gathered the part; what stays on the chip in between does not count. They, and
+  collectives, count in a loop as often as it turns.
 - The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
   chip's published rate, all links of a chip at once in one direction. A real step takes longer.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
