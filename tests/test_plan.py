@@ -247,9 +247,12 @@ def test_what_a_program_without_loops_reads_and_writes_is_what_the_compiler_coun
     ("line", "moved"),
     [
         # To the chip's own memory, whole and a part; from it; within it; in main memory.
-        ("%b = (f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)}) copy-start(%main)", 32),
+        ("%b = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%main)", 32),
         ("%b = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%main)", 8),
-        ("%b = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%own)", 32),
+        ("%b = (f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)}) copy-start(%own)", 32),
+        ("%b = f32[8]{0:S(1)} copy(%main)", 32),
+        ("%b = f32[8]{0} all-reduce-start(%main)", 64),
+        ("%b = ((f32[8]{0}), f32[8]{0}, s32[]) dynamic-update-slice-start(%main, %part, %i)", 16),
         ("%b = f32[8]{0:S(1)} add(%own, %own)", 0),
         ("%b = f32[8]{0} add(%own, %main)", 64),
         ("%b = f32[2]{0} slice(%main), slice={[0:2]}", 16),
@@ -257,6 +260,13 @@ def test_what_a_program_without_loops_reads_and_writes_is_what_the_compiler_coun
         ("%b = f32[8]{0} dynamic-update-slice(%main, %part, %i)", 16),
         ("%b = f32[8]{0} fusion(%main, %own), kind=kLoop, calls=%sum", 64),
         ("%b = f32[8]{0:S(1)} fusion(%own, %own), kind=kLoop, calls=%sum", 0),
+        ("%b = (f32[8]{0}, f32[8]{0:S(1)}) fusion(%own, %own), kind=kLoop, calls=%both", 32),
+        # Whole tiles, of the axes in the order of the layout.
+        (
+            "%b = bf16[2,3,64,5]{2,0,1,3:T(8,128)(2,1)} iota(), iota_dimension=0",
+            5 * 3 * 8 * 128 * 2,
+        ),
+        ("%b = f32[130]{0:T(128)} iota(), iota_dimension=0", 2 * 128 * 4),
     ],
 )
 def test_what_stays_on_the_chip_is_not_counted(line, moved):
@@ -266,6 +276,12 @@ def test_what_stays_on_the_chip_is_not_counted(line, moved):
   %p0 = f32[8]{{0}} parameter(0)
   %p1 = f32[8]{{0}} parameter(1)
   ROOT %s = f32[8]{{0}} add(%p0, %p1)
+}}
+
+%both (q0: f32[8], q1: f32[8]) -> (f32[8], f32[8]) {{
+  %q0 = f32[8]{{0}} parameter(0)
+  %q1 = f32[8]{{0}} parameter(1)
+  ROOT %t = (f32[8]{{0}}, f32[8]{{0}}) tuple(%q0, %q1)
 }}
 
 ENTRY %main_spmd (main: f32[8], own: f32[8], part: f32[2], i: s32[]) -> f32[8] {{

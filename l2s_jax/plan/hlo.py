@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -97,12 +98,12 @@ def collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
-def memory_bytes(text: str) -> int:
+def memory_bytes(text: str, at_least: int = 1) -> int:
     """Bytes that a program's instructions read from main memory and write to it, in loops as often
-    as they turn.
+    as they turn; of those that run `at_least` so often.
 
-    Of what is sliced or gathered, the part counts. What the compiler keeps in a memory of its own
-    (TPU: on the chip, memory space 1) is not in main memory.
+    Of what is sliced or gathered, the part counts. Arrays take up whole tiles. What the compiler
+    keeps in a memory of its own (TPU: on the chip, memory space 1) is not in main memory.
     """
     computations, entry = _computations(text)
     parsed = {name: _instructions(lines, computations) for name, lines in computations.items()}
@@ -112,7 +113,8 @@ def memory_bytes(text: str) -> int:
         nonlocal total
         shapes = {one.name: one.shape for one in parsed[name]}
         for one in parsed[name]:
-            if one.kind not in _FREE and not one.kind.endswith("-done"):
+            counts = one.kind not in _FREE and not one.kind.endswith("-done")
+            if counts and count >= at_least:
                 total += _moved(one, shapes, parsed) * count
             if one.kind in ("while", "conditional", "call"):
                 turns = _turns(computations, one.line) if one.kind == "while" else 1
@@ -149,26 +151,28 @@ Parsed = Mapping[str, list[_Instruction]]
 def _moved(one: _Instruction, shapes: Mapping[str, str], parsed: Parsed) -> int:
     """Bytes that an instruction reads and writes in main memory; of what it slices, the slice's."""
     operands = [shapes.get(name, "") for name in one.operands]
-    if one.kind in _SLICES:
-        return _copied(one.shape, operands[0], one.shape)
-    if one.kind == "dynamic-update-slice":
-        return _copied(operands[1], operands[1], one.shape)
-    if one.kind.endswith("-start"):
-        # Its shape is a tuple that begins with what it takes and what it gives.
-        if one.kind.removesuffix("-start") in _SLICES:
-            whole, part, *_ = _parts(one.shape)
-            return _copied(part, whole, part)
-        return _in_main_memory(one.shape)
-    if one.kind == "fusion" and one.called:
+    kind = one.kind.removesuffix("-start")
+    # What is asynchronous has a tuple of its operands, its result and more for a shape. (A copy has
+    # the result first, which is as large.)
+    shape = one.shape
+    if kind != one.kind and shape.startswith("("):
+        shape = _parts(shape)[1]
+    if kind in _SLICES:
+        return _copied(shape, operands[0], shape)
+    if kind == "dynamic-update-slice":
+        return _copied(operands[1], operands[1], operands[0])
+    if kind == "copy":
+        return _in_main_memory(one.shape) + (kind == one.kind) * _in_main_memory(operands[0])
+    if kind == "fusion" and one.called:
         inside = one.called[0]
         read = sum(_read(inside, i, parsed) for i, x in enumerate(operands) if _in_main_memory(x))
-        return read + min(_written(inside, parsed), _in_main_memory(one.shape))
-    return _in_main_memory(one.shape) + sum(map(_in_main_memory, operands))
+        return read + _written(inside, shape, parsed)
+    return _in_main_memory(shape) + sum(map(_in_main_memory, operands))
 
 
 def _copied(what: str, source: str, target: str) -> int:
     """Bytes of `what`, once for each of the two places that is in main memory."""
-    return _size(what) * (bool(_in_main_memory(source)) + bool(_in_main_memory(target)))
+    return _stored(what) * (bool(_in_main_memory(source)) + bool(_in_main_memory(target)))
 
 
 def _read(computation: str, index: int, parsed: Parsed) -> int:
@@ -182,12 +186,12 @@ def _read(computation: str, index: int, parsed: Parsed) -> int:
 
 def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> int:
     """Bytes of `source`, within a fusion, that what is computed from it reads."""
-    whole, read = _size(source.shape), 0
+    whole, read = _stored(source.shape), 0
     for one in inside:
         if source.name not in one.operands:
             continue
         if one.kind in _SLICES and one.operands[0] == source.name:
-            read += _size(one.shape)
+            read += _stored(one.shape)
         elif one.kind == "dynamic-update-slice" and one.operands[0] == source.name:
             continue  # written in place
         elif one.kind == "bitcast":
@@ -199,25 +203,26 @@ def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> i
     return min(read, whole)
 
 
-def _written(computation: str, parsed: Parsed) -> int:
-    """Bytes that a fused computation writes."""
+def _written(computation: str, shape: str, parsed: Parsed) -> int:
+    """Bytes that a fused computation with a result of this shape writes to main memory."""
     inside = {one.name: one for one in parsed[computation]}
 
-    def written(one: _Instruction | None) -> int:
-        if one is None:
+    def written(one: _Instruction | None, shape: str) -> int:
+        if one is None or not _in_main_memory(shape):
             return 0
         if one.kind == "dynamic-update-slice":
             update = inside.get(one.operands[1])
-            return _size(update.shape) if update else 0
+            return _stored(update.shape) if update else 0
         if one.kind == "bitcast":
-            return min(_size(one.shape), written(inside.get(one.operands[0])))
+            return min(_stored(shape), written(inside.get(one.operands[0]), shape))
         if one.kind == "tuple":
-            return sum(written(inside.get(name)) for name in one.operands)
+            parts = zip(one.operands, _parts(shape), strict=True)
+            return sum(written(inside.get(name), part) for name, part in parts)
         if one.kind == "fusion" and one.called:
-            return _written(one.called[0], parsed)
-        return _size(one.shape)
+            return _written(one.called[0], shape, parsed)
+        return _in_main_memory(shape)
 
-    return sum(written(one) for one in inside.values() if one.is_root)
+    return sum(written(one, shape) for one in inside.values() if one.is_root)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -275,9 +280,25 @@ def _size(shape: str) -> int:
     )
 
 
+def _stored(shape: str) -> int:
+    """As `_size`, with the padding of the tiles in which a TPU stores arrays."""
+    total = 0
+    for dtype, dimensions, layout in _ARRAY.findall(shape):
+        sizes = [int(size) for size in filter(None, dimensions.split(","))]
+        if tiled := re.match(r"\{([\d,]+):T\(([\d,]+)\)", layout):
+            order, tile = ([int(x) for x in part.split(",")] for part in tiled.groups())
+            # Both begin to count at the axis whose neighbours are neighbours in memory.
+            for axis, size in zip(order, reversed(tile), strict=False):
+                sizes[axis] = -(-sizes[axis] // size) * size
+        total += _width(dtype) * math.prod(sizes) // 8
+    return total
+
+
 def _in_main_memory(shape: str) -> int:
-    """As `_size`, of the arrays that lie in main memory."""
-    return sum(_size(array[0]) for array in _ARRAY.finditer(shape) if "S(" not in (array[3] or ""))
+    """As `_stored`, of the arrays that lie in main memory."""
+    return sum(
+        _stored(array[0]) for array in _ARRAY.finditer(shape) if "S(" not in (array[3] or "")
+    )
 
 
 def _parts(shape: str) -> list[str]:
@@ -297,10 +318,7 @@ def _width(dtype: str) -> int:
 
 
 def _product(dimensions: str) -> int:
-    product = 1
-    for size in filter(None, dimensions.split(",")):
-        product *= int(size)
-    return product
+    return math.prod(int(size) for size in filter(None, dimensions.split(",")))
 
 
 def _group(line: str) -> int:

@@ -175,7 +175,7 @@ class Compiler:
             )
 
         arguments = (self._trained, state)
-        program, compiled = self._program(chunk(1), arguments, rows)
+        program, compiled = self._program(chunk(1), arguments, rows, turns=CHUNK)
         if compiled is None:
             return program
         twice, _ = self._program(chunk(2), arguments, rows)
@@ -185,18 +185,24 @@ class Compiler:
         per_token = tuple(c for c in once.collectives if c.times >= CHUNK)
         costs = Costs(
             flops=more.flops - once.flops,
-            memory_bytes=once.memory_bytes / CHUNK,
+            memory_bytes=once.memory_bytes,
             collectives=tuple(c._replace(times=c.times // CHUNK) for c in per_token),
         )
         return dataclasses.replace(program, costs=costs)
 
     def _program(
-        self, function: Any, arguments: tuple, rows: int, whole: tuple[Any, tuple] | None = None
+        self,
+        function: Any,
+        arguments: tuple,
+        rows: int,
+        whole: tuple[Any, tuple] | None = None,
+        turns: int = 1,
     ) -> tuple[Program, jax.stages.Compiled | None]:
-        """The program, and what it costs; of a loop, its body once.
+        """The program, and what it costs.
 
-        With `whole`, a function and arguments that compute the same without loops over layers,
-        loops count as often as they turn.
+        FLOPs are the compiler's count, which takes a loop's body once, and at least those of
+        `whole`, a function and arguments that compute the same without loops over layers. Bytes of
+        memory are those of one of `turns`, without what runs less often.
         """
         size = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
         if size > self.slice.capacity:
@@ -225,7 +231,7 @@ class Compiler:
         least = self._least_flops(*(whole or (function, arguments)))
         costs = Costs(
             flops=max(counted.get("flops", 0.0), least),
-            memory_bytes=memory_bytes(text),
+            memory_bytes=memory_bytes(text, turns) / turns,
             collectives=tuple(collectives(text)),
         )
         arguments_bytes = memory.argument_size_in_bytes

@@ -21,8 +21,8 @@ NOTES = """\
   devices; those of training are multiplied by its accumulation. Decode is one step of its loop, one
   token of each row.
 - Bytes are what the compiled program's instructions read from main memory and write to it, of what
-  is sliced or gathered the part; what stays on the chip in between does not count. They, and
-  collectives, count in a loop as often as it turns.
+  is sliced or gathered the part, with the padding of tiles; what stays on the chip in between does
+  not count. They, and collectives, count in a loop as often as it turns.
 - The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
   chip's published rate, all links of a chip at once in one direction. A real step takes longer.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
