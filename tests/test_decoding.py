@@ -326,6 +326,23 @@ def computations_per_token(hlo):
     return [line for name in reached for line in bodies[name]]
 
 
+def merged(shapes):
+    """[B, N, ...] and [B * N, ...], as the compiler may have it in its products."""
+    return shapes | {(shape[0] * shape[1], *shape[2:]) for shape in shapes}
+
+
+def factors(lines):
+    """(how it is read, shape) of each factor of the products with an axis for rows or heads."""
+    assigned = (re.match(r"\s*(?:ROOT )?%([\w.-]+) = f32\[([\d,]+)\]", line) for line in lines)
+    shapes = {match[1]: tuple(map(int, match[2].split(","))) for match in assigned if match}
+    for line in lines:
+        if names := re.search(r" dot\(%([\w.-]+), %([\w.-]+)\), lhs_batch", line):
+            axes = re.findall(r"contracting_dims=\{(\d)\}", line)
+            for name, axis, which in zip(names.groups(), axes, ("first", "second"), strict=True):
+                shape = shapes[name]
+                yield f"{which} by {'rows' if int(axis) == len(shape) - 1 else 'columns'}", shape
+
+
 CAUSAL = {
     "gpt2": GPT2Config(
         vocab_size=48,
@@ -377,9 +394,7 @@ def test_the_cache_is_updated_in_place(name, rows):
     lines = computations_per_token(compiled.as_text())
 
     def made_by(opcode, shapes):
-        # The compiler makes one axis of rows and heads for its products.
-        merged = {(shape[0] * shape[1], *shape[2:]) for shape in shapes}
-        sizes = "|".join(",".join(map(str, shape)) for shape in shapes | merged)
+        sizes = "|".join(",".join(map(str, shape)) for shape in merged(shapes))
         made = re.compile(rf" f32\[(?:{sizes})\]\S* {opcode}\(")
         return [line.strip() for line in lines if made.search(line)]
 
@@ -387,6 +402,8 @@ def test_the_cache_is_updated_in_place(name, rows):
     # Nor is it turned for a product, alone or within a fusion.
     transposed = {(*shape[:2], *shape[:1:-1]) for shape in shapes}
     assert not made_by("copy", shapes | transposed)
+    read = {reading for reading, shape in factors(lines) if shape in merged(shapes)}
+    assert read == {"first by rows", "second by columns"}
     # Nor is there a second one to alternate with.
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert compiled.memory_analysis().temp_size_in_bytes < 1.9 * size

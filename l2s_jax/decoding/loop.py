@@ -114,19 +114,21 @@ class Loop:
 
     def advance(self, params: Any, state: State, unroll: int = 1) -> State:
         """A chunk of tokens more, `unroll` steps in each turn of the compiled loop."""
-        # The compiled loop carries the cache of one row without its row axis, which XLA leaves out
-        # of the step's products: with it, the CPU backend copies the cache at every step.
-        squeezed = jax.tree.map(lambda leaf: leaf.ndim > 0 and leaf.shape[0] == 1, state.cache)
+        # The compiled loop carries the keys and values of one row without their row axis, which XLA
+        # leaves out of the step's products: with it, the CPU backend copies them at every step.
+        squeezed = jax.tree.map(lambda leaf: leaf.ndim == 4 and leaf.shape[0] == 1, state.cache)
 
-        def squeeze(state: State) -> State:
-            leaves = jax.tree.map(lambda leaf, one: leaf[0] if one else leaf, state.cache, squeezed)
-            return state.replace(cache=leaves)
-
-        def expand(state: State) -> State:
+        def reshaped(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
             leaves = jax.tree.map(
-                lambda leaf, one: leaf[None] if one else leaf, state.cache, squeezed
+                lambda leaf, one: change(leaf) if one else leaf, state.cache, squeezed
             )
             return state.replace(cache=leaves)
+
+        def squeeze(state: State) -> State:
+            return reshaped(state, lambda leaf: leaf[0])
+
+        def expand(state: State) -> State:
+            return reshaped(state, lambda leaf: leaf[None])
 
         def one_step(state: State, _: None) -> tuple[State, None]:
             state = expand(state)

@@ -192,7 +192,7 @@ def attend(
     query = query.reshape(rows, num_groups, -1, *query.shape[2:])
     # XLA's CPU backend multiplies [M, K] by [K, N] and first transposes what comes otherwise: for
     # one query, the cache at every step. So the keys are the first factor then, the values always
-    # the second.
+    # the second. `einsum` keeps that order only if the result's letters have it too.
     if queries == 1:
         scores = jnp.einsum(
             "bgkh,bgrqh->bgkrq", key_value.key, query, preferred_element_type=jnp.float32
