@@ -146,12 +146,18 @@ def job(*arguments: Any, **settings: Any) -> Iterator[None]:
 
 def _meet() -> Peers | None:
     """Connects the processes of a job that JAX has found; None if they cannot reach each other."""
-    where = exchange(offer() if is_primary() else "")[0]
-    peers, problem = None, ""
+    server, where, peers, problem = None, "", None, ""
     try:
-        peers = Peers(where, jax.process_count(), jax.process_index(), _MEET_SECONDS)
-    except ValueError as error:
+        if is_primary():
+            server, where = offer()
+    except OSError as error:
         problem = str(error)
+    if where := exchange(where)[0]:
+        try:
+            size, number = jax.process_count(), jax.process_index()
+            peers = Peers(where, size, number, _MEET_SECONDS, server)
+        except (OSError, ValueError) as error:
+            problem = str(error)
     if not any(problems := exchange(problem)):
         return peers
     log.warning(

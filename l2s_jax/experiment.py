@@ -118,18 +118,23 @@ class Experiment:
         return self._load_alone("llm", self.llm_directory)
 
     @functools.cached_property
-    def slm(self) -> tuple[LanguageModel, Params, Params]:
-        """(system, parameters, nothing frozen) of the SLM trained alone."""
+    def slm_directory(self) -> str:
+        """Where the SLM lies that was trained alone."""
         inputs = {
             **self._slm_inputs(),
             **self._training_inputs("slm"),
             **self._lora_inputs("slm"),
         }
-        return self._load_alone("slm", self._train_alone("slm", inputs, lambda: self._labelled))
+        return self._train_alone("slm", inputs, lambda: self._labelled)
 
     @functools.cached_property
-    def l2s(self) -> tuple[LlmToSlm, Params, Params]:
-        """(system, trained parameters, the LLM's frozen ones)."""
+    def slm(self) -> tuple[LanguageModel, Params, Params]:
+        """(system, parameters, nothing frozen) of the SLM trained alone."""
+        return self._load_alone("slm", self.slm_directory)
+
+    @functools.cached_property
+    def l2s_directory(self) -> str:
+        """Where projector and SLM lie that were trained together."""
         config = self.config.l2s
         cache = self.config.features.cache
         inputs = {
@@ -183,12 +188,25 @@ class Experiment:
                 generation=generation_settings(self.config),
             )
             _write_model(model, save)
+        return model
+
+    @functools.cached_property
+    def l2s(self) -> tuple[LlmToSlm, Params, Params]:
+        """(system, trained parameters, the LLM's frozen ones)."""
         return bundle.load(
-            model,
+            self.l2s_directory,
             dtype=self.dtype,
             mesh=where_to_read(self.decoding_mesh, self.config.decoding.weights),
             scan_layers=self.config.scan_layers,
         )
+
+    def model_directories(self) -> tuple[str, str, str]:
+        """Where LLM, SLM and L2S lie; made in this order, and none of them is left in memory."""
+        # What is wrong with an LLM that was there shows before others train.
+        convert.inspect(self.llm_directory)
+        config = convert.read_config(self.llm_directory)
+        self._fitted(config, self.tokenizers("llm")[1], self.llm_directory)
+        return self.llm_directory, self.slm_directory, self.l2s_directory
 
     def evaluation_examples(self) -> Sequence[Example]:
         """The examples that the report is about."""
@@ -253,7 +271,7 @@ class Experiment:
 
         def labeller() -> Generator:
             # In float: what is learnt does not depend on how the result is served. Not `self.llm`,
-            # which would take up memory while the SLM trains.
+            # which would stay in memory.
             llm = self._load_alone("llm", self.llm_directory, "float")
             return self.generator(llm, weights="float")
 

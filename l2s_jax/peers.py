@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -28,13 +28,21 @@ CONTINUES = "the same command on all processes continues from the last checkpoin
 class Peers:
     """Connections between process 0 and each of the others, until the job ends."""
 
-    def __init__(self, coordinator: str, num_processes: int, process_id: int, timeout_s: float):
+    def __init__(
+        self,
+        coordinator: str,
+        num_processes: int,
+        process_id: int,
+        timeout_s: float,
+        server: socket.socket | None = None,
+    ):
         """Waits until all processes are there.
 
         Args:
           coordinator: HOST:PORT of process 0. The port is free again afterwards, for JAX's service.
           num_processes, process_id: of the job, and of this process, 0 to num_processes - 1.
           timeout_s: how long to wait.
+          server: listens to that port already, for process 0.
 
         Raises:
           ValueError: process 0 does not answer, or it cannot listen, misses a process, or hears
@@ -51,10 +59,10 @@ class Peers:
         if process_id:
             self._attend(host.strip("[]"), int(port))
         else:
-            self._receive(int(port))
+            self._receive(server or self._listen(int(port)))
         for connection in self._sockets.values():
             connection.settimeout(None)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _keep_alive(connection)
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def end(self, message: str, status: int, *, tell: bool = True) -> NoReturn:
@@ -74,17 +82,15 @@ class Peers:
         self._closing = True
         _send(self._sockets.values(), {"done": True})
 
-    def _receive(self, port: int) -> None:
+    def _listen(self, port: int) -> socket.socket:
         try:
-            server = (
-                socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-                if socket.has_dualstack_ipv6()
-                else socket.create_server(("", port))
-            )
+            return _serve(port)
         except OSError as error:
             raise ValueError(
                 f"{self._coordinator}: process 0 cannot listen there: {error.strerror}"
             ) from None
+
+    def _receive(self, server: socket.socket) -> None:
         with server:
             while len(self._sockets) < self._processes - 1:
                 server.settimeout(max(self._deadline - time.monotonic(), 0.001))
@@ -149,9 +155,12 @@ class Peers:
     def _watch(self) -> None:
         """Ends this process when another one ends before its work is done."""
         unread = dict.fromkeys(self._sockets, b"")
+        selector = selectors.DefaultSelector()
+        for number, connection in self._sockets.items():
+            selector.register(connection, selectors.EVENT_READ, number)
         while unread:
-            ready, _, _ = select.select([self._sockets[number] for number in unread], [], [])
-            for number in [n for n in unread if self._sockets[n] in ready]:
+            for key, _ in selector.select():
+                number = key.data
                 try:
                     received = self._sockets[number].recv(1 << 16)
                 except OSError:
@@ -161,6 +170,7 @@ class Peers:
                 messages = [json.loads(line) for line in lines]
                 if any("done" in message for message in messages) or self._closing:
                     del unread[number]
+                    selector.unregister(key.fileobj)
                     continue
                 if not received and not messages:
                     ended = f"process {number} of the job ended; {CONTINUES}"
@@ -173,20 +183,22 @@ class Peers:
     def _linger(self) -> None:
         """Waits until the others have ended too, for whom JAX's service may end with this one."""
         until = time.monotonic() + _LINGER_SECONDS
-        there = list(self._sockets.values())
-        for connection in there:
+        selector = selectors.DefaultSelector()
+        for connection in self._sockets.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
-        while there and (remaining := until - time.monotonic()) > 0:
-            for connection in select.select(there, [], [], remaining)[0]:
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map() and (remaining := until - time.monotonic()) > 0:
+            for key, _ in selector.select(remaining):
                 with contextlib.suppress(OSError):
-                    if connection.recv(1 << 16):
+                    if key.fileobj.recv(1 << 16):
                         continue
-                there.remove(connection)
+                selector.unregister(key.fileobj)
 
 
-def offer() -> str:
-    """HOST:PORT of this process for `Peers`: where the others reach its host, and a free port."""
+def offer() -> tuple[socket.socket, str]:
+    """What process 0 listens with, and its HOST:PORT: where others reach the host, a free port."""
+    server = _serve(0)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             # Nothing is sent: this asks which of the host's addresses leads out of it.
@@ -194,8 +206,23 @@ def offer() -> str:
             host = probe.getsockname()[0]
     except OSError:
         host = socket.gethostname()
-    with socket.create_server(("", 0)) as server:
-        return f"{host}:{server.getsockname()[1]}"
+    return server, f"{host}:{server.getsockname()[1]}"
+
+
+def _serve(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Has an idle connection asked after each minute: a host that is gone does not say so, and
+    networks forget connections that nothing comes through.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _send(connections: Iterable[socket.socket], message: Any) -> None:

@@ -29,7 +29,7 @@ from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import parameter_count
 
 TOLERANCE = 1e-4  # of the largest logit
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -23,7 +23,7 @@ from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.rotary import Rotary
 
 TOLERANCE = 1e-4  # of the largest logit
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 IDS = np.arange(40, dtype=np.int32)[None] * 7 % 64
 FAMILIES = ("gpt2", "gpt_neox")
 

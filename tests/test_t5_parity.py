@@ -15,7 +15,7 @@ from l2s_jax.models.t5 import bucket_table
 
 TOLERANCE = 1e-4  # of the largest logit
 BUCKETS, DISTANCE = "relative_attention_num_buckets", "relative_attention_max_distance"
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 OWN_HEAD = {"own_head": True, "tie_word_embeddings": False}
 
 # name -> (prompt tokens, response tokens, checkpoint)
