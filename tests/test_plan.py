@@ -261,6 +261,13 @@ def test_what_a_program_without_loops_reads_and_writes_is_what_the_compiler_coun
         ("%b = f32[8]{0} fusion(%main, %own), kind=kLoop, calls=%sum", 64),
         ("%b = f32[8]{0:S(1)} fusion(%own, %own), kind=kLoop, calls=%sum", 0),
         ("%b = (f32[8]{0}, f32[8]{0:S(1)}) fusion(%own, %own), kind=kLoop, calls=%both", 32),
+        # Two of the fusions that carry a collective on: its result, and their sums.
+        (
+            "%b = (f32[8]{0}, f32[2]{0}, f32[8]{0}) fusion(%part, %main), kind=kOutput, "
+            "calls=%carry\n  %c = (f32[8]{0}, f32[2]{0}, f32[8]{0}) fusion(%part, %main), "
+            "kind=kOutput, calls=%carry",
+            32 + 2 * 64,
+        ),
         # Whole tiles, of the axes in the order of the layout.
         (
             "%b = bf16[2,3,64,5]{2,0,1,3:T(8,128)(2,1)} iota(), iota_dimension=0",
@@ -281,7 +288,17 @@ def test_what_stays_on_the_chip_is_not_counted(line, moved):
 %both (q0: f32[8], q1: f32[8]) -> (f32[8], f32[8]) {{
   %q0 = f32[8]{{0}} parameter(0)
   %q1 = f32[8]{{0}} parameter(1)
-  ROOT %t = (f32[8]{{0}}, f32[8]{{0}}) tuple(%q0, %q1)
+  %s0 = f32[8]{{0}} add(%q0, %q1)
+  %s1 = f32[8]{{0}} subtract(%q0, %q1)
+  ROOT %t = (f32[8]{{0}}, f32[8]{{0}}) tuple(%s0, %s1)
+}}
+
+%carry (r0: f32[2], r1: f32[8]) -> (f32[8], f32[2], f32[8]) {{
+  %r0 = f32[2]{{0}} parameter(0)
+  %r1 = f32[8]{{0}} parameter(1)
+  %twice = f32[8]{{0}} add(%r1, %r1)
+  %all = f32[8]{{0}} all-gather(%r0), channel_id=3, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+  ROOT %t = (f32[8]{{0}}, f32[2]{{0}}, f32[8]{{0}}) tuple(%twice, %r0, %all)
 }}
 
 ENTRY %main_spmd (main: f32[8], own: f32[8], part: f32[2], i: s32[]) -> f32[8] {{

@@ -54,13 +54,13 @@ class Collective(NamedTuple):
     """A collective operation of one device.
 
     bytes: of the larger of what it takes and what it gives. group: devices that take part together.
-    times: how often it runs.
+    times: how often it runs, on average if it does so in a part of several.
     """
 
     kind: str
     bytes: int
     group: int
-    times: int
+    times: float
 
     @property
     def sent(self) -> float:
@@ -92,15 +92,20 @@ def collectives(text: str) -> list[Collective]:
                 moved *= group
             if group > 1 or kind == "collective-permute":
                 # Parts of one asynchronous operation share its channel.
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = channel[0] + kind if channel else f"{name}/{line}"
+                key = kind + _channel(line)
                 found[key] = Collective(kind, moved, group, times[name])
     return list(found.values())
 
 
-def memory_bytes(text: str, at_least: int = 1) -> int:
+def _channel(line: str) -> str:
+    """What an instruction has in common with the other parts of one collective."""
+    channel = re.search(r"channel_id=(\d+)", line)
+    return channel[0] if channel else line
+
+
+def memory_bytes(text: str, *, only_loops: bool = False) -> int:
     """Bytes that a program's instructions read from main memory and write to it, in loops as often
-    as they turn; of those that run `at_least` so often.
+    as they turn.
 
     Of what is sliced or gathered, the part counts. Arrays take up whole tiles. What the compiler
     keeps in a memory of its own (TPU: on the chip, memory space 1) is not in main memory.
@@ -108,13 +113,20 @@ def memory_bytes(text: str, at_least: int = 1) -> int:
     computations, entry = _computations(text)
     parsed = {name: _instructions(lines, computations) for name, lines in computations.items()}
     total = 0
+    carried: set[str] = set()
 
     def visit(name: str, count: int) -> None:
         nonlocal total
         shapes = {one.name: one.shape for one in parsed[name]}
         for one in parsed[name]:
-            counts = one.kind not in _FREE and not one.kind.endswith("-done")
-            if counts and count >= at_least:
+            counts = not only_loops or count > 1
+            if counts and one.kind == "fusion" and one.called:
+                # Several fusions may carry a collective on, which gives its result once.
+                for inner in parsed[one.called[0]]:
+                    if inner.kind in KINDS and _channel(inner.line) not in carried:
+                        carried.add(_channel(inner.line))
+                        total += _in_main_memory(inner.shape) * count
+            if counts and one.kind not in _FREE and not one.kind.endswith("-done"):
                 total += _moved(one, shapes, parsed) * count
             if one.kind in ("while", "conditional", "call"):
                 turns = _turns(computations, one.line) if one.kind == "while" else 1
@@ -194,6 +206,8 @@ def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> i
             read += _stored(one.shape)
         elif one.kind == "dynamic-update-slice" and one.operands[0] == source.name:
             continue  # written in place
+        elif _carries_on(one, inside) or (one.kind == "tuple" and one.is_root):
+            continue
         elif one.kind == "bitcast":
             read += _used(one, inside, parsed)
         elif one.kind == "fusion" and one.called:
@@ -203,12 +217,20 @@ def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> i
     return min(read, whole)
 
 
+def _carries_on(one: _Instruction, inside: list[_Instruction]) -> bool:
+    """Whether it is a part of a collective that a fusion begins, carries on or ends."""
+    carried = any(other.kind in KINDS for other in inside)
+    return one.kind in KINDS or (carried and one.kind == "custom-call")
+
+
 def _written(computation: str, shape: str, parsed: Parsed) -> int:
     """Bytes that a fused computation with a result of this shape writes to main memory."""
     inside = {one.name: one for one in parsed[computation]}
 
     def written(one: _Instruction | None, shape: str) -> int:
-        if one is None or not _in_main_memory(shape):
+        if one is None or one.kind == "parameter" or not _in_main_memory(shape):
+            return 0
+        if _carries_on(one, parsed[computation]):
             return 0
         if one.kind == "dynamic-update-slice":
             update = inside.get(one.operands[1])

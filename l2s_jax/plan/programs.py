@@ -175,18 +175,20 @@ class Compiler:
             )
 
         arguments = (self._trained, state)
-        program, compiled = self._program(chunk(1), arguments, rows, turns=CHUNK)
+        program, compiled = self._program(chunk(1), arguments, rows, steps=CHUNK)
         if compiled is None:
             return program
         twice, _ = self._program(chunk(2), arguments, rows)
         once, more = program.costs, twice.costs
         if more is None:
             return program
-        per_token = tuple(c for c in once.collectives if c.times >= CHUNK)
+        # The compiler may have made several steps of one turn.
+        looped = (c for c in once.collectives if c.times > 1)
+        per_token = tuple(c._replace(times=c.times / CHUNK) for c in looped)
         costs = Costs(
             flops=more.flops - once.flops,
             memory_bytes=once.memory_bytes,
-            collectives=tuple(c._replace(times=c.times // CHUNK) for c in per_token),
+            collectives=per_token,
         )
         return dataclasses.replace(program, costs=costs)
 
@@ -196,13 +198,13 @@ class Compiler:
         arguments: tuple,
         rows: int,
         whole: tuple[Any, tuple] | None = None,
-        turns: int = 1,
+        steps: int = 1,
     ) -> tuple[Program, jax.stages.Compiled | None]:
         """The program, and what it costs.
 
         FLOPs are the compiler's count, which takes a loop's body once, and at least those of
         `whole`, a function and arguments that compute the same without loops over layers. Bytes of
-        memory are those of one of `turns`, without what runs less often.
+        memory are those of one of the `steps` that it makes in a loop, without what is before it.
         """
         size = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
         if size > self.slice.capacity:
@@ -231,7 +233,7 @@ class Compiler:
         least = self._least_flops(*(whole or (function, arguments)))
         costs = Costs(
             flops=max(counted.get("flops", 0.0), least),
-            memory_bytes=memory_bytes(text, turns) / turns,
+            memory_bytes=memory_bytes(text, only_loops=steps > 1) / steps,
             collectives=tuple(collectives(text)),
         )
         arguments_bytes = memory.argument_size_in_bytes
