@@ -54,13 +54,13 @@ class Collective(NamedTuple):
     """A collective operation of one device.
 
     bytes: of the larger of what it takes and what it gives. group: devices that take part together.
-    times: how often it runs, on average if it does so in a part of several.
+    times: how often it runs.
     """
 
     kind: str
     bytes: int
     group: int
-    times: float
+    times: int
 
     @property
     def sent(self) -> float:

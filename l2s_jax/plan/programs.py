@@ -182,9 +182,10 @@ class Compiler:
         once, more = program.costs, twice.costs
         if more is None:
             return program
-        # The compiler may have made several steps of one turn.
-        looped = (c for c in once.collectives if c.times > 1)
-        per_token = tuple(c._replace(times=c.times / CHUNK) for c in looped)
+        # The compiler may make several steps of one turn; their collectives are the same ones.
+        looped = [c for c in once.collectives if c.times > 1]
+        turns = min((c.times for c in looped), default=1)
+        per_token = tuple(c._replace(times=c.times // turns) for c in looped)
         costs = Costs(
             flops=more.flops - once.flops,
             memory_bytes=once.memory_bytes,

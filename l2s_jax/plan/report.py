@@ -52,14 +52,11 @@ def program_report(program: Program, where: Slice) -> dict[str, Any]:
         return report
     report["flops"] = program.costs.flops
     report["bytes_accessed"] = program.costs.memory_bytes
-    kinds: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
     for one in program.costs.collectives:
         kinds[one.kind]["count"] += one.times
         kinds[one.kind]["bytes"] += one.bytes * one.times
-    report["collectives"] = {
-        kind: {name: round(value) for name, value in both.items()}
-        for kind, both in sorted(kinds.items())
-    }
+    report["collectives"] = dict(sorted(kinds.items()))
     if where.chip:
         times = program.costs.roofline(where.chip)
         bound = max(times, key=times.__getitem__)
