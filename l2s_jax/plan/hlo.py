@@ -105,7 +105,7 @@ def _channel(line: str) -> str:
 
 def memory_bytes(text: str, *, only_loops: bool = False) -> int:
     """Bytes that a program's instructions read from main memory and write to it, in loops as often
-    as they turn.
+    as they turn; with `only_loops`, those in loops.
 
     Of what is sliced or gathered, the part counts. Arrays take up whole tiles. What the compiler
     keeps in a memory of its own (TPU: on the chip, memory space 1) is not in main memory.
