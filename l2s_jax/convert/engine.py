@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from l2s_jax.convert.files import TensorFiles, listed
+from l2s_jax.models.stacking import unstack_layers
 
 Params = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -76,10 +77,11 @@ class Family:
 
         Layers are not stacked, whatever the module's `scan_layers`.
         """
-        module = self.make_module(dataclasses.replace(module.config, scan_layers=False))
+        # One layer is traced for all.
+        module = self.make_module(dataclasses.replace(module.config, scan_layers=True))
         dtypes = {"ids": jnp.int32, "mask": jnp.bool_}
         inputs = [jax.ShapeDtypeStruct((1, 1), dtypes[name]) for name in self.inputs]
-        return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+        return unstack_layers(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
 
 
 def first_layers(*shared: str) -> Callable[[Any, float], tuple[Any, tuple[str, ...]]]:
