@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 import transformers
 
+# Of programs that are compared with transformers: quickly compiled, but by the code generator that
+# users have.
+COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
+
 # model_type -> (class name, a small geometry)
 CAUSAL = {
     "gpt2": ("GPT2", {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 256}),

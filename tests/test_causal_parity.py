@@ -29,7 +29,6 @@ from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import parameter_count
 
 TOLERANCE = 1e-4  # of the largest logit
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -171,7 +170,7 @@ def test_logits_equal_transformers(name, tmp_path, record_property):
         return scored, full, jnp.concatenate([first[None], steps]).transpose(1, 0, 2), states
 
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(three_ways, compiler_options=QUICK_COMPILATION)
+        compiled = jax.jit(three_ways, compiler_options=hf.COMPILATION)
         scored, full, steps, states = compiled(params, ids, mask, response_ids)
     assert scored.dtype == steps.dtype == full.dtype == jnp.float32
     assert scored.shape == steps.shape == expected.shape

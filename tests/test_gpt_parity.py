@@ -23,7 +23,6 @@ from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.rotary import Rotary
 
 TOLERANCE = 1e-4  # of the largest logit
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 IDS = np.arange(40, dtype=np.int32)[None] * 7 % 64
 FAMILIES = ("gpt2", "gpt_neox")
 
@@ -116,7 +115,7 @@ def run_every_way(module, params, ids, mask, response_ids, layer):
         return scored, jnp.concatenate([first[None], later]).transpose(1, 0, 2), full, states
 
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(every_way, compiler_options=QUICK_COMPILATION)
+        compiled = jax.jit(every_way, compiler_options=hf.COMPILATION)
         return jax.device_get(compiled(params, ids, mask, response_ids))
 
 

@@ -15,7 +15,6 @@ from l2s_jax.models.t5 import bucket_table
 
 TOLERANCE = 1e-4  # of the largest logit
 BUCKETS, DISTANCE = "relative_attention_num_buckets", "relative_attention_max_distance"
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 OWN_HEAD = {"own_head": True, "tie_word_embeddings": False}
 
 # name -> (prompt tokens, response tokens, checkpoint)
@@ -83,7 +82,7 @@ def test_logits_equal_transformers(name, tmp_path, record_property):
         return module.apply({"params": params}, *inputs), decode_in_steps(module, params, *inputs)
 
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(both_ways, compiler_options=QUICK_COMPILATION)
+        compiled = jax.jit(both_ways, compiler_options=hf.COMPILATION)
         full, steps = compiled(params, ids, mask, decoder_ids)
     assert full.dtype == steps.dtype == jnp.float32
     assert full.shape == steps.shape == expected.shape

@@ -219,8 +219,9 @@ def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> i
 
 def _carries_on(one: _Instruction, inside: list[_Instruction]) -> bool:
     """Whether it is a part of a collective that a fusion begins, carries on or ends."""
-    carried = any(other.kind in KINDS for other in inside)
-    return one.kind in KINDS or (carried and one.kind == "custom-call")
+    if one.kind == "custom-call":
+        return any(other.kind in KINDS for other in inside)
+    return one.kind in KINDS
 
 
 def _written(computation: str, shape: str, parsed: Parsed) -> int:
@@ -298,7 +299,7 @@ def _bytes(shape: str, kind: str, start: str | None) -> int:
 def _size(shape: str) -> int:
     """Bytes of an array or of all in a tuple."""
     return sum(
-        _width(dtype) * _product(dimensions) // 8 for dtype, dimensions, _ in _ARRAY.findall(shape)
+        _width(dtype) * math.prod(_numbers(sizes)) // 8 for dtype, sizes, _ in _ARRAY.findall(shape)
     )
 
 
@@ -306,9 +307,9 @@ def _stored(shape: str) -> int:
     """As `_size`, with the padding of the tiles in which a TPU stores arrays."""
     total = 0
     for dtype, dimensions, layout in _ARRAY.findall(shape):
-        sizes = [int(size) for size in filter(None, dimensions.split(","))]
+        sizes = _numbers(dimensions)
         if tiled := re.match(r"\{([\d,]+):T\(([\d,]+)\)", layout):
-            order, tile = ([int(x) for x in part.split(",")] for part in tiled.groups())
+            order, tile = map(_numbers, tiled.groups())
             # Both begin to count at the axis whose neighbours are neighbours in memory.
             for axis, size in zip(order, reversed(tile), strict=False):
                 sizes[axis] = -(-sizes[axis] // size) * size
@@ -339,8 +340,9 @@ def _width(dtype: str) -> int:
     return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
 
 
-def _product(dimensions: str) -> int:
-    return math.prod(int(size) for size in filter(None, dimensions.split(",")))
+def _numbers(text: str) -> list[int]:
+    """Of dimensions, a layout or a tile, as in 8,128; none of a scalar."""
+    return [int(number) for number in text.split(",") if number]
 
 
 def _group(line: str) -> int:
