@@ -42,7 +42,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     # First, so that what is wrong with them shows before hours of training.
     examples = experiment.evaluation_examples()
     # All of them before the first is read, which would take up memory while others train.
-    experiment.model_directories()
+    experiment.make_models()
     generators = {name: experiment.generator(getattr(experiment, name)) for name in _TRAINED}
     references = [example.references for example in examples]
 

@@ -26,7 +26,13 @@ from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import TokenizedExamples, training_batches, validation_batches
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.decoding.search import Search
-from l2s_jax.generate import Generator, generation_settings, make_generator, where_to_read
+from l2s_jax.generate import (
+    Generator,
+    generation_settings,
+    load_alone,
+    make_generator,
+    where_to_read,
+)
 from l2s_jax.models.families import ModelConfig, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.lora import Lora, check_lora
@@ -200,13 +206,14 @@ class Experiment:
             scan_layers=self.config.scan_layers,
         )
 
-    def model_directories(self) -> tuple[str, str, str]:
-        """Where LLM, SLM and L2S lie; made in this order, and none of them is left in memory."""
+    def make_models(self) -> None:
+        """Makes LLM, SLM and L2S, in this order, where they are missing; none stays in memory."""
         # What is wrong with an LLM that was there shows before others train.
         convert.inspect(self.llm_directory)
         config = convert.read_config(self.llm_directory)
         self._fitted(config, self.tokenizers("llm")[1], self.llm_directory)
-        return self.llm_directory, self.slm_directory, self.l2s_directory
+        directories = (self.llm_directory, self.slm_directory, self.l2s_directory)
+        log.info("models: %s", ", ".join(directories))
 
     def evaluation_examples(self) -> Sequence[Example]:
         """The examples that the report is about."""
@@ -436,11 +443,10 @@ class Experiment:
     ) -> tuple[LanguageModel, Params, Params]:
         """A model to generate with; `weights` other than the config's."""
         mesh = where_to_read(self.decoding_mesh, weights or self.config.decoding.weights)
-        module, params = convert.load(
-            directory, dtype=self.dtype, serve=mesh is not None, mesh=mesh
-        )
-        config = self._fitted(module.config, self.tokenizers(name)[1], directory)
-        return LanguageModel(name, config), {name: params}, {}
+        tokenizer = self.tokenizers(name)[1]
+        loaded = load_alone(name, directory, tokenizer, dtype=self.dtype, mesh=mesh)
+        self._fitted(loaded[0].config, tokenizer, directory)
+        return loaded
 
     def _fit(
         self,

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from l2s_jax import distributed, sharding
 from l2s_jax.convert.files import read_json
-from l2s_jax.data.batches import TokenizedExamples
+from l2s_jax.data.batches import LengthGroups, TokenizedExamples
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.workdir import fingerprint, plain, write_json
 
@@ -254,16 +254,10 @@ def _encoded(
     batch_size: int,
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """(indices, H of them in the first rows) of all `prompts`, in order of their lengths."""
-    prompts = prompts[np.argsort(data.prompt_lengths[prompts], kind="stable")]
 
     def dispatched() -> Iterator[tuple[np.ndarray, jax.Array]]:
-        for start in range(0, len(prompts), batch_size):
-            chosen = prompts[start : start + batch_size]
-            indices = np.full(batch_size, -1, np.int64)
-            indices[: len(chosen)] = chosen
-            longest = data.prompt_lengths[chosen].max()
-            bucket = next(bucket for bucket in buckets if bucket >= longest)
-            yield chosen, encode(*data.padded_prompts(indices, bucket))
+        for indices, width in LengthGroups(data, prompts, buckets, batch_size):
+            yield indices[indices >= 0], encode(*data.padded_prompts(indices, width))
 
     # The device is at the next batch while the host takes this one.
     for (indices, hidden), _ in itertools.pairwise(itertools.chain(dispatched(), [None])):

@@ -1,18 +1,13 @@
-"""Text in, text out: tokenize, group by length, decode in one compiled program, put in order.
-
-`Generator` does it for a list of prompts; `generate_file` for a file, from a workdir alone.
-"""
+"""Text in, text out: tokenize, group by length, decode in one compiled program, put in order."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +18,7 @@ from tqdm import tqdm
 from l2s_jax import bundle, convert, distributed, sharding
 from l2s_jax.config import compute_dtype
 from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
-from l2s_jax.data.tasks import Example, Task, load_task
+from l2s_jax.data.tasks import Example
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
@@ -439,6 +434,21 @@ def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
     return mesh if weights == "float" else None
 
 
+def load_alone(
+    name: str, directory: str, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None
+) -> tuple[LanguageModel, Params, Params]:
+    """(system, parameters, nothing frozen) of the LLM or SLM in a directory, with its tokenizer.
+
+    `mesh` as `where_to_read` gives it.
+
+    Raises:
+      ValueError: no model is there, or one of another tokenizer.
+    """
+    module, params = convert.load(directory, dtype=dtype, serve=mesh is not None, mesh=mesh)
+    config = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
+    return LanguageModel(name, config), {name: params}, {}
+
+
 def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
     """The Generator of system `name` ("llm", "slm" or "l2s") that a run left in `workdir`.
 
@@ -464,174 +474,6 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
             *bundle.load_tokenizers(directory),
             **settings,
         )
-    module, params = convert.load(directory, dtype=dtype, serve=placed is not None, mesh=placed)
     tokenizer = load_tokenizer(directory)
-    config_of_model = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
-    loaded = LanguageModel(name, config_of_model), {name: params}, {}
+    loaded = load_alone(name, directory, tokenizer, dtype=dtype, mesh=placed)
     return make_generator(config, loaded, tokenizer, tokenizer, **settings)
-
-
-def generate_file(
-    config: ConfigDict,
-    workdir: str,
-    *,
-    system: str,
-    source: str,
-    target: str,
-    jsonl: bool,
-    search: Mapping[str, str] | None = None,
-    stop: Sequence[str] = (),
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-    stream: bool = False,
-    warm_up: bool = False,
-    weights: str | None = None,
-) -> None:
-    """Answers every line of `source` into `target`, in order; "-" stands for stdin and stdout.
-
-    Lines are the text of the task's one prompt field. In JSON Lines (`jsonl`, or a name that ends
-    in .jsonl) a line holds the prompt's fields, and comes back with "response" and "cut" added, and
-    with a beam search's "score" and "others". Nothing is written unless all of the input can be
-    read, and `target` appears whole or not at all. With `stream`, each line is answered as it is
-    read, and its response is written as it is decoded.
-
-    Args:
-      search, stop: settings of `Search` that differ from the config's, values as text.
-      max_new_tokens: at most the config's.
-      seed: of the first prompt, the next ones have the numbers after it.
-      warm_up: everything is compiled before the first prompt is read.
-      weights: other than the config's.
-
-    Raises:
-      ValueError: the input cannot be read, a line holds no prompt (named file:line), or a setting
-        does not fit.
-    """
-    task = load_task(config.task)
-    jsonl = jsonl or source.endswith(".jsonl")
-    if stream and (target != "-" or jsonl):
-        raise ValueError("--stream writes text to stdout: expected no --output and no JSON Lines")
-    if stream and jax.process_count() > 1:
-        raise ValueError(f"--stream: expected one process, this job has {jax.process_count()}")
-    settings = {**config.decoding.search.to_dict(), **parse_search(search or {})}
-    if stop:
-        settings["stop"] = tuple(stop)
-    chosen = Search(**settings)
-    if stream:
-        records = _read_records(source, task, jsonl)
-    else:
-        records = distributed.on_primary(lambda: list(_read_records(source, task, jsonl)))
-        prompts = [task.render_prompt(record, where) for where, record in records]
-    generator = load_generator(
-        config, workdir, system, search=chosen, weights=weights or config.decoding.weights
-    )
-    if warm_up:
-        generator.warm_up(stream=stream)
-    if stream:
-        for number, (where, record) in enumerate(records):
-            prompt = task.render_prompt(record, where)
-            for piece in generator.stream(
-                prompt, max_new_tokens=max_new_tokens, seed=seed + number
-            ):
-                print(_one_line(piece), end="", flush=True)
-            print(flush=True)
-        return
-    outputs = generator.generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        seeds=range(seed, seed + len(prompts)),
-        description="generating",
-        shared=True,
-    )
-    if not distributed.is_primary():
-        return
-    with _open_output(target) as file:
-        for (_, record), output in zip(records, outputs, strict=True):
-            if jsonl:
-                file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
-            else:
-                file.write(_one_line(output.text) + "\n")
-
-
-def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of `Search` from text, as in {"num_beams": "4"}.
-
-    Raises:
-      ValueError: there is no such setting, or the text is not a value of its kind.
-    """
-    kinds = {
-        field.name: type(field.default)
-        for field in dataclasses.fields(Search)
-        if field.name != "stop"
-    }
-    parsed = {}
-    for name, text in values.items():
-        if name not in kinds:
-            raise ValueError(f"--search: no setting {name!r}, expected some of {', '.join(kinds)}")
-        try:
-            parsed[name] = (
-                {"true": True, "false": False}[text.lower()]
-                if kinds[name] is bool
-                else kinds[name](text)
-            )
-        except (KeyError, ValueError):
-            kind = {bool: "true or false", int: "an integer", float: "a number"}[kinds[name]]
-            raise ValueError(f"--search: {name}={text!r}: expected {kind}") from None
-    return parsed
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\n", " ")
-
-
-def _answer(output: Output) -> dict[str, Any]:
-    answer = {"response": output.text, "cut": output.cut}
-    if output.score is not None:
-        answer["score"] = output.score
-    if output.others:
-        answer["others"] = [_answer(other) for other in output.others]
-    return answer
-
-
-def _read_records(source: str, task: Task, jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, fields) of each line."""
-    if not jsonl and len(task.prompt_fields) != 1:
-        raise ValueError(
-            f"the prompt of task {task.name!r} has the fields {', '.join(task.prompt_fields)}: "
-            "expected JSON Lines with them as input (--jsonl)"
-        )
-    name = "stdin" if source == "-" else source
-    try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
-            for number, line in enumerate(file, start=1):
-                where = f"{name}:{number}"
-                yield where, _parse(line, where, None if jsonl else task.prompt_fields[0])
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read the input: {error.strerror}") from None
-
-
-def _parse(line: bytes, where: str, field: str | None) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-        record = json.loads(text) if field is None else {field: text}
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: expected UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object: {error.msg}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {text[:60]!r}")
-    return record
-
-
-@contextlib.contextmanager
-def _open_output(target: str) -> Iterator[TextIO]:
-    if target == "-":
-        yield sys.stdout
-        return
-    temporary = f"{target}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ValueError(f"{target}: cannot write the output: {error.strerror}") from None

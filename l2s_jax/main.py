@@ -95,7 +95,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     from l2s_jax import workdir as workdirs
     from l2s_jax.evaluate import evaluate
     from l2s_jax.experiment import Experiment
-    from l2s_jax.generate import generate_file
+    from l2s_jax.generate_file import generate_file
 
     if _COMPILATION_CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)

@@ -24,17 +24,9 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from l2s_jax.bench.contestants import (
-    BANDWIDTH,
-    CONTESTANTS,
-    OURS,
-    PEERS,
-    Case,
-    Remote,
-    Setup,
-    unfit,
-)
+from l2s_jax.bench.contestants import BANDWIDTH, CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
+from l2s_jax.bench.remote import Remote
 from l2s_jax.bench.report import write_report
 
 log = logging.getLogger("l2s_jax")

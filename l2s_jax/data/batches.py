@@ -315,6 +315,30 @@ def training_batches(
     return iter(grain.MapDataset.source(plan).map(collate).to_iter_dataset(_READ_AHEAD))
 
 
+class LengthGroups(Sequence[tuple[np.ndarray, int]]):
+    """Prompts in groups of like lengths: (indices int64 [size], tokens to pad them to).
+
+    `prompts` are indices into `data`; -1 fills up the last group. `widths` ascend.
+    """
+
+    def __init__(
+        self, data: TokenizedExamples, prompts: np.ndarray, widths: Sequence[int], size: int
+    ):
+        self._lengths, self._widths, self._size = data.prompt_lengths, np.asarray(widths), size
+        self._order = prompts[np.argsort(self._lengths[prompts], kind="stable")]
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._size)
+
+    def __getitem__(self, group: int) -> tuple[np.ndarray, int]:
+        start = range(len(self))[group] * self._size
+        chosen = self._order[start : start + self._size]
+        indices = np.full(self._size, -1, np.int64)
+        indices[: len(chosen)] = chosen
+        longest = self._lengths[chosen].max()
+        return indices, int(self._widths[np.searchsorted(self._widths, longest)])
+
+
 class _EvaluationBatches(Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]):
     def __init__(
         self,
@@ -326,22 +350,16 @@ class _EvaluationBatches(Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]):
     ):
         self._data = data
         self._prompt_name = prompt_name
-        self._prompt_widths = np.asarray([prompt for prompt, _ in buckets])
+        widths = [prompt for prompt, _ in buckets]
+        self._groups = LengthGroups(data, np.arange(len(data)), widths, size)
         self._response_width = buckets[-1][1]
-        self._size = size
         self._own_rows = own_rows
-        self._order = np.argsort(data.prompt_lengths, kind="stable")
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._size)
+        return len(self._groups)
 
     def __getitem__(self, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        start = range(len(self))[batch] * self._size
-        rows = self._order[start : start + self._size]
-        longest = self._data.prompt_lengths[rows].max()
-        width = int(self._prompt_widths[np.searchsorted(self._prompt_widths, longest)])
-        indices = np.full(self._size, -1, np.int64)
-        indices[: len(rows)] = rows
+        indices, width = self._groups[batch]
         indices = indices[self._own_rows]
         return indices, self._data.padded(indices, width, self._response_width, self._prompt_name)
 
