@@ -330,6 +330,13 @@ def test_truncation_keeps_what_transformers_keeps(logits, temperature, top_k, to
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
 
 
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([-np.inf, -1.5, -0.0, 0.0, 2.0, np.inf]), min_size=9, max_size=9))
+def test_greatest_is_an_argmax(values):
+    rows = np.array([values, values[::-1]], np.float32)
+    np.testing.assert_array_equal(processing.greatest(jnp.asarray(rows)), rows.argmax(axis=1))
+
+
 def test_samples_have_the_distribution_of_the_logits():
     draws = 20000
     logits = np.random.default_rng(1).normal(size=12).astype(np.float32) * 2

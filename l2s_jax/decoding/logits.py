@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen: penalties, bans, and the truncations of sampling.
+"""Logits to tokens: penalties, bans, and the truncations of sampling, then the choice of one.
 
 All are pure functions of float32 logits [B, V]; a token that is ruled out has -inf.
 """
@@ -133,4 +133,16 @@ def truncate(search: Search, logits: jax.Array) -> jax.Array:
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
     """int32 [B], one token of each row's distribution, by that row's own key only."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return jnp.argmax(logits + noise, axis=1).astype(jnp.int32)
+    return greatest(logits + noise)
+
+
+def greatest(values: jax.Array) -> jax.Array:
+    """int32 [B], where each row of [B, V] is greatest, the first place of several; as `jnp.argmax`.
+
+    In two reductions, of one number each: XLA's CPU backend makes vector instructions of these, and
+    none of an argmax. Of a row with a NaN it is the last place.
+    """
+    last = values.shape[1] - 1
+    places = jnp.arange(last + 1, dtype=jnp.int32)
+    found = values == jnp.max(values, axis=1, keepdims=True)
+    return jnp.min(jnp.where(found, places, last), axis=1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from l2s_jax.decoding.logits import History, constrain, sample, truncate
+from l2s_jax.decoding.logits import History, constrain, greatest, sample, truncate
 from l2s_jax.decoding.search import Search
 
 Cache = TypeVar("Cache")
@@ -165,7 +165,7 @@ class Loop:
             keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
             token = sample(truncate(search, logits), keys)
         else:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            token = greatest(logits)
         token = jnp.where(state.done, self.pad_id, token)
         count = state.count + 1
         ended = ~state.done & (token == self.eos_id)
