@@ -201,6 +201,21 @@ def test_collectives_in_a_loop_count_as_often_as_it_turns():
     assert {one.group for one in found} == {4}
 
 
+def test_a_product_that_overlaps_with_its_gathering_gathers_all():
+    where = open_slice("v5e:4x4")
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}), where.devices)
+    rows, columns = (NamedSharding(mesh, P(*axes)) for axes in (["fsdp"], [None, "fsdp"]))
+    x = jax.ShapeDtypeStruct((256, 256, 4096), jnp.bfloat16, sharding=rows)
+    w = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=columns)
+    product = jax.jit(jnp.matmul, out_shardings=rows)
+    text = product.lower(x, w).compile().as_text()
+    assert "windowed_dot_general" in text  # a loop over parts of the product
+    sent = sum(one.sent * one.times for one in hlo.collectives(text))
+    # The last parts go round once more than they have to.
+    assert 15 <= sent / (4096 * 4096 * 2 / 16) <= 17
+    assert hlo.loop_turns(text) == 4
+
+
 def test_layers_in_a_loop_cost_what_they_do_one_by_one(tmp_path):
     found = []
     for scan_layers in (False, True):

@@ -103,6 +103,13 @@ def _channel(line: str) -> str:
     return channel[0] if channel else line
 
 
+def loop_turns(text: str) -> int:
+    """Turns of the loop that a program consists of; 1 without one, or where it is not known."""
+    computations, entry = _computations(text)
+    lines = computations[entry]
+    return max((_turns(computations, line) for line in lines if " while(" in line), default=1)
+
+
 def memory_bytes(text: str, *, only_loops: bool = False) -> int:
     """Bytes that a program's instructions read from main memory and write to it, in loops as often
     as they turn; with `only_loops`, those in loops.
@@ -279,13 +286,35 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _turns(computations: dict[str, list[str]], line: str) -> int:
-    """Turns of a loop that counts up to a constant; 1 where it is not known."""
+    """Turns of a loop that counts from 0 up to a constant; 1 where it is not known."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    body = "\n".join(computations.get(condition[1], ())) if condition else ""
-    limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", body)
-    return int(limits[0]) if len(limits) == 1 and "direction=LT" in body else 1
+    parts = [re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body")]
+    condition, body = (computations.get(part[1], []) if part else [] for part in parts)
+    limits = _constants(condition)
+    if len(limits) != 1 or "direction=LT" not in "".join(condition):
+        return 1
+    return -(-limits.popitem()[1] // _stride(condition, body))
+
+
+def _stride(condition: list[str], body: list[str]) -> int:
+    """By how much each turn of a loop raises what its condition compares; 1 where not known."""
+    compared = [m[1] for m in (re.search(r", index=(\d+)", line) for line in condition) if m]
+    inside = {one.name: one for one in _instructions(body, {})}
+    root = next((one for one in inside.values() if one.is_root), None)
+    if len(compared) != 1 or root is None or root.kind != "tuple":
+        return 1
+    counter = inside.get(root.operands[int(compared[0])])
+    if counter is None or counter.kind != "add":
+        return 1
+    constants = _constants(body)
+    return next((constants[name] for name in counter.operands if name in constants), 1)
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    """The integers among a computation's instructions, by name."""
+    pattern = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+    return {m[1]: int(m[2]) for m in map(pattern.search, lines) if m}
 
 
 def _bytes(shape: str, kind: str, start: str | None) -> int:

@@ -19,7 +19,7 @@ from l2s_jax.chips import Chip
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.decoding.search import Search
-from l2s_jax.plan.hlo import Collective, collectives, memory_bytes
+from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
 
@@ -183,9 +183,12 @@ class Compiler:
         if more is None:
             return program
         # The compiler may make several steps of one turn; their collectives are the same ones.
-        looped = [c for c in once.collectives if c.times > 1]
-        turns = min((c.times for c in looped), default=1)
-        per_token = tuple(c._replace(times=c.times // turns) for c in looped)
+        turns = loop_turns(compiled.as_text())
+        per_token = tuple(
+            one._replace(times=one.times // turns)
+            for one in once.collectives
+            if one.times >= turns > 1
+        )
         costs = Costs(
             flops=more.flops - once.flops,
             memory_bytes=once.memory_bytes,
