@@ -212,6 +212,7 @@ class Experiment:
         convert.inspect(self.llm_directory)
         config = convert.read_config(self.llm_directory)
         self._fitted(config, self.tokenizers("llm")[1], self.llm_directory)
+        # A model is made when its directory is asked for.
         directories = (self.llm_directory, self.slm_directory, self.l2s_directory)
         log.info("models: %s", ", ".join(directories))
 
@@ -444,9 +445,8 @@ class Experiment:
         """A model to generate with; `weights` other than the config's."""
         mesh = where_to_read(self.decoding_mesh, weights or self.config.decoding.weights)
         tokenizer = self.tokenizers(name)[1]
-        loaded = load_alone(name, directory, tokenizer, dtype=self.dtype, mesh=mesh)
-        self._fitted(loaded[0].config, tokenizer, directory)
-        return loaded
+        self._fitted(convert.read_config(directory), tokenizer, directory)
+        return load_alone(name, directory, tokenizer, dtype=self.dtype, mesh=mesh)
 
     def _fit(
         self,

@@ -437,12 +437,12 @@ def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
 def load_alone(
     name: str, directory: str, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None
 ) -> tuple[LanguageModel, Params, Params]:
-    """(system, parameters, nothing frozen) of the LLM or SLM in a directory, with its tokenizer.
+    """(system, {name: parameters}, {}) of the LLM or SLM in a directory, with its tokenizer.
 
     `mesh` as `where_to_read` gives it.
 
     Raises:
-      ValueError: no model is there, or one of another tokenizer.
+      ValueError: no model is there, or a T5 whose pad or eos id is not its tokenizer's.
     """
     module, params = convert.load(directory, dtype=dtype, serve=mesh is not None, mesh=mesh)
     config = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import transformers
 
-# Of programs that are compared with transformers: quickly compiled, but by the code generator that
-# users have.
+# Of programs that are compared with transformers: no optimizations, which take longer to compile
+# than they save, but the code generator that users have and conftest.py turns off.
 COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 
 # model_type -> (class name, a small geometry)

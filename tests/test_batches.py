@@ -10,7 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.data.batches import TokenizedExamples, evaluation_batches, training_batches
+from l2s_jax.data.batches import (
+    LengthGroups,
+    TokenizedExamples,
+    evaluation_batches,
+    training_batches,
+)
 from l2s_jax.data.tasks import Example
 
 PROMPT_PAD, RESPONSE_PAD, EOS = 7, 3, 1
@@ -261,6 +266,18 @@ def test_evaluation_prompts_know_nothing_of_responses(lengths, others, buckets):
         ]
 
     assert_equal(prompts(lengths), prompts(changed))
+
+
+def test_groups_take_some_of_the_prompts_by_length():
+    data = make_data([(9, 2), (3, 2), (7, 2), (4, 2), (5, 2)])
+    groups = LengthGroups(data, np.array([4, 3, 0, 1]), [4, 6, 12], 3)
+    assert [(indices.tolist(), width) for indices, width in groups] == [
+        ([1, 3, 4], 6),
+        ([0, -1, -1], 12),
+    ]
+    assert len(LengthGroups(data, np.array([], int), [4], 3)) == 0
+    with pytest.raises(ValueError, match="a prompt has 9 tokens: expected at most 6"):
+        LengthGroups(data, np.arange(5), [4, 6], 3)
 
 
 def test_prompt_name_is_in_the_keys():

@@ -337,6 +337,29 @@ def test_greatest_is_an_argmax(values):
     np.testing.assert_array_equal(processing.greatest(jnp.asarray(rows)), rows.argmax(axis=1))
 
 
+def test_the_greatest_is_found_in_a_program_with_all_that_comes_before_it():
+    search = Search(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=30)
+    rows, size, vocabulary = 64, 24, 32128
+
+    def constrained(hidden, table, tokens):
+        logits = jnp.einsum("bd,vd->bv", hidden, table)
+        starts = jnp.zeros(rows, jnp.int32)
+        history = processing.History(tokens, starts, jnp.int32(size))
+        return processing.constrain(search, logits, history, jnp.int32(9), 1)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = (
+        jax.random.normal(keys[0], (rows, 32)),
+        jax.random.normal(keys[1], (vocabulary, 32)),
+        jax.random.randint(keys[2], (size, rows), 0, vocabulary),
+    )
+    chosen = jax.jit(lambda *arguments: processing.greatest(constrained(*arguments)))
+    optimized = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    found = chosen.lower(*inputs).compile(compiler_options=optimized)(*inputs)
+    logits = jax.jit(constrained).lower(*inputs).compile(compiler_options=optimized)(*inputs)
+    np.testing.assert_array_equal(found, np.asarray(logits).argmax(axis=1))
+
+
 def test_samples_have_the_distribution_of_the_logits():
     draws = 20000
     logits = np.random.default_rng(1).normal(size=12).astype(np.float32) * 2

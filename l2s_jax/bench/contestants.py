@@ -349,7 +349,7 @@ CONTESTANTS: Mapping[str, tuple[str, str, Callable[[Setup], Contestant]]] = {
         "ctranslate2",
         lambda setup: _CTranslate2("slm", setup, "int8"),
     ),
-    BANDWIDTH: ("matrix times vector", "jax", lambda setup: _Bandwidth()),
+    BANDWIDTH: ("matrix times vector", "jax", lambda _setup: _Bandwidth()),
 }
 OURS = ("l2s", "llm", "slm")
 PEERS = tuple(name for name in CONTESTANTS if name not in (*OURS, BANDWIDTH))

@@ -72,8 +72,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"took a turn, after warm-up. {environment}.",
         "",
         "*First token*: from the start. *Floor*: the time in which one large compiled "
-        "matrix-vector product, measured in the same turns, would read the weights and the cache "
-        "that a step reads. *Speedup*: our LLM's total over this one's.",
+        "matrix-vector product in float32, measured in the same turns, would read the weights and "
+        "the cache that a step reads. *Speedup*: our LLM's total over this one's.",
     ]
     for case, records in _cases(report["rows"]):
         lines += ["", f"## Batch {case[0]}, {case[1]} prompt tokens, {case[2]} new tokens", ""]

@@ -318,13 +318,21 @@ def training_batches(
 class LengthGroups(Sequence[tuple[np.ndarray, int]]):
     """Prompts in groups of like lengths: (indices int64 [size], tokens to pad them to).
 
-    `prompts` are indices into `data`; -1 fills up the last group. `widths` ascend.
+    -1 fills up the last group.
     """
 
     def __init__(
         self, data: TokenizedExamples, prompts: np.ndarray, widths: Sequence[int], size: int
     ):
+        """`prompts`: indices into `data`, int64 [N]. `widths` ascend.
+
+        Raises:
+          ValueError: a prompt is longer than the largest width.
+        """
         self._lengths, self._widths, self._size = data.prompt_lengths, np.asarray(widths), size
+        longest = self._lengths[prompts].max(initial=0)
+        if longest > widths[-1]:
+            raise ValueError(f"a prompt has {longest} tokens: expected at most {widths[-1]}")
         self._order = prompts[np.argsort(self._lengths[prompts], kind="stable")]
 
     def __len__(self) -> int:

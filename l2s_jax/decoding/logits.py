@@ -133,16 +133,25 @@ def truncate(search: Search, logits: jax.Array) -> jax.Array:
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
     """int32 [B], one token of each row's distribution, by that row's own key only."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return greatest(logits + noise)
+    return jnp.argmax(logits + noise, axis=1).astype(jnp.int32)
 
 
-def greatest(values: jax.Array) -> jax.Array:
-    """int32 [B], where each row of [B, V] is greatest, the first place of several; as `jnp.argmax`.
+def greatest(logits: jax.Array) -> jax.Array:
+    """int32 [B], the token of each row's greatest logit, the first of several: greedy decoding.
 
-    In two reductions, of one number each: XLA's CPU backend makes vector instructions of these, and
-    none of an argmax. Of a row with a NaN it is the last place.
+    Equal to `jnp.argmax` where no logit is NaN.
     """
-    last = values.shape[1] - 1
-    places = jnp.arange(last + 1, dtype=jnp.int32)
-    found = values == jnp.max(values, axis=1, keepdims=True)
-    return jnp.min(jnp.where(found, places, last), axis=1)
+
+    def in_two_reductions(logits: jax.Array) -> jax.Array:
+        last = logits.shape[1] - 1
+        places = jnp.arange(last + 1, dtype=jnp.int32)
+        found = logits == jnp.max(logits, axis=1, keepdims=True)
+        return jnp.min(jnp.where(found, places, last), axis=1)
+
+    # XLA's CPU backend makes vector instructions of a maximum and a minimum, and none of an argmax.
+    # (Not for `sample`: noise that is computed anew for each of the two might differ in a bit.)
+    return jax.lax.platform_dependent(
+        logits,
+        cpu=in_two_reductions,
+        default=lambda logits: jnp.argmax(logits, axis=1).astype(jnp.int32),
+    )

@@ -137,12 +137,18 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., T, D] -> float32 logits [..., T, V]."""
+
+        def rows_first(x: jax.Array, table: jax.Array | qwix.QArray) -> jax.Array:
+            return product("...d,vd->...v", x, table, self.dtype, jnp.float32)
+
+        def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
+            return jnp.moveaxis(product("vd,...d->v...", table, x, self.dtype, jnp.float32), 0, -1)
+
         if x.shape[-2] > 1 or isinstance(self.embedding, qwix.QArray):
-            return product("...d,vd->...v", x, self.embedding, self.dtype, jnp.float32)
-        # Of a step's few rows XLA's CPU backend makes this product up to twice as fast with the
-        # table as the first factor, and these logits are small enough to be transposed.
-        logits = product("vd,...d->v...", self.embedding, x, self.dtype, jnp.float32)
-        return jnp.moveaxis(logits, 0, -1)
+            return rows_first(x, self.embedding)
+        # XLA's CPU backend takes up to twice as long for one step of several rows by a table that
+        # is the second factor and has the summed axis last.
+        return jax.lax.platform_dependent(x, self.embedding, cpu=table_first, default=rows_first)
 
 
 class RMSNorm(nn.Module):

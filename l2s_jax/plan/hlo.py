@@ -103,11 +103,10 @@ def _channel(line: str) -> str:
     return channel[0] if channel else line
 
 
-def loop_turns(text: str) -> int:
-    """Turns of the loop that a program consists of; 1 without one, or where it is not known."""
+def loop_turns(text: str) -> list[int]:
+    """Turns of each loop of a program that is in no other loop; 1 where they are not known."""
     computations, entry = _computations(text)
-    lines = computations[entry]
-    return max((_turns(computations, line) for line in lines if " while(" in line), default=1)
+    return [_turns(computations, line) for line in computations[entry] if " while(" in line]
 
 
 def memory_bytes(text: str, *, only_loops: bool = False) -> int:
@@ -286,7 +285,7 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _turns(computations: dict[str, list[str]], line: str) -> int:
-    """Turns of a loop that counts from 0 up to a constant; 1 where it is not known."""
+    """Turns of a loop, taken to count from 0, up to a constant; 1 where that is not known."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     parts = [re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body")]
@@ -298,7 +297,7 @@ def _turns(computations: dict[str, list[str]], line: str) -> int:
 
 
 def _stride(condition: list[str], body: list[str]) -> int:
-    """By how much each turn of a loop raises what its condition compares; 1 where not known."""
+    """By how much a turn of a loop raises what its condition compares; 1 where it is not said."""
     compared = [m[1] for m in (re.search(r", index=(\d+)", line) for line in condition) if m]
     inside = {one.name: one for one in _instructions(body, {})}
     root = next((one for one in inside.values() if one.is_root), None)
@@ -308,7 +307,7 @@ def _stride(condition: list[str], body: list[str]) -> int:
     if counter is None or counter.kind != "add":
         return 1
     constants = _constants(body)
-    return next((constants[name] for name in counter.operands if name in constants), 1)
+    return next((constants[name] for name in counter.operands if constants.get(name)), 1)
 
 
 def _constants(lines: list[str]) -> dict[str, int]:

@@ -183,11 +183,13 @@ class Compiler:
         if more is None:
             return program
         # The compiler may make several steps of one turn; their collectives are the same ones.
-        turns = loop_turns(compiled.as_text())
+        turns = [n for n in loop_turns(compiled.as_text()) if n > 1 and CHUNK % n == 0]
+        if len(turns) != 1:  # no telling what a step costs
+            return dataclasses.replace(program, costs=None)
         per_token = tuple(
-            one._replace(times=one.times // turns)
+            one._replace(times=one.times // turns[0])
             for one in once.collectives
-            if one.times >= turns > 1
+            if one.times % turns[0] == 0
         )
         costs = Costs(
             flops=more.flops - once.flops,
