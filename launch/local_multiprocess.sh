@@ -101,6 +101,8 @@ interrupted() {
 
 if ! "$dry_run"; then
   mkdir -p "$logs"
+  # Process 0 may open it only after tail has looked for it.
+  : >"$logs/process-0.log"
   # Gives every process a process group, which a Ctrl-C then reaches through the trap alone.
   set -m
   trap 'send KILL' EXIT
