@@ -289,31 +289,38 @@ def _turns(computations: dict[str, list[str]], line: str) -> int:
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     parts = [re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body")]
-    condition, body = (computations.get(part[1], []) if part else [] for part in parts)
+    condition, body = (
+        _instructions(computations.get(part[1], []) if part else [], {}) for part in parts
+    )
     limits = _constants(condition)
-    if len(limits) != 1 or "direction=LT" not in "".join(condition):
+    if len(limits) != 1 or not any("direction=LT" in one.line for one in condition):
         return 1
     return -(-limits.popitem()[1] // _stride(condition, body))
 
 
-def _stride(condition: list[str], body: list[str]) -> int:
+def _stride(condition: list[_Instruction], body: list[_Instruction]) -> int:
     """By how much a turn of a loop raises what its condition compares; 1 where it is not said."""
-    compared = [m[1] for m in (re.search(r", index=(\d+)", line) for line in condition) if m]
-    inside = {one.name: one for one in _instructions(body, {})}
-    root = next((one for one in inside.values() if one.is_root), None)
+    compared = [m[1] for m in (re.search(r", index=(\d+)", one.line) for one in condition) if m]
+    root = next((one for one in body if one.is_root), None)
     if len(compared) != 1 or root is None or root.kind != "tuple":
         return 1
-    counter = inside.get(root.operands[int(compared[0])])
+    name = root.operands[int(compared[0])]
+    counter = next((one for one in body if one.name == name), None)
     if counter is None or counter.kind != "add":
         return 1
     constants = _constants(body)
     return next((constants[name] for name in counter.operands if constants.get(name)), 1)
 
 
-def _constants(lines: list[str]) -> dict[str, int]:
+def _constants(instructions: list[_Instruction]) -> dict[str, int]:
     """The integers among a computation's instructions, by name."""
-    pattern = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
-    return {m[1]: int(m[2]) for m in map(pattern.search, lines) if m}
+    return {
+        one.name: int(one.operands[0])
+        for one in instructions
+        if one.kind == "constant"
+        and one.shape.startswith(("s32[]", "u32[]"))
+        and one.operands[0].isdigit()
+    }
 
 
 def _bytes(shape: str, kind: str, start: str | None) -> int:
