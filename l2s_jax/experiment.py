@@ -210,8 +210,7 @@ class Experiment:
         """Makes LLM, SLM and L2S, in this order, where they are missing; none stays in memory."""
         # What is wrong with an LLM that was there shows before others train.
         convert.inspect(self.llm_directory)
-        config = convert.read_config(self.llm_directory)
-        self._fitted(config, self.tokenizers("llm")[1], self.llm_directory)
+        self._check_model("llm", self.llm_directory)
         # A model is made when its directory is asked for.
         directories = (self.llm_directory, self.slm_directory, self.l2s_directory)
         log.info("models: %s", ", ".join(directories))
@@ -417,6 +416,10 @@ class Experiment:
             )
         return config
 
+    def _check_model(self, name: str, directory: str) -> None:
+        """An error if the LLM or SLM in a directory does not fit its tokenizer and the task."""
+        self._fitted(convert.read_config(directory), self.tokenizers(name)[1], directory)
+
     def _init(self, system: System) -> Params:
         return jax.jit(system.init)(jax.random.key(self.config.seed))
 
@@ -444,8 +447,8 @@ class Experiment:
     ) -> tuple[LanguageModel, Params, Params]:
         """A model to generate with; `weights` other than the config's."""
         mesh = where_to_read(self.decoding_mesh, weights or self.config.decoding.weights)
+        self._check_model(name, directory)
         tokenizer = self.tokenizers(name)[1]
-        self._fitted(convert.read_config(directory), tokenizer, directory)
         return load_alone(name, directory, tokenizer, dtype=self.dtype, mesh=mesh)
 
     def _fit(
