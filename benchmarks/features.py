@@ -24,7 +24,8 @@ import numpy as np
 
 from l2s_jax import convert, features, sharding, train
 from l2s_jax.config import compute_dtype, default
-from l2s_jax.data.batches import TokenizedExamples, training_batches
+from l2s_jax.data.batches import training_batches
+from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS

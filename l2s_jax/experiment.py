@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 from l2s_jax import bundle, convert, distributed, features, labels, metrics, sharding, train
 from l2s_jax.config import compute_dtype
 from l2s_jax.convert.files import content_hash
-from l2s_jax.data.batches import TokenizedExamples, training_batches, validation_batches
+from l2s_jax.data.batches import training_batches, validation_batches
+from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.decoding.search import Search
 from l2s_jax.generate import (

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from l2s_jax import distributed, sharding
 from l2s_jax.convert.files import read_json
-from l2s_jax.data.batches import LengthGroups, TokenizedExamples
+from l2s_jax.data.batches import LengthGroups
+from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.workdir import fingerprint, plain, write_json
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from l2s_jax import bundle, convert, distributed, sharding
 from l2s_jax.config import compute_dtype
-from l2s_jax.data.batches import TokenizedExamples, evaluation_batches
+from l2s_jax.data.batches import evaluation_batches
+from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start

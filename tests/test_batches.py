@@ -10,12 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.data.batches import (
-    LengthGroups,
-    TokenizedExamples,
-    evaluation_batches,
-    training_batches,
-)
+from l2s_jax.data.batches import LengthGroups, evaluation_batches, training_batches
+from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 
 PROMPT_PAD, RESPONSE_PAD, EOS = 7, 3, 1
@@ -309,7 +305,7 @@ def test_a_sequence_without_eos_is_only_cut():
 
 
 def test_examples_are_tokenized_once(monkeypatch):
-    monkeypatch.setattr("l2s_jax.data.batches._TOKENIZE_AT_ONCE", 4)
+    monkeypatch.setattr("l2s_jax.data.examples._TOKENIZE_AT_ONCE", 4)
     tokenizers = NumberTokenizer(0), NumberTokenizer(0)
     lengths = [(2 + i % 5, 2 + i % 3) for i in range(11)]
     data = make_data(lengths, tokenizers=tokenizers)

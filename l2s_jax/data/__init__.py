@@ -1,1 +1,1 @@
-"""Data: sources (files, TFDS) -> tasks (prompt templates) -> batches (Grain)."""
+"""Data: sources (files, TFDS) -> tasks (prompt templates) -> token ids -> batches (Grain)."""

@@ -1,216 +1,24 @@
-"""Examples to padded batches of a few fixed shapes: shuffled, resumable, sharded by process.
+"""Padded batches of a few fixed shapes: shuffled, resumable, sharded by process.
 
 Training order comes from a plan, a pure function of the lengths and a seed that can be read at any
 step, so the state of an iterator is its step number. Grain reads ahead along the plan.
 """
 
 import functools
-import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from l2s_jax.data.tasks import Example
-from l2s_jax.text import Tokenizer
+from l2s_jax.data.examples import TokenizedExamples
 
 Buckets = Sequence[tuple[int, int]]
 
-_TOKENIZE_AT_ONCE = 8192
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 # Grain asks for a length; no run comes near this many batches.
 _ENDLESS = 1 << 48
-
-
-class _Ragged(NamedTuple):
-    """Sequences of different lengths, end to end: i is `values[offsets[i]:offsets[i + 1]]`."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets).astype(np.int32)
-
-    @classmethod
-    def concatenate(cls, chunks: Iterable[Sequence[Sequence[int]]]) -> "_Ragged":
-        values, lengths = [], []
-        for chunk in chunks:
-            lengths.append(np.fromiter(map(len, chunk), np.int64, len(chunk)))
-            values.append(np.fromiter(itertools.chain.from_iterable(chunk), np.int32))
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths or [[]]), dtype=np.int64)])
-        return cls(np.concatenate(values or [np.zeros(0, np.int32)]), offsets)
-
-
-class Hidden(Protocol):
-    """Where an LLM's representations H of the prompts are read from."""
-
-    def padded(self, indices: np.ndarray, prompt_tokens: int) -> np.ndarray:
-        """H of prompts `indices` [B], none where -1: [B, prompt_tokens, D], zeros elsewhere."""
-        ...
-
-
-class _Tokens(NamedTuple):
-    prompts: _Ragged
-    responses: _Ragged
-    truncated_prompts: int
-    truncated_responses: int
-
-
-class TokenizedExamples:
-    """Token ids of examples, computed on first use, all at once, and kept as two flat arrays.
-
-    A sequence over its maximum is cut; where the tokenizer ended it with eos, so does the cut one.
-    Once `hidden` is set, batches hold what it reads too.
-
-    Args:
-      examples: what to tokenize; references are not used.
-      prompt_tokenizer: tokenizer of the prompts.
-      response_tokenizer: tokenizer of the responses.
-      max_prompt_tokens: longest prompt kept, eos included.
-      max_response_tokens: longest response kept, eos included.
-
-    Raises:
-      ValueError: a maximum is below 1.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        prompt_tokenizer: Tokenizer,
-        response_tokenizer: Tokenizer,
-        max_prompt_tokens: int,
-        max_response_tokens: int,
-    ):
-        for name, value in (
-            ("max_prompt_tokens", max_prompt_tokens),
-            ("max_response_tokens", max_response_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        self._examples = examples
-        self.prompt_tokenizer = prompt_tokenizer
-        self.response_tokenizer = response_tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_response_tokens = max_response_tokens
-        self.prompt_pad_id = prompt_tokenizer.pad_id
-        self.response_pad_id = response_tokenizer.pad_id
-        self.hidden: Hidden | None = None
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of prompt and response `index`, int32 [t] and [s]."""
-        index = range(len(self))[index]
-        return self._tokens.prompts[index], self._tokens.responses[index]
-
-    @property
-    def truncated_prompts(self) -> int:
-        """How many prompts were cut."""
-        return self._tokens.truncated_prompts
-
-    @property
-    def truncated_responses(self) -> int:
-        """How many responses were cut."""
-        return self._tokens.truncated_responses
-
-    @functools.cached_property
-    def prompt_lengths(self) -> np.ndarray:
-        """Tokens of each prompt after the cut, int32 [len(self)]."""
-        return self._tokens.prompts.lengths
-
-    @functools.cached_property
-    def response_lengths(self) -> np.ndarray:
-        """Tokens of each response after the cut, int32 [len(self)]."""
-        return self._tokens.responses.lengths
-
-    @functools.cached_property
-    def prompts_hash(self) -> str:
-        """sha256 (hex) over the ids of all prompts, as they are after the cut."""
-        values, offsets = self._tokens.prompts
-        digest = hashlib.sha256(offsets.astype("<i8"))
-        digest.update(values.astype("<i4"))
-        return digest.hexdigest()
-
-    def padded_prompts(
-        self, indices: np.ndarray, prompt_tokens: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 and mask bool [B, prompt_tokens] of the prompts of `padded`."""
-        ids, mask = _pad(self._tokens.prompts, indices, prompt_tokens, self.prompt_pad_id)
-        mask[indices < 0, 0] = True
-        return ids, mask
-
-    def padded(
-        self, indices: np.ndarray, prompt_tokens: int, response_tokens: int, prompt_name: str
-    ) -> dict[str, np.ndarray]:
-        """The batch of examples `indices` [B], padded to [B, prompt_tokens], [B, response_tokens].
-
-        An index of -1 makes a padding row: its prompt mask has one true token, lest a softmax
-        over the prompt be empty, and its response mask none, lest it count in a loss.
-        """
-        prompt_ids, prompt_mask = self.padded_prompts(indices, prompt_tokens)
-        response_ids, response_mask = _pad(
-            self._tokens.responses, indices, response_tokens, self.response_pad_id
-        )
-        batch = {
-            f"{prompt_name}_ids": prompt_ids,
-            f"{prompt_name}_mask": prompt_mask,
-            "response_ids": response_ids,
-            "response_mask": response_mask,
-        }
-        if self.hidden is not None:
-            batch[f"{prompt_name}_hidden"] = self.hidden.padded(indices, prompt_tokens)
-        return batch
-
-    @functools.cached_property
-    def _tokens(self) -> _Tokens:
-        truncated = [0, 0]
-
-        def cut(side: int, encoded: list[list[int]], limit: int, eos_id: int) -> list[list[int]]:
-            truncated[side] += sum(len(ids) > limit for ids in encoded)
-            return [_cut(ids, limit, eos_id) for ids in encoded]
-
-        prompts, responses = [], []
-        for chunk in _chunks(self._examples, _TOKENIZE_AT_ONCE):
-            tokenizer = self.prompt_tokenizer
-            ids = tokenizer.encode_prompts([example.prompt for example in chunk])
-            prompts.append(cut(0, ids, self.max_prompt_tokens, tokenizer.eos_id))
-            tokenizer = self.response_tokenizer
-            ids = tokenizer.encode_responses([example.response for example in chunk])
-            responses.append(cut(1, ids, self.max_response_tokens, tokenizer.eos_id))
-        return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), *truncated)
-
-
-def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    remaining = iter(examples)
-    while chunk := list(itertools.islice(remaining, size)):
-        yield chunk
-
-
-def _cut(ids: list[int], limit: int, eos_id: int) -> list[int]:
-    if len(ids) <= limit:
-        return ids
-    return [*ids[: limit - 1], eos_id] if ids[-1] == eos_id else ids[:limit]
-
-
-def _pad(
-    sequences: _Ragged, indices: np.ndarray, width: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.full((len(indices), width), pad_id, np.int32)
-    mask = np.zeros((len(indices), width), bool)
-    for row, index in enumerate(indices):
-        if index >= 0:
-            sequence = sequences[index]
-            ids[row, : len(sequence)] = sequence
-            mask[row, : len(sequence)] = True
-    return ids, mask
 
 
 class _Planned(NamedTuple):
