@@ -143,13 +143,15 @@ def load(
     directory: str,
     *,
     dtype: Any = jnp.float32,
+    encoder_dtype: Any = None,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
 ) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
-    `mesh` and `scan_layers` are about the LLM, as of `convert.load_encoder`. On a mesh it is held
-    as generation with weights "float" holds it.
+    `encoder_dtype`, `mesh` and `scan_layers` are about the LLM, as of `convert.load_encoder`: its
+    dtype is `dtype` where none of its own is given, and on a mesh it is held as generation with
+    weights "float" holds it.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
@@ -167,7 +169,7 @@ def load(
     llm, frozen = convert.load_encoder(
         llm_path,
         layer=layer,
-        dtype=dtype,
+        dtype=encoder_dtype or dtype,
         serve=mesh is not None,
         mesh=mesh,
         scan_layers=scan_layers,

@@ -27,7 +27,7 @@ def write_card(
 ) -> None:
     """Writes `directory`/README.md, from a run's config and report.json and the model itself."""
     system, trained, frozen = loaded
-    task, systems = report["task"], report["systems"]
+    task, systems, environment = report["task"], report["systems"], report["environment"]
     metrics = list(systems["l2s"]["quality"])
     rows = [
         f"| {name} | {values['params']:,} | "
@@ -61,7 +61,8 @@ def write_card(
         "",
         f"{task['examples']:,} examples of `{task['split']}`. Times are milliseconds at batch 1,",
         f"{latency['prompt_tokens']} prompt tokens and {latency['new_tokens']} new ones, on",
-        f"{report['environment']['device']}, {report['environment']['dtype']}.",
+        f"{environment['device']}, {environment['dtype']}, the LLM of L2S in "
+        f"{environment['encoder_dtype']}.",
         "`l2s_mismatched` is the control: L2S fed the representations of another prompt.",
         "",
         f"| system | parameters | {' | '.join(metrics)} | ms per token | ms per request |",

@@ -118,6 +118,9 @@ def default() -> ConfigDict:
                 # Of a decoder-only LLM: how many of its layers, or which fraction of them, make H;
                 # 0: all.
                 "layer": 0.0,
+                # Of its products where it encodes for L2S: float32 | bfloat16 | auto (as `dtype`).
+                # A finished L2S is evaluated and used with either.
+                "encoder_dtype": "auto",
                 "train": train_config(),
             },
             "slm": {
@@ -162,8 +165,22 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
     """The dtype that `config.dtype` names, on a platform's devices or else this machine's."""
     if name == "auto":
         name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return _dtype(name, "config.dtype")
+
+
+def compute_dtypes(
+    dtype: str, encoder_dtype: str = "auto", platform: str | None = None
+) -> tuple[jnp.dtype, jnp.dtype]:
+    """The dtypes that `config.dtype` and `config.llm.encoder_dtype` name."""
+    common = compute_dtype(dtype, platform)
+    if encoder_dtype == "auto":
+        return common, common
+    return common, _dtype(encoder_dtype, "config.llm.encoder_dtype")
+
+
+def _dtype(name: str, where: str) -> jnp.dtype:
     if name == "float16":
-        raise ValueError("config.dtype='float16': T5 overflows in it; use 'bfloat16' or 'float32'")
+        raise ValueError(f"{where}='float16': T5 overflows in it; use 'bfloat16' or 'float32'")
     if name not in ("float32", "bfloat16"):
-        raise ValueError(f"config.dtype={name!r}: expected 'float32', 'bfloat16' or 'auto'")
+        raise ValueError(f"{where}={name!r}: expected 'float32', 'bfloat16' or 'auto'")
     return jnp.dtype(name)

@@ -99,7 +99,7 @@ def _written(
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),
-        "environment": environment(str(experiment.dtype)),
+        "environment": environment(experiment.dtype, experiment.encoder_dtype),
     }
     report.write_report(result, experiment.workdir)
     write_card(
@@ -158,14 +158,15 @@ def _latency(
     }
 
 
-def environment(dtype: str) -> dict[str, Any]:
+def environment(dtype: Any, encoder_dtype: Any) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "platform": jax.default_backend(),
         "cpu_cores": os.cpu_count(),
-        "dtype": dtype,
+        "dtype": str(dtype),
+        "encoder_dtype": str(encoder_dtype),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax import bundle, convert, distributed, features, labels, metrics, sharding, train
-from l2s_jax.config import compute_dtype
+from l2s_jax.config import compute_dtypes
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.data.examples import TokenizedExamples
@@ -60,7 +60,7 @@ class Experiment:
         self.workdir = workdir
         self._train = train
         self._told_of_losses = False
-        self.dtype = compute_dtype(config.dtype)
+        self.dtype, self.encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
         self.task = load_task(config.task)
         self.mesh = sharding.make_mesh(config.mesh)
         self.decoding_mesh = sharding.decoding_mesh(self.mesh)
@@ -203,6 +203,7 @@ class Experiment:
         return bundle.load(
             self.l2s_directory,
             dtype=self.dtype,
+            encoder_dtype=self.encoder_dtype,
             mesh=where_to_read(self.decoding_mesh, self.config.decoding.weights),
             scan_layers=self.config.scan_layers,
         )
@@ -235,7 +236,7 @@ class Experiment:
         return convert.load_encoder(
             self.llm_directory,
             layer=self.config.llm.layer,
-            dtype=self.dtype,
+            dtype=self.encoder_dtype,
             serve=True,
             mesh=self.mesh,
             scan_layers=self.config.scan_layers,
@@ -256,7 +257,7 @@ class Experiment:
                 {
                     "llm_hash": self._llm_hash,
                     "layer": self.config.llm.layer,
-                    "dtype": str(self.dtype),
+                    "dtype": str(self.encoder_dtype),
                     "task": self.config.task.name,
                     "split": split,
                     "tokenizer": self.llm_tokenizer.fingerprint,

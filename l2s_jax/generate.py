@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from l2s_jax import bundle, convert, distributed, sharding
-from l2s_jax.config import compute_dtype
+from l2s_jax.config import compute_dtypes
 from l2s_jax.data.batches import evaluation_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
@@ -402,6 +402,7 @@ def load(
     directory: str,
     *,
     dtype: str = "auto",
+    encoder_dtype: str = "auto",
     mesh: Mesh | Mapping[str, int] | None = None,
     **settings: Any,
 ) -> Generator:
@@ -410,6 +411,7 @@ def load(
     Args:
       directory: what a run left in RUN/l2s/model, or `python -m l2s_jax.convert` made of it.
       dtype: as config.dtype.
+      encoder_dtype: as config.llm.encoder_dtype.
       mesh: of the devices of this process, along its axes as in config.mesh; data is what is left.
         {} splits batches between all of them, {"tensor": 4} the model between each four. None: one
         device.
@@ -426,7 +428,8 @@ def load(
         rest = {} if -1 in mesh.values() else {"data": -1}
         mesh = sharding.make_mesh({**rest, **mesh}, jax.local_devices())
     placed = where_to_read(mesh, settings.get("weights", "float"))
-    loaded = bundle.load(directory, dtype=compute_dtype(dtype), mesh=placed)
+    common, of_encoder = compute_dtypes(dtype, encoder_dtype)
+    loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
     return Generator(*loaded, *bundle.load_tokenizers(directory), mesh=mesh, **settings)
 
 
@@ -466,12 +469,12 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
         directory = config.llm.path
     if not os.path.isdir(directory):
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
-    dtype = compute_dtype(config.dtype)
+    dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
     placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))
     if name == "l2s":
         return make_generator(
             config,
-            bundle.load(directory, dtype=dtype, mesh=placed),
+            bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=placed),
             *bundle.load_tokenizers(directory),
             **settings,
         )

@@ -46,6 +46,10 @@ OVERRIDES = {
     "unknown schedule": ("--config.slm.train.schedule=linear", "linear.*cosine"),
     "unknown activation": ("--config.llm.model.activation=swish", "swish.*gated_gelu"),
     "half precision": ("--config.dtype=float16", "float16.*overflows"),
+    "half precision of the encoder": (
+        "--config.llm.encoder_dtype=float16",
+        "config.llm.encoder_dtype='float16'.*overflows",
+    ),
     "unknown dtype": ("--config.dtype=int8", "int8.*bfloat16"),
     "mesh of another size": ("--config.mesh.data=7", "data=7.*number of devices, 8, as in data=8,"),
     "mesh that doesn't divide a batch": (

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from l2s_jax.bench import __main__ as bench
+from l2s_jax.bench.contestants import OURS, Case, Setup, unfit
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.systems import LanguageModel, parameter_count
 
@@ -60,7 +61,7 @@ def output(tmp_path_factory):
 def test_everyone_is_measured_on_every_case(output):
     report = json.loads((output / "speed.json").read_text())
     measured = {(r["system"], r["batch_size"]) for r in report["rows"]}
-    expected = {(name, 2) for name in ("l2s", "llm", "slm", "hf-slm", "ct2-slm-int8")}
+    expected = {(name, 2) for name in (*OURS, "hf-slm", "ct2-slm-int8")}
     assert measured == expected
     assert report["weights"] == "random, of real geometry"
     assert "expected checkpoints" in report["not_measured"]["hf-llm-assisted"]
@@ -75,6 +76,14 @@ def test_everyone_is_measured_on_every_case(output):
         assert record["version"] == metadata.version(library or "jax")
 
 
+def test_what_is_in_bfloat16_throughout_is_measured_once():
+    reasons = {
+        dtype: unfit("l2s-bfloat16", Setup("llm", "slm", dtype, 1, "folder", False), Case(1, 8, 5))
+        for dtype in ("float32", "bfloat16")
+    }
+    assert reasons == {"float32": "", "bfloat16": "all of L2S is"}
+
+
 def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):
     report = json.loads((output / "speed.json").read_text())
     records = report["rows"]
@@ -86,7 +95,7 @@ def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):
     params = jax.eval_shape(slm.init, jax.random.key(0))
     read = 4 * slm.parameters_read_per_token(params)
     for record in records:
-        if record["system"] not in ("l2s", "llm", "slm"):
+        if record["system"] not in OURS:
             assert "floor_ms_per_token" not in record
             continue
         floor = record["bytes_read_per_token"] / record["gb_per_s"] / 1e6

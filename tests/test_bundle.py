@@ -4,13 +4,14 @@ import json
 
 import hf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from safetensors.numpy import load_file
 
 import l2s_jax
-from l2s_jax import bundle, convert
+from l2s_jax import bundle, convert, sharding
 from l2s_jax.convert.__main__ import main
 from l2s_jax.convert.files import content_hash
 from l2s_jax.models.gpt2 import GPT2Config
@@ -58,6 +59,30 @@ def save(tmp_path, llm, tokenizers, fusion="add", llm_path=None, shared=True):
         generation={"prompt_lengths": [8, 16], "max_new_tokens": 5, "batch_size": 2},
     )
     return system, trained
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_the_llm_may_encode_in_a_dtype_of_its_own(tmp_path, llm, tokenizers, mesh):
+    save(tmp_path, llm, tokenizers)
+    placed = mesh and sharding.make_mesh(mesh)
+    settings = {"encoder_dtype": jnp.bfloat16, "mesh": placed}
+    system, trained, frozen = bundle.load(str(tmp_path / "l2s"), **settings)
+    ids, mask = np.asarray([[3, 4, 5, 6]], np.int32), np.ones((1, 4), bool)
+    hidden = system.encode(trained, frozen, ids, mask)
+    module, params = convert.load_encoder(str(llm[0]), dtype=jnp.bfloat16)
+    embedded = module.apply({"params": params}, ids, method="embed")
+    expected = module.apply({"params": params}, embedded, mask, method="represent")
+    exact = convert.load_encoder(str(llm[0]))[0].apply(
+        {"params": params}, embedded, mask, method="represent"
+    )
+    error = np.abs(hidden - exact).max()
+    assert np.abs(hidden - expected).max() < error / 4 and error > 1e-3
+    kernels = [x for x in jax.tree.leaves(frozen) if x.dtype == jnp.bfloat16]
+    assert bool(kernels) == bool(mesh)
+    # What decodes is as it was.
+    assert system.slm_config.dtype == jnp.float32
+    plain, *_ = bundle.load(str(tmp_path / "l2s"), mesh=placed)
+    assert plain.llm_config.dtype == plain.slm_config.dtype == jnp.float32
 
 
 def test_a_mesh_is_named_by_its_axes(tmp_path, llm, tokenizers):

@@ -9,6 +9,7 @@ import sys
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -94,6 +95,25 @@ def test_evaluate_makes_nothing(job, tmp_path, capfd):
     shutil.rmtree(unfinished / "l2s/model")
     assert tiny.run(*evaluate, f"--workdir={unfinished}") == 2
     assert "not finished" in capfd.readouterr().err
+
+
+def test_a_finished_model_may_encode_in_another_dtype(job, tmp_path):
+    config, workdir = job
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    evaluate = (f"--config={config}", f"--workdir={copy}", "--mode=evaluate")
+    assert tiny.run(*evaluate, "--config.llm.encoder_dtype=bfloat16") == 0
+    environment = report_of(copy)["environment"]
+    assert (environment["dtype"], environment["encoder_dtype"]) == ("float32", "bfloat16")
+    assert "the LLM of L2S in bfloat16" in (copy / "l2s/model/README.md").read_text()
+    settings = read_config(str(copy))
+    settings.llm.encoder_dtype = "bfloat16"
+    with mock.patch("l2s_jax.generate.make_generator") as made:
+        load_generator(settings, str(copy), "l2s")
+    _, (system, _, frozen), *_ = made.call_args.args
+    assert system.llm_config.dtype == jnp.bfloat16 and system.slm_config.dtype == jnp.float32
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(frozen)}
+    assert dtypes == {"bfloat16", "float32"}
 
 
 def test_changed_stage_is_made_anew_and_the_old_one_kept(job, tmp_path):

@@ -48,10 +48,10 @@ class Contestant(Protocol):
 
 
 class _Ours:
-    """One of our systems: "llm", "slm" or "l2s"."""
+    """One of our systems: "llm", "slm" or "l2s", whose LLM may have a dtype of its own."""
 
-    def __init__(self, name: str, setup: Setup):
-        self.system, self.vocab_size, *params = _load(name, setup)
+    def __init__(self, name: str, setup: Setup, encoder_dtype: str = "auto"):
+        self.system, self.vocab_size, *params = _load(name, setup, encoder_dtype)
         # Nothing but these holds the numbers that were read.
         self.trained, self.frozen = map(_put_away, params)
 
@@ -87,17 +87,19 @@ class _Ours:
             self._stopwatch.run()
 
 
-def _load(name: str, setup: Setup) -> tuple[Any, int, dict[str, Any], dict[str, Any]]:
+def _load(
+    name: str, setup: Setup, encoder_dtype: str
+) -> tuple[Any, int, dict[str, Any], dict[str, Any]]:
     """(system, size of the prompts' vocabulary, trained, frozen), as generation holds them."""
     import jax
 
     from l2s_jax import convert
-    from l2s_jax.config import compute_dtype
+    from l2s_jax.config import compute_dtypes
     from l2s_jax.models.systems import LanguageModel, LlmToSlm
 
-    dtype = compute_dtype(setup.dtype)
+    dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
     if name == "l2s":
-        llm, frozen = convert.load_encoder(setup.llm, dtype=dtype)
+        llm, frozen = convert.load_encoder(setup.llm, dtype=of_encoder)
         slm, slm_params = convert.load(setup.slm, dtype=dtype)
         same = llm.config.vocab_size == slm.config.vocab_size
         system = LlmToSlm(
@@ -310,6 +312,11 @@ BANDWIDTH = "bandwidth"
 # Name: what it is called in a table, the library whose version is recorded, how it is made.
 CONTESTANTS: Mapping[str, tuple[str, str, Callable[[Setup], Contestant]]] = {
     "l2s": ("L2S", "jax", lambda setup: _Ours("l2s", setup)),
+    "l2s-bfloat16": (
+        "L2S, its LLM in bfloat16",
+        "jax",
+        lambda setup: _Ours("l2s", setup, "bfloat16"),
+    ),
     "llm": ("LLM", "jax", lambda setup: _Ours("llm", setup)),
     "slm": ("SLM alone", "jax", lambda setup: _Ours("slm", setup)),
     "hf-llm": ("LLM, transformers", "transformers", lambda setup: _Transformers("llm", setup)),
@@ -351,12 +358,14 @@ CONTESTANTS: Mapping[str, tuple[str, str, Callable[[Setup], Contestant]]] = {
     ),
     BANDWIDTH: ("matrix times vector", "jax", lambda _setup: _Bandwidth()),
 }
-OURS = ("l2s", "llm", "slm")
+OURS = ("l2s", "l2s-bfloat16", "llm", "slm")
 PEERS = tuple(name for name in CONTESTANTS if name not in (*OURS, BANDWIDTH))
 
 
 def unfit(name: str, setup: Setup, case: Case) -> str:
     """Why a contestant is not measured on a case; "" where it is."""
+    if name == "l2s-bfloat16" and setup.dtype == "bfloat16":
+        return "all of L2S is"
     if name == "hf-llm-assisted":
         if not setup.real_weights:
             return "random weights accept no draft, expected checkpoints"

@@ -11,12 +11,13 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from l2s_jax.bench.contestants import CONTESTANTS
+from l2s_jax.bench.contestants import CONTESTANTS, OURS
 from l2s_jax.plot import image
 
 _CASE = ("batch_size", "prompt_tokens", "new_tokens")
 _COLORS = {
     "l2s": "#0b62a4",
+    "l2s-bfloat16": "#6aaedd",
     "llm": "#333333",
     "slm": "#8a6d00",
     "hf-llm": "#a33b3b",
@@ -180,7 +181,7 @@ def _speedup(results: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 def _shares(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Of our systems: where the time goes, by case."""
-    ours = [r for r in results if r["system"] in ("l2s", "llm", "slm")]
+    ours = [r for r in results if r["system"] in OURS]
     if not ours:
         return None
     new, batches = _values(ours, "new_tokens"), _values(ours, "batch_size")

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax import convert
-from l2s_jax.config import compute_dtype
+from l2s_jax.config import compute_dtypes
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
@@ -64,6 +64,7 @@ class Plan:
             "parameters": parameter_count(self.trained) + parameter_count(self.frozen),
             "shared_vocabulary": self.system.shared_vocabulary,
             "dtype": str(self.system.slm_config.dtype),
+            "encoder_dtype": str(self.system.llm_config.dtype),
         }
 
 
@@ -73,7 +74,7 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     Raises:
       ValueError: a model that is neither a folder, nor a published geometry, nor described.
     """
-    dtype = compute_dtype(config.dtype, platform)
+    dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype, platform)
     settings = config.l2s
     llm = _model(config, "llm")
     slm = dataclasses.replace(
@@ -85,7 +86,8 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     )
     try:
         encoder, frozen = convert.abstract_encoder(
-            dataclasses.replace(llm, dtype=dtype, scan_layers=config.scan_layers), config.llm.layer
+            dataclasses.replace(llm, dtype=encoder_dtype, scan_layers=config.scan_layers),
+            config.llm.layer,
         )
     except ValueError as error:
         raise ValueError(f"config.llm.layer: {error}") from None

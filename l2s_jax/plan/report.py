@@ -131,7 +131,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Plan for {report['topology']}",
         "",
         f"{report['chips']} chips, mesh {mesh}. {model['llm_parameters']:,} frozen parameters of "
-        f"the LLM, {model['trained_parameters']:,} trained, {model['dtype']}.",
+        f"the LLM in {model['encoder_dtype']}, {model['trained_parameters']:,} trained in "
+        f"{model['dtype']}.",
     ]
     if "chip" in report:
         chip = report["chip"]
