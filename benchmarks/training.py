@@ -3,8 +3,9 @@
     python benchmarks/training.py --llm=t5-large --slm=t5-small --batch_size=8
 
 The frozen LLM encodes, projector and SLM are updated by AdamW with clipped gradients and dropout.
-Weights are random, of the published geometry, float32; products are in --dtype. Each side has a
-process of its own, and they take turns. Needs torch and transformers.
+Weights are random, of the published geometry, float32; products are in --dtype, those of the LLM in
+--encoder_dtype, on both sides. Each side has a process of its own, and they take turns. Needs torch
+and transformers.
 """
 
 from __future__ import annotations
@@ -40,18 +41,17 @@ def random_batch(arguments: argparse.Namespace, vocab_size: int) -> dict[str, np
 def ours(arguments: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:
     """(a step that gives its loss, facts)."""
     import jax
-    import jax.numpy as jnp
 
     from l2s_jax import convert, optim, sharding, train
     from l2s_jax.chips import chip_of
-    from l2s_jax.config import default, train_config
+    from l2s_jax.config import compute_dtypes, default, train_config
     from l2s_jax.models.geometries import GEOMETRIES
     from l2s_jax.models.serving import to_serve
     from l2s_jax.models.systems import LlmToSlm
 
-    dtype = jnp.dtype(arguments.dtype)
+    dtype, of_encoder = compute_dtypes(arguments.dtype, arguments.encoder_dtype)
     llm, shapes = convert.abstract_encoder(
-        dataclasses.replace(GEOMETRIES[arguments.llm], dtype=dtype)
+        dataclasses.replace(GEOMETRIES[arguments.llm], dtype=of_encoder)
     )
     slm = dataclasses.replace(GEOMETRIES[arguments.slm], dtype=dtype, dropout_rate=DROPOUT)
     system = LlmToSlm(llm, slm, projector_width=slm.width)
@@ -120,7 +120,7 @@ def torch_side(
     trained = [*projector.parameters(), *slm.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     autocast = torch.autocast(device, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
-    if arguments.dtype == "bfloat16":
+    if "bfloat16" in (arguments.encoder_dtype, arguments.dtype):
         llm = llm.to(torch.bfloat16)
     batch = {
         key: torch.tensor(value).to(device)
@@ -180,6 +180,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--response_tokens", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--encoder_dtype", choices=("auto", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: its own choice")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="also torch.compile")
