@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Container, Mapping
+from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
-_CALLED = re.compile(
-    r"(?:calls|body|true_computation|false_computation|called_computations|branch_computations)="
-    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
-)
-
-
 _ASSIGNED = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[a-z][\w\-]*)\("
     r"(?P<operands>[^()]*)\)(?P<rest>.*)$"
@@ -50,6 +43,10 @@ class _Instruction(NamedTuple):
     is_root: bool
 
 
+# By the name of the computation.
+_Computations = Mapping[str, list[_Instruction]]
+
+
 class Collective(NamedTuple):
     """A collective operation of one device.
 
@@ -76,24 +73,22 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """The collectives in a compiled program's text, those in loops as often as the loop turns."""
-    computations, entry = _computations(text)
-    times = _times(computations, entry)
+    program, entry = _parsed(text)
+    times = _times(program, entry)
     found: dict[str, Collective] = {}
-    for name, lines in computations.items():
-        for line in lines:
-            match = _INSTRUCTION.search(line)
-            if not match or not times[name]:
+    for name, instructions in program.items():
+        for one in instructions:
+            kind = one.kind.removesuffix("-start")
+            if kind not in KINDS or not times[name]:
                 continue
-            kind, moved = match["kind"], _bytes(match["shape"], match["kind"], match["start"])
-            group = _group(line)
+            moved, group = _size(_result(one)), _group(one.line)
             if name.startswith("all-reduce-scatter"):  # an all-reduce of which one part is kept
                 kind = "reduce-scatter"
             elif kind == "reduce-scatter":
                 moved *= group
             if group > 1 or kind == "collective-permute":
                 # Parts of one asynchronous operation share its channel.
-                key = kind + _channel(line)
-                found[key] = Collective(kind, moved, group, times[name])
+                found[kind + _channel(one.line)] = Collective(kind, moved, group, times[name])
     return list(found.values())
 
 
@@ -105,8 +100,8 @@ def _channel(line: str) -> str:
 
 def loop_turns(text: str) -> list[int]:
     """Turns of each loop of a program that is in no other loop; 1 where they are not known."""
-    computations, entry = _computations(text)
-    return [_turns(computations, line) for line in computations[entry] if " while(" in line]
+    program, entry = _parsed(text)
+    return [_turns(one, program) for one in program[entry] if one.kind == "while"]
 
 
 def memory_bytes(text: str, *, only_loops: bool = False) -> int:
@@ -116,65 +111,80 @@ def memory_bytes(text: str, *, only_loops: bool = False) -> int:
     Of what is sliced or gathered, the part counts. Arrays take up whole tiles. What the compiler
     keeps in a memory of its own (TPU: on the chip, memory space 1) is not in main memory.
     """
-    computations, entry = _computations(text)
-    parsed = {name: _instructions(lines, computations) for name, lines in computations.items()}
+    program, entry = _parsed(text)
+    times = _times(program, entry, ("while", "conditional", "call"))
     total = 0
     carried: set[str] = set()
-
-    def visit(name: str, count: int) -> None:
-        nonlocal total
-        shapes = {one.name: one.shape for one in parsed[name]}
-        for one in parsed[name]:
-            counts = not only_loops or count > 1
-            if counts and one.kind == "fusion" and one.called:
+    for name, count in times.items():
+        if only_loops and count == 1:
+            continue
+        shapes = {one.name: one.shape for one in program[name]}
+        for one in program[name]:
+            if one.kind == "fusion" and one.called:
                 # Several fusions may carry a collective on, which gives its result once.
-                for inner in parsed[one.called[0]]:
+                for inner in program[one.called[0]]:
                     if inner.kind in KINDS and _channel(inner.line) not in carried:
                         carried.add(_channel(inner.line))
                         total += _in_main_memory(inner.shape) * count
-            if counts and one.kind not in _FREE and not one.kind.endswith("-done"):
-                total += _moved(one, shapes, parsed) * count
-            if one.kind in ("while", "conditional", "call"):
-                turns = _turns(computations, one.line) if one.kind == "while" else 1
+            if one.kind not in _FREE and not one.kind.endswith("-done"):
+                total += _moved(one, shapes, program) * count
+    return total
+
+
+def _parsed(text: str) -> tuple[_Computations, str]:
+    """The instructions of each computation, and the name of the one that a run begins with."""
+    lines: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[2]
+            lines[name] = []
+            entry = name if match[1] else entry
+        elif name:
+            lines[name].append(line)
+
+    def instruction(line: str) -> _Instruction | None:
+        match = _ASSIGNED.match(re.sub(r"/\*.*?\*/", "", line))
+        if not match:
+            return None
+        called = re.findall(r"[{=, ]%([\w.\-]+)", match["rest"])
+        return _Instruction(
+            match["name"],
+            match["shape"],
+            match["kind"],
+            tuple(re.findall(r"%?([\w.\-]+)", match["operands"])),
+            tuple(name for name in called if name in lines),
+            line,
+            bool(match["root"]),
+        )
+
+    return {
+        name: [one for one in map(instruction, inside) if one] for name, inside in lines.items()
+    }, entry
+
+
+def _times(
+    program: _Computations, entry: str, kinds: Container[str] | None = None
+) -> dict[str, int]:
+    """How often each computation runs that is called, by instructions of these kinds or any."""
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for one in program[name]:
+            if kinds is None or one.kind in kinds:
+                turns = _turns(one, program) if one.kind == "while" else 1
                 for called in one.called:
                     visit(called, count * turns)
 
     visit(entry, 1)
-    return total
+    return times
 
 
-def _instructions(lines: list[str], computations: Mapping[str, Any]) -> list[_Instruction]:
-    found = []
-    for line in lines:
-        if match := _ASSIGNED.match(re.sub(r"/\*.*?\*/", "", line)):
-            names = re.findall(r"%?([\w.\-]+)", match["operands"])
-            called = re.findall(r"[{=, ]%([\w.\-]+)", match["rest"])
-            found.append(
-                _Instruction(
-                    match["name"],
-                    match["shape"],
-                    match["kind"],
-                    tuple(names),
-                    tuple(name for name in called if name in computations),
-                    line,
-                    bool(match["root"]),
-                )
-            )
-    return found
-
-
-Parsed = Mapping[str, list[_Instruction]]
-
-
-def _moved(one: _Instruction, shapes: Mapping[str, str], parsed: Parsed) -> int:
+def _moved(one: _Instruction, shapes: Mapping[str, str], program: _Computations) -> int:
     """Bytes that an instruction reads and writes in main memory; of what it slices, the slice's."""
     operands = [shapes.get(name, "") for name in one.operands]
-    kind = one.kind.removesuffix("-start")
-    # What is asynchronous has a tuple of its operands, its result and more for a shape. (A copy has
-    # the result first, which is as large.)
-    shape = one.shape
-    if kind != one.kind and shape.startswith("("):
-        shape = _parts(shape)[1]
+    kind, shape = one.kind.removesuffix("-start"), _result(one)
     if kind in _SLICES:
         return _copied(shape, operands[0], shape)
     if kind == "dynamic-update-slice":
@@ -183,9 +193,19 @@ def _moved(one: _Instruction, shapes: Mapping[str, str], parsed: Parsed) -> int:
         return _in_main_memory(one.shape) + (kind == one.kind) * _in_main_memory(operands[0])
     if kind == "fusion" and one.called:
         inside = one.called[0]
-        read = sum(_read(inside, i, parsed) for i, x in enumerate(operands) if _in_main_memory(x))
-        return read + _written(inside, shape, parsed)
+        read = sum(_read(inside, i, program) for i, x in enumerate(operands) if _in_main_memory(x))
+        return read + _written(inside, shape, program)
     return _in_main_memory(shape) + sum(map(_in_main_memory, operands))
+
+
+def _result(one: _Instruction) -> str:
+    """The shape of what an instruction gives, of a -start of what it will."""
+    # What is asynchronous has a tuple of its operands, its result and more for a shape. (A copy has
+    # the result first, which is as large.)
+    if not one.kind.endswith("-start") or one.kind == "all-reduce-start":
+        return one.shape
+    parts = _parts(one.shape) if one.shape.startswith("(") else []
+    return parts[1] if len(parts) > 1 else one.shape
 
 
 def _copied(what: str, source: str, target: str) -> int:
@@ -193,16 +213,16 @@ def _copied(what: str, source: str, target: str) -> int:
     return _stored(what) * (bool(_in_main_memory(source)) + bool(_in_main_memory(target)))
 
 
-def _read(computation: str, index: int, parsed: Parsed) -> int:
+def _read(computation: str, index: int, program: _Computations) -> int:
     """Bytes that a fused computation reads of its argument `index`."""
-    inside = parsed[computation]
+    inside = program[computation]
     for one in inside:
         if one.kind == "parameter" and one.operands == (str(index),):
-            return _used(one, inside, parsed)
+            return _used(one, inside, program)
     return 0
 
 
-def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> int:
+def _used(source: _Instruction, inside: list[_Instruction], program: _Computations) -> int:
     """Bytes of `source`, within a fusion, that what is computed from it reads."""
     whole, read = _stored(source.shape), 0
     for one in inside:
@@ -215,9 +235,9 @@ def _used(source: _Instruction, inside: list[_Instruction], parsed: Parsed) -> i
         elif _carries_on(one, inside) or (one.kind == "tuple" and one.is_root):
             continue
         elif one.kind == "bitcast":
-            read += _used(one, inside, parsed)
+            read += _used(one, inside, program)
         elif one.kind == "fusion" and one.called:
-            read += _read(one.called[0], one.operands.index(source.name), parsed)
+            read += _read(one.called[0], one.operands.index(source.name), program)
         else:
             return whole
     return min(read, whole)
@@ -230,14 +250,14 @@ def _carries_on(one: _Instruction, inside: list[_Instruction]) -> bool:
     return one.kind in KINDS
 
 
-def _written(computation: str, shape: str, parsed: Parsed) -> int:
+def _written(computation: str, shape: str, program: _Computations) -> int:
     """Bytes that a fused computation with a result of this shape writes to main memory."""
-    inside = {one.name: one for one in parsed[computation]}
+    inside = {one.name: one for one in program[computation]}
 
     def written(one: _Instruction | None, shape: str) -> int:
         if one is None or one.kind == "parameter" or not _in_main_memory(shape):
             return 0
-        if _carries_on(one, parsed[computation]):
+        if _carries_on(one, program[computation]):
             return 0
         if one.kind == "dynamic-update-slice":
             update = inside.get(one.operands[1])
@@ -248,50 +268,18 @@ def _written(computation: str, shape: str, parsed: Parsed) -> int:
             parts = zip(one.operands, _parts(shape), strict=True)
             return sum(written(inside.get(name), part) for name, part in parts)
         if one.kind == "fusion" and one.called:
-            return _written(one.called[0], shape, parsed)
+            return _written(one.called[0], shape, program)
         return _in_main_memory(shape)
 
     return sum(written(one, shape) for one in inside.values() if one.is_root)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            name = match[2]
-            computations[name] = []
-            entry = name if match[1] else entry
-        elif name:
-            computations[name].append(line)
-    return computations, entry
-
-
-def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs."""
-    times: dict[str, int] = defaultdict(int)
-
-    def visit(name: str, count: int) -> None:
-        times[name] += count
-        for line in computations.get(name, ()):
-            turns = _turns(computations, line) if " while(" in line else 1
-            for several, one in _CALLED.findall(line):
-                for called in re.findall(r"[\w.\-]+", several or one):
-                    if called in computations:
-                        visit(called, count * turns)
-
-    visit(entry, 1)
-    return times
-
-
-def _turns(computations: dict[str, list[str]], line: str) -> int:
+def _turns(loop: _Instruction, program: _Computations) -> int:
     """Turns of a loop, taken to count from 0, up to a constant; 1 where that is not known."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.line):
         return int(known[1])
-    parts = [re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body")]
-    condition, body = (
-        _instructions(computations.get(part[1], []) if part else [], {}) for part in parts
-    )
+    parts = [re.search(rf"{part}=%?([\w.\-]+)", loop.line) for part in ("condition", "body")]
+    condition, body = (program[part[1]] if part else [] for part in parts)
     limits = _constants(condition)
     if len(limits) != 1 or not any("direction=LT" in one.line for one in condition):
         return 1
@@ -321,14 +309,6 @@ def _constants(instructions: list[_Instruction]) -> dict[str, int]:
         and one.shape.startswith(("s32[]", "u32[]"))
         and one.operands[0].isdigit()
     }
-
-
-def _bytes(shape: str, kind: str, start: str | None) -> int:
-    """Bytes of an instruction's result, of a -start's what it will be."""
-    if start and kind != "all-reduce":
-        parts = _parts(shape)
-        shape = parts[1] if len(parts) > 1 else shape
-    return _size(shape)
 
 
 def _size(shape: str) -> int:
