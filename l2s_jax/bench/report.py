@@ -187,9 +187,9 @@ def _shares(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     new, batches = _values(ours, "new_tokens"), _values(ours, "batch_size")
     chosen = _at(ours, new_tokens=new[len(new) // 2], batch_size=batches[0])
     title = f"Batch {batches[0]}, {new[len(new) // 2]} new tokens"
-    figure, axes = _axes(title, "share of the time", "")
-    axes.set_position((0.24, 0.13, 0.58, 0.74))
-    rows = [f"{CONTESTANTS[r['system']][0]}, {r['prompt_tokens']} prompt tokens" for r in chosen]
+    figure, axes = _axes(title, "share of the time", "system, prompt tokens")
+    axes.set_position((0.28, 0.13, 0.54, 0.74))
+    rows = [f"{CONTESTANTS[r['system']][0]}, {r['prompt_tokens']}" for r in chosen]
     left = [0.0] * len(chosen)
     for part, color in (("encode", "#0b62a4"), ("prefill", "#8a6d00"), ("decode", "#999999")):
         shares = [_parts(record)[part] for record in chosen]
