@@ -119,7 +119,7 @@ def default() -> ConfigDict:
                 # 0: all.
                 "layer": 0.0,
                 # Of its products where it encodes for L2S: float32 | bfloat16 | auto (as `dtype`).
-                # A finished L2S is evaluated and used with either.
+                # What was trained with one continues and is used with the other too.
                 "encoder_dtype": "auto",
                 "train": train_config(),
             },
@@ -171,7 +171,11 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
 def compute_dtypes(
     dtype: str, encoder_dtype: str = "auto", platform: str | None = None
 ) -> tuple[jnp.dtype, jnp.dtype]:
-    """The dtypes that `config.dtype` and `config.llm.encoder_dtype` name."""
+    """The dtypes that `config.dtype` and `config.llm.encoder_dtype` name, in this order.
+
+    Raises:
+      ValueError: one of them is no dtype for products.
+    """
     common = compute_dtype(dtype, platform)
     if encoder_dtype == "auto":
         return common, common

@@ -150,6 +150,7 @@ class Experiment:
             **self._lora_inputs("l2s"),
             "llm_hash": self._llm_hash,
             "layer": self.config.llm.layer,
+            # (Not the encoder's dtype: H is nearly the same in either.)
             "fusion": config.fusion,
             "projector_width": config.projector_width,
             **({"features": "bfloat16"} if cache else {}),

@@ -104,7 +104,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"L2S decodes a token {_factor(ratios['decode_speedup'])} times as fast as the LLM. A "
         f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
         f"{batch_size} {_factor(ratios['speedup_batch'])} times. Times are medians after warm-up, "
-        "for the whole batch. Compilation happens once per shape and is in no other column.",
+        "for the whole batch. Compilation happens once per shape and is in no other column."
+        + _precision(report["environment"]),
         f"### Batch {systems['l2s']['latency']['batch_size']}",
         _latency_table(systems, "latency"),
         f"### Batch {batch_size}",
@@ -192,6 +193,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
         ) + " |"
         for row in (cells[0], rule, *cells[1:])
     )  # fmt: skip
+
+
+def _precision(environment: Mapping[str, Any]) -> str:
+    """A sentence where L2S's LLM computes in another dtype than what it is compared with."""
+    dtype, encoder_dtype = (environment.get(key) for key in ("dtype", "encoder_dtype"))
+    if not encoder_dtype or encoder_dtype == dtype:
+        return ""
+    return f" The LLM of L2S encodes in {encoder_dtype}, all else is in {dtype}."
 
 
 def _finding(report: Mapping[str, Any]) -> str:

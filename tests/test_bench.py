@@ -72,6 +72,8 @@ def test_everyone_is_measured_on_every_case(output):
         assert math.isclose(record["tokens_per_s"], rate)
         assert record["peak_memory_mb"] > 1
         assert record["dtype"] == ("int8" if "int8" in record["system"] else "float32")
+        encoder_dtype = "bfloat16" if record["system"] == "l2s-bfloat16" else record["dtype"]
+        assert record["encoder_dtype"] == encoder_dtype
         library = {"hf": "transformers", "ct2": "ctranslate2"}.get(record["system"].split("-")[0])
         assert record["version"] == metadata.version(library or "jax")
 
@@ -81,7 +83,7 @@ def test_what_is_in_bfloat16_throughout_is_measured_once():
         dtype: unfit("l2s-bfloat16", Setup("llm", "slm", dtype, 1, "folder", False), Case(1, 8, 5))
         for dtype in ("float32", "bfloat16")
     }
-    assert reasons == {"float32": "", "bfloat16": "all of L2S is"}
+    assert reasons == {"float32": "", "bfloat16": "the same as L2S, all of which is in bfloat16"}
 
 
 def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def test_a_finished_model_may_encode_in_another_dtype(job, tmp_path):
     assert tiny.run(*evaluate, "--config.llm.encoder_dtype=bfloat16") == 0
     environment = report_of(copy)["environment"]
     assert (environment["dtype"], environment["encoder_dtype"]) == ("float32", "bfloat16")
-    assert "the LLM of L2S in bfloat16" in (copy / "l2s/model/README.md").read_text()
+    for path in ("report.md", "l2s/model/README.md"):
+        assert re.search("LLM of L2S (encodes )?in bfloat16", (copy / path).read_text()), path
+        assert "in bfloat16" not in (workdir / path).read_text()
     settings = read_config(str(copy))
     settings.llm.encoder_dtype = "bfloat16"
     with mock.patch("l2s_jax.generate.make_generator") as made:

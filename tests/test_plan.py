@@ -104,6 +104,19 @@ def test_argument_bytes_are_the_sum_of_the_shards(v5e):
     assert expected <= found
 
 
+def test_the_llm_may_have_a_dtype_of_its_own():
+    config = small_config()
+    config.dtype = "float32"
+    plain = make_plan(config, "cpu")
+    config.llm.encoder_dtype = "bfloat16"
+    mixed = make_plan(config, "cpu")
+    kernels = [x for x in jax.tree.leaves(mixed.frozen) if x.dtype == jnp.bfloat16]
+    assert kernels and {x.dtype for x in jax.tree.leaves(plain.frozen)} == {jnp.dtype("float32")}
+    assert mixed.trained == plain.trained
+    dtypes = mixed.description()["dtype"], mixed.description()["encoder_dtype"]
+    assert dtypes == ("float32", "bfloat16")
+
+
 def test_training_from_a_cache_holds_no_llm(tmp_path):
     config = small_config(data=4)
     config.features.cache = "features"

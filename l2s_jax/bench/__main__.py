@@ -176,6 +176,9 @@ def _measure(
         {
             "system": name,
             "dtype": "int8" if name.endswith("int8") else setup.dtype,
+            "encoder_dtype": next(
+                (dtype for dtype in ("int8", "bfloat16") if name.endswith(dtype)), setup.dtype
+            ),
             **case._asdict(),
             **facts[name],
             **times,

@@ -1,4 +1,4 @@
-"""Who is measured: our three systems, and those of other libraries, behind one interface.
+"""Who is measured: our systems, and those of other libraries, behind one interface.
 
 A contestant is made from a `Setup`, prepared for one case after another, and then measures itself
 on each.
@@ -48,7 +48,7 @@ class Contestant(Protocol):
 
 
 class _Ours:
-    """One of our systems: "llm", "slm" or "l2s", whose LLM may have a dtype of its own."""
+    """One of our systems: "llm", "slm" or "l2s", whose LLM may encode in another dtype."""
 
     def __init__(self, name: str, setup: Setup, encoder_dtype: str = "auto"):
         self.system, self.vocab_size, *params = _load(name, setup, encoder_dtype)
@@ -99,7 +99,7 @@ def _load(
 
     dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
     if name == "l2s":
-        llm, frozen = convert.load_encoder(setup.llm, dtype=of_encoder)
+        llm, frozen = convert.load_encoder(setup.llm, dtype=of_encoder, serve=True)
         slm, slm_params = convert.load(setup.slm, dtype=dtype)
         same = llm.config.vocab_size == slm.config.vocab_size
         system = LlmToSlm(
@@ -108,7 +108,8 @@ def _load(
         params = jax.jit(system.init)(jax.random.key(0))
         trained = {**params, "slm": {key: slm_params[key] for key in params["slm"]}}
         return system, llm.config.vocab_size, *system.to_serve(trained, frozen)
-    module, params = convert.load(setup.llm if name == "llm" else setup.slm, dtype=dtype)
+    path = setup.llm if name == "llm" else setup.slm
+    module, params = convert.load(path, dtype=dtype, serve=True)
     system = LanguageModel(name, module.config)
     return system, module.config.vocab_size, *system.to_serve({name: params}, {})
 
@@ -365,7 +366,7 @@ PEERS = tuple(name for name in CONTESTANTS if name not in (*OURS, BANDWIDTH))
 def unfit(name: str, setup: Setup, case: Case) -> str:
     """Why a contestant is not measured on a case; "" where it is."""
     if name == "l2s-bfloat16" and setup.dtype == "bfloat16":
-        return "all of L2S is"
+        return "the same as L2S, all of which is in bfloat16"
     if name == "hf-llm-assisted":
         if not setup.real_weights:
             return "random weights accept no draft, expected checkpoints"

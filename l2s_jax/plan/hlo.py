@@ -116,6 +116,7 @@ def memory_bytes(text: str, *, only_loops: bool = False) -> int:
     total = 0
     carried: set[str] = set()
     for name, count in times.items():
+        # The compiler has each of these called from one place, so that more often is in a loop.
         if only_loops and count == 1:
             continue
         shapes = {one.name: one.shape for one in program[name]}
@@ -166,7 +167,7 @@ def _parsed(text: str) -> tuple[_Computations, str]:
 def _times(
     program: _Computations, entry: str, kinds: Container[str] | None = None
 ) -> dict[str, int]:
-    """How often each computation runs that is called, by instructions of these kinds or any."""
+    """How often each computation runs; with `kinds`, only calls by such instructions count."""
     times: dict[str, int] = defaultdict(int)
 
     def visit(name: str, count: int) -> None:
