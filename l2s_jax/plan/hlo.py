@@ -72,14 +72,18 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives in a compiled program's text, those in loops as often as the loop turns."""
+    """The collectives in a compiled program's text, those in loops as often as the loop turns.
+
+    Of a loop those of its body: what its condition adds up are a few bytes.
+    """
     program, entry = _parsed(text)
     times = _times(program, entry)
+    conditions = set(re.findall(r"\bcondition=%?([\w.\-]+)", text))
     found: dict[str, Collective] = {}
     for name, instructions in program.items():
         for one in instructions:
             kind = one.kind.removesuffix("-start")
-            if kind not in KINDS or not times[name]:
+            if kind not in KINDS or not times[name] or name in conditions:
                 continue
             moved, group = _size(_result(one)), _group(one.line)
             if name.startswith("all-reduce-scatter"):  # an all-reduce of which one part is kept
