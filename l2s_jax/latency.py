@@ -11,16 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from l2s_jax import sharding
+from l2s_jax.data.prompts import random_prompts
 from l2s_jax.decoding.engine import GREEDY, decode, decode_cache, prefill
 from l2s_jax.decoding.loop import decoding_steps
 from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import Params, System
-
-
-def random_prompts(batch_size: int, prompt_tokens: int, vocab_size: int) -> np.ndarray:
-    """int32 [B, T], the same for every caller; no special token is among them."""
-    random = np.random.default_rng(0)
-    return random.integers(3, vocab_size, (batch_size, prompt_tokens), dtype=np.int32)
 
 
 class Stopwatch:

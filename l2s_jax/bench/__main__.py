@@ -4,17 +4,19 @@ python -m l2s_jax.bench --llm=t5-large --slm=t5-small --peers=hf,ct2 --output=be
 
 --llm and --slm name a folder in Hugging Face's format or a published geometry, of which a
 checkpoint with random weights is made. Every contestant has a process of its own; they take turns,
-repeat by repeat, and what is reported are medians. Beside FILE.json come FILE.md and plots, and
-with --profile a trace. Exit status: 0; 2 for bad input.
+in an order drawn for each repeat, and what is reported are medians. Beside FILE.json come FILE.md
+and plots, and with --profile a trace. Exit status: 0; 2 for bad input.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from l2s_jax import convert
 from l2s_jax.bench.contestants import BANDWIDTH, CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.remote import Remote
@@ -44,6 +47,15 @@ def _integers(text: str) -> list[int]:
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected positive integers")
     return values
+
+
+def _ours(text: str) -> list[str]:
+    names = text.split(",") if text else []
+    for name in names:
+        if name not in OURS:
+            expected = ", ".join(OURS)
+            raise argparse.ArgumentTypeError(f"no {name!r}, expected some of {expected}")
+    return list(dict.fromkeys(names))
 
 
 def _peers(text: str) -> list[str]:
@@ -71,6 +83,11 @@ def _count(text: str) -> int:
     return values[0]
 
 
+def _cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m l2s_jax.bench",
@@ -80,15 +97,16 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add("--llm", default="t5-large", help="folder of a checkpoint, or a published geometry")
     add("--slm", default="t5-small", help="likewise")
+    add("--ours", type=_ours, default="l2s,l2s-bfloat16,llm,slm", help=f"of {', '.join(OURS)}")
     add("--peers", type=_peers, default="hf,ct2", help=f"hf, ct2, or of {', '.join(PEERS)}")
     add("--batch_sizes", type=_integers, default="1,8,32", help="(default: %(default)s)")
     add("--prompt_tokens", type=_integers, default="32,128,512", help="(default: %(default)s)")
     add("--new_tokens", type=_integers, default="32,128,256", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
     add("--repeats", type=_count, default=5, help="of each case (default: %(default)s)")
-    add("--threads", type=_count, default=os.cpu_count(), help="of other libraries, on a CPU")
+    add("--threads", type=_count, default=_cores(), help="CPU cores of each (default: all)")
     add("--output", type=_json_file, default="bench.json", help="(default: %(default)s)")
-    add("--profile", action="store_true", help="also write a trace of L2S on the last case")
+    add("--profile", action="store_true", help="also a trace of the first of --ours, last case")
     return parser
 
 
@@ -103,117 +121,161 @@ def run(options: argparse.Namespace) -> None:
     stem = options.output.removesuffix(".json")
     os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
     with contextlib.ExitStack() as stack:
-        setup = _setup(options, stack.enter_context(tempfile.TemporaryDirectory()))
-        failures: dict[str, str] = {}
-        remotes: dict[str, Remote] = {}
-        for name in (*OURS, *options.peers, BANDWIDTH):
-            reasons = [unfit(name, setup, case) for case in cases]
-            if all(reasons):
-                failures[name] = reasons[0]
-                continue
-            remotes[name] = Remote(name)
-            stack.callback(remotes[name].close)
-            try:
-                remotes[name].start(setup)
-            except RuntimeError as error:
-                _fail(failures, remotes, name, error)
+        setup, weights = _setup(options, stack.enter_context(tempfile.TemporaryDirectory()))
+        contest = _Contest(setup, options.repeats, stack)
+        for name in (*options.ours, *options.peers, BANDWIDTH):
+            contest.start(name, cases)
+        if not contest.measured:
+            reasons = (f"{name}: {reason}" for name, reason in contest.failures.items())
+            raise ValueError(f"nobody to measure ({'; '.join(reasons)})")
         report = {
             "llm": options.llm,
             "slm": options.slm,
-            "weights": "of the checkpoints" if setup.real_weights else "random, of real geometry",
+            "dtype": options.dtype,
+            "weights": weights,
             "repeats": options.repeats,
-            "not_measured": failures,
+            "not_measured": contest.failures,
             "environment": _environment(options.threads),
         }
         rows: list[dict[str, Any]] = []
         for case in tqdm(cases, desc="cases", file=sys.stderr):
-            rows += _measure(case, setup, options.repeats, remotes, failures)
+            rows += contest.measure(case)
             # Whatever stops a long run, the cases before it are there.
             write_report({**report, "rows": rows, "floor": _floor(rows)}, stem)
         if options.profile:
-            remotes["l2s"].ask("trace", os.path.abspath(f"{stem}-trace"))
+            first = next((name for name in options.ours if name in contest.measured), None)
+            if first is None:
+                raise ValueError("--profile: none of --ours was measured")
+            contest.ask(first, "trace", os.path.abspath(f"{stem}-trace"))
 
 
-def _setup(options: argparse.Namespace, folder: str) -> Setup:
-    paths = {"llm": options.llm, "slm": options.slm}
-    real = all(os.path.isdir(path) for path in paths.values())
-    for name, path in paths.items():
-        if not os.path.isdir(path):
-            paths[name] = os.path.join(folder, name)
-            write_random(path, paths[name])
-    return Setup(
-        **paths, dtype=options.dtype, threads=options.threads, folder=folder, real_weights=real
+def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
+    """What all share, and what the weights are."""
+    paths, weights, configs = {}, {}, {}
+    for name in ("llm", "slm"):
+        given = getattr(options, name)
+        real = os.path.isdir(given)
+        paths[name] = given if real else os.path.join(folder, name)
+        weights[name] = "of the checkpoint" if real else "random, of real geometry"
+        if not real:
+            write_random(given, paths[name])
+        configs[name] = convert.read_config(paths[name])
+    setup = Setup(
+        **paths,
+        dtype=options.dtype,
+        threads=options.threads,
+        folder=folder,
+        vocab_size=min(config.vocab_size for config in configs.values()),
+        real_weights=set(weights.values()) == {"of the checkpoint"},
+        **{f"{name}_positions": getattr(c, "max_positions", None) for name, c in configs.items()},
     )
+    if len(set(weights.values())) == 1:
+        return setup, weights["llm"]
+    return setup, ", ".join(f"{name.upper()}: {kind}" for name, kind in weights.items())
 
 
-def _measure(
-    case: Case,
-    setup: Setup,
-    repeats: int,
-    remotes: dict[str, Remote],
-    failures: dict[str, str],
-) -> list[dict[str, Any]]:
-    """A record per contestant: the case, its facts, and medians of its measurements."""
-    facts: dict[str, dict[str, Any]] = {}
-    for name in list(remotes):
-        if reason := unfit(name, setup, case):
-            failures.setdefault(name, reason)
-            continue
+class _Contest:
+    """The processes of all contestants, and why some are not measured."""
+
+    def __init__(self, setup: Setup, repeats: int, stack: contextlib.ExitStack):
+        """The stack ends the processes."""
+        self.failures: dict[str, str] = {}
+        self._setup, self._repeats, self._stack = setup, repeats, stack
+        self._remotes: dict[str, Remote] = {}
+        self._order = random.Random(0)
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of the contestants that take part."""
+        return [name for name in self._remotes if name != BANDWIDTH]
+
+    def start(self, name: str, cases: Sequence[Case]) -> None:
+        """Makes a contestant in a process of its own, if it is fit for one of the cases."""
+        reasons = [unfit(name, self._setup, case) for case in cases]
+        if all(reasons):
+            self.failures[name] = reasons[0]
+            return
+        self._remotes[name] = Remote()
+        self._stack.callback(self._remotes[name].close)
+        self.ask(name, "start", name, dataclasses.asdict(self._setup))
+
+    def ask(self, name: str, *request: Any) -> dict[str, Any] | None:
+        """A contestant's answer, None if it failed: then it takes no further part.
+
+        Raises:
+          ValueError: one of ours failed. Another library that cannot do it is a result.
+        """
         try:
-            facts[name] = remotes[name].ask("prepare", *case)
+            return self._remotes[name].ask(*request)
         except RuntimeError as error:
-            _fail(failures, remotes, name, error)
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in facts}
-    for _ in range(repeats):
-        for name in facts:
-            samples[name].append(remotes[name].ask("measure"))
-    medians = {
-        name: {key: statistics.median(s[key] for s in runs) for key in runs[0]}
-        for name, runs in samples.items()
-    }
-    bandwidth = medians.pop(BANDWIDTH)["gb_per_s"]
-    return [
-        {
-            "system": name,
-            "dtype": "int8" if name.endswith("int8") else setup.dtype,
-            "encoder_dtype": next(
-                (dtype for dtype in ("int8", "bfloat16") if name.endswith(dtype)), setup.dtype
-            ),
-            **case._asdict(),
-            **facts[name],
-            **times,
-            "tokens_per_s": case.batch_size * case.new_tokens / times["total_ms"] * 1e3,
-            "peak_memory_mb": remotes[name].ask("memory")["peak_bytes"] / 1e6,
-            "version": metadata.version(CONTESTANTS[name][1]),
-            "gb_per_s": bandwidth,
-            **(
-                {"floor_ms_per_token": facts[name]["bytes_read_per_token"] / bandwidth / 1e6}
-                if "bytes_read_per_token" in facts[name]
-                else {}
-            ),
+            if name in (*OURS, BANDWIDTH):
+                raise ValueError(f"{name}: {error}") from error
+            log.warning("%s: not measured: %s", name, error)
+            self.failures[name] = str(error)
+            del self._remotes[name]
+            return None
+
+    def measure(self, case: Case) -> list[dict[str, Any]]:
+        """A record per contestant: the case, its facts, and medians of its measurements."""
+        facts: dict[str, dict[str, Any]] = {}
+        for name in list(self._remotes):
+            if reason := unfit(name, self._setup, case):
+                self.failures.setdefault(name, reason)
+            elif (found := self.ask(name, "prepare", *case)) is not None:
+                facts[name] = found
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name in facts}
+        for _ in range(self._repeats):
+            # Not in one order: nobody always runs after the same one, in whose wake the caches are.
+            for name in self._order.sample(list(samples), len(samples)):
+                if (found := self.ask(name, "measure")) is None:
+                    del samples[name]
+                else:
+                    samples[name].append(found)
+        medians = {
+            name: {key: statistics.median(s[key] for s in runs) for key in runs[0]}
+            for name, runs in samples.items()
         }
-        for name, times in medians.items()
-    ]
+        bandwidth = medians.pop(BANDWIDTH)["gb_per_s"]
+        return [
+            {**self._described(name, case), **facts[name], **times, **peak, "gb_per_s": bandwidth}
+            | _derived(case, facts[name], times, bandwidth)
+            for name, times in medians.items()
+            if (peak := self._peak(name)) is not None
+        ]
+
+    def _described(self, name: str, case: Case) -> dict[str, Any]:
+        library, arguments = CONTESTANTS[name].library, CONTESTANTS[name].arguments
+        int8 = "int8" in (arguments.get("weights"), arguments.get("compute_type"))
+        dtype = "int8" if int8 else self._setup.dtype
+        return {
+            "system": name,
+            "dtype": dtype,
+            "encoder_dtype": arguments.get("encoder_dtype", dtype),
+            **case._asdict(),
+            "version": metadata.version(library),
+        }
+
+    def _peak(self, name: str) -> dict[str, float] | None:
+        found = self.ask(name, "memory")
+        return found and {"peak_memory_mb": found["peak_bytes"] / 1e6}
+
+
+def _derived(
+    case: Case, facts: Mapping[str, float], times: Mapping[str, float], bandwidth: float
+) -> dict[str, float]:
+    derived = {"tokens_per_s": case.batch_size * case.new_tokens / times["total_ms"] * 1e3}
+    if "bytes_read_per_token" in facts:
+        derived["floor_ms_per_token"] = facts["bytes_read_per_token"] / bandwidth / 1e6
+    return derived
 
 
 def _floor(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The median bandwidth, and of the first case the time in which it reads what a token needs."""
     floor = {"gb_per_s": statistics.median(row["gb_per_s"] for row in rows)}
     for name in ("l2s", "llm"):
-        first = next(row for row in rows if row["system"] == name)
-        floor[f"{name}_ms_per_token"] = first["bytes_read_per_token"] / floor["gb_per_s"] / 1e6
+        for first in itertools.islice((row for row in rows if row["system"] == name), 1):
+            floor[f"{name}_ms_per_token"] = first["bytes_read_per_token"] / floor["gb_per_s"] / 1e6
     return floor
-
-
-def _fail(
-    failures: dict[str, str], remotes: dict[str, Remote], name: str, error: Exception
-) -> None:
-    """Another library that cannot do it is a result; one of ours is an error."""
-    if name in (*OURS, BANDWIDTH):
-        raise ValueError(f"{name}: {error}") from error
-    log.warning("%s: not measured: %s", name, error)
-    failures[name] = str(error)
-    remotes.pop(name, None)
 
 
 def _environment(threads: int) -> dict[str, Any]:
@@ -237,7 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs; the exit status."""
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.profile and not options.ours:
+        parser.error("--profile: expected one of ours in --ours")
     try:
         run(options)
     except (ValueError, OSError) as error:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 from typing import Any
 
-from l2s_jax.bench.contestants import CONTESTANTS, Case, Contestant, Setup
+from l2s_jax.bench.contestants import Case, Contestant, Setup, make
 
 
 def serve() -> None:
@@ -28,39 +29,50 @@ def serve() -> None:
         try:
             if request == "start":
                 name, setup = arguments
-                contestant = CONTESTANTS[name][2](Setup(**setup))
+                contestant = _start(name, Setup(**setup))
                 answer({})
             elif request == "prepare":
-                answer(contestant.prepare(Case(*arguments)))
+                facts = contestant.prepare(Case(*arguments))
+                _reset_peak()
+                contestant.reset_peak()
+                answer(facts)
             elif request == "measure":
                 answer(contestant.measure())
             elif request == "trace":
                 contestant.trace(*arguments)
                 answer({})
             elif request == "memory":
-                answer({"peak_bytes": _peak_bytes()})
+                peak = contestant.peak_bytes()
+                answer({"peak_bytes": _peak_bytes() if peak is None else peak})
         except Exception as error:  # whatever another library fails with is its result
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
-def _peak_bytes() -> int:
-    """Most memory that this process has held: of the accelerator where JAX has one, else of all."""
-    jax = sys.modules.get("jax")
-    if jax is not None and (device := jax.local_devices()[0].memory_stats()):
-        return device["peak_bytes_in_use"]
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status", encoding="utf-8") as file:
+def _start(name: str, setup: Setup) -> Contestant:
+    # Before the libraries are there, whose threads have the cores that the process has.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setup.threads])
+    return make(name, setup)
+
+
+def _reset_peak() -> None:
+    """What `_peak_bytes` gives starts anew from what is held now, where the system lets it."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def _peak_bytes() -> float:
+    """The most memory that this process has held; NaN where the system doesn't tell."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
         (line,) = (line for line in file if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+        return int(line.split()[1]) * 1024
+    return math.nan
 
 
 class Remote:
     """A contestant in its own process."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self):
         environment = {
             **os.environ,
             # Threads that spin while they wait would take the next contestant's cores.
@@ -74,10 +86,6 @@ class Remote:
             text=True,
             env=environment,
         )
-
-    def start(self, setup: Setup) -> None:
-        """Makes the contestant; errors as of `ask`."""
-        self.ask("start", self._name, dataclasses.asdict(setup))
 
     def ask(self, *request: Any) -> dict[str, Any]:
         """The answer to a request.
@@ -99,6 +107,7 @@ class Remote:
         return found
 
     def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
+        """Ends the process, if it has not ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()

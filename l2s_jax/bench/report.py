@@ -18,8 +18,10 @@ _CASE = ("batch_size", "prompt_tokens", "new_tokens")
 _COLORS = {
     "l2s": "#0b62a4",
     "l2s-bfloat16": "#6aaedd",
+    "l2s-int8": "#a9d3f0",
     "llm": "#333333",
     "slm": "#8a6d00",
+    "slm-int8": "#c9b15c",
     "hf-llm": "#a33b3b",
     "hf-slm": "#d98c8c",
     "hf-llm-compiled": "#7a3ba3",
@@ -65,16 +67,17 @@ def _finite(value: Any) -> Any:
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown, one table per case."""
     environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
-    dtype = report["rows"][0]["dtype"]
     lines = [
-        f"# {report['llm']} to {report['slm']}, {dtype}",
+        f"# {report['llm']} to {report['slm']}, {report['dtype']}",
         "",
         f"Weights: {report['weights']}. Medians of {report['repeats']} runs, in which everybody "
         f"took a turn, after warm-up. {environment}.",
         "",
         "*First token*: from the start. *Floor*: the time in which one large compiled "
         "matrix-vector product in float32, measured in the same turns, would read the weights and "
-        "the cache that a step reads. *Speedup*: our LLM's total over this one's.",
+        "the cache that a step reads. *Speedup*: our LLM's total over this one's. *Peak*: the most "
+        "memory while the case was measured, of the accelerator where there is one. *Compile*: of "
+        "our program; of others, what the first run took longer than the second.",
     ]
     for case, records in _cases(report["rows"]):
         lines += ["", f"## Batch {case[0]}, {case[1]} prompt tokens, {case[2]} new tokens", ""]
@@ -82,7 +85,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["not_measured"]:
         lines += ["", "## Not measured", ""]
         for name, reason in report["not_measured"].items():
-            lines.append(f"- {CONTESTANTS[name][0]}: {reason}")
+            lines.append(f"- {CONTESTANTS[name].label}: {reason}")
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +114,7 @@ def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
             record["compile_s"],
         )  # fmt: skip
         lines.append(
-            f"| {CONTESTANTS[record['system']][0]} | " + " | ".join(map(_number, cells)) + " |"
+            f"| {CONTESTANTS[record['system']].label} | " + " | ".join(map(_number, cells)) + " |"
         )
     return lines
 
@@ -138,7 +141,9 @@ def _lines(
 ) -> None:
     for name in dict.fromkeys(record["system"] for record in results):
         points = sorted((r[x], r[y]) for r in results if r["system"] == name)
-        axes.plot(*zip(*points, strict=True), "o-", label=CONTESTANTS[name][0], color=_COLORS[name])
+        axes.plot(
+            *zip(*points, strict=True), "o-", label=CONTESTANTS[name].label, color=_COLORS[name]
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, map(str, ticks))
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=11)
@@ -165,13 +170,17 @@ def _latency(results: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 def _speedup(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     """How many times as fast as our LLM, against the batch size."""
-    if not _at(results, system="llm"):
-        return None
     prompts, new = _values(results, "prompt_tokens"), _values(results, "new_tokens")
     fixed = {"prompt_tokens": prompts[len(prompts) // 2], "new_tokens": new[len(new) // 2]}
     chosen = _at(results, **fixed)
     llm = {r["batch_size"]: r["total_ms"] for r in chosen if r["system"] == "llm"}
-    ratios = [{**r, "speedup": llm[r["batch_size"]] / r["total_ms"]} for r in chosen]
+    ratios = [
+        {**r, "speedup": llm[r["batch_size"]] / r["total_ms"]}
+        for r in chosen
+        if r["batch_size"] in llm
+    ]
+    if not ratios:
+        return None
     title = f"{fixed['prompt_tokens']} prompt tokens, {fixed['new_tokens']} new tokens"
     figure, axes = _axes(title, "batch size", "times as fast as our LLM")
     _lines(axes, ratios, "batch_size", "speedup", _values(results, "batch_size"))
@@ -189,7 +198,7 @@ def _shares(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     title = f"Batch {batches[0]}, {new[len(new) // 2]} new tokens"
     figure, axes = _axes(title, "share of the time", "system, prompt tokens")
     axes.set_position((0.28, 0.13, 0.54, 0.74))
-    rows = [f"{CONTESTANTS[r['system']][0]}, {r['prompt_tokens']}" for r in chosen]
+    rows = [f"{CONTESTANTS[r['system']].label}, {r['prompt_tokens']}" for r in chosen]
     left = [0.0] * len(chosen)
     for part, color in (("encode", "#0b62a4"), ("prefill", "#8a6d00"), ("decode", "#999999")):
         shares = [_parts(record)[part] for record in chosen]
