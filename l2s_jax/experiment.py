@@ -34,7 +34,7 @@ from l2s_jax.generate import (
     make_generator,
     where_to_read,
 )
-from l2s_jax.models.families import ModelConfig, make_config, with_tokens
+from l2s_jax.models.families import ModelConfig, check_positions, make_config, with_tokens
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.lora import Lora, check_lora
 from l2s_jax.models.serving import WEIGHTS
@@ -407,16 +407,14 @@ class Experiment:
                 f"makes ids up to {tokenizer.vocab_size - 1}"
             )
         config = with_tokens(config, tokenizer.pad_id, tokenizer.eos_id, where)
-        longest = self.config.max_prompt_tokens + max(
-            self.config.max_response_tokens, self.config.decoding.max_new_tokens
+        check_positions(
+            config,
+            self.config.max_prompt_tokens,
+            max(self.config.max_response_tokens, self.config.decoding.max_new_tokens),
+            where=where,
+            lower="config.max_prompt_tokens, config.max_response_tokens or "
+            "config.decoding.max_new_tokens",
         )
-        positions = getattr(config, "max_positions", longest)
-        if longest > positions:
-            raise ValueError(
-                f"{where}: the model has {positions} positions, prompt and response need "
-                f"{longest}: lower config.max_prompt_tokens, config.max_response_tokens or "
-                "config.decoding.max_new_tokens"
-            )
         return config
 
     def _check_model(self, name: str, directory: str) -> None:

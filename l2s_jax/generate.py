@@ -25,8 +25,8 @@ from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.decoding.search import Search
 from l2s_jax.decoding.text import ResponseText
-from l2s_jax.models.families import with_tokens
-from l2s_jax.models.systems import LanguageModel, Params, System
+from l2s_jax.models.families import check_positions, with_tokens
+from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer
 
 
@@ -74,8 +74,10 @@ class Generator:
         tokens. `weights` is one of models.serving.WEIGHTS. `mesh`: None is one device.
 
         Raises:
-          ValueError: the mesh does not divide the batch_size or a parameter.
+          ValueError: the mesh does not divide the batch_size or a parameter, or a model has too few
+            positions for the longest prompts and responses.
         """
+        _check_positions(system, prompt_lengths[-1], max_new_tokens)
         self.system = system
         self.mesh = mesh or sharding.one_device()
         sharding.check_rows(batch_size, self.mesh, "batch_size")
@@ -362,6 +364,22 @@ class _Progress(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     done: np.ndarray
+
+
+def _check_positions(system: System, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises a ValueError if a model of the system lacks positions for the longest rows."""
+    joint = isinstance(system, LlmToSlm)
+    longest = "the longest of prompt_lengths"
+    # What a decoder-only SLM continues has a place per token of the LLM's, whatever the fusion.
+    check_positions(
+        system.decoder,
+        prompt_tokens,
+        new_tokens,
+        where="slm" if joint else system.name,
+        lower=f"max_new_tokens or {longest}",
+    )
+    if joint:
+        check_positions(system.llm_config, prompt_tokens, 0, where="llm", lower=longest)
 
 
 def _buckets(least: int, most: int, factor: int) -> tuple[int, ...]:

@@ -1,5 +1,8 @@
 """Text in, text out."""
 
+import contextlib
+from unittest import mock
+
 import jax
 import pytest
 import small
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.generate import Generator
+from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.text import train_sentencepiece
 
@@ -81,3 +85,36 @@ def test_mismatched_feeds_another_prompts_representations(systems, tokenizer):
     # With one and the same prompt in every row, another prompt's representations are one's own.
     same = ["a lazy dog"] * 4
     assert loaded.generate(same, mismatched=True) == loaded.generate(same)
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "new_tokens", "message"),
+    [
+        ("slm", 16, 4, None),
+        ("slm", 16, 5, "slm: the model has 20 positions, prompt and response need 21: lower max_"),
+        ("l2s into gpt2", 16, 4, None),
+        ("l2s into gpt2", 17, 4, "slm: the model has 20 positions, prompt and response need 21"),
+        # An LLM that only encodes has no response to make room for.
+        ("l2s from gpt2", 20, 50, None),
+        ("l2s from gpt2", 21, 50, "llm: the model has 20 positions, prompts need 21: lower the"),
+    ],
+)
+def test_a_model_must_have_a_position_for_every_token(
+    tokenizer, kind, longest, new_tokens, message
+):
+    gpt2 = GPT2Config(
+        vocab_size=60, width=16, num_heads=2, num_layers=1, max_positions=20, pad_id=0, eos_id=1
+    )
+    t5 = small.t5_config(vocab_size=60)
+    system = {
+        "slm": LanguageModel("slm", gpt2),
+        "l2s into gpt2": LlmToSlm(t5, gpt2, projector_width=16),
+        "l2s from gpt2": LlmToSlm(gpt2, t5, projector_width=16),
+    }[kind]
+    arguments = {"prompt_lengths": (8, longest), "max_new_tokens": new_tokens, "batch_size": 2}
+    allowed = (
+        contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    )
+    # The limit is a matter of the configs alone.
+    with mock.patch.object(type(system), "to_serve", return_value=({}, {})), allowed:
+        Generator(system, {}, {}, tokenizer, tokenizer, **arguments)

@@ -149,3 +149,15 @@ def test_bad_settings_are_refused_in_one_line(job, tmp_path, capsys, flags, frag
     assert status == 2 and len(error) == 1
     for fragment in fragments:
         assert fragment in error[0]
+
+
+def test_generation_past_the_last_position_is_refused(job, tmp_path, capsys):
+    config, workdir = job
+    source = tmp_path / "in.txt"
+    source.write_text("one two\n")
+    flags = [f"--config={config}", f"--workdir={workdir}", "--mode=generate", f"--input={source}"]
+    assert tiny.run(*flags, "--config.decoding.max_new_tokens=5000") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "slm: the model has 64 positions" in error[0]
+    with pytest.raises(ValueError, match="64 positions, prompt and response need 80"):
+        l2s_jax.load(str(workdir / "l2s/model"), prompt_lengths=(16,), max_new_tokens=64)

@@ -65,6 +65,22 @@ def with_tokens(config: ModelConfig, pad_id: int, eos_id: int, where: str) -> Mo
     return config
 
 
+def check_positions(
+    config: ModelConfig, prompt_tokens: int, new_tokens: int, *, where: str, lower: str
+) -> None:
+    """Raises a ValueError if the model at `where` has no position for all tokens of a row.
+
+    `new_tokens` is 0 where the model only reads prompts. `lower` names what the user can lower.
+    """
+    longest = prompt_tokens + new_tokens
+    positions = getattr(config, "max_positions", longest)
+    if longest > positions:
+        what = "prompt and response need" if new_tokens else "prompts need"
+        raise ValueError(
+            f"{where}: the model has {positions} positions, {what} {longest}: lower {lower}"
+        )
+
+
 def make_module(config: ModelConfig) -> nn.Module:
     """The module of a config."""
     return _MODULES[type(config)](config)

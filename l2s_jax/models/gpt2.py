@@ -18,8 +18,8 @@ from l2s_jax.models.stacking import make_layers
 class GPT2Config:
     """Geometry of a GPT-2 model; defaults are those of the 124M one.
 
-    There is no position from `max_positions` on: a prompt and its response must fit, which callers
-    check. The logits of a longer row are NaN.
+    There is no position from `max_positions` on: a prompt and its response must fit, as
+    `families.check_positions` checks. The logits of a longer row are NaN.
     """
 
     vocab_size: int = 50257
