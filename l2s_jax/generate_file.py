@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -40,8 +41,8 @@ def generate_file(
     Lines are the text of the task's one prompt field. In JSON Lines (`jsonl`, or a name that ends
     in .jsonl) a line holds the prompt's fields, and comes back with "response" and "cut" added, and
     with a beam search's "score" and "others". Nothing is written unless all of the input can be
-    read, and `target` appears whole or not at all. With `stream`, each line is answered as it is
-    read, and its response is written as it is decoded.
+    read, and `target` appears whole or not at all: what was there is kept if this fails. With
+    `stream`, each line is answered as it is read, and its response is written as it is decoded.
 
     Args:
       search, stop: settings of `Search` that differ from the config's, values as text.
@@ -51,8 +52,8 @@ def generate_file(
       weights: other than the config's.
 
     Raises:
-      ValueError: the input cannot be read, a line holds no prompt (named file:line), or a setting
-        does not fit.
+      ValueError: the input cannot be read or the output not written, a line holds no prompt (named
+        file:line), or a setting does not fit.
     """
     task = load_task(config.task)
     jsonl = jsonl or source.endswith(".jsonl")
@@ -69,35 +70,37 @@ def generate_file(
     else:
         records = distributed.on_primary(lambda: list(_read_records(source, task, jsonl)))
         prompts = [task.render_prompt(record, where) for where, record in records]
-    generator = load_generator(
-        config, workdir, system, search=chosen, weights=weights or config.decoding.weights
-    )
-    if warm_up:
-        generator.warm_up(stream=stream)
-    if stream:
-        for number, (where, record) in enumerate(records):
-            prompt = task.render_prompt(record, where)
-            for piece in generator.stream(
-                prompt, max_new_tokens=max_new_tokens, seed=seed + number
-            ):
-                print(_one_line(piece), end="", flush=True)
-            print(flush=True)
-        return
-    outputs = generator.generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        seeds=range(seed, seed + len(prompts)),
-        description="generating",
-        shared=True,
-    )
-    if not distributed.is_primary():
-        return
-    with _open_output(target) as file:
-        for (_, record), output in zip(records, outputs, strict=True):
-            if jsonl:
-                file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
-            else:
-                file.write(_one_line(output.text) + "\n")
+    writes = distributed.is_primary()
+    with _open_output(target) if writes else contextlib.nullcontext() as file:
+        generator = load_generator(
+            config, workdir, system, search=chosen, weights=weights or config.decoding.weights
+        )
+        if warm_up:
+            generator.warm_up(stream=stream)
+        if stream:
+            for number, (where, record) in enumerate(records):
+                prompt = task.render_prompt(record, where)
+                for piece in generator.stream(
+                    prompt, max_new_tokens=max_new_tokens, seed=seed + number
+                ):
+                    print(_one_line(piece), end="", flush=True)
+                print(flush=True)
+            return
+        outputs = generator.generate(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            seeds=range(seed, seed + len(prompts)),
+            description="generating",
+            shared=True,
+        )
+        if not writes:
+            return
+        with _writing(target):
+            for (_, record), output in zip(records, outputs, strict=True):
+                if jsonl:
+                    file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
+                else:
+                    file.write(_one_line(output.text) + "\n")
 
 
 def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
@@ -173,13 +176,38 @@ def _parse(line: bytes, where: str, field: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open_output(target: str) -> Iterator[TextIO]:
+    """A file that becomes `target` when the block ends without an error, else disappears.
+
+    It is opened at once, next to `target`: what cannot be written there is known before the block.
+    """
     if target == "-":
         yield sys.stdout
         return
     temporary = f"{target}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        with _writing(target):
+            if os.path.isdir(target):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+        try:
             yield file
-        os.replace(temporary, target)
+            with _writing(target):
+                file.close()
+                os.replace(temporary, target)
+        except BaseException:
+            # The error of the block is what counts: closing may fail for the same reason.
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _writing(target: str) -> Iterator[None]:
+    """Errors of the file system name `target`."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"{target}: cannot write the output: {error.strerror}") from None
+        name = "stdout" if target == "-" else target
+        raise ValueError(f"{name}: cannot write the output: {error.strerror}") from None

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import tiny
@@ -286,3 +287,29 @@ def test_bad_decoding_settings_in_the_config(setting, message, tmp_path, capfd):
         f"--config.decoding.{setting}",
     )
     assert message in line
+
+
+def test_an_output_that_cannot_be_written_is_found_before_generating(finished, tmp_path, capfd):
+    source, kept = tmp_path / "in.txt", tmp_path / "kept"
+    source.write_text("one\n")
+    kept.mkdir()
+    flags = (f"--workdir={finished}", "--mode=generate", f"--input={source}")
+    loading = "l2s_jax.generate_file.load_generator"
+    for target in (tmp_path / "none" / "out.txt", source / "out.txt", kept):
+        with mock.patch(loading, side_effect=AssertionError("read a model")):
+            line = refuse(capfd, *flags, f"--output={target}")
+        assert f"{target}: cannot write the output: " in line
+    assert sorted(tmp_path.iterdir()) == [source, kept] and not list(kept.iterdir())
+
+
+def test_an_output_that_was_there_is_kept_by_a_run_that_fails(finished, tmp_path, capfd):
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("one\n")
+    target.write_text("from before\n")
+    flags = (f"--workdir={finished}", "--mode=generate", f"--input={source}")
+    assert "expected 1 to 8" in refuse(capfd, *flags, f"--output={target}", "--max_new_tokens=9")
+    assert target.read_text() == "from before\n"
+    assert sorted(tmp_path.iterdir()) == [source, target]
+    assert tiny.run(*flags, f"--output={target}") == 0
+    assert target.read_text() != "from before\n"
+    assert sorted(tmp_path.iterdir()) == [source, target]
