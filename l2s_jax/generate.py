@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from l2s_jax.decoding.text import ResponseText
 from l2s_jax.models.families import check_positions, with_tokens
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
@@ -70,8 +73,9 @@ class Generator:
     ):
         """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated.
 
-        `max_new_tokens` and `search` hold for calls that name none; no call may have more new
-        tokens. `weights` is one of models.serving.WEIGHTS. `mesh`: None is one device.
+        A call that truncates prompts warns of their number. `max_new_tokens` and `search` hold for
+        calls that name none; no call may have more new tokens. `weights` is one of
+        models.serving.WEIGHTS. `mesh`: None is one device.
 
         Raises:
           ValueError: the mesh does not divide the batch_size or a parameter, or a model has too few
@@ -225,6 +229,14 @@ class Generator:
             max_prompt_tokens=self.prompt_lengths[-1],
             max_response_tokens=1,
         )
+        if data.truncated_prompts:
+            log.warning(
+                "%s: %d of %d prompts were truncated to %d tokens",
+                self.system.name,
+                data.truncated_prompts,
+                len(data),
+                self.prompt_lengths[-1],
+            )
         if seeds and not 0 <= min(seeds) <= max(seeds) < 2**32:
             raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
         seeds = np.asarray(seeds, np.uint32)

@@ -118,3 +118,21 @@ def test_a_model_must_have_a_position_for_every_token(
     # The limit is a matter of the configs alone.
     with mock.patch.object(type(system), "to_serve", return_value=({}, {})), allowed:
         Generator(system, {}, {}, tokenizer, tokenizer, **arguments)
+
+
+def test_a_call_tells_once_how_many_prompts_it_truncates(systems, caplog):
+    loaded = generator(systems["l2s"], small.NumberTokenizer(), lengths=(4, 8), batch_size=2)
+
+    def told():
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    # With its eos, a prompt of 8 numbers has one token too many.
+    long, fits = "3 4 5 6 7 8 9 10", "3 4 5 6 7 8 9"
+    loaded.generate([long, fits, "3", long, long])
+    assert told() == ["l2s: 3 of 5 prompts were truncated to 8 tokens"]
+    "".join(loaded.stream(long))
+    assert told() == ["l2s: 1 of 1 prompts were truncated to 8 tokens"]
+    loaded.generate([fits, "3"])
+    assert told() == []
