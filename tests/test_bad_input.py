@@ -6,8 +6,12 @@ import re
 import shutil
 from unittest import mock
 
+import jax.numpy as jnp
 import pytest
 import tiny
+
+from l2s_jax.decoding.logits import truncate
+from l2s_jax.decoding.search import Search
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +317,31 @@ def test_an_output_that_was_there_is_kept_by_a_run_that_fails(finished, tmp_path
     assert tiny.run(*flags, f"--output={target}") == 0
     assert target.read_text() != "from before\n"
     assert sorted(tmp_path.iterdir()) == [source, target]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_p": 0.9}, "top_p=0.9 with temperature=0.0: expected top_p=1.0, or a temperature ab"),
+        ({"top_k": 3}, "top_k=3 with temperature=0.0: expected top_k=0, or a temperature above 0"),
+        ({"min_p": 0.1, "num_beams": 2}, "min_p=0.1 with temperature=0.0: expected min_p=0.0, or"),
+        ({"length_penalty": 0.6}, "length_penalty=0.6 with num_beams=1: expected length_penalty=1"),
+        (
+            {"early_stopping": True, "temperature": 1.0},
+            "early_stopping=True with num_beams=1: expected early_stopping=False, or num_beams ab",
+        ),
+        ({"temperature": 1e-50}, "temperature=1e-50: expected a number >= 0, and at least 0.001"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        Search(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_the_lowest_temperature_gives_numbers():
+    logits = jnp.asarray([[3e4, -3e4, 2.9e4, 0.0]])
+    search = Search(temperature=1e-3, top_k=3, top_p=0.9, min_p=0.1)
+    scaled = truncate(search, logits)
+    assert not jnp.isnan(scaled).any() and int(jnp.argmax(scaled)) == 0
+    assert jnp.isfinite(scaled[0, 0])

@@ -463,3 +463,11 @@ def test_the_command_makes_its_own_cpu_devices(tmp_path):
     report = json.loads((tmp_path / "plan.json").read_text())
     assert report["chips"] == 16 and report["mesh"]["data"] == 16
     assert np.isfinite(report["programs"]["encode"]["flops"])
+
+
+def test_a_beam_search_is_planned_as_greedy_decoding(tmp_path):
+    config = small_config(data=8)
+    config.decoding.search.update(num_beams=4, num_return=2, length_penalty=0.6)
+    config.decoding.search.early_stopping = True
+    report = planned(config, tmp_path, "cpu:8", programs=("prefill",))
+    assert list(report["programs"]) == ["prefill"]

@@ -11,7 +11,8 @@ class Search:
     """Settings of one way to decode; the defaults are greedy decoding.
 
     Their names and meanings are those of transformers' GenerationConfig, except that sampling is
-    asked for by a temperature above 0.
+    asked for by a temperature above 0. Without sampling, or without beam search, their settings are
+    refused: they would not be looked at.
 
     temperature: above 0, tokens are sampled at that temperature; 0: the likeliest is taken.
     top_k: sampling is from the k likeliest tokens; 0: from all.
@@ -65,6 +66,15 @@ class Search:
                 f"num_beams={self.num_beams} with stop={list(self.stop)}: expected one of them, "
                 "stop texts end greedy and sampled responses"
             )
+        for setting, (expected, names) in _ONLY_WITH.items():
+            chosen = getattr(self, setting)
+            for name in names if chosen == _DEFAULTS[setting] else ():
+                value, unused = getattr(self, name), _DEFAULTS[name]
+                if value != unused:
+                    raise ValueError(
+                        f"{name}={value} with {setting}={chosen}: expected {name}={unused}, or "
+                        f"{expected}"
+                    )
         if self.num_return > self.num_beams:
             raise ValueError(
                 f"num_return={self.num_return}: expected at most num_beams={self.num_beams}"
@@ -76,8 +86,14 @@ class Search:
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
+# A float32 logit divided by less may overflow, and by what rounds to 0 become NaN.
+_LEAST_TEMPERATURE = 1e-3
+
 _EXPECTED = {
-    "temperature": (lambda value: value >= 0, "a number >= 0"),
+    "temperature": (
+        lambda value: value == 0 or value >= _LEAST_TEMPERATURE,
+        f"a number >= 0, and at least {_LEAST_TEMPERATURE} if not 0",
+    ),
     "top_k": (lambda value: value >= 0, "an integer >= 0"),
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "min_p": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
@@ -91,5 +107,17 @@ _EXPECTED = {
     "stop": (
         lambda value: all(isinstance(text, str) and text for text in value),
         "texts of at least one character",
+    ),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Search)}
+# Settings that say nothing where another one has its default.
+_ONLY_WITH = {
+    "temperature": (
+        "a temperature above 0, only sampling looks at it",
+        ("top_k", "top_p", "min_p"),
+    ),
+    "num_beams": (
+        "num_beams above 1, only beam search looks at it",
+        ("length_penalty", "early_stopping"),
     ),
 }

@@ -130,7 +130,8 @@ class Compiler:
         rows, width = settings.batch_size, self.config.max_prompt_tokens
         ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
         weights = (self._trained, self._frozen)
-        choices = Search(**{**settings.search.to_dict(), "num_beams": 1, "num_return": 1})
+        of_beams = ("num_beams", "num_return", "length_penalty", "early_stopping")
+        choices = Search(**{k: v for k, v in settings.search.items() if k not in of_beams})
         static = {"max_new_tokens": settings.max_new_tokens, "search": choices}
 
         encode = jax.jit(system.encode)
