@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 class Output(NamedTuple):
     """One generated response; `cut` says that the limit on new tokens ended it.
 
+    `tokens` is how many were decoded, the eos included. After a stop text these are more than
+    `text` has: the stop's own, and the rest of the chunk that it was found in.
+
     Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
     after the best, best first.
     """
@@ -167,14 +170,13 @@ class Generator:
             for number, (indices, batch) in enumerate(
                 self._batches(prompts, limit, seeds, mismatched)
             ):
+                if number % processes == me:
+                    if search.stop:
+                        answers = self._decode_until(batch, capacity, search, mismatched)
+                    else:
+                        answers = self._collect(self._decode(batch, capacity, search, mismatched))
+                    outputs.update(zip(indices.tolist(), answers, strict=False))
                 bar.update(len(indices))
-                if number % processes != me:
-                    continue
-                if search.stop:
-                    answers = self._decode_until(batch, capacity, search, mismatched)
-                else:
-                    answers = self._collect(self._decode(batch, capacity, search, mismatched))
-                outputs.update(zip(indices.tolist(), answers, strict=False))
         if processes > 1:
             shares = distributed.exchange(list(outputs.items()))
             outputs = {index: _output_of(fields) for share in shares for index, fields in share}
@@ -237,7 +239,7 @@ class Generator:
                 len(data),
                 self.prompt_lengths[-1],
             )
-        if seeds and not 0 <= min(seeds) <= max(seeds) < 2**32:
+        if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 2**32:
             raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
         seeds = np.asarray(seeds, np.uint32)
         for indices, batch in evaluation_batches(

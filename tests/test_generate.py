@@ -4,11 +4,13 @@ import contextlib
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l2s_jax.decoding.search import Search
 from l2s_jax.generate import Generator
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
@@ -136,3 +138,37 @@ def test_a_call_tells_once_how_many_prompts_it_truncates(systems, caplog):
     assert told() == ["l2s: 1 of 1 prompts were truncated to 8 tokens"]
     loaded.generate([fits, "3"])
     assert told() == []
+
+
+def test_seeds_may_be_an_array(systems, tokenizer):
+    loaded = generator(systems["llm"], tokenizer)
+    settings = {"search": Search(temperature=1.0)}
+    expected = loaded.generate(["the fox", "a dog"], seeds=[3, 4], **settings)
+    assert loaded.generate(["the fox", "a dog"], seeds=np.array([3, 4]), **settings) == expected
+    assert loaded.generate([], seeds=np.array([], int), **settings) == []
+    with pytest.raises(ValueError, match="seeds -1 to 4: expected 0 to 4294967295"):
+        loaded.generate(["the fox", "a dog"], seeds=np.array([-1, 4]), **settings)
+
+
+def test_the_progress_bar_counts_what_has_been_decoded(systems, tokenizer):
+    loaded, events = generator(systems["llm"], tokenizer, batch_size=2), []
+    decode = loaded._decode
+    with (
+        mock.patch("l2s_jax.generate.tqdm") as bar,
+        mock.patch.object(
+            loaded, "_decode", side_effect=lambda *a: events.append("decode") or decode(*a)
+        ),
+    ):
+        bar.return_value.__enter__.return_value.update.side_effect = events.append
+        loaded.generate(["the fox", "a dog", "jumps"], description="generating")
+    assert events == ["decode", 2, "decode", 1]
+
+
+def test_tokens_are_all_that_were_decoded_also_after_a_stop(systems, tokenizer):
+    loaded = generator(systems["llm"], tokenizer)
+    (whole,) = loaded.generate(["the quick brown fox"])
+    stop = whole.text[2:5]
+    (stopped,) = loaded.generate(["the quick brown fox"], search=Search(stop=(stop,)))
+    assert stopped.text == whole.text.split(stop)[0] != whole.text
+    # All six come in the chunk after the first token.
+    assert stopped.tokens == whole.tokens == 6
