@@ -51,13 +51,6 @@ class History:
         return (positions >= self.start) & (positions < self.end)
 
 
-def empty_history(batch_size: int, capacity: int) -> History:
-    """No token yet, and room for `capacity`."""
-    return History(
-        jnp.zeros((capacity, batch_size), jnp.int32), jnp.zeros(batch_size, jnp.int32), jnp.int32(0)
-    )
-
-
 def history_of(ids: jax.Array, mask: jax.Array, capacity: int) -> History:
     """A history that starts with ids int32 [B, P] where mask bool [B, P] is true."""
     batch_size, length = ids.shape

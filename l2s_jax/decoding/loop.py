@@ -30,7 +30,8 @@ class Decoded:
 
     tokens: int32 [B, S], the eos included, pad_id after it.
     lengths: int32 [B], tokens of each row, the eos included.
-    finished: bool [B], whether the row ended with an eos; if not, its limit cut it.
+    finished: bool [B], whether the row ended with an eos; if not, its limit cut it. True too of
+      rows with a limit of 0, which nothing cuts.
     """
 
     tokens: jax.Array
@@ -45,7 +46,7 @@ class State:
     count: int32 [], tokens so far, the same for every row.
     tokens: int32 [steps + 1, B], step-major, so that a step's tokens are one contiguous write.
     token: int32 [B], the last one.
-    done, finished, lengths, limits: [B], of each row; `finished` is done by an eos.
+    done, finished, lengths, limits: [B], of each row; `finished` as in Decoded.
     keys: a PRNG key per row for sampling, or None.
     history: for the penalties that need it, or None.
     """
@@ -94,7 +95,6 @@ class Loop:
           history: what the response continues, where search.needs_history.
         """
         rows = logits.shape[0]
-        none = jnp.zeros(rows, bool)
         keys = None
         if self.search.temperature:
             keys = jax.vmap(jax.random.key)(seeds)
@@ -103,7 +103,7 @@ class Loop:
             tokens=jnp.full((decoding_steps(self.capacity) + 1, rows), self.pad_id, jnp.int32),
             token=jnp.zeros(rows, jnp.int32),
             done=limits <= 0,
-            finished=none | (limits <= 0),
+            finished=limits <= 0,
             lengths=jnp.zeros(rows, jnp.int32),
             limits=jnp.minimum(limits, self.capacity),
             keys=keys,
