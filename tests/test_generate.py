@@ -4,6 +4,7 @@ import contextlib
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from l2s_jax.decoding.search import Search
 from l2s_jax.generate import Generator
+from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.text import train_sentencepiece
@@ -172,3 +174,29 @@ def test_tokens_are_all_that_were_decoded_also_after_a_stop(systems, tokenizer):
     assert stopped.text == whole.text.split(stop)[0] != whole.text
     # All six come in the chunk after the first token.
     assert stopped.tokens == whole.tokens == 6
+
+
+def test_beams_take_each_others_responses_and_leave_the_prompt():
+    random, parents = np.random.default_rng(0), np.array([[1, 1, 0], [2, 0, 2]])
+    slots = random.standard_normal((6, 2, 7, 3)).astype(np.float32)
+    mask = np.ones((6, 7), bool)
+    cache = CausalCache(0, mask[:, 0], mask, mask, (KeyValue(slots, slots + 1),), prompt_slots=4)
+    (taken,) = take_hypotheses(cache, jnp.asarray(parents)).layers
+    rows = (parents + np.array([[0], [3]])).reshape(-1)
+    for got, had in ((taken.key, slots), (taken.value, slots + 1)):
+        np.testing.assert_array_equal(got[:, :, :4], had[:, :, :4])
+        np.testing.assert_array_equal(got[:, :, 4:], had[rows, :, 4:])
+
+
+def test_a_beam_search_of_one_token_has_no_slots_for_responses():
+    config = GPT2Config(
+        vocab_size=48, width=16, num_heads=2, num_layers=1, max_positions=20, pad_id=0, eos_id=1
+    )
+    system = LanguageModel("slm", config)
+    numbers = small.NumberTokenizer()
+    settings = {"prompt_lengths": (8,), "max_new_tokens": 1, "batch_size": 2}
+    params = small.make_params(system)[0]
+    loaded = Generator(system, params, {}, numbers, numbers, **settings)
+    (greedy,) = loaded.generate(["3 4 5"])
+    (best,) = loaded.generate(["3 4 5"], search=Search(num_beams=3, num_return=2))
+    assert (best.text, best.tokens) == (greedy.text, 1) and len(best.others) == 1

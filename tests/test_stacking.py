@@ -235,7 +235,7 @@ def test_a_scanned_module_does_not_decode(call):
     params = stack_layers(small.make_params(LanguageModel("llm", config))[0]["llm"])
     module = make_module(config)
     prompt, mask = np.ones((1, 2, 16), np.float32), np.ones((1, 2), bool)
-    cache = CausalCache(jnp.zeros((), int), jnp.ones(1, int), jnp.ones((1, 2), int), mask, ())
+    cache = CausalCache(jnp.zeros((), int), jnp.ones(1, int), jnp.ones((1, 2), int), mask, (), 1)
     arguments = (prompt, mask, 2) if call == "prefill" else (np.ones(1, int), cache)
     with pytest.raises(ValueError, match="scan_layers: prefill, step"):
         module.apply({"params": params}, *arguments, method=call)

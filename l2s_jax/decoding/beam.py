@@ -60,6 +60,11 @@ class _State:
     cache: Any
 
 
+# With the last token of each running hypothesis, int32 [B * K], and the place in its row of the one
+# that it continues, int32 [B, K], of which the cache still is.
+_Carry = tuple[_State, jax.Array, jax.Array]
+
+
 def beam_search(
     step: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
     params: Any,
@@ -94,8 +99,8 @@ def beam_search(
         """A row for every running hypothesis."""
         return jnp.repeat(leaf, beams, axis=0)
 
-    def choose(state: _State, logits: jax.Array) -> tuple[_State, jax.Array]:
-        """One more token in every running hypothesis; also gives them, int32 [B * K]."""
+    def choose(state: _State, logits: jax.Array) -> _Carry:
+        """One more token in every running hypothesis; the cache stays that of the ones before."""
         count = state.count + 1
         log_p = constrain(search, jax.nn.log_softmax(logits), state.history, state.count, eos_id)
         log_p = log_p.reshape(rows, beams, vocab_size) + state.scores[..., None]
@@ -138,13 +143,15 @@ def beam_search(
             scores=run_on,
             history=None if state.history is None else state.history.take(parents).append(last),
             best=best,
-            cache=take(state.cache, parents),
+            cache=state.cache,
         )
-        return state, last
+        return state, last, parents
 
-    def one_step(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
-        state, token = carry
-        logits, cache = step(params, token, state.cache)
+    def one_step(carry: _Carry) -> _Carry:
+        state, token, parents = carry
+        # Taken right before the step writes, and not after it has read, the cache is changed in
+        # place; XLA makes copies of it otherwise.
+        logits, cache = step(params, token, take(state.cache, parents))
         return choose(state.replace(cache=cache), logits)
 
     none = jnp.full((rows, beams, capacity), pad_id, jnp.int32)
@@ -164,8 +171,8 @@ def beam_search(
         ),
         cache=jax.tree.map(lambda leaf: each(leaf) if leaf.ndim else leaf, cache),
     )
-    state, token = choose(start, each(logits))
-    state, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[0].open), one_step, (state, token))
+    carry = choose(start, each(logits))
+    state, *_ = jax.lax.while_loop(lambda carry: jnp.any(carry[0].open), one_step, carry)
     best = jax.tree.map(lambda leaf: leaf[:, : search.num_return], state.best)
     return Hypotheses(best.tokens, best.lengths, best.finished, best.scores)
 

@@ -47,6 +47,7 @@ class CausalCache:
     positions: int32 [B, K], of the token in each slot.
     mask: bool [B, K], true where a slot holds a real token.
     layers: one KeyValue [B, G, K, H] per layer.
+    prompt_slots: how many slots, the first ones, are the prompt's.
     """
 
     index: jax.Array
@@ -54,6 +55,7 @@ class CausalCache:
     positions: jax.Array
     mask: jax.Array
     layers: tuple[KeyValue, ...]
+    prompt_slots: int = struct.field(pytree_node=False)
 
 
 def place(cache: DecoderCache | CausalCache) -> DecoderCache | CausalCache:
@@ -94,12 +96,17 @@ def take_hypotheses(
 
     What the prompt left stays where it is: it is the same for all hypotheses of a prompt.
     """
-    name = "self_attention" if isinstance(cache, DecoderCache) else "layers"
+    if isinstance(cache, DecoderCache):
+        name, first = "self_attention", 0
+    else:
+        name, first = "layers", cache.prompt_slots
 
     def take(leaf: jax.Array) -> jax.Array:
+        decoded = leaf[:, :, first:]
         # Within a prompt: rows that a mesh splits stay on their devices.
-        own = leaf.reshape(*parents.shape, *leaf.shape[1:])
-        index = parents.reshape(*parents.shape, *[1] * (leaf.ndim - 1))
-        return jnp.take_along_axis(own, index, axis=1).reshape(leaf.shape)
+        own = decoded.reshape(*parents.shape, *decoded.shape[1:])
+        index = parents.reshape(*parents.shape, *[1] * (decoded.ndim - 1))
+        taken = jnp.take_along_axis(own, index, axis=1).reshape(decoded.shape)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, taken, first, axis=2)
 
     return cache.replace(**{name: jax.tree.map(take, getattr(cache, name))})

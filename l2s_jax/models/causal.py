@@ -229,6 +229,7 @@ class CausalModel(nn.Module):
                 positions=extend(positions, 1),
                 mask=extend(mask, 1),
                 layers=jax.tree.map(lambda slots: extend(slots, 2), held),
+                prompt_slots=prompt.shape[1],
             )
         )
         return self._logits(_last_real(x, mask))[:, 0], cache
@@ -247,7 +248,7 @@ class CausalModel(nn.Module):
             x, key_value = layer(x, position, biases[i], held, cache.index)
             x = split_rows(x)
             written.append(key_value)
-        cache = CausalCache(
+        cache = cache.replace(
             index=cache.index + 1,
             next_position=cache.next_position + 1,
             positions=positions,
