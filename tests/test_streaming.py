@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import itertools
 import resource
 from typing import ClassVar
 
@@ -206,43 +208,79 @@ class Counted(LanguageModel):
         return super().prefill(*args)
 
 
-def test_ten_thousand_requests_compile_no_more_than_the_buckets_and_hold_no_memory():
+@pytest.fixture
+def compilations():
+    """The seconds of each compilation by the backend, or of finding it in the cache on disk."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def resident_kib():
+    """Memory that this process has now; its peak may be that of an earlier test."""
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() // 1024
+
+
+def test_ten_thousand_requests_compile_no_more_than_the_buckets_and_hold_no_memory(compilations):
     config = small.t5_config(width=8, num_heads=1, head_width=8, feed_forward_width=8)
     system = Counted("llm", config)
     trained, _ = small.make_params(system)
     tokenizer = small.NumberTokenizer()
-    model = Generator(
-        system,
-        trained,
-        {},
-        tokenizer,
-        tokenizer,
-        prompt_lengths=(8, 16),
-        max_new_tokens=32,
-        batch_size=4,
+    settings = {"prompt_lengths": (8, 16), "max_new_tokens": 32}
+    model = Generator(system, trained, {}, tokenizer, tokenizer, batch_size=4, **settings)
+    stop = Search(stop=("23",))
+    alone = Generator(
+        system, trained, {}, tokenizer, tokenizer, batch_size=1, search=stop, **settings
     )
     random = np.random.default_rng(0)
     Counted.prefills.clear()
+    compilations.clear()
     assert model.warm_up() == len(Counted.prefills) == 2 * 2 * 2
+    assert len(compilations) == 8
     assert model.warm_up(stream=True) == 1 * 2 * 2
     assert len(Counted.prefills) == 8 + 4
+    # A program for the prompt and the first token, and one for a chunk of the others.
+    assert len(compilations) == 8 + 2 * 4
+    # One row at a time, programs that stop at a text are those that stream.
+    alone.warm_up()
+    assert (len(Counted.prefills), len(compilations)) == (12, 16)
     for prompt in ("5 6 7", "5 6 7 8 9 10 11 12 13"):
         for limit in (2, 20):
             list(model.stream(prompt, max_new_tokens=limit))
 
-    def request():
-        rows = random.integers(1, 5)
-        prompts = [
-            " ".join(map(str, random.integers(3, 48, random.integers(1, 16)))) for _ in range(rows)
-        ]
-        model.generate(prompts, max_new_tokens=int(random.integers(1, 33)))
+    def prompt():
+        return " ".join(map(str, random.integers(3, 48, random.integers(1, 16))))
 
-    for _ in range(2000):
-        request()
-    arrays, peak = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(8000):
-        request()
+    stopped = []
+
+    def request(number):
+        limit = int(random.integers(1, 33))
+        if number % 40 == 0:
+            pieces = model.stream(prompt(), max_new_tokens=limit)
+            # Some callers leave before the end.
+            list(itertools.islice(pieces, 1 if number % 80 else None))
+        elif number % 40 == 20:
+            (output,) = alone.generate([prompt()], max_new_tokens=limit)
+            stopped.append(output.tokens < limit and not output.cut)
+        else:
+            model.generate([prompt() for _ in range(random.integers(1, 5))], max_new_tokens=limit)
+
+    for number in range(2000):
+        request(number)
+    arrays, resident = len(jax.live_arrays()), resident_kib()
+    for number in range(2000, 10000):
+        request(number)
     assert len(Counted.prefills) == 8 + 4
+    assert len(compilations) == 8 + 2 * 4
+    assert len(stopped) == 250 and any(stopped)
+    grown = resident_kib() - resident
     assert len(jax.live_arrays()) == arrays
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     assert grown < 8 * 1024, f"{grown} KiB more after 8000 more requests"
