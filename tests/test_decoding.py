@@ -13,7 +13,7 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.decoding.engine import GREEDY, jitted_decode
+from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
 from l2s_jax.generate import Generator
 from l2s_jax.models.gpt2 import GPT2Config
@@ -366,16 +366,19 @@ CAUSAL = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["slm", "add", "cross", *CAUSAL])
-def test_the_cache_is_updated_in_place(name, rows):
+# As users compile programs, not as the tests do.
+COMPILATION = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
+
+
+def arguments_of(name, rows, new):
+    """(system, arguments of `decode` after it, the cache's shapes as a tree)."""
     if name in CAUSAL:
         config = CAUSAL[name]
         system, frozen = LanguageModel("slm", config), {}
         trained = jax.eval_shape(system.init, jax.random.key(0))
     else:
         system, trained, frozen, _ = case(name)
-    prompt, new = 7, 500
+    prompt = 7
     arguments = (
         trained,
         frozen,
@@ -383,27 +386,61 @@ def test_the_cache_is_updated_in_place(name, rows):
         jnp.ones((rows, prompt), bool),
         jnp.full(rows, new),
     )
-    # As users compile it, not as the tests do.
-    compiled = jitted_decode.lower(system, *arguments, max_new_tokens=new).compile(
-        {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
-    )
     hidden = jax.eval_shape(system.encode, *arguments[:4])
     prefill = functools.partial(system.prefill, max_steps=decoding_steps(new))
-    _, cache = jax.eval_shape(prefill, *arguments[:4], hidden)
+    return system, arguments, jax.eval_shape(prefill, *arguments[:4], hidden)[1]
+
+
+def shapes_of(cache):
+    """(the shapes of its keys and values, the same as a product's turned factor has them)."""
     shapes = {leaf.shape for leaf in jax.tree.leaves(cache) if leaf.ndim == 4}
+    return shapes, {(*shape[:2], *shape[:1:-1]) for shape in shapes}
+
+
+def bytes_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def made_by(opcode, shapes, lines):
+    sizes = "|".join(",".join(map(str, shape)) for shape in merged(shapes))
+    made = re.compile(rf" f32\[(?:{sizes})\]\S* {opcode}\(")
+    return [line.strip() for line in lines if made.search(line)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["slm", "add", "cross", *CAUSAL])
+def test_the_cache_is_updated_in_place(name, rows):
+    new = 500
+    system, arguments, cache = arguments_of(name, rows, new)
+    compiled = jitted_decode.lower(system, *arguments, max_new_tokens=new).compile(COMPILATION)
+    shapes, transposed = shapes_of(cache)
     lines = computations_per_token(compiled.as_text())
 
-    def made_by(opcode, shapes):
-        sizes = "|".join(",".join(map(str, shape)) for shape in merged(shapes))
-        made = re.compile(rf" f32\[(?:{sizes})\]\S* {opcode}\(")
-        return [line.strip() for line in lines if made.search(line)]
-
-    assert made_by("dynamic-update-slice", shapes)
+    assert made_by("dynamic-update-slice", shapes, lines)
     # Nor is it turned for a product, alone or within a fusion.
-    transposed = {(*shape[:2], *shape[:1:-1]) for shape in shapes}
-    assert not made_by("copy", shapes | transposed)
+    assert not made_by("copy", shapes | transposed, lines)
     read = {reading for reading, shape in factors(lines) if shape in merged(shapes)}
     assert read == {"first by rows", "second by columns"}
     # Nor is there a second one to alternate with.
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.9 * size
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.9 * bytes_of(cache)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["slm", "add", "cross", *CAUSAL])
+def test_a_chunk_of_a_stream_updates_the_cache_that_it_is_given(name, rows):
+    new = 500
+    system, arguments, cache = arguments_of(name, rows, new)
+    settings = {"max_new_tokens": new, "search": GREEDY}
+    state = jax.eval_shape(functools.partial(start, system, **settings), *arguments)
+    ended = jnp.zeros(rows, bool)
+    lowered = advance.lower(system, arguments[0], state, ended, **settings)
+    compiled = lowered.compile(COMPILATION)
+    shapes, transposed = shapes_of(cache)
+    hlo = compiled.as_text()
+
+    assert made_by("dynamic-update-slice", shapes, computations_per_token(hlo))
+    # Neither at a step, nor before the first or after the last of a chunk.
+    assert not made_by("copy", shapes | transposed, hlo.splitlines())
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= bytes_of(state.cache) == bytes_of(cache)
+    assert memory.temp_size_in_bytes < 0.5 * bytes_of(cache)
