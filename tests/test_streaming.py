@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
+import glob
 import itertools
+import re
 import resource
 from typing import ClassVar
 
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from l2s_jax.decoding.loop import CHUNK, decoding_steps
 from l2s_jax.decoding.search import Search
 from l2s_jax.decoding.text import ResponseText
 from l2s_jax.generate import Generator
@@ -206,6 +210,52 @@ class Counted(LanguageModel):
     def prefill(self, *args):
         self.prefills.append(args[2].shape)
         return super().prefill(*args)
+
+
+def host_events(directory, call):
+    """name -> times that a profile of call() has a Python function or an execution of a program."""
+    with jax.profiler.trace(directory):
+        call()
+    (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
+    planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(path).planes}
+    names = (event.name for line in planes["/host:CPU"].lines for event in line.events)
+    # Other events are the operations of a program, which has the host for its device.
+    return collections.Counter(
+        name for name in names if re.match(r"\$|PjitFunction\(|.*::ExecuteHelper", name)
+    )
+
+
+def test_the_host_executes_one_program_however_many_tokens_there_are(tmp_path):
+    config = dataclasses.replace(small.t5_config(), eos_id=-1)
+    system, tokenizer = LanguageModel("llm", config), small.NumberTokenizer()
+    settings = {"prompt_lengths": (8,), "max_new_tokens": 400, "batch_size": 1}
+    model = Generator(system, *small.make_params(system), tokenizer, tokenizer, **settings)
+
+    def request(tokens):
+        (output,) = model.generate(["5 6 7"], max_new_tokens=tokens)
+        assert output.tokens == tokens
+
+    def executions(events):
+        return {name: count for name, count in events.items() if not name.startswith("$")}
+
+    request(260)
+    few, many = (
+        host_events(str(tmp_path / str(tokens)), lambda tokens=tokens: request(tokens))
+        for tokens in (260, 400)  # of one program
+    )
+    (helper,) = (name for name in many if name.endswith("::ExecuteHelperOnSingleDevice"))
+    for events in (few, many):
+        assert executions(events).keys() == {"PjitFunction(decode)", helper}
+        assert events[helper] == 1
+    assert executions(few) == executions(many)
+    # Nor has Python more to do for 140 tokens more, though a garbage collection may come by.
+    assert few.total() > 300
+    assert abs(many.total() - few.total()) < 70, many - few
+
+    list(model.stream("5 6 7"))
+    events = host_events(str(tmp_path / "stream"), lambda: list(model.stream("5 6 7")))
+    chunks = decoding_steps(400) // CHUNK
+    assert events[helper] > chunks, "executions of several programs would not be seen"
 
 
 @pytest.fixture
