@@ -20,6 +20,7 @@ from l2s_jax.convert import load_hf
 from l2s_jax.decoding import logits as processing
 from l2s_jax.decoding.beam import beam_search
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
+from l2s_jax.decoding.loop import Loop
 from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import LanguageModel
 
@@ -178,6 +179,7 @@ def test_searches_differ_from_each_other(checkpoints):
 
 
 VOCABULARY, EOS, PAD, LONGEST = 4, 1, 0, 4
+NEVER = -1
 
 
 @functools.cache
@@ -437,6 +439,41 @@ def test_first_tokens_are_sampled_from_the_models_distribution(checkpoints):
     counts = np.append(counts[~rare], counts[rare].sum())
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     freedom = len(expected) - 1
+    assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("search", "possible"),
+    [(Search(temperature=0.8), 64), (Search(temperature=1.5, min_p=0.2), 44)],
+)
+def test_the_tokens_of_a_response_are_sampled_from_their_joint_distribution(search, possible):
+    draws, steps = 20000, 3
+    # Of the next token after each, the first one's in the last row.
+    table = np.random.default_rng(5).normal(size=(VOCABULARY + 1, VOCABULARY)).astype(np.float32)
+
+    def step(table, token, cache):
+        return table[token], cache
+
+    loop = Loop(step, NEVER, PAD, steps, search)
+    logits = np.broadcast_to(table[-1], (draws, VOCABULARY))
+    limits, seeds = np.full(draws, steps), np.arange(draws, dtype=np.uint32)
+    decoded = jax.jit(loop.run)(jnp.asarray(table), logits, jnp.int32(0), limits, seeds)
+
+    after = np.exp(table / search.temperature)
+    after[after < search.min_p * after.max(1, keepdims=True)] = 0
+    after /= after.sum(1, keepdims=True)
+    joint = np.einsum("a,ab,bc->abc", after[-1], after[:-1], after[:-1])
+    shape = (VOCABULARY,) * steps
+    places = np.ravel_multi_index(np.asarray(decoded.tokens).T, shape)
+    counts = np.bincount(places, minlength=joint.size)
+    expected = draws * joint.reshape(-1)
+    assert (expected > 0).sum() == possible and (counts[expected == 0] == 0).all()
+    rare = expected < 10
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts = np.append(counts[~rare], counts[rare].sum())
+    there = expected > 0
+    chi_squared = ((counts - expected)[there] ** 2 / expected[there]).sum()
+    freedom = there.sum() - 1
     assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
 
 
