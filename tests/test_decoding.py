@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
+from l2s_jax.decoding.search import Search
 from l2s_jax.generate import Generator
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
@@ -25,9 +26,36 @@ NEW = CHUNK + 3
 NEVER = -1
 
 
+CAUSAL = {
+    "gpt2": GPT2Config(
+        vocab_size=48,
+        width=16,
+        num_heads=2,
+        feed_forward_width=32,
+        num_layers=2,
+        max_positions=600,
+        dropout_rate=0.0,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=48,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=8,
+        feed_forward_width=32,
+        num_layers=2,
+        rotary=Rotary(8),
+    ),
+}
+
+
 @functools.cache
 def case(name):
-    system = small.make_system(name, num_decoder_layers=2)
+    if name in CAUSAL:
+        tokens = {"pad_id": 0, "eos_id": 1, "tied_head": False}
+        system = LanguageModel("slm", dataclasses.replace(CAUSAL[name], **tokens))
+    else:
+        system = small.make_system(name, num_decoder_layers=2)
     return system, *small.make_params(system), small.make_batch(system, rows=5)
 
 
@@ -203,10 +231,17 @@ def test_inactive_rows_change_nothing_for_the_others(name):
 
 
 LONGEST = 12
+SEARCHES = {
+    "greedy": GREEDY,
+    "sampling": Search(
+        temperature=1.2, top_k=30, repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=2
+    ),
+    "beams": Search(num_beams=3, num_return=2, repetition_penalty=1.2),
+}
 
 
 @functools.cache
-def generator(name, batch_size, prompt_lengths):
+def generator(name, batch_size, prompt_lengths, max_new_tokens=6):
     system, trained, frozen, _ = case(name)
     return Generator(
         system,
@@ -215,29 +250,62 @@ def generator(name, batch_size, prompt_lengths):
         small.NumberTokenizer(),
         small.NumberTokenizer(),
         prompt_lengths=prompt_lengths,
-        max_new_tokens=6,
+        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
 
 
 @functools.cache
-def alone(name, prompt):
-    return generator(name, 1, (LONGEST,)).generate([prompt])[0]
+def alone(name, prompt, search="greedy", seed=0):
+    model = generator(name, 1, (LONGEST,))
+    return model.generate([prompt], search=SEARCHES[search], seeds=[seed])[0]
 
 
 PROMPTS = [prompt for prompt, _ in small.random_pairs(12, LONGEST - 1, seed=5)]
 
 
+def without_scores(output):
+    return output._replace(score=None, others=tuple(map(without_scores, output.others)))
+
+
+def scores_of(output):
+    return [one.score for one in (output, *output.others) if one.score is not None]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 @settings(deadline=None, max_examples=30)
 @given(
-    name=st.sampled_from(["slm", "add", "cross"]),
-    prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=10),
-    batch_size=st.sampled_from([1, 4]),
-    prompt_lengths=st.sampled_from([(LONGEST,), (6, LONGEST)]),
+    name=st.sampled_from(["slm", "add", "cross", *CAUSAL]),
+    rows=st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(0, 3)), min_size=1, max_size=10),
+    shapes=st.sampled_from(
+        [
+            (1, (LONGEST,), 6),
+            (1, (6, LONGEST), 6),
+            (4, (LONGEST,), 6),
+            (4, (6, LONGEST), 6),
+            (4, (6, LONGEST), 11),
+        ]
+    ),
 )
-def test_an_output_depends_on_its_prompt_only(name, prompts, batch_size, prompt_lengths):
-    outputs = generator(name, batch_size, prompt_lengths).generate(prompts)
-    assert outputs == [alone(name, prompt) for prompt in prompts]
+def test_an_output_depends_on_its_prompt_only(search, name, rows, shapes):
+    prompts, seeds = zip(*rows, strict=True)
+    outputs = generator(name, *shapes).generate(
+        prompts, search=SEARCHES[search], seeds=seeds, max_new_tokens=6
+    )
+    expected = [alone(name, prompt, search, seed) for prompt, seed in rows]
+    assert list(map(without_scores, outputs)) == list(map(without_scores, expected))
+    for one, other in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(scores_of(one), scores_of(other), rtol=1e-5)
+        assert len(scores_of(one)) == (2 if search == "beams" else 0)
+
+
+def test_samples_differ_by_their_seeds_and_searches_by_what_they_find():
+    for name in ("slm", "add", *CAUSAL):
+        sampled = [alone(name, PROMPTS[0], "sampling", seed).text for seed in range(4)]
+        assert len(set(sampled)) > 1
+        found = [[alone(name, prompt, search) for prompt in PROMPTS] for search in SEARCHES]
+        texts = {tuple(output.text for output in outputs) for outputs in found}
+        assert len(texts) == len(SEARCHES)
 
 
 def test_prompts_differ_in_their_outputs():
@@ -341,29 +409,6 @@ def factors(lines):
             for name, axis, which in zip(names.groups(), axes, ("first", "second"), strict=True):
                 shape = shapes[name]
                 yield f"{which} by {'rows' if int(axis) == len(shape) - 1 else 'columns'}", shape
-
-
-CAUSAL = {
-    "gpt2": GPT2Config(
-        vocab_size=48,
-        width=16,
-        num_heads=2,
-        feed_forward_width=32,
-        num_layers=2,
-        max_positions=600,
-        dropout_rate=0.0,
-    ),
-    "llama": LlamaConfig(
-        vocab_size=48,
-        width=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_width=8,
-        feed_forward_width=32,
-        num_layers=2,
-        rotary=Rotary(8),
-    ),
-}
 
 
 # As users compile programs, not as the tests do.
