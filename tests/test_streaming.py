@@ -173,17 +173,28 @@ def test_beams_give_the_others_too(systems, tokenizers):
         next(model.stream(TEXTS[0]))
 
 
+PENALTIES = Search(
+    temperature=0.9, top_p=0.95, repetition_penalty=1.3, no_repeat_ngram_size=3, min_new_tokens=5
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "search"), [("add", Search()), ("add", PENALTIES), ("llm", SAMPLING)]
+)
 @settings(deadline=None, max_examples=20)
 @given(
     limit=st.integers(1, NEW),
     prompts=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=6),
     batch_size=st.sampled_from([1, 3, 4]),
 )
-def test_fewer_new_tokens_are_a_beginning(limit, prompts, batch_size, systems, tokenizers):
-    model = generator(systems, "add", tokenizers["bytes"], batch_size=batch_size)
-    full = generator(systems, "add", tokenizers["bytes"])
-    for prompt, output in zip(prompts, model.generate(prompts, max_new_tokens=limit), strict=True):
-        (whole,) = full.generate([prompt])
+def test_fewer_new_tokens_are_a_beginning(
+    name, search, limit, prompts, batch_size, systems, tokenizers
+):
+    model = generator(systems, name, tokenizers["bytes"], batch_size=batch_size)
+    full = generator(systems, name, tokenizers["bytes"])
+    outputs = model.generate(prompts, search=search, max_new_tokens=limit)
+    for seed, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        (whole,) = full.generate([prompt], search=search, seeds=[seed])
         assert output.tokens == min(limit, whole.tokens)
         assert output.cut == (whole.cut or whole.tokens > limit)
         incomplete = "\N{REPLACEMENT CHARACTER}"
