@@ -236,7 +236,8 @@ SEARCHES = {
     "sampling": Search(
         temperature=1.2, top_k=30, repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=2
     ),
-    "beams": Search(num_beams=3, num_return=2, repetition_penalty=1.2),
+    # Fond of what there is: of padding too, were it taken for a token.
+    "beams": Search(num_beams=3, num_return=2, repetition_penalty=0.6, no_repeat_ngram_size=3),
 }
 
 
@@ -297,6 +298,11 @@ def test_an_output_depends_on_its_prompt_only(search, name, rows, shapes):
     for one, other in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(scores_of(one), scores_of(other), rtol=1e-5)
         assert len(scores_of(one)) == (2 if search == "beams" else 0)
+
+
+def test_prompts_fill_each_bucket_and_leave_padding_in_it():
+    lengths = {len(prompt.split()) + 1 for prompt in PROMPTS}
+    assert lengths > {2, 6, 8, LONGEST}
 
 
 def test_samples_differ_by_their_seeds_and_searches_by_what_they_find():
