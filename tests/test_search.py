@@ -210,10 +210,8 @@ def exhaustive(table, limit, length_penalty):
     return sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("limit", [1, 2, LONGEST])
-def test_wide_beams_find_what_an_exhaustive_search_finds(limit, length_penalty):
-    tables = [language(seed) for seed in range(5)]
+def search_languages(tables, limit, search):
+    """Hypotheses of a beam search, a row per language."""
     # All contexts of one length, as numbers in base V, so that a step is a look-up.
     arrays = [
         jnp.stack(
@@ -224,7 +222,6 @@ def test_wide_beams_find_what_an_exhaustive_search_finds(limit, length_penalty):
         )
         for length in range(LONGEST)
     ]
-    beams = VOCABULARY**LONGEST  # no hypothesis is ever dropped
 
     def step(params, token, cache):
         context, row = cache["context"] * VOCABULARY + token, cache["row"]
@@ -235,31 +232,41 @@ def test_wide_beams_find_what_an_exhaustive_search_finds(limit, length_penalty):
         logits = jax.lax.switch(cache["steps"], branches)
         return logits, {"context": context, "row": row, "steps": cache["steps"] + 1}
 
-    found = jax.device_get(
+    rows = len(tables)
+    return jax.device_get(
         jax.jit(
             lambda: beam_search(
                 step,
                 None,
                 arrays[0][:, 0],
                 {
-                    "context": jnp.zeros(5, jnp.int32),
-                    "row": jnp.arange(5),
+                    "context": jnp.zeros(rows, jnp.int32),
+                    "row": jnp.arange(rows),
                     "steps": jnp.int32(0),
                 },
-                jnp.full(5, limit),
+                jnp.full(rows, limit),
                 take=lambda cache, parents: {
                     **cache,
                     "context": jnp.take_along_axis(
                         cache["context"].reshape(parents.shape), parents, axis=1
                     ).reshape(-1),
                 },
-                search=Search(num_beams=beams, num_return=3, length_penalty=length_penalty),
+                search=search,
                 eos_id=EOS,
                 pad_id=PAD,
                 capacity=LONGEST,
             )
         )()
     )
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("limit", [1, 2, LONGEST])
+def test_wide_beams_find_what_an_exhaustive_search_finds(limit, length_penalty):
+    tables = [language(seed) for seed in range(5)]
+    beams = VOCABULARY**LONGEST  # no hypothesis is ever dropped
+    search = Search(num_beams=beams, num_return=3, length_penalty=length_penalty)
+    found = search_languages(tables, limit, search)
     for row, table in enumerate(tables):
         expected = exhaustive(table, limit, length_penalty)[:3]
         for place, (score, tokens) in enumerate(expected):
@@ -268,6 +275,20 @@ def test_wide_beams_find_what_an_exhaustive_search_finds(limit, length_penalty):
             assert (found.tokens[row, place, length:] == PAD).all()
             assert found.finished[row, place] == (tokens[-1] == EOS)
             np.testing.assert_allclose(found.scores[row, place], score, rtol=1e-5)
+
+
+def test_a_row_that_has_its_hypotheses_takes_no_more_while_others_run():
+    tables = [language(seed) for seed in range(8)]
+    # The first two to end are the result, although longer ones would score higher.
+    search = Search(num_beams=2, num_return=2, length_penalty=3.0, early_stopping=True)
+    together = search_languages(tables, LONGEST, search)
+    early = 0
+    for row, table in enumerate(tables):
+        alone = search_languages([table], LONGEST, search)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=1e-6)
+        early += together.lengths[row].max() < LONGEST
+    assert 0 < early < len(tables)
 
 
 def test_rows_have_limits_of_their_own(checkpoints):

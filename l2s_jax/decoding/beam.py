@@ -30,7 +30,8 @@ class Hypotheses:
 
     tokens: int32 [B, N, S], the eos included, pad_id after it.
     lengths: int32 [B, N], tokens of each hypothesis, the eos included.
-    finished: bool [B, N], whether it ended with an eos; if not, its limit cut it.
+    finished: bool [B, N], whether it ended with an eos; if not, its limit cut it. True too of rows
+      with a limit of 0, which nothing cuts.
     scores: float32 [B, N], log p / length**length_penalty.
     """
 
