@@ -383,14 +383,14 @@ class _Progress(NamedTuple):
 def _check_positions(system: System, prompt_tokens: int, new_tokens: int) -> None:
     """Raises a ValueError if a model of the system lacks positions for the longest rows."""
     joint = isinstance(system, LlmToSlm)
-    longest = "the longest of prompt_lengths"
+    longest = "the longest of prompt_lengths (config.buckets)"
     # What a decoder-only SLM continues has a place per token of the LLM's, whatever the fusion.
     check_positions(
         system.decoder,
         prompt_tokens,
         new_tokens,
         where="slm" if joint else system.name,
-        lower=f"max_new_tokens or {longest}",
+        lower=f"max_new_tokens (config.decoding.max_new_tokens) or {longest}",
     )
     if joint:
         check_positions(system.llm_config, prompt_tokens, 0, where="llm", lower=longest)

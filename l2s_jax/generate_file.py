@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax import distributed
 from l2s_jax.data.tasks import Task, load_task
-from l2s_jax.decoding.search import Search
+from l2s_jax.decoding.search import Search, changed
 from l2s_jax.generate import Output, load_generator
 
 
@@ -61,10 +61,10 @@ def generate_file(
         raise ValueError("--stream writes text to stdout: expected no --output and no JSON Lines")
     if stream and jax.process_count() > 1:
         raise ValueError(f"--stream: expected one process, this job has {jax.process_count()}")
-    settings = {**config.decoding.search.to_dict(), **parse_search(search or {})}
+    changes = parse_search(search or {})
     if stop:
-        settings["stop"] = tuple(stop)
-    chosen = Search(**settings)
+        changes["stop"] = tuple(stop)
+    chosen = changed(config.decoding.search.to_dict(), changes)
     if stream:
         records = _read_records(source, task, jsonl)
     else:

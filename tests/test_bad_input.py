@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from l2s_jax.decoding.logits import truncate
-from l2s_jax.decoding.search import Search
+from l2s_jax.decoding.search import Search, changed
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +337,19 @@ def test_settings_that_would_be_ignored_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         Search(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_a_search_that_is_turned_off_takes_its_settings_with_it():
+    beams = {"num_beams": 4, "length_penalty": 0.6, "num_return": 2, "repetition_penalty": 1.2}
+    assert changed(beams, {"num_beams": 1}) == Search(repetition_penalty=1.2)
+    assert changed({"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.0}) == Search()
+    assert changed({"temperature": 0.8}, {"top_p": 0.9}) == Search(temperature=0.8, top_p=0.9)
+    for settings, changes, name in (
+        (beams, {"num_beams": 1, "length_penalty": 0.6}, "length_penalty"),
+        ({"top_p": 0.9}, {"repetition_penalty": 1.2}, "top_p"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            changed(settings, changes)
 
 
 def test_the_lowest_temperature_gives_numbers():

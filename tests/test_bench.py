@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from importlib import metadata
+from typing import ClassVar
 
 import jax
 import pytest
@@ -111,11 +112,12 @@ def test_what_is_in_bfloat16_throughout_is_measured_once():
         ("ct2-slm-int8", 25, "1025 tokens, the SLM has 1024 positions"),
         ("l2s-int8", 25, "1025 tokens, the SLM has 1024 positions"),
         ("hf-llm", 25, ""),
+        ("hf-llm-assisted", 25, "1025 tokens, the SLM has 1024 positions"),
         (BANDWIDTH, 25, ""),
     ],
 )
 def test_nobody_is_measured_beyond_a_models_positions(name, new_tokens, reason):
-    setup = dataclasses.replace(SETUP, slm_positions=1024)
+    setup = dataclasses.replace(SETUP, slm_positions=1024, real_weights=True)
     assert unfit(name, setup, Case(1, 1000, new_tokens)) == reason
 
 
@@ -132,13 +134,14 @@ def test_checkpoints_are_measured_compiled_and_assisted_too(tmp_path):
     assert report["not_measured"] == {} and report["weights"] == "of the checkpoint"
     compile_s = {record["system"]: record["compile_s"] for record in report["rows"]}
     assert list(compile_s) == ["llm", "hf-slm-compiled", "hf-llm-assisted"]
-    assert compile_s["hf-slm-compiled"] > 1 > compile_s["hf-llm-assisted"]
+    assert compile_s["hf-slm-compiled"] > compile_s["hf-llm-assisted"]
 
 
 class Stand:
     """In the place of a contestant's process; who is in `ended` ends at its second run."""
 
     ended: tuple[str, ...] = ()
+    closed: ClassVar[list[str]] = []
 
     def ask(self, request, *arguments):
         if request == "start":
@@ -154,7 +157,7 @@ class Stand:
         }.get(request, {})
 
     def close(self):
-        pass
+        self.closed.append(self.name)
 
 
 @pytest.mark.parametrize(("ended", "status"), [("hf-slm", 0), ("slm", 2)])
@@ -163,6 +166,7 @@ def test_who_ends_while_being_measured_is_left_out(ended, status, tmp_path, monk
     monkeypatch.setattr(bench, "write_report", lambda report, stem: reports.append(report))
     monkeypatch.setattr(bench, "write_random", lambda name, path: write_random("tiny", path))
     monkeypatch.setattr(Stand, "ended", (ended,))
+    Stand.closed.clear()
     reports = []
     (tmp_path / "speed.md").touch()
     arguments = [
@@ -177,6 +181,21 @@ def test_who_ends_while_being_measured_is_left_out(ended, status, tmp_path, monk
     assert reports[-1]["not_measured"] == {"hf-slm": "its process ended (-9)"}
     measured = [(record["system"], record["batch_size"]) for record in reports[-1]["rows"]]
     assert measured == [("slm", 1), ("ct2-slm", 1), ("slm", 8), ("ct2-slm", 8)]
+    # At once, and again with all others.
+    assert Stand.closed[0] == "hf-slm" and Stand.closed.count("slm") == 1
+
+
+def test_a_case_that_nobody_fits_leaves_the_others(tmp_path):
+    arguments = [
+        *("--llm=gpt2", "--slm=gpt2", "--ours=slm", "--peers=", "--batch_sizes=1"),
+        *("--prompt_tokens=1024,8", "--new_tokens=2", "--repeats=1"),
+    ]
+    assert bench.main([*arguments, f"--output={tmp_path / 'speed.json'}"]) == 0
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [record["prompt_tokens"] for record in report["rows"]] == [8]
+    reason = "batch 1, 1024 prompt tokens, 2 new tokens: 1026 tokens, the SLM has 1024 positions"
+    assert report["not_measured"] == {"slm": reason}
+    assert report["environment"]["platform"] == "cpu"
 
 
 @pytest.mark.parametrize("module", ["hf", "ct2"])
@@ -239,12 +258,13 @@ def test_the_report_can_be_read(output):
                 *("--llm=tiny", "--slm=tiny", "--dtype=bfloat16", "--ours=l2s-bfloat16"),
                 *("--peers=", "--prompt_tokens=8", "--new_tokens=5", "--batch_sizes=1"),
             ],
-            "nobody to measure (l2s-bfloat16: the same as L2S",
+            "nobody was measured (l2s-bfloat16: the same as L2S",
         ),
         (["--peers=hf,ours"], "no 'ours', expected some of hf, ct2, hf-llm"),
         (["--output=folder"], "'folder': expected the name of a .json file"),
         (["--batch_sizes=1,0"], "--batch_sizes"),
         (["--repeats=none"], "--repeats"),
+        (["--threads=100000"], "--threads=100000: expected at most"),
         (["--dtype=float16"], "--dtype"),
         (["everything"], "everything"),
     ],

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
+import jax
 from tqdm import tqdm
 
 from l2s_jax import convert
@@ -122,12 +123,12 @@ def run(options: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
     with contextlib.ExitStack() as stack:
         setup, weights = _setup(options, stack.enter_context(tempfile.TemporaryDirectory()))
+        traced = [name for name in options.ours if not unfit(name, setup, cases[-1])][:1]
+        if options.profile and not traced:
+            raise ValueError("--profile: expected one of --ours that fits the last case")
         contest = _Contest(setup, options.repeats, stack)
         for name in (*options.ours, *options.peers, BANDWIDTH):
             contest.start(name, cases)
-        if not contest.measured:
-            reasons = (f"{name}: {reason}" for name, reason in contest.failures.items())
-            raise ValueError(f"nobody to measure ({'; '.join(reasons)})")
         report = {
             "llm": options.llm,
             "slm": options.slm,
@@ -135,18 +136,19 @@ def run(options: argparse.Namespace) -> None:
             "weights": weights,
             "repeats": options.repeats,
             "not_measured": contest.failures,
-            "environment": _environment(options.threads),
         }
         rows: list[dict[str, Any]] = []
         for case in tqdm(cases, desc="cases", file=sys.stderr):
             rows += contest.measure(case)
-            # Whatever stops a long run, the cases before it are there.
-            write_report({**report, "rows": rows, "floor": _floor(rows)}, stem)
-        if options.profile:
-            first = next((name for name in options.ours if name in contest.measured), None)
-            if first is None:
-                raise ValueError("--profile: none of --ours was measured")
-            contest.ask(first, "trace", os.path.abspath(f"{stem}-trace"))
+            if rows:
+                # Whatever stops a long run, the cases before it are there.
+                found = {"environment": _environment(contest.device, options.threads)}
+                write_report({**report, **found, "rows": rows, "floor": _floor(rows)}, stem)
+        if not rows:
+            reasons = (f"{name}: {reason}" for name, reason in contest.failures.items())
+            raise ValueError(f"nobody was measured ({'; '.join(reasons)})")
+        for name in traced if options.profile else ():
+            contest.ask(name, "trace", os.path.abspath(f"{stem}-trace"))
 
 
 def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
@@ -180,14 +182,10 @@ class _Contest:
     def __init__(self, setup: Setup, repeats: int, stack: contextlib.ExitStack):
         """The stack ends the processes."""
         self.failures: dict[str, str] = {}
+        self.device: dict[str, Any] = {}  # what ours run on, once a case has been measured
         self._setup, self._repeats, self._stack = setup, repeats, stack
         self._remotes: dict[str, Remote] = {}
         self._order = random.Random(0)
-
-    @property
-    def measured(self) -> list[str]:
-        """The names of the contestants that take part."""
-        return [name for name in self._remotes if name != BANDWIDTH]
 
     def start(self, name: str, cases: Sequence[Case]) -> None:
         """Makes a contestant in a process of its own, if it is fit for one of the cases."""
@@ -212,7 +210,8 @@ class _Contest:
                 raise ValueError(f"{name}: {error}") from error
             log.warning("%s: not measured: %s", name, error)
             self.failures[name] = str(error)
-            del self._remotes[name]
+            # What it holds is not to disturb the others.
+            self._remotes.pop(name).close()
             return None
 
     def measure(self, case: Case) -> list[dict[str, Any]]:
@@ -220,10 +219,12 @@ class _Contest:
         facts: dict[str, dict[str, Any]] = {}
         for name in list(self._remotes):
             if reason := unfit(name, self._setup, case):
-                self.failures.setdefault(name, reason)
+                shape = "batch {}, {} prompt tokens, {} new tokens".format(*case)
+                self.failures.setdefault(name, f"{shape}: {reason}")
             elif (found := self.ask(name, "prepare", *case)) is not None:
                 facts[name] = found
-        samples: dict[str, list[dict[str, float]]] = {name: [] for name in facts}
+        self.device = facts.pop(BANDWIDTH)
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name in (*facts, BANDWIDTH)}
         for _ in range(self._repeats):
             # Not in one order: nobody always runs after the same one, in whose wake the caches are.
             for name in self._order.sample(list(samples), len(samples)):
@@ -278,16 +279,13 @@ def _floor(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return floor
 
 
-def _environment(threads: int) -> dict[str, Any]:
-    import jax
-
+def _environment(device: Mapping[str, Any], threads: int) -> dict[str, Any]:
     versions = {}
     for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
+        **device,
         "cpu_cores": os.cpu_count(),
         "threads": threads,
         "python": sys.version.split()[0],
@@ -303,6 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.profile and not options.ours:
         parser.error("--profile: expected one of ours in --ours")
+    if options.threads > _cores():
+        parser.error(f"--threads={options.threads}: expected at most {_cores()}, the cores here")
+    # This process only makes checkpoints: the accelerator is left to those that are measured.
+    jax.config.update("jax_platforms", "cpu")
     try:
         run(options)
     except (ValueError, OSError) as error:

@@ -11,7 +11,10 @@ from l2s_jax.bench.contestants import Case, Setup, milliseconds
 
 
 class _Bandwidth:
-    """A plain compiled product of one vector and one large matrix: bytes per second."""
+    """A plain compiled product of one vector and one large matrix: bytes per second.
+
+    It is asked as a contestant is, and answers with other things.
+    """
 
     MEGABYTES = 512
 
@@ -26,9 +29,10 @@ class _Bandwidth:
         self._run = lambda: jax.block_until_ready(product(vector, matrix))
         self._bytes = matrix.nbytes
 
-    def prepare(self, case: Case) -> dict[str, float]:
+    def prepare(self, case: Case) -> dict[str, str]:
+        """What ours run on; nothing depends on the case."""
         self._run()
-        return {}
+        return {"device": jax.devices()[0].device_kind, "platform": jax.default_backend()}
 
     def measure(self) -> dict[str, float]:
         seconds = statistics.median(milliseconds(self._run) for _ in range(5)) / 1e3

@@ -1,7 +1,7 @@
 """Who is measured: our systems, and those of other libraries, behind one interface.
 
 A contestant is made from a `Setup`, prepared for one case after another, and then measures itself
-on each. It lives in a process of its own (remote.py), the only one that imports its library.
+on each. It lives in a process of its own (remote.py), which imports no other one's library.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Setup:
 
 
 class Contestant(Protocol):
-    """One way to answer."""
+    """One way to answer. Ours also have `trace(folder)`, which writes a profile of one request."""
 
     def prepare(self, case: Case) -> dict[str, float]:
         """Compiles and warms up; facts about the case, compile_s among them."""
@@ -131,12 +131,19 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
         "l2s": {"llm": case.prompt_tokens, "slm": whole},
         "llm": {"llm": whole},
         "slm": {"slm": whole},
-    }.get(CONTESTANTS[name].arguments.get("name"), {})
+        "llm, assisted": {"llm": whole, "slm": whole},
+    }.get(_models_of(name), {})
     for model, tokens in needed.items():
         positions = getattr(setup, f"{model}_positions")
         if positions is not None and tokens > positions:
             return f"{tokens} tokens, the {model.upper()} has {positions} positions"
     return ""
+
+
+def _models_of(name: str) -> str | None:
+    arguments = CONTESTANTS[name].arguments
+    assisted = ", assisted" if arguments.get("assisted") else ""
+    return f"{arguments['name']}{assisted}" if "name" in arguments else None
 
 
 def milliseconds(call: Callable[[], Any]) -> float:

@@ -78,7 +78,7 @@ def _convert(source: str, target: str, compute_type: str) -> None:
     # In a process of its own, whose memory is not the contestant's.
     command = [sys.executable, "-m", "ctranslate2.converters.transformers"]
     command += ["--model", source, "--output_dir", target, "--quantization", compute_type]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if found.returncode:
         last = (found.stderr.strip().splitlines() or [f"exit status {found.returncode}"])[-1]
         raise RuntimeError(f"cannot be converted: {last}")

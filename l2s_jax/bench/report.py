@@ -76,8 +76,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "*First token*: from the start. *Floor*: the time in which one large compiled "
         "matrix-vector product in float32, measured in the same turns, would read the weights and "
         "the cache that a step reads. *Speedup*: our LLM's total over this one's. *Peak*: the most "
-        "memory while the case was measured, of the accelerator where there is one. *Compile*: of "
-        "our program; of others, what the first run took longer than the second.",
+        "memory while the case was measured, of the accelerator where there is one (there ours, "
+        "since the process began). *Compile*: of our program; of others, what the first run took "
+        "longer than the second.",
     ]
     for case, records in _cases(report["rows"]):
         lines += ["", f"## Batch {case[0]}, {case[1]} prompt tokens, {case[2]} new tokens", ""]

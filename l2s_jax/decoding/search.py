@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +123,19 @@ _ONLY_WITH = {
         ("length_penalty", "early_stopping"),
     ),
 }
+
+
+def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Search:
+    """The search of `settings` with these changes.
+
+    Where they turn sampling or beam search off, its own settings go with it.
+
+    Raises:
+      ValueError: as of Search, a change that says nothing among them.
+    """
+    merged = {**settings, **changes}
+    for setting, (_, names) in _ONLY_WITH.items():
+        if setting in changes and changes[setting] == _DEFAULTS[setting]:
+            gone = (*names, "num_return") if setting == "num_beams" else names
+            merged |= {name: _DEFAULTS[name] for name in gone if name not in changes}
+    return Search(**merged)
