@@ -1,7 +1,7 @@
 """Who is measured: our systems, and those of other libraries, behind one interface.
 
 A contestant is made from a `Setup`, prepared for one case after another, and then measures itself
-on each. It lives in a process of its own (remote.py), which imports no other one's library.
+on each. It lives in a process of its own (remote.py), the only one that needs its library.
 """
 
 from __future__ import annotations
@@ -127,23 +127,19 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
         if case.batch_size > 1:
             return "assisted generation takes one prompt at a time"
     whole = case.prompt_tokens + case.new_tokens
+    arguments = CONTESTANTS[name].arguments
     needed = {
         "l2s": {"llm": case.prompt_tokens, "slm": whole},
         "llm": {"llm": whole},
         "slm": {"slm": whole},
-        "llm, assisted": {"llm": whole, "slm": whole},
-    }.get(_models_of(name), {})
+    }.get(arguments.get("name"), {})
+    if arguments.get("assisted"):
+        needed["slm"] = whole  # it writes drafts of the same row
     for model, tokens in needed.items():
         positions = getattr(setup, f"{model}_positions")
         if positions is not None and tokens > positions:
             return f"{tokens} tokens, the {model.upper()} has {positions} positions"
     return ""
-
-
-def _models_of(name: str) -> str | None:
-    arguments = CONTESTANTS[name].arguments
-    assisted = ", assisted" if arguments.get("assisted") else ""
-    return f"{arguments['name']}{assisted}" if "name" in arguments else None
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
