@@ -259,9 +259,10 @@ def test_the_host_executes_one_program_however_many_tokens_there_are(tmp_path):
         assert executions(events).keys() == {"PjitFunction(decode)", helper}
         assert events[helper] == 1
     assert executions(few) == executions(many)
-    # Nor has Python more to do for 140 tokens more, though a garbage collection may come by.
+    # Nor has Python more to do for 140 tokens more: no function is called once more for each.
     assert few.total() > 300
-    assert abs(many.total() - few.total()) < 70, many - few
+    more = {name: count for name, count in (many - few).items() if count > 100}
+    assert not more
 
     list(model.stream("5 6 7"))
     events = host_events(str(tmp_path / "stream"), lambda: list(model.stream("5 6 7")))
@@ -336,7 +337,8 @@ def test_ten_thousand_requests_compile_no_more_than_the_buckets_and_hold_no_memo
 
     for number in range(2000):
         request(number)
-    arrays, resident = len(jax.live_arrays()), resident_kib()
+    # Memory first: that collects what other tests have left, which would be missed later.
+    resident, arrays = resident_kib(), len(jax.live_arrays())
     for number in range(2000, 10000):
         request(number)
     assert len(Counted.prefills) == 8 + 4
