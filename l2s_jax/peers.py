@@ -70,6 +70,8 @@ class Peers:
         # Whoever comes second waits for the end of the process.
         self._ending.acquire()
         print(f"error: {message}", file=sys.stderr, flush=True)
+        # The other threads go on until the end: none of their lines is to come after this one.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         if tell:
             about = f"process {self._me}: {message}"
             _send(self._sockets.values(), {"error": about, "status": status})
