@@ -68,6 +68,10 @@ class Search:
                 f"num_beams={self.num_beams} with stop={list(self.stop)}: expected one of them, "
                 "stop texts end greedy and sampled responses"
             )
+        if self.num_return > self.num_beams:
+            raise ValueError(
+                f"num_return={self.num_return}: expected at most num_beams={self.num_beams}"
+            )
         for setting, (expected, names) in _ONLY_WITH.items():
             chosen = getattr(self, setting)
             for name in names if chosen == _DEFAULTS[setting] else ():
@@ -77,10 +81,6 @@ class Search:
                         f"{name}={value} with {setting}={chosen}: expected {name}={unused}, or "
                         f"{expected}"
                     )
-        if self.num_return > self.num_beams:
-            raise ValueError(
-                f"num_return={self.num_return}: expected at most num_beams={self.num_beams}"
-            )
 
     @property
     def needs_history(self) -> bool:
@@ -120,7 +120,7 @@ _ONLY_WITH = {
     ),
     "num_beams": (
         "num_beams above 1, only beam search looks at it",
-        ("length_penalty", "early_stopping"),
+        ("num_return", "length_penalty", "early_stopping"),
     ),
 }
 
@@ -136,6 +136,5 @@ def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Search:
     merged = {**settings, **changes}
     for setting, (_, names) in _ONLY_WITH.items():
         if setting in changes and changes[setting] == _DEFAULTS[setting]:
-            gone = (*names, "num_return") if setting == "num_beams" else names
-            merged |= {name: _DEFAULTS[name] for name in gone if name not in changes}
+            merged |= {name: _DEFAULTS[name] for name in names if name not in changes}
     return Search(**merged)

@@ -18,7 +18,7 @@ from l2s_jax import optim, sharding, train
 from l2s_jax.chips import Chip
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
-from l2s_jax.decoding.search import Search
+from l2s_jax.decoding.search import changed
 from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
@@ -130,8 +130,7 @@ class Compiler:
         rows, width = settings.batch_size, self.config.max_prompt_tokens
         ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
         weights = (self._trained, self._frozen)
-        of_beams = ("num_beams", "num_return", "length_penalty", "early_stopping")
-        choices = Search(**{k: v for k, v in settings.search.items() if k not in of_beams})
+        choices = changed(settings.search.to_dict(), {"num_beams": 1})
         static = {"max_new_tokens": settings.max_new_tokens, "search": choices}
 
         encode = jax.jit(system.encode)
