@@ -426,6 +426,18 @@ def test_samples_have_the_distribution_of_the_logits():
     assert chi_squared < 30  # of at most 7 degrees of freedom: p < 1e-4
 
 
+def assert_drawn(counts, expected):
+    """A chi-squared test of how often each outcome was drawn."""
+    # Rare outcomes together, so that no expectation is too small for the test.
+    rare = expected < 10
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts = np.append(counts[~rare], counts[rare].sum())
+    there = expected > 0
+    chi_squared = ((counts - expected)[there] ** 2 / expected[there]).sum()
+    freedom = there.sum() - 1
+    assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
+
+
 def test_first_tokens_are_sampled_from_the_models_distribution(checkpoints):
     _, system, trained = checkpoints("llama")
     draws = 4000
@@ -454,13 +466,7 @@ def test_first_tokens_are_sampled_from_the_models_distribution(checkpoints):
     )[0, 0]
     expected = draws * np.asarray(jax.nn.softmax(logits / 1.3))
     counts = np.bincount(decoded.tokens[:, 0], minlength=len(expected))
-    # Rare tokens together, so that no expectation is too small for the test.
-    rare = expected < 10
-    expected = np.append(expected[~rare], expected[rare].sum())
-    counts = np.append(counts[~rare], counts[rare].sum())
-    chi_squared = ((counts - expected) ** 2 / expected).sum()
-    freedom = len(expected) - 1
-    assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
+    assert_drawn(counts, expected)
 
 
 @pytest.mark.parametrize(
@@ -489,13 +495,7 @@ def test_the_tokens_of_a_response_are_sampled_from_their_joint_distribution(sear
     counts = np.bincount(places, minlength=joint.size)
     expected = draws * joint.reshape(-1)
     assert (expected > 0).sum() == possible and (counts[expected == 0] == 0).all()
-    rare = expected < 10
-    expected = np.append(expected[~rare], expected[rare].sum())
-    counts = np.append(counts[~rare], counts[rare].sum())
-    there = expected > 0
-    chi_squared = ((counts - expected)[there] ** 2 / expected[there]).sum()
-    freedom = there.sum() - 1
-    assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
+    assert_drawn(counts, expected)
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
