@@ -329,16 +329,14 @@ def test_empty_lines_of_text_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        (b"no gzip at all", ["broken gzip"]),
-        (gzip.compress(b"line\n" * 9000)[:-20], ["broken gzip"]),
-    ],
+    "content",
+    [b"no gzip at all", gzip.compress(b"line\n" * 9000)[:-20]],
+    ids=["no gzip", "cut short"],
 )
-def test_broken_gzip(tmp_path, content, parts):
+def test_broken_gzip(tmp_path, content):
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(content)
-    fails_with_one_line(lambda: list(sources.read_lines(str(path))), path, *parts)
+    fails_with_one_line(lambda: list(sources.read_lines(str(path))), path, "broken gzip")
 
 
 @pytest.mark.parametrize(
