@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 
 def load(directory: str, **settings: Any) -> Generator:
-    """The L2S model in a directory, ready to answer; see `l2s_jax.generate.load`."""
+    """The L2S model in a directory, ready to answer; see `l2s_jax.loading.load`."""
     # Imported here, so that the package's name alone, and --help, don't wait for JAX.
-    from l2s_jax import generate
+    from l2s_jax import loading
 
-    return generate.load(directory, **settings)
+    return loading.load(directory, **settings)

@@ -17,27 +17,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from l2s_jax import bundle, convert, distributed, features, labels, metrics, sharding, train
+from l2s_jax import bundle, convert, distributed, features, labels, sharding, train
+from l2s_jax.checks import check
 from l2s_jax.config import compute_dtypes
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
-from l2s_jax.decoding.search import Search
-from l2s_jax.generate import (
-    Generator,
-    generation_settings,
-    load_alone,
-    make_generator,
-    where_to_read,
-)
+from l2s_jax.generate import Generator
+from l2s_jax.loading import generation_settings, load_alone, make_generator, where_to_read
 from l2s_jax.models.families import ModelConfig, check_positions, make_config, with_tokens
-from l2s_jax.models.l2s import FUSIONS
-from l2s_jax.models.lora import Lora, check_lora
-from l2s_jax.models.serving import WEIGHTS
+from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
 from l2s_jax.workdir import atomic_directory, find_stage, fingerprint, open_stage
@@ -65,7 +57,7 @@ class Experiment:
         self.mesh = sharding.make_mesh(config.mesh)
         self.decoding_mesh = sharding.decoding_mesh(self.mesh)
         self.buckets = tuple(tuple(bucket) for bucket in config.buckets)
-        _check(config, self.mesh, self.decoding_mesh)
+        check(config, self.mesh, self.decoding_mesh)
 
     @functools.cached_property
     def llm_tokenizer(self) -> Tokenizer:
@@ -524,67 +516,3 @@ def _write_model(path: str, save: Callable[..., None]) -> None:
 def _first(examples: Sequence[Example], limit: int) -> Sequence[Example]:
     """The first `limit` examples; all of them where it is 0."""
     return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
-
-
-def _check(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh) -> None:
-    """One-line errors for settings that no run could use."""
-    if config.features.cache:
-        features.check_folder(config.features.cache)
-    if config.labels not in ("data", "llm"):
-        raise ValueError(f"config.labels={config.labels!r}: expected 'data' or 'llm'")
-    if config.l2s.fusion not in FUSIONS:
-        raise ValueError(f"config.l2s.fusion={config.l2s.fusion!r}: expected one of {FUSIONS}")
-    if not config.llm.path and not config.llm.train.steps:
-        raise ValueError(
-            "config.llm: expected a path (a Hugging Face directory) or train.steps above 0"
-        )
-    if not config.llm.path and not config.tokenizer.train_vocab_size:
-        raise ValueError(
-            "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
-            "take a tokenizer from"
-        )
-    for split in ("train", "validation", config.evaluation.split):
-        if split not in config.task.splits:
-            raise ValueError(
-                f"config.task.splits has {', '.join(config.task.splits)}: expected {split!r} too"
-            )
-    for name in config.evaluation.metrics:
-        if name not in metrics.METRICS:
-            raise ValueError(
-                f"config.evaluation.metrics has {name!r}: expected some of {tuple(metrics.METRICS)}"
-            )
-    if config.decoding.max_new_tokens < 1 or config.decoding.batch_size < 1:
-        raise ValueError(
-            f"config.decoding: max_new_tokens={config.decoding.max_new_tokens}, "
-            f"batch_size={config.decoding.batch_size}: expected positive numbers"
-        )
-    try:
-        Search(**config.decoding.search.to_dict())
-    except ValueError as error:
-        raise ValueError(f"config.decoding.search.{error}") from None
-    if config.decoding.weights not in WEIGHTS:
-        raise ValueError(
-            f"config.decoding.weights={config.decoding.weights!r}: expected one of {WEIGHTS}"
-        )
-    sharding.check_rows(config.decoding.batch_size, decoding_mesh, "config.decoding.batch_size")
-    for name in ("llm", "slm", "l2s"):
-        section = config[name].train
-        if name == "llm" and not section.steps:
-            continue
-        train.check_config(section, f"config.{name}.train")
-        sharding.check_rows(section.batch_size, mesh, f"config.{name}.train.batch_size")
-        if name != "llm" and config[name].lora.rank:
-            _check_lora(config[name], f"config.{name}")
-
-
-def _check_lora(section: ConfigDict, where: str) -> None:
-    try:
-        check_lora(**section.lora.to_dict())
-    except ValueError as error:
-        raise ValueError(f"{where}.{error}") from None
-    if section.train.parameter_scale:
-        raise ValueError(
-            f"{where}.lora.rank={section.lora.rank} with {where}.train.parameter_scale=True: "
-            "expected False, LoRA's matrices start at zero and updates relative to their size "
-            "would be none"
-        )

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from l2s_jax import distributed
 from l2s_jax.data.tasks import Task, load_task
 from l2s_jax.decoding.search import Search, changed
-from l2s_jax.generate import Output, load_generator
+from l2s_jax.generate import Output
+from l2s_jax.loading import load_generator
 
 
 def generate_file(

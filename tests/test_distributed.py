@@ -23,7 +23,7 @@ import tiny
 import train_child
 from safetensors.numpy import load_file
 
-from l2s_jax import convert, distributed, features, sharding, train
+from l2s_jax import convert, distributed, features, meter, sharding
 from l2s_jax.data import toy
 from l2s_jax.peers import Peers
 
@@ -69,7 +69,7 @@ def ended(processes):
 
 def lines_of(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in train.TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in meter.TIMES} for line in lines]
 
 
 def assert_same_lines(directory, expected):

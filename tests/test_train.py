@@ -18,7 +18,7 @@ import pytest
 import small
 import train_child
 
-from l2s_jax import train
+from l2s_jax import meter, train
 from l2s_jax.models.systems import parameter_count
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -161,7 +161,7 @@ def lines_of(directory):
     """metrics.jsonl without what a clock measured."""
     with open(os.path.join(directory, "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
-    return [{k: v for k, v in line.items() if k not in train.TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in meter.TIMES} for line in lines]
 
 
 def scores(name, params, validation):
