@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.bundle import CARD
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
+from l2s_jax.report import precision
 
 _FUSIONS = {
     "add": "added to the small model's embedding of the prompt",
@@ -40,9 +41,6 @@ def write_card(
     layer = f", layer {config.llm.layer:g}" if config.llm.layer else ""
     labels = "the LLM's own responses" if task["labels"] == "llm" else "the data's responses"
     latency = systems["l2s"]["latency"]
-    precision = environment["dtype"]
-    if environment["encoder_dtype"] != precision:
-        precision += f", the LLM of L2S in {environment['encoder_dtype']}"
     lines = [
         f"# LLM-to-SLM on {task['name']}",
         "",
@@ -64,7 +62,7 @@ def write_card(
         "",
         f"{task['examples']:,} examples of `{task['split']}`. Times are milliseconds at batch 1,",
         f"{latency['prompt_tokens']} prompt tokens and {latency['new_tokens']} new ones, on",
-        f"{environment['device']}, {precision}.",
+        f"{environment['device']}, in {precision(environment)}.",
         "`l2s_mismatched` is the control: L2S fed the representations of another prompt.",
         "",
         f"| system | parameters | {' | '.join(metrics)} | ms per token | ms per request |",

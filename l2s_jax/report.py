@@ -104,8 +104,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"L2S decodes a token {_factor(ratios['decode_speedup'])} times as fast as the LLM. A "
         f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
         f"{batch_size} {_factor(ratios['speedup_batch'])} times. Times are medians after warm-up, "
-        "for the whole batch. Compilation happens once per shape and is in no other column."
-        + _precision(report["environment"]),
+        "for the whole batch. Compilation happens once per shape and is in no other column. "
+        f"Products are in {precision(report['environment'])}.",
         f"### Batch {systems['l2s']['latency']['batch_size']}",
         _latency_table(systems, "latency"),
         f"### Batch {batch_size}",
@@ -142,6 +142,12 @@ def quality_latency_figure(report: Mapping[str, Any]) -> Figure:
         x_label="time per request at batch 1 (ms)",
         y_label=_metric_name(metric),
     )
+
+
+def precision(environment: Mapping[str, Any]) -> str:
+    """The dtype of the products, and that of L2S's LLM where it encodes in another one."""
+    dtype, encoder_dtype = environment["dtype"], environment["encoder_dtype"]
+    return dtype if encoder_dtype == dtype else f"{dtype}, the LLM of L2S in {encoder_dtype}"
 
 
 def _systems_table(report: Mapping[str, Any]) -> str:
@@ -193,14 +199,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
         ) + " |"
         for row in (cells[0], rule, *cells[1:])
     )  # fmt: skip
-
-
-def _precision(environment: Mapping[str, Any]) -> str:
-    """A sentence where L2S's LLM computes in another dtype than what it is compared with."""
-    dtype, encoder_dtype = (environment.get(key) for key in ("dtype", "encoder_dtype"))
-    if not encoder_dtype or encoder_dtype == dtype:
-        return ""
-    return f" The LLM of L2S encodes in {encoder_dtype}, all else is in {dtype}."
 
 
 def _finding(report: Mapping[str, Any]) -> str:
@@ -290,7 +288,7 @@ def _plain(value: Any, where: str) -> Any:
 
 def _check(report: Mapping[str, Any]) -> None:
     _require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
-    _require(report["environment"], "report.environment", ())
+    _require(report["environment"], "report.environment", ("dtype", "encoder_dtype"))
     _require(report["task"], "report.task", _TASK)
     task, metric = report["task"], report["task"]["metric"]
     _require(task["metric_signatures"], "report.task.metric_signatures", ())

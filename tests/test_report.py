@@ -49,7 +49,10 @@ def make_report(quality=(35.512345678901234, 28.4, 35.1, 0.7), metric="bleu"):
         },
         "systems": systems,
         "l2s_vs_llm": reporting.compare(systems, metric),
-        "environment": {"device": "a CPU", "versions": {"jax": "0.10", "flax": "0.12"}},
+        "environment": {
+            "device": "a CPU", "dtype": "float32", "encoder_dtype": "bfloat16",
+            "versions": {"jax": "0.10", "flax": "0.12"},
+        },
     }  # fmt: skip
 
 
@@ -118,6 +121,7 @@ def test_page_states_the_finding_and_rounds(tmp_path):
     assert larger == ["L2S", "16", "32", "26.4", "0.50", "2.88", "119", "3.53×", "7.8"]  # noqa: RUF001
     assert "- **L2S**: the l2s | system" in page and "responses that the LLM generated" in page
     assert "- BLEU: `nrefs:1|case:mixed`" in page
+    assert "Products are in float32, the LLM of L2S in bfloat16." in page
     assert table_rows(page, "versions")[0][1] == "jax 0.10, flax 0.12"
 
 
@@ -149,11 +153,12 @@ def test_the_finding_stays_true_when_the_result_is_not_the_hoped_for(tmp_path, q
 def leaf_paths(value, prefix=()):
     for key in value:
         yield (*prefix, key)
-        if isinstance(value[key], dict) and key not in ("environment", "metric_signatures"):
+        if isinstance(value[key], dict) and key not in ("versions", "metric_signatures"):
             yield from leaf_paths(value[key], (*prefix, key))
 
 
 OPTIONAL = {("systems", key, "quality", "chrf") for key in KEYS}
+OPTIONAL |= {("environment", "device"), ("environment", "versions")}
 REQUIRED = [path for path in leaf_paths(make_report()) if path not in OPTIONAL]
 
 
