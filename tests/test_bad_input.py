@@ -324,7 +324,7 @@ def test_an_output_that_was_there_is_kept_by_a_run_that_fails(finished, tmp_path
     [
         ({"top_p": 0.9}, "top_p=0.9 with temperature=0.0: expected top_p=1.0, or a temperature ab"),
         ({"top_k": 3}, "top_k=3 with temperature=0.0: expected top_k=0, or a temperature above 0"),
-        ({"min_p": 0.1, "num_beams": 2}, "min_p=0.1 with temperature=0.0: expected min_p=0.0, or"),
+        ({"min_p": 0.1, "num_beams": 2}, "num_beams=2 with min_p=0.1: expected one of them, beam"),
         ({"length_penalty": 0.6}, "length_penalty=0.6 with num_beams=1: expected length_penalty=1"),
         (
             {"early_stopping": True, "temperature": 1.0},
