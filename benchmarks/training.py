@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 
+from l2s_jax.data.prompts import random_prompts
+
 LEARNING_RATE, DROPOUT, CLIP = 1e-3, 0.1, 1.0
 
 
 def random_batch(arguments: argparse.Namespace, vocab_size: int) -> dict[str, np.ndarray]:
     """Full rows, so that both sides have the same tokens to read."""
-    random = np.random.default_rng(0)
     batch = {}
-    for name, width in (("llm", arguments.prompt_tokens), ("response", arguments.response_tokens)):
-        shape = (arguments.batch_size, width)
-        batch[f"{name}_ids"] = random.integers(3, vocab_size, shape, dtype=np.int32)
-        batch[f"{name}_mask"] = np.ones(shape, bool)
+    for name, tokens in (("llm", arguments.prompt_tokens), ("response", arguments.response_tokens)):
+        ids = random_prompts(arguments.batch_size, tokens, vocab_size)
+        batch |= {f"{name}_ids": ids, f"{name}_mask": np.ones(ids.shape, bool)}
     return batch
 
 
