@@ -1,4 +1,4 @@
-"""The product that all layers share."""
+"""The product that all layers share, and the layer that most of them are in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax.models.layers import product
+from l2s_jax.models.layers import PART, Linear, product
 
 SPEC = "...d,df->...f"
 
@@ -55,3 +55,32 @@ def test_no_product_of_two_dtypes_is_made(platform):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     operands = re.findall(r"dot_general.* : \(tensor<\S+x(\w+)>, tensor<\S+x(\w+)>\)", text)
     assert len(operands) == 3 and set(operands) == {("bf16", "bf16")}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("width", [3 * PART, 3 * PART + 8])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_one_row_in_parts_is_the_whole_product(rows, width, use_bias):
+    layer = Linear(40, jax.nn.initializers.normal(), use_bias=use_bias)
+    x = jax.random.normal(jax.random.key(0), (rows, 1, width))
+    params = layer.init(jax.random.key(1), x)["params"]
+    found = layer.apply({"params": params}, x)
+    exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
+    assert found.shape == exact.shape and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+    of_kernel = jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)["kernel"]
+    exact = np.broadcast_to(np.asarray(x, np.float64).sum((0, 1))[:, None], of_kernel.shape)
+    np.testing.assert_allclose(of_kernel, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_only_a_cpu_takes_one_float32_row_in_parts(platform, dtype, rows):
+    layer = Linear(40, jax.nn.initializers.zeros, dtype)
+    x = jnp.ones((rows, 1, 2 * PART))
+    params = layer.init(jax.random.key(0), x)
+    text = jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+    (kernel,) = re.findall(r"dot_general.* : \(tensor<\S+>, tensor<(\S+)x\w+>\)", text)
+    parts = platform == "cpu" and dtype == jnp.float32 and rows == 1
+    assert kernel == (f"2x{PART}x40" if parts else f"{2 * PART}x40")
