@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
-from l2s_jax.models.layers import PART, Linear, product
+from l2s_jax.models.layers import SPLIT_K, Linear, product
 
 SPEC = "...d,df->...f"
 
@@ -57,30 +59,62 @@ def test_no_product_of_two_dtypes_is_made(platform):
     assert len(operands) == 3 and set(operands) == {("bf16", "bf16")}
 
 
+def float_or_int8(layer, x, weights):
+    """The layer's parameters, and its kernel and bias as numbers."""
+    params = layer.init(jax.random.key(1), x)["params"]
+    if "bias" in params:
+        params["bias"] = jax.random.normal(jax.random.key(2), params["bias"].shape)
+    if weights == "float":
+        return params, np.asarray(params["kernel"], np.float64), params.get("bias", 0.0)
+    kernel = qwix.quantize(params["kernel"], jnp.int8, channelwise_axes=(1,))
+    params["kernel"] = kernel
+    return params, np.asarray(qwix.dequantize(kernel), np.float64), params.get("bias", 0.0)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("width", [3 * PART, 3 * PART + 8])
+@pytest.mark.parametrize("width", [SPLIT_K, 3 * SPLIT_K, 3 * SPLIT_K + 8])
 @pytest.mark.parametrize("use_bias", [False, True])
-def test_one_row_in_parts_is_the_whole_product(rows, width, use_bias):
+@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+def test_a_linear_layer_is_the_whole_product(rows, width, use_bias, weights, transform):
     layer = Linear(40, jax.nn.initializers.normal(), use_bias=use_bias)
     x = jax.random.normal(jax.random.key(0), (rows, 1, width))
-    params = layer.init(jax.random.key(1), x)["params"]
-    found = layer.apply({"params": params}, x)
-    exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
+    params, kernel, bias = float_or_int8(layer, x, weights)
+    found = transform(layer.apply)({"params": params}, x)
+    exact = np.asarray(x, np.float64) @ kernel + bias
     assert found.shape == exact.shape and found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
-    of_kernel = jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)["kernel"]
-    exact = np.broadcast_to(np.asarray(x, np.float64).sum((0, 1))[:, None], of_kernel.shape)
-    np.testing.assert_allclose(of_kernel, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_gradient_of_a_linear_layer(rows):
+    layer = Linear(40, jax.nn.initializers.normal(), use_bias=True)
+    x = jax.random.normal(jax.random.key(0), (rows, 1, 2 * SPLIT_K))
+    params, kernel, _ = float_or_int8(layer, x, "float")
+    weights = jax.random.normal(jax.random.key(3), (rows, 1, 40))
+
+    def loss(params, x):
+        return jnp.sum(weights * layer.apply({"params": params}, x))
+
+    of_params, of_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    x, weights = (np.asarray(array, np.float64)[:, 0] for array in (x, weights))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(of_params["kernel"], x.T @ weights)
+    close(of_params["bias"], weights.sum(0))
+    close(of_x[:, 0], weights @ kernel.T)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_only_a_cpu_takes_one_float32_row_in_parts(platform, dtype, rows):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_only_one_cpu_splits_the_sums_of_one_float32_row(platform, dtype, rows, devices):
     layer = Linear(40, jax.nn.initializers.zeros, dtype)
-    x = jnp.ones((rows, 1, 2 * PART))
+    x = jnp.ones((rows, 1, 2 * SPLIT_K))
     params = layer.init(jax.random.key(0), x)
-    text = jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,))):
+        traced = jax.jit(layer.apply).trace(params, x)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
     (kernel,) = re.findall(r"dot_general.* : \(tensor<\S+>, tensor<(\S+)x\w+>\)", text)
-    parts = platform == "cpu" and dtype == jnp.float32 and rows == 1
-    assert kernel == (f"2x{PART}x40" if parts else f"{2 * PART}x40")
+    split = (platform, dtype, rows, devices) == ("cpu", jnp.float32, 1, 1)
+    assert kernel == (f"2x{SPLIT_K}x40" if split else f"{2 * SPLIT_K}x40")

@@ -11,6 +11,7 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from l2s_jax.convert import load_hf
+from l2s_jax.models.layers import SPLIT_K
 from l2s_jax.models.t5 import bucket_table
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -36,6 +37,7 @@ CASES = {
     "deep": (20, 12, {"num_layers": 8}),
     "long": (150, 140, {"num_heads": 2}),
     "longer, distance 200": (230, 210, {"num_heads": 2, DISTANCE: 200, **OWN_HEAD}),
+    "one row of a wide one": (9, 5, {"d_model": 2 * SPLIT_K, "d_ff": 3 * SPLIT_K, **OWN_HEAD}),
 }
 
 
@@ -69,7 +71,8 @@ def test_logits_equal_transformers(name, tmp_path, record_property):
     prompt_tokens, response_tokens, checkpoint = CASES[name]
     reference = hf.make_t5(str(tmp_path), **checkpoint)
     module, params = load_hf(str(tmp_path))
-    ids, mask, decoder_ids = batch(module.config.vocab_size, prompt_tokens, response_tokens)
+    inputs = batch(module.config.vocab_size, prompt_tokens, response_tokens)
+    ids, mask, decoder_ids = (rows[-1:] if name.startswith("one row") else rows for rows in inputs)
     with torch.no_grad():
         expected = reference(
             input_ids=torch.tensor(ids, dtype=torch.long),
