@@ -26,6 +26,7 @@ from l2s_jax import convert, features, sharding, train
 from l2s_jax.config import compute_dtype, default
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.data.prompts import random_prompts
 from l2s_jax.data.tasks import Example
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS
@@ -63,14 +64,16 @@ def make_system(arguments: argparse.Namespace) -> tuple[LlmToSlm, Any]:
 
 def make_data(arguments: argparse.Namespace, vocabulary: int, rows: int) -> TokenizedExamples:
     """Random ids, all of the full lengths, so that every step does the same work."""
-    random = np.random.default_rng(1)
-
-    def text(tokens: int) -> str:
-        return " ".join(map(str, random.integers(3, vocabulary, tokens)))
-
     tokens = arguments.prompt_tokens, arguments.response_tokens
+
+    def text(ids: np.ndarray) -> str:
+        return " ".join(map(str, ids))
+
     return TokenizedExamples(
-        [Example(text(tokens[0]), text(tokens[1]), ()) for _ in range(rows)],
+        [
+            Example(text(ids[: tokens[0]]), text(ids[tokens[0] :]), ())
+            for ids in random_prompts(rows, sum(tokens), vocabulary)
+        ],
         prompt_tokenizer=Numbers(),
         response_tokenizer=Numbers(),
         max_prompt_tokens=tokens[0],

@@ -1,11 +1,11 @@
-"""Plain products by XLA: how fast the parts of a model could be at most.
+"""Plain products by XLA, beside which to read the times of a model.
 
     python benchmarks/products.py --rows=1,8,32,128 --shapes=512x512,512x2048,512x32128
     python benchmarks/products.py --rows=4096 --shapes=4096x4096 --dtypes=float32,bfloat16
 
-For every number of rows and every shape IxO a chain of products [rows, I] by [I, O], each of which
-waits for the one before, as a model's do. Their matrices are different ones, of --megabytes
-together, so that they come from memory. The chains take turns; times are medians.
+For every number of rows and every shape INxOUT a chain of products [rows, IN] by [IN, OUT], each
+of which waits for the one before, as a model's do. Their matrices are different ones, --megabytes
+of them together, so that they come from memory. The chains take turns; times are medians.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Products of a chain: each of them is compiled.
+LONGEST = 1024
+
 
 class Chain(NamedTuple):
     """Products of `rows` rows by matrices of `inputs` by `outputs` numbers."""
@@ -34,8 +37,12 @@ class Chain(NamedTuple):
 
 
 def random_matrices(inputs: int, outputs: int, dtype: str, megabytes: int) -> list[jax.Array]:
-    """Of so many bytes together, but at least two: the second product waits."""
-    count = max(2, round(megabytes * 1e6 / (inputs * outputs * jnp.dtype(dtype).itemsize)))
+    """Of so many bytes together, at least two, as the second product waits, and at most LONGEST.
+
+    Their products keep the size of what they multiply.
+    """
+    count = round(megabytes * 1e6 / (inputs * outputs * jnp.dtype(dtype).itemsize))
+    count = min(max(count, 2), LONGEST)
     make = jax.jit(
         lambda key: (inputs**-0.5 * jax.random.normal(key, (inputs, outputs))).astype(dtype)
     )
@@ -52,32 +59,51 @@ def program(chain: Chain, matrices: list[jax.Array]) -> Callable[[], Any]:
             # Sums in float32 as in the models; the CPU has no fast product that gives bfloat16.
             y = jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(chain.dtype)
             x = jnp.tile(y, (1, repeats))[:, : chain.inputs]
+            if chain.outputs > chain.inputs:
+                # All of y counts, lest less of it be computed.
+                x += y[:, chain.inputs :].mean(axis=1, keepdims=True)
         return x
 
     compiled = jax.jit(multiply).lower(x, matrices).compile()
     return lambda: jax.block_until_ready(compiled(x, matrices))
 
 
-def sizes(text: str) -> tuple[int, int]:
-    """ "512x2048" -> (512, 2048)."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"shape {text!r}: expected INxOUT, such as 512x2048")
-    inputs, outputs = text.split("x")
-    return int(inputs), int(outputs)
+def number(text: str) -> int:
+    """ "8" -> 8."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """ "1,8" -> [1, 8]."""
+    return [number(part) for part in text.split(",")]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """ "512x512,512x2048" -> [(512, 512), (512, 2048)]."""
+    for part in text.split(","):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", part):
+            raise argparse.ArgumentTypeError(f"shape {part!r}: expected INxOUT, such as 512x2048")
+    return [tuple(map(int, part.split("x"))) for part in text.split(",")]
+
+
+def dtypes(text: str) -> list[str]:
+    """ "float32,bfloat16" -> ["float32", "bfloat16"]."""
+    for part in text.split(","):
+        if part not in ("float32", "bfloat16"):
+            raise argparse.ArgumentTypeError(f"dtype {part!r}: expected float32 or bfloat16")
+    return text.split(",")
 
 
 def main(argv: list[str]) -> None:
     """Prints a table; writes --output where it is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-
-    def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-        return lambda text: [kind(part) for part in text.split(",")]
-
-    parser.add_argument("--rows", type=listed(int), default=[1, 8, 32, 128])
-    parser.add_argument("--shapes", type=listed(sizes), default=[(512, 512), (512, 2048)])
-    parser.add_argument("--dtypes", type=listed(str), default=["float32"])
-    parser.add_argument("--megabytes", type=int, default=256, help="of a chain's matrices")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=numbers, default="1,8,32,128")
+    parser.add_argument("--shapes", type=shapes, default="512x512,512x2048")
+    parser.add_argument("--dtypes", type=dtypes, default="float32")
+    parser.add_argument("--megabytes", type=number, default=256, help="of a chain's matrices")
+    parser.add_argument("--repeats", type=number, default=9)
     parser.add_argument("--output", default="", help="a JSON file")
     arguments = parser.parse_args(argv)
 
@@ -85,8 +111,8 @@ def main(argv: list[str]) -> None:
     counts: dict[Chain, int] = {}
     for dtype, shape in itertools.product(arguments.dtypes, arguments.shapes):
         matrices = random_matrices(*shape, dtype, arguments.megabytes)
-        for number in arguments.rows:
-            chain = Chain(number, *shape, dtype)
+        for rows in arguments.rows:
+            chain = Chain(rows, *shape, dtype)
             programs[chain], counts[chain] = program(chain, matrices), len(matrices)
     seconds: dict[Chain, list[float]] = {chain: [] for chain in programs}
     for repeat in range(arguments.repeats + 1):
@@ -95,26 +121,27 @@ def main(argv: list[str]) -> None:
             run()
             if repeat:  # the first is a warm-up
                 seconds[chain].append(time.perf_counter() - began)
-    rows = []
+    results = []
     print("| rows | matrix | dtype | µs per product | GFLOP/s | GB/s of matrices |")
     print("|---:|---|---|---:|---:|---:|")
     for chain, times in seconds.items():
         each = statistics.median(times) / counts[chain]
-        numbers = chain.inputs * chain.outputs
+        size = chain.inputs * chain.outputs
         row = {
             **chain._asdict(),
-            "microseconds": each * 1e6,
-            "gflops": 2 * chain.rows * numbers / each / 1e9,
-            "gb_per_s": numbers * jnp.dtype(chain.dtype).itemsize / each / 1e9,
+            "products": counts[chain],
+            "chain_ms": statistics.median(times) * 1e3,
+            "gflops": 2 * chain.rows * size / each / 1e9,
+            "gb_per_s": size * jnp.dtype(chain.dtype).itemsize / each / 1e9,
         }
-        rows.append(row)
+        results.append(row)
         print(
             f"| {chain.rows} | {chain.inputs} x {chain.outputs} | {chain.dtype} | "
-            f"{row['microseconds']:.1f} | {row['gflops']:.3g} | {row['gb_per_s']:.3g} |"
+            f"{each * 1e6:.1f} | {row['gflops']:.3g} | {row['gb_per_s']:.3g} |"
         )
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({"device": jax.devices()[0].device_kind, "rows": rows}, file, indent=2)
+            json.dump({"arguments": vars(arguments), "rows": results}, file, indent=2)
 
 
 if __name__ == "__main__":

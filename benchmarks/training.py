@@ -31,10 +31,13 @@ LEARNING_RATE, DROPOUT, CLIP = 1e-3, 0.1, 1.0
 
 def random_batch(arguments: argparse.Namespace, vocab_size: int) -> dict[str, np.ndarray]:
     """Full rows, so that both sides have the same tokens to read."""
+    tokens = arguments.prompt_tokens + arguments.response_tokens
+    ids = random_prompts(arguments.batch_size, tokens, vocab_size)
     batch = {}
-    for name, tokens in (("llm", arguments.prompt_tokens), ("response", arguments.response_tokens)):
-        ids = random_prompts(arguments.batch_size, tokens, vocab_size)
-        batch |= {f"{name}_ids": ids, f"{name}_mask": np.ones(ids.shape, bool)}
+    for name, part in zip(
+        ("llm", "response"), np.split(ids, [arguments.prompt_tokens], axis=1), strict=True
+    ):
+        batch |= {f"{name}_ids": part, f"{name}_mask": np.ones(part.shape, bool)}
     return batch
 
 

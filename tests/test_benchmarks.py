@@ -1,7 +1,8 @@
-"""The scripts of benchmarks/, on sizes that take seconds: figures are of what was asked for."""
+"""Scripts of benchmarks/ on sizes that take seconds (loading.py has none such)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -18,7 +20,7 @@ def run(name, *flags):
     command = [sys.executable, SCRIPTS / f"{name}.py", *flags]
     # One device, not the many of the tests.
     environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def rows_of(name, path, *flags):
@@ -39,17 +41,43 @@ def test_products(tmp_path):
         for count in (1, 3)
     ]
     for row in rows:
-        seconds, numbers = row["microseconds"] / 1e6, 64 * 128
-        assert row["gflops"] * 1e9 * seconds == pytest.approx(2 * row["rows"] * numbers)
-        size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
-        assert row["gb_per_s"] * 1e9 * seconds == pytest.approx(size * numbers)
+        matrix = {"float32": 4, "bfloat16": 2}[row["dtype"]] * 64 * 128
+        assert row["products"] == round(1e6 / matrix)
+        read = row["gb_per_s"] * row["chain_ms"] * 1e6
+        assert read == pytest.approx(1e6, rel=0.02)  # a megabyte, in whole matrices
+        assert row["gflops"] / row["gb_per_s"] == pytest.approx(2 * row["rows"] * 64 * 128 / matrix)
 
 
-@pytest.mark.parametrize("shape", ["512", "512x", "0x8", "8xa"])
-def test_a_shape_that_is_none(shape):
-    finished = run("products", f"--shapes={shape}")
+@pytest.mark.parametrize("shape", [(4, 4), (4, 12), (4, 10), (10, 4)])
+def test_a_chain_of_products(shape):
+    specification = importlib.util.spec_from_file_location("products", SCRIPTS / "products.py")
+    products = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(products)
+    matrices = products.random_matrices(*shape, "float32", megabytes=1)[:3]
+    found = products.program(products.Chain(2, *shape, "float32"), matrices)()
+    x = np.ones((2, shape[0]))
+    for matrix in matrices:
+        y = x @ np.asarray(matrix, np.float64)
+        x = np.resize(y[0], shape[0])[None].repeat(2, 0)
+        x += y[:, shape[0] :].mean(1, keepdims=True) if shape[1] > shape[0] else 0
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        *((f"--shapes={shape}", f"shape '{shape}': expected INxOUT") for shape in ("512", "0x8")),
+        ("--shapes=8x8,8xa", "shape '8xa': expected INxOUT"),
+        ("--rows=1,0", "'0': expected a number above 0"),
+        ("--rows=a", "'a': expected a number above 0"),
+        ("--repeats=0", "'0': expected a number above 0"),
+        ("--dtypes=float16", "dtype 'float16': expected float32 or bfloat16"),
+    ],
+)
+def test_bad_flags_of_products(flag, message):
+    finished = run("products", flag)
     assert finished.returncode == 2
-    assert f"shape '{shape}': expected INxOUT" in finished.stderr.splitlines()[-1]
+    assert message in finished.stderr.splitlines()[-1]
 
 
 def test_training(tmp_path):
