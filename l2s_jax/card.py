@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.bundle import CARD
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
-from l2s_jax.report import precision
+from l2s_jax.report import dtypes
 
 _FUSIONS = {
     "add": "added to the small model's embedding of the prompt",
@@ -62,7 +62,7 @@ def write_card(
         "",
         f"{task['examples']:,} examples of `{task['split']}`. Times are milliseconds at batch 1,",
         f"{latency['prompt_tokens']} prompt tokens and {latency['new_tokens']} new ones, on",
-        f"{environment['device']}, in {precision(environment)}.",
+        f"{environment['device']}, in {dtypes(environment)}.",
         "`l2s_mismatched` is the control: L2S fed the representations of another prompt.",
         "",
         f"| system | parameters | {' | '.join(metrics)} | ms per token | ms per request |",

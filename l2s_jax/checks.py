@@ -1,4 +1,4 @@
-"""Settings of a config that no run could use, found before any work is done."""
+"""Checks of a config: settings that no run could use are found before any work is done."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from l2s_jax.models.lora import check_lora
 from l2s_jax.models.serving import WEIGHTS
 
 
-def check(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh) -> None:
-    """Raises a ValueError that names the first such setting, what it is and what was expected."""
+def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh) -> None:
+    """Checks settings, one by one and beside each other; what data and models say comes later.
+
+    Raises:
+      ValueError: a setting that no run could use.
+    """
     if config.features.cache:
         features.check_folder(config.features.cache)
     if config.labels not in ("data", "llm"):

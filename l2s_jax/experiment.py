@@ -20,14 +20,14 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax import bundle, convert, distributed, features, labels, sharding, train
-from l2s_jax.checks import check
+from l2s_jax.checks import check_config
 from l2s_jax.config import compute_dtypes
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.generate import Generator
-from l2s_jax.loading import generation_settings, load_alone, make_generator, where_to_read
+from l2s_jax.loading import generator_settings, load_alone, make_generator, where_to_read
 from l2s_jax.models.families import ModelConfig, check_positions, make_config, with_tokens
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
@@ -57,7 +57,7 @@ class Experiment:
         self.mesh = sharding.make_mesh(config.mesh)
         self.decoding_mesh = sharding.decoding_mesh(self.mesh)
         self.buckets = tuple(tuple(bucket) for bucket in config.buckets)
-        check(config, self.mesh, self.decoding_mesh)
+        check_config(config, self.mesh, self.decoding_mesh)
 
     @functools.cached_property
     def llm_tokenizer(self) -> Tokenizer:
@@ -185,7 +185,7 @@ class Experiment:
                 layer=self.config.llm.layer,
                 llm_tokenizer=self.llm_tokenizer,
                 slm_tokenizer=self.slm_tokenizer,
-                generation=generation_settings(self.config),
+                generation=generator_settings(self.config),
             )
             _write_model(model, save)
         return model

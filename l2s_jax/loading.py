@@ -1,4 +1,4 @@
-"""Generators from what is on disk: a trained L2S model, or a system that a run left."""
+"""Generators from configs and folders: a trained L2S model, or a system that a run left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.text import Tokenizer, load_tokenizer
 
 
-def generation_settings(config: ConfigDict) -> dict[str, Any]:
+def generator_settings(config: ConfigDict) -> dict[str, Any]:
     """What a config says of decoding, as arguments of Generator; JSON can hold it."""
     return {
         "prompt_lengths": sorted({prompt for prompt, _ in config.buckets}),
@@ -39,7 +39,7 @@ def make_generator(
     """A Generator with a config's buckets and decoding settings, but for `settings`; loaded is
     (system, trained, frozen).
     """
-    settings = {**generation_settings(config), **settings}
+    settings = {**generator_settings(config), **settings}
     return Generator(*loaded, prompt_tokenizer, response_tokenizer, **settings)
 
 

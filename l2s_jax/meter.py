@@ -31,7 +31,10 @@ class Meter:
     def __init__(
         self, writer: MetricWriter | NoWriter, config: ConfigDict, mesh: Mesh, share: float
     ):
-        """`share`: how many times the rows of this process the whole batch is."""
+        """`config` is a training's, as config.*.train.
+
+        `share`: how many times the rows of this process the whole batch is.
+        """
         self._writer = writer
         self._every = config.log_every
         self._devices = mesh.size
@@ -70,7 +73,13 @@ class Meter:
         batch: Mapping[str, np.ndarray],
         flops: float,
     ) -> None:
-        """Takes note of a step that the devices have been given."""
+        """Takes note of a step that the devices have been given.
+
+        Args:
+          metrics: scalars, which may not be ready yet.
+          batch: the rows of this process; bool [B, ...] under names that end in "_mask".
+          flops: operations of the step, over all devices.
+        """
         self.flush()
         masks = (value for key, value in batch.items() if key.endswith("_mask"))
         self._tokens += sum(int(mask.sum()) for mask in masks)

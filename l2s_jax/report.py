@@ -1,7 +1,8 @@
 """What an evaluation found: report.json for programs, report.md and a plot for people.
 
-The report is a dictionary; `_TASK`, `_SYSTEM` and `_LATENCY` below list its keys. Times are in
-milliseconds (compile times in seconds), shares in [0, 1], quality on each metric's own scale.
+The report is a dictionary; `_TASK`, `_SYSTEM`, `_LATENCY` and `_ENVIRONMENT` below list its keys.
+Times are in milliseconds (compile times in seconds), shares in [0, 1], quality on each metric's own
+scale.
 """
 
 import json
@@ -25,6 +26,7 @@ _LATENCY = (
     "batch_size", "prompt_tokens", "new_tokens", "encode_ms", "prefill_ms", "decode_ms_per_token",
     "total_ms", "compile_s",
 )  # fmt: skip
+_ENVIRONMENT = ("device", "dtype", "encoder_dtype")
 _RATIOS = ("quality_ratio", "speedup", "decode_speedup", "speedup_batch")
 
 _NAMES = {"llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched"}
@@ -105,7 +107,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
         f"{batch_size} {_factor(ratios['speedup_batch'])} times. Times are medians after warm-up, "
         "for the whole batch. Compilation happens once per shape and is in no other column. "
-        f"Products are in {precision(report['environment'])}.",
+        f"Products are in {dtypes(report['environment'])}.",
         f"### Batch {systems['l2s']['latency']['batch_size']}",
         _latency_table(systems, "latency"),
         f"### Batch {batch_size}",
@@ -144,7 +146,7 @@ def quality_latency_figure(report: Mapping[str, Any]) -> Figure:
     )
 
 
-def precision(environment: Mapping[str, Any]) -> str:
+def dtypes(environment: Mapping[str, Any]) -> str:
     """The dtype of the products, and that of L2S's LLM where it encodes in another one."""
     dtype, encoder_dtype = environment["dtype"], environment["encoder_dtype"]
     return dtype if encoder_dtype == dtype else f"{dtype}, the LLM of L2S in {encoder_dtype}"
@@ -288,7 +290,7 @@ def _plain(value: Any, where: str) -> Any:
 
 def _check(report: Mapping[str, Any]) -> None:
     _require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
-    _require(report["environment"], "report.environment", ("dtype", "encoder_dtype"))
+    _require(report["environment"], "report.environment", _ENVIRONMENT)
     _require(report["task"], "report.task", _TASK)
     task, metric = report["task"], report["task"]["metric"]
     _require(task["metric_signatures"], "report.task.metric_signatures", ())

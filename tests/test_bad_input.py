@@ -324,7 +324,10 @@ def test_an_output_that_was_there_is_kept_by_a_run_that_fails(finished, tmp_path
     [
         ({"top_p": 0.9}, "top_p=0.9 with temperature=0.0: expected top_p=1.0, or a temperature ab"),
         ({"top_k": 3}, "top_k=3 with temperature=0.0: expected top_k=0, or a temperature above 0"),
-        ({"min_p": 0.1, "num_beams": 2}, "num_beams=2 with min_p=0.1: expected one of them, beam"),
+        *(
+            ({name: value, "num_beams": 2}, f"num_beams=2 with {name}={value}: expected {name}=")
+            for name, value in {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1}.items()
+        ),
         ({"length_penalty": 0.6}, "length_penalty=0.6 with num_beams=1: expected length_penalty=1"),
         (
             {"early_stopping": True, "temperature": 1.0},

@@ -158,7 +158,7 @@ def leaf_paths(value, prefix=()):
 
 
 OPTIONAL = {("systems", key, "quality", "chrf") for key in KEYS}
-OPTIONAL |= {("environment", "device"), ("environment", "versions")}
+OPTIONAL.add(("environment", "versions"))
 REQUIRED = [path for path in leaf_paths(make_report()) if path not in OPTIONAL]
 
 

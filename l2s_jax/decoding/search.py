@@ -58,12 +58,14 @@ class Search:
             right_kind = type(value) in ((int, float) if kind is float else (kind,))
             if not right_kind or (kind is float and not math.isfinite(value)) or not fits(value):
                 raise ValueError(f"{field.name}={value!r}: expected {expected}")
-        for name in ("temperature", *_ONLY_WITH["temperature"][1]) if self.num_beams > 1 else ():
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise ValueError(
-                    f"num_beams={self.num_beams} with {name}={getattr(self, name)}: expected one "
-                    "of them, beam search does not sample"
-                )
+        if self.num_beams > 1:
+            for name in ("temperature", *_ONLY_WITH["temperature"][1]):
+                value, unused = getattr(self, name), _DEFAULTS[name]
+                if value != unused:
+                    raise ValueError(
+                        f"num_beams={self.num_beams} with {name}={value}: expected "
+                        f"{name}={unused}, beam search does not sample"
+                    )
         if self.num_beams > 1 and self.stop:
             raise ValueError(
                 f"num_beams={self.num_beams} with stop={list(self.stop)}: expected one of them, "
