@@ -195,14 +195,20 @@ def optimizer_shardings(
     )
 
 
+def program_mesh() -> AbstractMesh | None:
+    """The mesh that a program is made for; None without `jax.set_mesh`, and of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """x with its leading dimensions split by these axes, None by none, in a program for a mesh.
 
     The compiler chooses for the dimensions after them, and for those that do not divide. Nothing
     changes without `jax.set_mesh`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = program_mesh()
+    if mesh is None:
         return x
     spec = [P.UNCONSTRAINED] * x.ndim
     for i, (size, axis) in enumerate(zip(x.shape, axes, strict=False)):
@@ -227,8 +233,8 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     By itself the compiler gathers all rows on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
+    mesh = program_mesh()
+    if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
         return jax.lax.top_k(x, k)
     return jax.shard_map(
         lambda rows: jax.lax.top_k(rows, k),
@@ -243,8 +249,8 @@ def split_parameters(params: Any) -> Any:
 
     Nothing changes without `jax.set_mesh`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = program_mesh()
+    if mesh is None:
         return params
     return jax.lax.with_sharding_constraint(params, parameter_shardings(params, mesh))
 

@@ -16,7 +16,7 @@ import qwix
 from flax import linen as nn
 
 from l2s_jax.models.cache import KeyValue
-from l2s_jax.sharding import constrain, split_rows
+from l2s_jax.sharding import constrain, program_mesh, split_rows
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -90,7 +90,6 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _has_split_k(x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: jnp.dtype) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
     return (
         jnp.dtype(dtype) == jnp.float32
         and not isinstance(kernel, qwix.QArray)
@@ -98,7 +97,7 @@ def _has_split_k(x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: jnp.dtype
         and x.size > SPLIT_K
         and x.size % SPLIT_K == 0
         # The blocks need not be where a mesh splits the kernel.
-        and (mesh.empty or mesh.size == 1)
+        and program_mesh() is None
     )
 
 
