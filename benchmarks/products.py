@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from l2s_jax.bench.arguments import count, integers
+
 # Products of a chain: each of them is compiled.
 LONGEST = 1024
 
@@ -41,12 +43,12 @@ def random_matrices(inputs: int, outputs: int, dtype: str, megabytes: int) -> li
 
     Their products keep the size of what they multiply.
     """
-    count = round(megabytes * 1e6 / (inputs * outputs * jnp.dtype(dtype).itemsize))
-    count = min(max(count, 2), LONGEST)
+    products = round(megabytes * 1e6 / (inputs * outputs * jnp.dtype(dtype).itemsize))
+    products = min(max(products, 2), LONGEST)
     make = jax.jit(
         lambda key: (inputs**-0.5 * jax.random.normal(key, (inputs, outputs))).astype(dtype)
     )
-    return [make(key) for key in jax.random.split(jax.random.key(0), count)]
+    return [make(key) for key in jax.random.split(jax.random.key(0), products)]
 
 
 def program(chain: Chain, matrices: list[jax.Array]) -> Callable[[], Any]:
@@ -68,18 +70,6 @@ def program(chain: Chain, matrices: list[jax.Array]) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(compiled(x, matrices))
 
 
-def number(text: str) -> int:
-    """ "8" -> 8."""
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
-    return int(text)
-
-
-def numbers(text: str) -> list[int]:
-    """ "1,8" -> [1, 8]."""
-    return [number(part) for part in text.split(",")]
-
-
 def shapes(text: str) -> list[tuple[int, int]]:
     """ "512x512,512x2048" -> [(512, 512), (512, 2048)]."""
     for part in text.split(","):
@@ -99,11 +89,11 @@ def dtypes(text: str) -> list[str]:
 def main(argv: list[str]) -> None:
     """Prints a table; writes --output where it is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=numbers, default="1,8,32,128")
+    parser.add_argument("--rows", type=integers, default="1,8,32,128")
     parser.add_argument("--shapes", type=shapes, default="512x512,512x2048")
     parser.add_argument("--dtypes", type=dtypes, default="float32")
-    parser.add_argument("--megabytes", type=number, default=256, help="of a chain's matrices")
-    parser.add_argument("--repeats", type=number, default=9)
+    parser.add_argument("--megabytes", type=count, default=256, help="of a chain's matrices")
+    parser.add_argument("--repeats", type=count, default=9)
     parser.add_argument("--output", default="", help="a JSON file")
     arguments = parser.parse_args(argv)
 

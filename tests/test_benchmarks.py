@@ -68,9 +68,9 @@ def test_a_chain_of_products(shape):
     [
         *((f"--shapes={shape}", f"shape '{shape}': expected INxOUT") for shape in ("512", "0x8")),
         ("--shapes=8x8,8xa", "shape '8xa': expected INxOUT"),
-        ("--rows=1,0", "'0': expected a number above 0"),
-        ("--rows=a", "'a': expected a number above 0"),
-        ("--repeats=0", "'0': expected a number above 0"),
+        ("--rows=1,0", "'1,0': expected positive integers"),
+        ("--rows=a", "'a': expected positive integers"),
+        ("--repeats=0", "'0': expected positive integers"),
         ("--dtypes=float16", "dtype 'float16': expected float32 or bfloat16"),
     ],
 )

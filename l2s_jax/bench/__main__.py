@@ -28,6 +28,7 @@ import jax
 from tqdm import tqdm
 
 from l2s_jax import convert
+from l2s_jax.bench.arguments import count, integers
 from l2s_jax.bench.contestants import BANDWIDTH, CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.remote import Remote
@@ -41,13 +42,6 @@ _LIBRARIES = ("l2s_jax", "jax", "torch", "transformers", "ctranslate2")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
-
-
-def _integers(text: str) -> list[int]:
-    values = [int(value) if value.isdecimal() else 0 for value in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected positive integers")
-    return values
 
 
 def _ours(text: str) -> list[str]:
@@ -77,13 +71,6 @@ def _json_file(text: str) -> str:
     return text
 
 
-def _count(text: str) -> int:
-    values = _integers(text)
-    if len(values) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one positive integer")
-    return values[0]
-
-
 def _cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -100,12 +87,12 @@ def _parser() -> _Parser:
     add("--slm", default="t5-small", help="likewise")
     add("--ours", type=_ours, default="l2s,l2s-bfloat16,llm,slm", help=f"of {', '.join(OURS)}")
     add("--peers", type=_peers, default="hf,ct2", help=f"hf, ct2, or of {', '.join(PEERS)}")
-    add("--batch_sizes", type=_integers, default="1,8,32", help="(default: %(default)s)")
-    add("--prompt_tokens", type=_integers, default="32,128,512", help="(default: %(default)s)")
-    add("--new_tokens", type=_integers, default="32,128,256", help="(default: %(default)s)")
+    add("--batch_sizes", type=integers, default="1,8,32", help="(default: %(default)s)")
+    add("--prompt_tokens", type=integers, default="32,128,512", help="(default: %(default)s)")
+    add("--new_tokens", type=integers, default="32,128,256", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
-    add("--repeats", type=_count, default=5, help="of each case (default: %(default)s)")
-    add("--threads", type=_count, default=_cores(), help="CPU cores of each (default: all)")
+    add("--repeats", type=count, default=5, help="of each case (default: %(default)s)")
+    add("--threads", type=count, default=_cores(), help="CPU cores of each (default: all)")
     add("--output", type=_json_file, default="bench.json", help="(default: %(default)s)")
     add("--profile", action="store_true", help="also a trace of the first of --ours, last case")
     return parser
