@@ -225,8 +225,14 @@ class Counted(LanguageModel):
 
 def host_events(directory, call):
     """name -> times that a profile of call() has a Python function or an execution of a program."""
-    with jax.profiler.trace(directory):
-        call()
+    # A collection would call what other tests left to be called then.
+    gc.collect()
+    gc.disable()
+    try:
+        with jax.profiler.trace(directory):
+            call()
+    finally:
+        gc.enable()
     (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
     planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(path).planes}
     names = (event.name for line in planes["/host:CPU"].lines for event in line.events)
@@ -259,10 +265,9 @@ def test_the_host_executes_one_program_however_many_tokens_there_are(tmp_path):
         assert executions(events).keys() == {"PjitFunction(decode)", helper}
         assert events[helper] == 1
     assert executions(few) == executions(many)
-    # Nor has Python more to do for 140 tokens more: no function is called once more for each.
+    # Nor has Python more to do for 140 tokens more.
     assert few.total() > 300
-    more = {name: count for name, count in (many - few).items() if count > 100}
-    assert not more
+    assert abs(many.total() - few.total()) < 70, many - few
 
     list(model.stream("5 6 7"))
     events = host_events(str(tmp_path / "stream"), lambda: list(model.stream("5 6 7")))
