@@ -69,9 +69,11 @@ class Peers:
         """Ends this process, and the others with the same message; waits for nothing else."""
         # Whoever comes second waits for the end of the process.
         self._ending.acquire()
-        print(f"error: {message}", file=sys.stderr, flush=True)
         # The other threads go on until the end: none of their lines is to come after this one.
+        sys.stderr.flush()
+        stderr = os.dup(sys.stderr.fileno())
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        os.write(stderr, f"error: {message}\n".encode())
         if tell:
             about = f"process {self._me}: {message}"
             _send(self._sockets.values(), {"error": about, "status": status})
