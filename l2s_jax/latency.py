@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from l2s_jax import sharding
 from l2s_jax.data.prompts import random_prompts
-from l2s_jax.decoding.engine import GREEDY, decode, decode_cache, prefill
+from l2s_jax.decoding.engine import GREEDY, decode, prefill
 from l2s_jax.decoding.loop import decoding_steps
 from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import Params, System
@@ -46,61 +46,48 @@ class Stopwatch:
         mesh = mesh or sharding.one_device()
         rows = -(-batch_size // sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)
         prompts = random_prompts(rows, prompt_tokens, vocab_size)
-        limits = np.where(np.arange(rows) < batch_size, new_tokens, 0).astype(np.int32)
-        ids, mask, limits, seeds = sharding.put(
-            (prompts, np.ones(prompts.shape, bool), limits, np.arange(rows, dtype=np.uint32)),
+        # The same program gives one token, or all.
+        of_one, of_all = (
+            np.where(np.arange(rows) < batch_size, limit, 0).astype(np.int32)
+            for limit in (1, new_tokens)
+        )
+        ids, mask, of_one, of_all, seeds = sharding.put(
+            (
+                *(prompts, np.ones(prompts.shape, bool), of_one, of_all),
+                np.arange(rows, dtype=np.uint32),
+            ),
             sharding.batch_sharding(mesh),
         )
         settings = {"max_new_tokens": new_tokens, "search": search}
         self._steps = max(new_tokens - 1 if search.num_beams > 1 else decoding_steps(new_tokens), 1)
 
         encode = _compiled(mesh, system.encode, trained, frozen, ids, mask)
-        hidden = encode(trained, frozen, ids, mask)
-        start = _compiled(
-            mesh,
-            lambda trained, frozen, ids, mask, hidden: prefill(
-                system, trained, frozen, ids, mask, hidden, **settings
-            ),
-            *(trained, frozen, ids, mask, hidden),
-        )
-        first = start(trained, frozen, ids, mask, hidden)
-        loop = _compiled(
-            mesh,
-            lambda trained, first, limits, seeds: decode_cache(
-                system, trained, *first[:2], limits, seeds, first[2], ignore_eos=True, **settings
-            ),
-            *(trained, first, limits, seeds),
-        )
         began = time.perf_counter()
         whole = _compiled(
             mesh,
             lambda *arguments: decode(system, *arguments, ignore_eos=True, **settings),
-            *(trained, frozen, ids, mask, limits, seeds),
+            *(trained, frozen, ids, mask, of_all, seeds),
         )
         self.compile_s = time.perf_counter() - began
-        self.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(first[1]))
+        self.cache_bytes = _cache_bytes(system, trained, frozen, ids, mask, **settings)
         self._encode = lambda: encode(trained, frozen, ids, mask)
-        self._prefill = lambda hidden: start(trained, frozen, ids, mask, hidden)
-        self._loop = lambda first: loop(trained, first, limits, seeds)
-        self._whole = lambda: whole(trained, frozen, ids, mask, limits, seeds)
+        self._first = lambda: whole(trained, frozen, ids, mask, of_one, seeds)
+        self._whole = lambda: whole(trained, frozen, ids, mask, of_all, seeds)
         for _ in range(2):
             self.measure()
 
     def measure(self) -> dict[str, float]:
         """One run of everything, in milliseconds, for the whole batch.
 
-        encode_ms, prefill_ms (which gives the first token) and decode_ms_per_token are those of
-        three programs run one after another, total_ms is that of the one program that generation
-        runs.
+        total_ms is that of the program that generation runs. Of its parts: encode_ms is that of a
+        program that only encodes; prefill_ms is what the first token takes beyond it, and
+        decode_ms_per_token what all tokens take beyond the first, over the steps in between.
         """
-        hidden, encode_ms = _timed(self._encode)
-        first, prefill_ms = _timed(self._prefill, hidden)
-        _, decode_ms = _timed(self._loop, first)
-        _, total_ms = _timed(self._whole)
+        encode_ms, first_ms, total_ms = map(_timed, (self._encode, self._first, self._whole))
         return {
             "encode_ms": encode_ms,
-            "prefill_ms": prefill_ms,
-            "decode_ms_per_token": decode_ms / self._steps,
+            "prefill_ms": first_ms - encode_ms,
+            "decode_ms_per_token": (total_ms - first_ms) / self._steps,
             "total_ms": total_ms,
         }
 
@@ -114,7 +101,23 @@ def _compiled(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> jax.
         return jax.jit(function).lower(*arguments).compile()
 
 
-def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+def _cache_bytes(
+    system: System,
+    trained: Params,
+    frozen: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    **settings: Any,
+) -> int:
+    def cache(trained: Params, frozen: Params, ids: jax.Array, mask: jax.Array) -> Any:
+        hidden = system.encode(trained, frozen, ids, mask)
+        return prefill(system, trained, frozen, ids, mask, hidden, **settings)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(cache, trained, frozen, ids, mask))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    result = jax.block_until_ready(call(*arguments))
-    return result, (time.perf_counter() - start) * 1e3
+    jax.block_until_ready(call())
+    return (time.perf_counter() - start) * 1e3

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import pathlib
+import re
 import subprocess
 import sys
+import time
 from importlib import metadata
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from l2s_jax.bench import __main__ as bench
-from l2s_jax.bench import remote
-from l2s_jax.bench.contestants import BANDWIDTH, OURS, Case, Setup, unfit
-from l2s_jax.bench.geometry import write_random
+from l2s_jax.bench import contest, machine, remote
+from l2s_jax.bench.contestants import OURS, PEERS, Case, Setup, unfit, variants
+from l2s_jax.bench.geometry import random_like, write_random
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.systems import LanguageModel, parameter_count
 
@@ -53,8 +59,12 @@ SETUP = Setup(
     folder="folder",
     vocab_size=100,
     real_weights=False,
+    accelerator=False,
+    fast_bfloat16=True,
 )
-PEERS = ("hf-slm", "hf-llm-assisted", "ct2-slm-int8")
+MEASURED = ("hf-slm", "hf-llm-assisted", "ct2-slm-int8", "ov-slm")
+# Who is measured where the CPU has products in bfloat16.
+FAST = ("l2s-bfloat16", "hf-slm-bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +75,17 @@ def output(tmp_path_factory):
             "--llm=tiny",
             "--slm=tiny",
             f"--ours={','.join(OURS)}",
-            f"--peers={','.join(PEERS)}",
+            f"--peers={','.join((*MEASURED, 'hf-slm-bfloat16'))}",
             f"--output={folder / 'new' / 'speed.json'}",
         ),
-        *("--batch_sizes=2", "--prompt_tokens=8", "--new_tokens=5", "--repeats=2", "--profile"),
+        *(
+            "--no-tune",
+            "--batch_sizes=2",
+            "--prompt_tokens=8",
+            "--new_tokens=5",
+            "--repeats=2",
+            "--profile",
+        ),
     ]
     assert bench.main(arguments) == 0
     return folder / "new"
@@ -77,31 +94,55 @@ def output(tmp_path_factory):
 def test_everyone_is_measured_on_every_case(output):
     report = json.loads((output / "speed.json").read_text())
     measured = {(r["system"], r["batch_size"]) for r in report["rows"]}
-    expected = {(name, 2) for name in (*OURS, "hf-slm", "ct2-slm-int8")}
-    assert measured == expected
+    names = {*OURS, "hf-slm", "hf-slm-bfloat16", "ct2-slm-int8"}
+    if not machine.has_fast_bfloat16():
+        names -= set(FAST)
+        for name in FAST:
+            assert "this CPU has no products in bfloat16" in report["not_measured"][name]
+    assert measured == {(name, 2) for name in names}
     assert report["weights"] == "random, of real geometry"
     assert "expected checkpoints" in report["not_measured"]["hf-llm-assisted"]
-    assert {"jax", "torch", "transformers", "ctranslate2"} <= report["environment"].keys()
+    assert "--peer_python" in report["not_measured"]["ov-slm"]
+    expected = {"jax", "torch", "transformers", "ctranslate2", "cpu", "instruction_set"}
+    assert expected <= report["environment"].keys()
     for record in report["rows"]:
         assert record["total_ms"] > 0
+        first, third = record["quartiles"]["total_ms"]
+        assert first <= record["total_ms"] <= third
         # Of others, the first run less the second, who may be as fast.
         assert record["compile_s"] > 0 or record["system"] not in OURS
         rate = record["batch_size"] * record["new_tokens"] / record["total_ms"] * 1e3
         assert math.isclose(record["tokens_per_s"], rate)
         assert record["peak_memory_mb"] > 1
-        assert record["dtype"] == ("int8" if "int8" in record["system"] else "float32")
-        encoder_dtype = "bfloat16" if record["system"] == "l2s-bfloat16" else record["dtype"]
+        ending = record["system"].split("-")[-1]
+        encoder_dtype = {"int8": "int8", "bfloat16": "bfloat16"}.get(ending, "float32")
         assert record["encoder_dtype"] == encoder_dtype
+        l2s = record["system"].startswith("l2s-b")
+        assert record["dtype"] == ("float32" if l2s else encoder_dtype)
         library = {"hf": "transformers", "ct2": "ctranslate2"}.get(record["system"].split("-")[0])
         assert record["version"] == metadata.version(library or "jax")
 
 
-def test_what_is_in_bfloat16_throughout_is_measured_once():
-    reasons = {
-        dtype: unfit("l2s-bfloat16", dataclasses.replace(SETUP, dtype=dtype), Case(1, 8, 5))
-        for dtype in ("float32", "bfloat16")
-    }
-    assert reasons == {"float32": "", "bfloat16": "the same as L2S, all of which is in bfloat16"}
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("l2s-bfloat16", {}, ""),
+        (
+            "l2s-bfloat16",
+            {"dtype": "bfloat16"},
+            "the same as L2S, all of which is in bfloat16",
+        ),
+        (
+            "hf-llm-bfloat16",
+            {"dtype": "bfloat16"},
+            "the same as LLM, transformers, all of which is in bfloat16",
+        ),
+        ("hf-slm-bfloat16", {"fast_bfloat16": False}, "this CPU has no products in bfloat16"),
+        ("hf-slm", {"fast_bfloat16": False}, ""),
+    ],
+)
+def test_bfloat16_is_measured_once_and_where_it_is_fast(name, changes, reason):
+    assert unfit(name, dataclasses.replace(SETUP, **changes), Case(1, 8, 5)) == reason
 
 
 @pytest.mark.parametrize(
@@ -113,7 +154,7 @@ def test_what_is_in_bfloat16_throughout_is_measured_once():
         ("l2s-int8", 25, "1025 tokens, the SLM has 1024 positions"),
         ("hf-llm", 25, ""),
         ("hf-llm-assisted", 25, "1025 tokens, the SLM has 1024 positions"),
-        (BANDWIDTH, 25, ""),
+        ("ov-slm", 25, "1025 tokens, the SLM has 1024 positions"),
     ],
 )
 def test_nobody_is_measured_beyond_a_models_positions(name, new_tokens, reason):
@@ -127,7 +168,7 @@ def test_checkpoints_are_measured_compiled_and_assisted_too(tmp_path):
     arguments = [
         *(f"--llm={tmp_path / 'llm'}", f"--slm={tmp_path / 'slm'}", "--ours=llm"),
         *("--peers=hf-slm-compiled,hf-llm-assisted", f"--output={tmp_path / 'speed.json'}"),
-        *("--batch_sizes=1", "--prompt_tokens=8", "--new_tokens=5", "--repeats=1"),
+        *("--no-tune", "--batch_sizes=1", "--prompt_tokens=8", "--new_tokens=5", "--repeats=1"),
     ]
     assert bench.main(arguments) == 0
     report = json.loads((tmp_path / "speed.json").read_text())
@@ -141,39 +182,57 @@ class Stand:
     """In the place of a contestant's process; who is in `ended` ends at its second run."""
 
     ended: tuple[str, ...] = ()
+    opened: ClassVar[list[tuple[str, dict, dict]]] = []
     closed: ClassVar[list[str]] = []
+
+    def __init__(self, environment, python):
+        self.environment = dict(environment)
 
     def ask(self, request, *arguments):
         if request == "start":
-            self.name, self.runs = arguments[0], 0
-        elif request == "measure":
-            self.runs += 1
-            if self.name in self.ended and self.runs == 2:
-                raise RuntimeError("its process ended (-9)")
-        return {
-            "prepare": {"compile_s": 1.0},
-            "measure": {"gb_per_s": 1.0} if self.name == BANDWIDTH else {"total_ms": 1.0},
-            "memory": {"peak_bytes": 1e6},
-        }.get(request, {})
+            self.name, self.runs, self.arguments = arguments[0], 0, arguments[2]
+            self.opened.append((self.name, self.environment, self.arguments))
+            return {"version": "1", "platform": "cpu", "device": "stand"}
+        if request == "prepare":
+            return {"compile_s": 1.0}
+        if request == "memory":
+            return {"peak_bytes": 1e6}
+        assert request == "measure"
+        self.runs += 1
+        if self.name in self.ended and self.runs == 2:
+            raise RuntimeError("its process ended (-9)")
+        # Who spins is the fastest, but for CTranslate2.
+        spins = self.environment.get("OMP_WAIT_POLICY") == "ACTIVE"
+        return {"total_ms": 1.0 if spins != self.name.startswith("ct2") else 2.0}
 
     def close(self):
         self.closed.append(self.name)
 
 
-@pytest.mark.parametrize(("ended", "status"), [("hf-slm", 0), ("slm", 2)])
-def test_who_ends_while_being_measured_is_left_out(ended, status, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "Remote", Stand)
-    monkeypatch.setattr(bench, "write_report", lambda report, stem: reports.append(report))
-    monkeypatch.setattr(bench, "write_random", lambda name, path: write_random("tiny", path))
-    monkeypatch.setattr(Stand, "ended", (ended,))
+@pytest.fixture
+def reports(monkeypatch):
+    """What is reported of Stands."""
+    monkeypatch.setattr(contest, "Remote", Stand)
+    found = []
+    monkeypatch.setattr(bench, "write_report", lambda report, stem: found.append(report))
+    Stand.opened.clear()
     Stand.closed.clear()
-    reports = []
+    return found
+
+
+def bench_stands(tmp_path, *arguments):
     (tmp_path / "speed.md").touch()
-    arguments = [
-        *("--llm=tiny", "--slm=tiny", "--ours=slm", "--peers=hf-slm,ct2-slm"),
-        *("--batch_sizes=1,8", "--prompt_tokens=8", "--new_tokens=5", "--repeats=2"),
-    ]
-    assert bench.main([*arguments, f"--output={tmp_path / 'speed.json'}"]) == status
+    fixed = ("--llm=tiny", "--slm=tiny", "--prompt_tokens=8", "--new_tokens=5", "--repeats=2")
+    return bench.main([*fixed, *arguments, f"--output={tmp_path / 'speed.json'}"])
+
+
+@pytest.mark.parametrize(("ended", "status"), [("hf-slm", 0), ("slm", 2)])
+def test_who_ends_while_being_measured_is_left_out(
+    ended, status, tmp_path, monkeypatch, capsys, reports
+):
+    monkeypatch.setattr(Stand, "ended", (ended,))
+    arguments = ["--ours=slm", "--peers=hf-slm,ct2-slm", "--batch_sizes=1,8", "--no-tune"]
+    assert bench_stands(tmp_path, *arguments) == status
     if status:
         assert "error: slm: its process ended (-9)" in capsys.readouterr().err
         assert reports == []
@@ -183,6 +242,85 @@ def test_who_ends_while_being_measured_is_left_out(ended, status, tmp_path, monk
     assert measured == [("slm", 1), ("ct2-slm", 1), ("slm", 8), ("ct2-slm", 8)]
     # At once, and again with all others.
     assert Stand.closed[0] == "hf-slm" and Stand.closed.count("slm") == 1
+
+
+def test_peers_have_the_settings_with_which_they_are_fastest(tmp_path, reports):
+    threads = min(machine.cores(), 2)
+    arguments = ["--ours=slm", "--peers=hf-slm,ct2-slm", "--batch_sizes=1,8"]
+    assert bench_stands(tmp_path, *arguments, f"--threads={threads}") == 0
+    chosen = {(r["system"], r["batch_size"]): r["settings"] for r in reports[-1]["rows"]}
+    spin, defaults = "defaults, threads that spin", "defaults"
+    assert chosen == {
+        **{("slm", rows): defaults for rows in (1, 8)},
+        **{("hf-slm", rows): spin for rows in (1, 8)},
+        **{("ct2-slm", rows): defaults for rows in (1, 8)},
+    }
+    # For each batch size every variant once, and the best again for the turns.
+    tried = len(variants("hf-slm", dataclasses.replace(SETUP, threads=threads)))
+    assert [name for name, *_ in Stand.opened].count("hf-slm") == 2 * (tried + 1)
+    last = [environment for name, environment, _ in Stand.opened if name == "hf-slm"][-1]
+    assert last == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_variants_differ(name, accelerator):
+    setup = dataclasses.replace(SETUP, threads=2, accelerator=accelerator)
+    found = variants(name, setup)
+    assert len({variant.label for variant in found}) == len(found)
+    settings = [(dict(v.arguments), dict(v.environment), v.threads) for v in found]
+    assert all(settings.count(setting) == 1 for setting in settings)
+    types = {v.arguments.get("compute_type") for v in found} - {None}
+    if name.endswith("-int8") and name.startswith("ct2"):
+        expected = {"int8_bfloat16", "int8_float32"} | ({"int8_float16"} if accelerator else set())
+        assert types == expected
+
+
+def test_who_is_not_asked_is_stopped_and_ends_with_its_parent(tmp_path):
+    program = (
+        "import sys, time, l2s_jax.bench.remote as remote\n"
+        "found = remote.Remote()\n"
+        "try: found.ask('start', 'nobody', {}, {})\n"
+        "except RuntimeError: pass\n"
+        "print(found._process.pid, flush=True)\n"
+        "time.sleep(100)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    status = pathlib.Path("/proc", parent.stdout.readline().strip(), "status")
+
+    def state():
+        with contextlib.suppress(OSError):
+            return re.search(r"State:\s+(\w)", status.read_text())[1]
+        return ""
+
+    def wait_for(*states):
+        deadline = time.monotonic() + 30
+        while state() not in states and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return state()
+
+    assert wait_for("T") == "T"
+    parent.kill()
+    parent.wait()
+    assert wait_for("", "Z") in ("", "Z")
+
+
+def test_quartiles():
+    assert contest.quartiles([5.0]) == [5.0, 5.0]
+    assert contest.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 4.0]
+
+
+def test_random_weights_are_made_as_they_serve():
+    system = LanguageModel("slm", dataclasses.replace(GEOMETRIES["tiny"], dtype=jnp.bfloat16))
+    shapes = jax.eval_shape(
+        lambda key: system.to_serve(system.init(key), {}, "int8")[0], jax.random.key(0)
+    )
+    made = random_like(shapes)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
+    for leaf in jax.tree.leaves(made):
+        assert len(np.unique(np.asarray(leaf, np.float32))) > 1
 
 
 def test_a_case_that_nobody_fits_leaves_the_others(tmp_path):
@@ -218,6 +356,7 @@ def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):
     of_llm = next(r for r in records if r["system"] == "llm")
     assert math.isclose(report["floor"]["llm_ms_per_token"], of_llm["floor_ms_per_token"])
     assert report["floor"].keys() == {"gb_per_s", "l2s_ms_per_token", "llm_ms_per_token"}
+    assert report["floor"]["gb_per_s"] > 0
     config = GEOMETRIES["tiny"]
     slm = LanguageModel("slm", config)
     params = jax.eval_shape(slm.init, jax.random.key(0))
@@ -258,13 +397,14 @@ def test_the_report_can_be_read(output):
                 *("--llm=tiny", "--slm=tiny", "--dtype=bfloat16", "--ours=l2s-bfloat16"),
                 *("--peers=", "--prompt_tokens=8", "--new_tokens=5", "--batch_sizes=1"),
             ],
-            "nobody was measured (l2s-bfloat16: the same as L2S",
+            "nobody was measured (l2s-bfloat16: batch 1, 8 prompt tokens, 5 new tokens: the same as",
         ),
         (["--peers=hf,ours"], "no 'ours', expected some of hf, ct2, hf-llm"),
         (["--output=folder"], "'folder': expected the name of a .json file"),
         (["--batch_sizes=1,0"], "--batch_sizes"),
         (["--repeats=none"], "--repeats"),
         (["--threads=100000"], "--threads=100000: expected at most"),
+        (["--peer_python=/no/python"], "'/no/python': expected a Python that can be run"),
         (["--dtype=float16"], "--dtype"),
         (["everything"], "everything"),
     ],

@@ -2,21 +2,23 @@
 
 python -m l2s_jax.bench --llm=t5-large --slm=t5-small --peers=hf,ct2 --output=bench.json
 
---llm and --slm name a folder in Hugging Face's format or a published geometry, of which a
-checkpoint with random weights is made. Every contestant has a process of its own; they take turns,
-in an order drawn for each repeat, and what is reported are medians. Beside FILE.json come FILE.md
-and plots, and with --profile a trace. Exit status: 0; 2 for bad input.
+--llm and --slm name a folder in Hugging Face's format or a published geometry, which gets random
+weights. Every contestant has a process of its own; they take turns, in an order drawn for each
+repeat, and what is reported are medians and quartiles. Another library is measured with the
+settings with which it is fastest: these are found first, on the first case of each batch size.
+Beside FILE.json come FILE.md and plots, and with --profile a trace. Exit status: 0; 2 for bad
+input.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import logging
 import os
-import random
+import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -28,15 +30,18 @@ import jax
 from tqdm import tqdm
 
 from l2s_jax import convert
+from l2s_jax.bench import machine
 from l2s_jax.bench.arguments import count, integers
-from l2s_jax.bench.contestants import BANDWIDTH, CONTESTANTS, OURS, PEERS, Case, Setup, unfit
+from l2s_jax.bench.contest import Contest
+from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
-from l2s_jax.bench.remote import Remote
 from l2s_jax.bench.report import write_report
 
 log = logging.getLogger("l2s_jax")
 
 _LIBRARIES = ("l2s_jax", "jax", "torch", "transformers", "ctranslate2")
+# What their processes convert is a checkpoint on the disk.
+_CONVERTERS = ("ct2", "openvino")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +64,7 @@ def _peers(text: str) -> list[str]:
     for word in text.split(",") if text else ():
         names = [name for name in PEERS if name == word or name.split("-")[0] == word]
         if not names:
-            expected = ", ".join(("hf", "ct2", *PEERS))
+            expected = ", ".join(("hf", "ct2", "ov", *PEERS))
             raise argparse.ArgumentTypeError(f"no {word!r}, expected some of {expected}")
         chosen.update(dict.fromkeys(names))
     return list(chosen)
@@ -71,9 +76,11 @@ def _json_file(text: str) -> str:
     return text
 
 
-def _cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _python(text: str) -> str:
+    found = shutil.which(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a Python that can be run")
+    return os.path.abspath(found)
 
 
 def _parser() -> _Parser:
@@ -86,13 +93,20 @@ def _parser() -> _Parser:
     add("--llm", default="t5-large", help="folder of a checkpoint, or a published geometry")
     add("--slm", default="t5-small", help="likewise")
     add("--ours", type=_ours, default="l2s,l2s-bfloat16,llm,slm", help=f"of {', '.join(OURS)}")
-    add("--peers", type=_peers, default="hf,ct2", help=f"hf, ct2, or of {', '.join(PEERS)}")
+    add("--peers", type=_peers, default="hf,ct2", help=f"hf, ct2, ov, or of {', '.join(PEERS)}")
     add("--batch_sizes", type=integers, default="1,8,32", help="(default: %(default)s)")
     add("--prompt_tokens", type=integers, default="32,128,512", help="(default: %(default)s)")
     add("--new_tokens", type=integers, default="32,128,256", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
     add("--repeats", type=count, default=5, help="of each case (default: %(default)s)")
-    add("--threads", type=count, default=_cores(), help="CPU cores of each (default: all)")
+    add("--threads", type=count, default=machine.cores(), help="CPU cores of each (default: all)")
+    add(
+        "--tune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="vary the peers' settings and keep the best (default: yes)",
+    )
+    add("--peer_python", type=_python, help="the Python of the ov peers' environment")
     add("--output", type=_json_file, default="bench.json", help="(default: %(default)s)")
     add("--profile", action="store_true", help="also a trace of the first of --ours, last case")
     return parser
@@ -108,14 +122,15 @@ def run(options: argparse.Namespace) -> None:
     ]
     stem = options.output.removesuffix(".json")
     os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
+    names = (*options.ours, *options.peers)
     with contextlib.ExitStack() as stack:
         setup, weights = _setup(options, stack.enter_context(tempfile.TemporaryDirectory()))
-        traced = [name for name in options.ours if not unfit(name, setup, cases[-1])][:1]
+        contest = Contest(
+            setup, options.repeats, stack, tune=options.tune, peer_python=options.peer_python
+        )
+        traced = [name for name in options.ours if not unfit(name, contest.setup, cases[-1])][:1]
         if options.profile and not traced:
             raise ValueError("--profile: expected one of --ours that fits the last case")
-        contest = _Contest(setup, options.repeats, stack)
-        for name in (*options.ours, *options.peers, BANDWIDTH):
-            contest.start(name, cases)
         report = {
             "llm": options.llm,
             "slm": options.slm,
@@ -123,14 +138,14 @@ def run(options: argparse.Namespace) -> None:
             "weights": weights,
             "repeats": options.repeats,
             "not_measured": contest.failures,
+            "environment": _environment(contest.device, options.threads),
         }
         rows: list[dict[str, Any]] = []
         for case in tqdm(cases, desc="cases", file=sys.stderr):
-            rows += contest.measure(case)
+            rows += contest.measure(names, case)
             if rows:
                 # Whatever stops a long run, the cases before it are there.
-                found = {"environment": _environment(contest.device, options.threads)}
-                write_report({**report, **found, "rows": rows, "floor": _floor(rows)}, stem)
+                write_report({**report, "rows": rows, "floor": _floor(rows)}, stem)
         if not rows:
             reasons = (f"{name}: {reason}" for name, reason in contest.failures.items())
             raise ValueError(f"nobody was measured ({'; '.join(reasons)})")
@@ -141,13 +156,14 @@ def run(options: argparse.Namespace) -> None:
 def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
     """What all share, and what the weights are."""
     paths, weights, configs = {}, {}, {}
+    written = any(CONTESTANTS[name].module in _CONVERTERS for name in options.peers)
     for name in ("llm", "slm"):
         given = getattr(options, name)
         real = os.path.isdir(given)
         paths[name] = given if real else os.path.join(folder, name)
         weights[name] = "of the checkpoint" if real else "random, of real geometry"
         if not real:
-            write_random(given, paths[name])
+            write_random(given, paths[name], weights=written)
         configs[name] = convert.read_config(paths[name])
     setup = Setup(
         **paths,
@@ -156,6 +172,8 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
         folder=folder,
         vocab_size=min(config.vocab_size for config in configs.values()),
         real_weights=set(weights.values()) == {"of the checkpoint"},
+        accelerator=False,
+        fast_bfloat16=machine.has_fast_bfloat16(),
         **{f"{name}_positions": getattr(c, "max_positions", None) for name, c in configs.items()},
     )
     if len(set(weights.values())) == 1:
@@ -163,106 +181,15 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
     return setup, ", ".join(f"{name.upper()}: {kind}" for name, kind in weights.items())
 
 
-class _Contest:
-    """The processes of all contestants, and why some are not measured."""
-
-    def __init__(self, setup: Setup, repeats: int, stack: contextlib.ExitStack):
-        """The stack ends the processes."""
-        self.failures: dict[str, str] = {}
-        self.device: dict[str, Any] = {}  # what ours run on, once a case has been measured
-        self._setup, self._repeats, self._stack = setup, repeats, stack
-        self._remotes: dict[str, Remote] = {}
-        self._order = random.Random(0)
-
-    def start(self, name: str, cases: Sequence[Case]) -> None:
-        """Makes a contestant in a process of its own, if it is fit for one of the cases."""
-        reasons = [unfit(name, self._setup, case) for case in cases]
-        if all(reasons):
-            self.failures[name] = reasons[0]
-            return
-        self._remotes[name] = Remote()
-        self._stack.callback(self._remotes[name].close)
-        self.ask(name, "start", name, dataclasses.asdict(self._setup))
-
-    def ask(self, name: str, *request: Any) -> dict[str, Any] | None:
-        """A contestant's answer, None if it failed: then it takes no further part.
-
-        Raises:
-          ValueError: one of ours failed. Another library that cannot do it is a result.
-        """
-        try:
-            return self._remotes[name].ask(*request)
-        except RuntimeError as error:
-            if name in (*OURS, BANDWIDTH):
-                raise ValueError(f"{name}: {error}") from error
-            log.warning("%s: not measured: %s", name, error)
-            self.failures[name] = str(error)
-            # What it holds is not to disturb the others.
-            self._remotes.pop(name).close()
-            return None
-
-    def measure(self, case: Case) -> list[dict[str, Any]]:
-        """A record per contestant: the case, its facts, and medians of its measurements."""
-        facts: dict[str, dict[str, Any]] = {}
-        for name in list(self._remotes):
-            if reason := unfit(name, self._setup, case):
-                shape = "batch {}, {} prompt tokens, {} new tokens".format(*case)
-                self.failures.setdefault(name, f"{shape}: {reason}")
-            elif (found := self.ask(name, "prepare", *case)) is not None:
-                facts[name] = found
-        self.device = facts.pop(BANDWIDTH)
-        samples: dict[str, list[dict[str, float]]] = {name: [] for name in (*facts, BANDWIDTH)}
-        for _ in range(self._repeats):
-            # Not in one order: nobody always runs after the same one, in whose wake the caches are.
-            for name in self._order.sample(list(samples), len(samples)):
-                if (found := self.ask(name, "measure")) is None:
-                    del samples[name]
-                else:
-                    samples[name].append(found)
-        medians = {
-            name: {key: statistics.median(s[key] for s in runs) for key in runs[0]}
-            for name, runs in samples.items()
-        }
-        bandwidth = medians.pop(BANDWIDTH)["gb_per_s"]
-        return [
-            {**self._described(name, case), **facts[name], **times, **peak, "gb_per_s": bandwidth}
-            | _derived(case, facts[name], times, bandwidth)
-            for name, times in medians.items()
-            if (peak := self._peak(name)) is not None
-        ]
-
-    def _described(self, name: str, case: Case) -> dict[str, Any]:
-        library, arguments = CONTESTANTS[name].library, CONTESTANTS[name].arguments
-        int8 = "int8" in (arguments.get("weights"), arguments.get("compute_type"))
-        dtype = "int8" if int8 else self._setup.dtype
-        return {
-            "system": name,
-            "dtype": dtype,
-            "encoder_dtype": arguments.get("encoder_dtype", dtype),
-            **case._asdict(),
-            "version": metadata.version(library),
-        }
-
-    def _peak(self, name: str) -> dict[str, float] | None:
-        found = self.ask(name, "memory")
-        return found and {"peak_memory_mb": found["peak_bytes"] / 1e6}
-
-
-def _derived(
-    case: Case, facts: Mapping[str, float], times: Mapping[str, float], bandwidth: float
-) -> dict[str, float]:
-    derived = {"tokens_per_s": case.batch_size * case.new_tokens / times["total_ms"] * 1e3}
-    if "bytes_read_per_token" in facts:
-        derived["floor_ms_per_token"] = facts["bytes_read_per_token"] / bandwidth / 1e6
-    return derived
-
-
 def _floor(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The median bandwidth, and of the first case the time in which it reads what a token needs."""
-    floor = {"gb_per_s": statistics.median(row["gb_per_s"] for row in rows)}
+    read = [row for row in rows if "gb_per_s" in row]
+    floor = {}
+    if read:
+        floor["gb_per_s"] = statistics.median(row["gb_per_s"] for row in read)
     for name in ("l2s", "llm"):
-        for first in itertools.islice((row for row in rows if row["system"] == name), 1):
-            floor[f"{name}_ms_per_token"] = first["bytes_read_per_token"] / floor["gb_per_s"] / 1e6
+        for first in itertools.islice((row for row in read if row["system"] == name), 1):
+            floor[f"{name}_ms_per_token"] = first["floor_ms_per_token"]
     return floor
 
 
@@ -273,6 +200,7 @@ def _environment(device: Mapping[str, Any], threads: int) -> dict[str, Any]:
             versions[name] = metadata.version(name)
     return {
         **device,
+        **machine.cpu(),
         "cpu_cores": os.cpu_count(),
         "threads": threads,
         "python": sys.version.split()[0],
@@ -288,8 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.profile and not options.ours:
         parser.error("--profile: expected one of ours in --ours")
-    if options.threads > _cores():
-        parser.error(f"--threads={options.threads}: expected at most {_cores()}, the cores here")
+    if options.threads > machine.cores():
+        parser.error(
+            f"--threads={options.threads}: expected at most {machine.cores()}, the cores here"
+        )
+    # The contestants' processes end with this one in an orderly way, whoever ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # This process only makes checkpoints: the accelerator is left to those that are measured.
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -35,7 +36,9 @@ class Setup:
     threads: int
     folder: str  # for what a contestant makes of the checkpoints
     vocab_size: int  # the smaller one: prompts fit both models
-    real_weights: bool  # of both
+    real_weights: bool  # of both; a folder that holds none stands for random ones
+    accelerator: bool  # whether this machine has one, on which all are measured that can be
+    fast_bfloat16: bool  # whether the accelerator, or else the CPU, has products in bfloat16
     llm_positions: int | None = None  # how many tokens a model can take; None: any number
     slm_positions: int | None = None
 
@@ -72,6 +75,15 @@ class Entry(NamedTuple):
     arguments: Mapping[str, Any]
 
 
+class Variant(NamedTuple):
+    """Settings of a library that may be the faster ones, on some machine and at some shape."""
+
+    label: str
+    arguments: Mapping[str, Any] = {}  # of `make`, beside the Entry's
+    environment: Mapping[str, str] = {}  # of the process
+    threads: int | None = None  # None: the Setup's
+
+
 def _ours(label: str, name: str, **arguments: Any) -> Entry:
     return Entry(label, "jax", "ours", {"name": name, **arguments})
 
@@ -84,19 +96,24 @@ def _ctranslate2(label: str, name: str, **arguments: Any) -> Entry:
     return Entry(label, "ctranslate2", "ct2", {"name": name, **arguments})
 
 
-BANDWIDTH = "bandwidth"
+def _openvino(label: str, name: str, **arguments: Any) -> Entry:
+    return Entry(label, "openvino", "openvino", {"name": name, **arguments})
+
 
 CONTESTANTS: Mapping[str, Entry] = {
     "l2s": _ours("L2S", "l2s"),
     "l2s-bfloat16": _ours("L2S, its LLM in bfloat16", "l2s", encoder_dtype="bfloat16"),
     "l2s-int8": _ours("L2S, int8", "l2s", weights="int8"),
     "llm": _ours("LLM", "llm"),
+    "llm-int8": _ours("LLM, int8", "llm", weights="int8"),
     "slm": _ours("SLM alone", "slm"),
     "slm-int8": _ours("SLM alone, int8", "slm", weights="int8"),
     "hf-llm": _transformers("LLM, transformers", "llm"),
     "hf-slm": _transformers("SLM, transformers", "slm"),
-    "hf-llm-compiled": _transformers("LLM, transformers, compiled", "llm", static=True),
-    "hf-slm-compiled": _transformers("SLM, transformers, compiled", "slm", static=True),
+    "hf-llm-bfloat16": _transformers("LLM, transformers, bfloat16", "llm", dtype="bfloat16"),
+    "hf-slm-bfloat16": _transformers("SLM, transformers, bfloat16", "slm", dtype="bfloat16"),
+    "hf-llm-compiled": _transformers("LLM, transformers, compiled", "llm", compiled=True),
+    "hf-slm-compiled": _transformers("SLM, transformers, compiled", "slm", compiled=True),
     "hf-llm-assisted": _transformers(
         "LLM, transformers, assisted by the SLM", "llm", assisted=True
     ),
@@ -104,23 +121,71 @@ CONTESTANTS: Mapping[str, Entry] = {
     "ct2-slm": _ctranslate2("SLM, CTranslate2", "slm"),
     "ct2-llm-int8": _ctranslate2("LLM, CTranslate2, int8", "llm", compute_type="int8"),
     "ct2-slm-int8": _ctranslate2("SLM, CTranslate2, int8", "slm", compute_type="int8"),
-    BANDWIDTH: Entry("matrix times vector", "jax", "bandwidth", {}),
+    "ov-llm": _openvino("LLM, OpenVINO", "llm"),
+    "ov-slm": _openvino("SLM, OpenVINO", "slm"),
+    "ov-llm-int8": _openvino("LLM, OpenVINO, int8", "llm", weights="int8"),
+    "ov-slm-int8": _openvino("SLM, OpenVINO, int8", "slm", weights="int8"),
 }
 OURS = tuple(name for name, entry in CONTESTANTS.items() if entry.module == "ours")
-PEERS = tuple(name for name in CONTESTANTS if name not in (*OURS, BANDWIDTH))
+PEERS = tuple(name for name in CONTESTANTS if name not in OURS)
+# In an environment of its own, as its libraries want other versions than ours do.
+ELSEWHERE = tuple(name for name in PEERS if CONTESTANTS[name].module == "openvino")
 
 
-def make(name: str, setup: Setup) -> Contestant:
-    """The contestant of that name, in this process."""
+def make(name: str, setup: Setup, arguments: Mapping[str, Any]) -> Contestant:
+    """The contestant of that name, in this process; `arguments` are its variant's."""
     entry = CONTESTANTS[name]
     module = importlib.import_module(f"l2s_jax.bench.{entry.module}")
-    return module.make(setup, **entry.arguments)
+    return module.make(setup, **{**entry.arguments, **arguments})
+
+
+def variants(name: str, setup: Setup) -> list[Variant]:
+    """The settings among which the best of a contestant are found, its own defaults first."""
+    entry = CONTESTANTS[name]
+    if entry.module == "ours":
+        return [Variant("defaults")]
+    choices: list[Variant] = [Variant("defaults")]
+    if entry.arguments.get("compiled"):
+        # Of torch.compile: CUDA graphs are its reduce-overhead, and a CPU has none.
+        usual = "reduce-overhead" if setup.accelerator else "default"
+        choices = [
+            Variant(f"steps compiled, mode {usual}", {"mode": usual}),
+            Variant(f"forward compiled, mode {usual}", {"mode": usual, "whole": True}),
+            Variant("steps compiled, mode max-autotune", {"mode": "max-autotune"}),
+        ]
+    elif entry.arguments.get("compute_type") == "int8" and setup.fast_bfloat16:
+        # What is not int8: the rest of the products and all that lies between them.
+        others = ["int8_bfloat16", *(["int8_float16"] if setup.accelerator else [])]
+        choices = [
+            Variant(compute_type, {"compute_type": compute_type})
+            for compute_type in (*others, "int8_float32")
+        ]
+    if entry.module == "openvino" and setup.threads > 1:
+        return [*choices, Variant("defaults, one thread", threads=1)]
+    if setup.accelerator or entry.arguments.get("compiled"):
+        return choices
+    # OpenMP's threads may spin while they wait for each other, or sleep; a second one need not pay.
+    spinning = [
+        variant._replace(
+            label=f"{variant.label}, threads that spin",
+            environment={"OMP_WAIT_POLICY": "ACTIVE"},
+        )
+        for variant in choices
+    ]
+    alone = []
+    if setup.threads > 1:
+        alone = [choices[0]._replace(label=f"{choices[0].label}, one thread", threads=1)]
+    return [*choices, *spinning, *alone]
 
 
 def unfit(name: str, setup: Setup, case: Case) -> str:
     """Why a contestant is not measured on a case; "" where it is."""
-    if name == "l2s-bfloat16" and setup.dtype == "bfloat16":
-        return "the same as L2S, all of which is in bfloat16"
+    if name.endswith("-bfloat16"):
+        if setup.dtype == "bfloat16":
+            whole = name.removesuffix("-bfloat16")
+            return f"the same as {CONTESTANTS[whole].label}, all of which is in bfloat16"
+        if not setup.fast_bfloat16:
+            return "this CPU has no products in bfloat16"
     if name == "hf-llm-assisted":
         if not setup.real_weights:
             return "random weights accept no draft, expected checkpoints"
@@ -140,6 +205,11 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
         if positions is not None and tokens > positions:
             return f"{tokens} tokens, the {model.upper()} has {positions} positions"
     return ""
+
+
+def has_weights(folder: str) -> bool:
+    """Whether a folder in Hugging Face's format, or in ours, holds more than its config."""
+    return any(name.endswith(".safetensors") for name in os.listdir(folder))
 
 
 def milliseconds(call: Callable[[], Any]) -> float:

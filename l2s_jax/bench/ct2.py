@@ -22,7 +22,7 @@ class _CTranslate2:
         if not os.path.isdir(target):
             _convert(source, target, compute_type)
         self._setup = setup
-        self._on_accelerator = ctranslate2.get_cuda_device_count() > 0
+        self._on_accelerator = setup.accelerator and ctranslate2.get_cuda_device_count() > 0
         options = {
             "device": "cuda" if self._on_accelerator else "cpu",
             "compute_type": compute_type,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from l2s_jax import convert
-from l2s_jax.bench.contestants import Case, Setup
+from l2s_jax.bench.contestants import Case, Setup, has_weights
+from l2s_jax.bench.geometry import random_like
 from l2s_jax.config import compute_dtypes
 from l2s_jax.latency import Stopwatch
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
@@ -19,8 +21,7 @@ class _Ours:
 
     def __init__(self, setup: Setup, name: str, encoder_dtype: str, weights: str):
         self._setup = setup
-        self._system, *params = _load(setup, name, encoder_dtype)
-        params = self._system.to_serve(*params, weights)
+        self._system, *params = _load(setup, name, encoder_dtype, weights)
         # Nothing but these holds the numbers that were read.
         self._trained, self._frozen = map(_put_away, params)
 
@@ -69,21 +70,53 @@ def make(setup: Setup, name: str, encoder_dtype: str = "auto", weights: str = "f
     return _Ours(setup, name, encoder_dtype, weights)
 
 
-def _load(setup: Setup, name: str, encoder_dtype: str) -> tuple[System, Params, Params]:
-    """(system, trained, frozen) of the checkpoints; projector and prompt map are random."""
+def _load(
+    setup: Setup, name: str, encoder_dtype: str, weights: str
+) -> tuple[System, Params, Params]:
+    """(system, trained, frozen) as they serve; projector and prompt map are random."""
     dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
     if name != "l2s":
         path = setup.llm if name == "llm" else setup.slm
+        if not has_weights(path):
+            config = dataclasses.replace(convert.read_config(path), dtype=dtype)
+            return _random(LanguageModel(name, config), {}, weights)
         module, params = convert.load(path, dtype=dtype, serve=True)
-        return LanguageModel(name, module.config), {name: params}, {}
-    llm, frozen = convert.load_encoder(setup.llm, dtype=of_encoder, serve=True)
-    slm, slm_params = convert.load(setup.slm, dtype=dtype)
-    same = llm.config.vocab_size == slm.config.vocab_size
+        system = LanguageModel(name, module.config)
+        return system, *system.to_serve({name: params}, {}, weights)
+    if has_weights(setup.llm):
+        llm, frozen = convert.load_encoder(setup.llm, dtype=of_encoder, serve=True)
+        llm_config = llm.config
+    else:
+        whole = dataclasses.replace(convert.read_config(setup.llm), dtype=of_encoder)
+        llm_config, frozen = convert.abstract_encoder(whole)
+    slm_config = dataclasses.replace(convert.read_config(setup.slm), dtype=dtype)
+    if has_weights(setup.slm):
+        slm, slm_params = convert.load(setup.slm, dtype=dtype)
+        slm_config = slm.config
     system = LlmToSlm(
-        llm.config, slm.config, projector_width=slm.config.width, shared_vocabulary=same
+        llm_config,
+        slm_config,
+        projector_width=slm_config.width,
+        shared_vocabulary=llm_config.vocab_size == slm_config.vocab_size,
     )
+    if not (has_weights(setup.llm) or has_weights(setup.slm)):
+        return _random(system, frozen, weights)
+    if not has_weights(setup.llm):
+        frozen = random_like(frozen)
     params = jax.jit(system.init)(jax.random.key(0))
-    return system, {**params, "slm": {key: slm_params[key] for key in params["slm"]}}, frozen
+    if has_weights(setup.slm):
+        params = {**params, "slm": {key: slm_params[key] for key in params["slm"]}}
+    return system, *system.to_serve(params, frozen, weights)
+
+
+def _random(system: System, frozen: Any, weights: str) -> tuple[System, Params, Params]:
+    """A system with random weights; `frozen` has the shapes of an LLM's encoder."""
+    shapes = jax.eval_shape(
+        lambda key, frozen: system.to_serve(system.init(key), frozen, weights),
+        jax.random.key(0),
+        frozen,
+    )
+    return system, *map(random_like, shapes)
 
 
 def _put_away(params: dict[str, Any]) -> dict[str, Any]:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from l2s_jax.bench.contestants import Case, Contestant, Setup, make
+from l2s_jax.bench.contestants import CONTESTANTS, Case, Contestant, Setup, make
+
+BANDWIDTH = "bandwidth"  # in the place of a contestant's name
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PACKAGE = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def serve() -> None:
     """A contestant's process: a request per line of stdin, an answer per line of stdout, JSON."""
+    _end_with_parent()
     # Libraries may print: only answers go where answers are read.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -23,21 +32,20 @@ def serve() -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    contestant: Contestant | None = None
+    contestant: Any = None
     for line in sys.stdin:
         request, *arguments = json.loads(line)
         try:
             if request == "start":
-                name, setup = arguments
-                contestant = _start(name, Setup(**setup))
-                answer({})
+                contestant, facts = _start(*arguments)
+                answer(facts)
             elif request == "prepare":
                 facts = contestant.prepare(Case(*arguments))
                 _reset_peak()
                 contestant.reset_peak()
                 answer(facts)
             elif request == "measure":
-                answer(contestant.measure())
+                answer(contestant.measure(*arguments))
             elif request == "trace":
                 contestant.trace(*arguments)
                 answer({})
@@ -48,11 +56,29 @@ def serve() -> None:
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
-def _start(name: str, setup: Setup) -> Contestant:
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end this process, which may be stopped and not see it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start(
+    name: str, setup: dict[str, Any], arguments: dict[str, Any]
+) -> tuple[Contestant, dict[str, Any]]:
+    """(who is measured, what there is to say of it)."""
+    setup = Setup(**setup)
     # Before the libraries are there, whose threads have the cores that the process has.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setup.threads])
-    return make(name, setup)
+    if name == BANDWIDTH:
+        from l2s_jax.bench.bandwidth import Bandwidth
+
+        bandwidth = Bandwidth()
+        return bandwidth, bandwidth.facts()
+    from importlib import metadata
+
+    contestant = make(name, setup, arguments)
+    return contestant, {"version": metadata.version(CONTESTANTS[name].library)}
 
 
 def _reset_peak() -> None:
@@ -70,29 +96,35 @@ def _peak_bytes() -> float:
 
 
 class Remote:
-    """A contestant in its own process."""
+    """A contestant in its own process, which is stopped while nothing is asked of it.
 
-    def __init__(self):
-        environment = {
+    Its threads may spin while they wait for more to do, and would take another's cores.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None, python: str = sys.executable):
+        """`python` has the contestant's library; it need not have this package."""
+        paths = [str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {
             **os.environ,
-            # Threads that spin while they wait would take the next contestant's cores.
-            "OMP_WAIT_POLICY": "PASSIVE",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "PYTHONPATH": os.pathsep.join(paths),
+            **(environment or {}),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from l2s_jax.bench.remote import serve; serve()"],
+            [python, "-c", "from l2s_jax.bench.remote import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=variables,
         )
 
-    def ask(self, *request: Any) -> dict[str, Any]:
+    def ask(self, *request: Any) -> Any:
         """The answer to a request.
 
         Raises:
           RuntimeError: the contestant failed, or its process ended.
         """
+        self._signal("SIGCONT")
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -101,13 +133,19 @@ class Remote:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"its process ended ({self._process.wait()})")
+        self._signal("SIGSTOP")
         found = json.loads(line)
-        if "error" in found:
+        if isinstance(found, dict) and "error" in found:
             raise RuntimeError(found["error"])
         return found
 
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):  # else it goes on, and the others wait beside it
+            self._process.send_signal(getattr(signal, name))
+
     def close(self) -> None:
         """Ends the process, if it has not ended."""
+        self._signal("SIGCONT")
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()

@@ -20,10 +20,13 @@ _COLORS = {
     "l2s-bfloat16": "#6aaedd",
     "l2s-int8": "#a9d3f0",
     "llm": "#333333",
+    "llm-int8": "#777777",
     "slm": "#8a6d00",
     "slm-int8": "#c9b15c",
     "hf-llm": "#a33b3b",
     "hf-slm": "#d98c8c",
+    "hf-llm-bfloat16": "#c4577f",
+    "hf-slm-bfloat16": "#e3a5bd",
     "hf-llm-compiled": "#7a3ba3",
     "hf-slm-compiled": "#b58cd9",
     "hf-llm-assisted": "#a35f3b",
@@ -31,6 +34,10 @@ _COLORS = {
     "ct2-slm": "#7fbf9b",
     "ct2-llm-int8": "#1f5f6f",
     "ct2-slm-int8": "#6fb0bf",
+    "ov-llm": "#54457f",
+    "ov-slm": "#9184bd",
+    "ov-llm-int8": "#2e3f8f",
+    "ov-slm-int8": "#7d8ed1",
 }
 
 
@@ -71,14 +78,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {report['llm']} to {report['slm']}, {report['dtype']}",
         "",
         f"Weights: {report['weights']}. Medians of {report['repeats']} runs, in which everybody "
-        f"took a turn, after warm-up. {environment}.",
+        f"took a turn while all others were stopped, after warm-up. {environment}.",
         "",
-        "*First token*: from the start. *Floor*: the time in which one large compiled "
-        "matrix-vector product in float32, measured in the same turns, would read the weights and "
-        "the cache that a step reads. *Speedup*: our LLM's total over this one's. *Peak*: the most "
-        "memory while the case was measured, of the accelerator where there is one (there ours, "
-        "since the process began). *Compile*: of our program; of others, what the first run took "
-        "longer than the second.",
+        "*First token*: from the start. *Floor*: the time in which a plain compiled program reads "
+        "as many bytes as the weights and the cache have that a step reads; measured in the same "
+        "turns. *Quartiles*: of the total, the first and the third. *Speedup*: our LLM's total "
+        "over this one's. *Peak*: the most memory while the case was measured, of the accelerator "
+        "where there is one (there ours, since the process began). *Compile*: of our program; of "
+        "others, what the first run took longer than the second. *Settings*: of other libraries, "
+        "those that were the fastest.",
     ]
     for case, records in _cases(report["rows"]):
         lines += ["", f"## Batch {case[0]}, {case[1]} prompt tokens, {case[2]} new tokens", ""]
@@ -102,21 +110,24 @@ def _cases(
 def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = (
         "system", "encode ms", "first token ms", "ms per token", "times the floor", "total ms",
-        "tokens/s", "speedup", "peak GB", "compile s",
+        "quartiles", "tokens/s", "speedup", "peak GB", "compile s", "settings",
     )  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 2) + "|---|"]
     (llm,) = [r["total_ms"] for r in records if r["system"] == "llm"] or [math.nan]
     for record in records:
         floor = record["decode_ms_per_token"] / record.get("floor_ms_per_token", math.nan)
-        cells = (
+        times = map(_number, (
             record["encode_ms"], record["first_token_ms"], record["decode_ms_per_token"], floor,
-            record["total_ms"], record["tokens_per_s"], llm / record["total_ms"],
-            record["peak_memory_mb"] / 1e3,
+            record["total_ms"],
+        ))  # fmt: skip
+        others = map(_number, (
+            record["tokens_per_s"], llm / record["total_ms"], record["peak_memory_mb"] / 1e3,
             record["compile_s"],
-        )  # fmt: skip
-        lines.append(
-            f"| {CONTESTANTS[record['system']].label} | " + " | ".join(map(_number, cells)) + " |"
-        )
+        ))  # fmt: skip
+        spread = " to ".join(map(_number, record["quartiles"]["total_ms"]))
+        settings = "" if record["system"] in OURS else record["settings"]
+        cells = (CONTESTANTS[record["system"]].label, *times, spread, *others, settings)
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
