@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from l2s_jax import convert, features, sharding, train
+from l2s_jax.bench.arguments import Parser, count
 from l2s_jax.config import compute_dtype, default
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
@@ -161,11 +162,11 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--llm", choices=GEOMETRIES, default="t5-large")
     parser.add_argument("--slm", choices=GEOMETRIES, default="t5-small")
     parser.add_argument("--fusion", choices=FUSIONS, default="add")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     for name, value in (
         ("batch_size", 8),
         ("prompt_tokens", 128),
@@ -173,6 +174,9 @@ if __name__ == "__main__":
         ("steps", 8),
         ("repeats", 2),
     ):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=count, default=value)
+    given = parser.parse_args()
+    if given.steps == 1:
+        parser.error("argument --steps: '1': expected at least 2, the first one is not counted")
     with tempfile.TemporaryDirectory() as cache:
-        measure(parser.parse_args(), cache)
+        measure(given, cache)

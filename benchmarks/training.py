@@ -1,240 +1,303 @@
 """One training step of L2S, ours beside transformers with PyTorch, on the same random batch.
 
     python benchmarks/training.py --llm=t5-large --slm=t5-small --batch_size=8
+    python benchmarks/training.py --batch_size=64 --dtype=bfloat16 --compiled --steps=5 --together
 
 The frozen LLM encodes, projector and SLM are updated by AdamW with clipped gradients and dropout.
-Weights are random, of the published geometry, float32; products are in --dtype, those of the LLM in
---encoder_dtype, on both sides. Each side has a process of its own, and they take turns. Needs torch
-and transformers.
+Weights are random, of the published geometry. Those that are trained are float32, their products
+are in --dtype; the LLM's weights and products are in --encoder_dtype. A GPU may take TF32 for
+float32 products, on either side. All rows are full, but masks are passed, as real batches need
+them.
+
+PyTorch has its fused AdamW, autocast, and scaled_dot_product_attention in transformers. It draws a
+number for every element that dropout may drop; ours draws one for all positions of a row, as the
+reference T5 does.
+
+Each side has a process of its own, and they take turns. Whoever waits is stopped, so that its idle
+threads take nothing. Times are medians over turns of --steps steps, at the end of which the device
+has finished. Needs torch and transformers.
+
+Exit status: 0; 1 where ours could not be measured; 2 for bad input. A peer that could not be
+measured is named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import ctypes
 import json
+import math
 import multiprocessing
 import os
-import statistics
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from training_sides import EAGER, MODES, OURS, make, names_of
 
-from l2s_jax.data.prompts import random_prompts
+from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.models.geometries import GEOMETRIES
+from l2s_jax.models.t5 import T5Config
 
-LEARNING_RATE, DROPOUT, CLIP = 1e-3, 0.1, 1.0
-
-
-def random_batch(arguments: argparse.Namespace, vocab_size: int) -> dict[str, np.ndarray]:
-    """Full rows, so that both sides have the same tokens to read."""
-    tokens = arguments.prompt_tokens + arguments.response_tokens
-    ids = random_prompts(arguments.batch_size, tokens, vocab_size)
-    batch = {}
-    for name, part in zip(
-        ("llm", "response"), np.split(ids, [arguments.prompt_tokens], axis=1), strict=True
-    ):
-        batch |= {f"{name}_ids": part, f"{name}_mask": np.ones(part.shape, bool)}
-    return batch
-
-
-def ours(arguments: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:
-    """(a step that gives its loss, facts)."""
-    import jax
-
-    from l2s_jax import convert, optim, sharding, train
-    from l2s_jax.chips import chip_of
-    from l2s_jax.config import compute_dtypes, default, train_config
-    from l2s_jax.models.geometries import GEOMETRIES
-    from l2s_jax.models.serving import to_serve
-    from l2s_jax.models.systems import LlmToSlm
-
-    dtype, of_encoder = compute_dtypes(arguments.dtype, arguments.encoder_dtype)
-    llm, shapes = convert.abstract_encoder(
-        dataclasses.replace(GEOMETRIES[arguments.llm], dtype=of_encoder)
-    )
-    slm = dataclasses.replace(GEOMETRIES[arguments.slm], dtype=dtype, dropout_rate=DROPOUT)
-    system = LlmToSlm(llm, slm, projector_width=slm.width)
-    config = train_config(steps=1_000_000)
-    config.update(
-        learning_rate=LEARNING_RATE, clip_norm=CLIP, dropout_rate=DROPOUT, parameter_scale=False
-    )
-    config.batch_size = arguments.batch_size
-    mesh = sharding.make_mesh(default().mesh)
-
-    def random(leaf: Any) -> jax.Array:
-        return 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-
-    frozen = jax.jit(lambda: to_serve(jax.tree.map(random, shapes), llm, "float"))()
-    params = jax.jit(system.init)(jax.random.key(0))
-    optimizer = optim.optimizer(config, params)
-    shardings = train.state_shardings(params, optimizer, config, mesh)
-    step = train.make_step(system, optimizer, config, 0, shardings)
-    batch = sharding.put_batch(random_batch(arguments, llm.vocab_size), mesh)
-    flops = train.step_flops(system, params, frozen, batch, config)
-    jax.set_mesh(mesh)
-    frozen = sharding.put_parameters(frozen, mesh)
-    state = jax.jit(lambda p: train.init_state(p, optimizer, config), out_shardings=shardings)(
-        params
-    )
-
-    def run() -> float:
-        nonlocal state
-        state, metrics = step(state, frozen, batch)
-        return float(metrics["loss"])
-
-    chip = chip_of(mesh.devices.flat[0])
-    return run, {"tflop": flops / 1e12 / mesh.size, "peak_flops": chip.flops if chip else 0.0}
-
-
-def torch_side(
-    arguments: argparse.Namespace, *, compiled: bool
-) -> tuple[Callable[[], float], dict[str, float]]:
-    """The same by transformers."""
-    import torch
-    import transformers
-    from torch.nn import functional
-
-    from l2s_jax import convert
-    from l2s_jax.models.geometries import GEOMETRIES
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
-
-    def config_of(name: str) -> Any:
-        config = GEOMETRIES[name]
-        fields = convert.family_of(config).config_to_hf(config)
-        return transformers.T5Config(**fields | {"dropout_rate": DROPOUT})
-
-    llm = transformers.T5EncoderModel(config_of(arguments.llm)).to(device).eval()
-    llm.requires_grad_(False)
-    slm = transformers.T5ForConditionalGeneration(config_of(arguments.slm)).to(device).train()
-    width = slm.config.d_model
-    projector = torch.nn.Sequential(
-        torch.nn.Linear(llm.config.d_model, width, bias=False),
-        torch.nn.ReLU(),
-        torch.nn.Linear(width, width, bias=False),
-    ).to(device)
-    trained = [*projector.parameters(), *slm.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
-    if "bfloat16" in (arguments.encoder_dtype, arguments.dtype):
-        llm = llm.to(torch.bfloat16)
-    batch = {
-        key: torch.tensor(value).to(device)
-        for key, value in random_batch(arguments, slm.config.vocab_size).items()
-    }
-    ids, mask = batch["llm_ids"].long(), batch["llm_mask"].long()
-    labels = batch["response_ids"].long()
-
-    def loss_of() -> torch.Tensor:
-        with autocast:
-            with torch.no_grad():
-                hidden = llm(input_ids=ids, attention_mask=mask).last_hidden_state
-            fused = slm.shared(ids) + projector(hidden.float())
-            logits = slm(inputs_embeds=fused, attention_mask=mask, labels=labels).logits
-        return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-
-    if compiled:
-        loss_of = torch.compile(loss_of)
-
-    def run() -> float:
-        loss = loss_of()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        return loss.item()  # waits for the step, as ours does
-
-    return run, {}
-
-
-SIDES = {
-    "l2s_jax": ours,
-    "transformers": lambda arguments: torch_side(arguments, compiled=False),
-    "transformers, torch.compile": lambda arguments: torch_side(arguments, compiled=True),
-}
+# Of Linux's prctl: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 def serve(name: str, arguments: argparse.Namespace, pipe: Connection) -> None:
-    """A side's process: makes its step, then gives the milliseconds of one for each request."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # lest idle threads take cores
-    run, facts = SIDES[name](arguments)
-    began = time.perf_counter()
-    first = run()
-    pipe.send({"compile_s": time.perf_counter() - began, "first_loss": first, **facts})
-    while pipe.recv():
-        began = time.perf_counter()
-        run()
-        pipe.send((time.perf_counter() - began) * 1e3)
+    """A side's process: makes its step, then answers each number of steps with their time."""
+    if sys.platform == "linux":
+        # It may be stopped when its parent is killed, and would stay so, with its memory.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            return  # it has ended already
+    os.dup2(2, 1)  # libraries may print; the table is the parent's
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            step = make(name, arguments)
+            began = time.perf_counter()
+            first = step.run(1)
+            compile_s = time.perf_counter() - began
+            pipe.send({"compile_s": compile_s, "first_loss": first, **step.facts})
+            while steps := pipe.recv():
+                began = time.perf_counter()
+                loss = step.run(steps)
+                milliseconds = (time.perf_counter() - began) * 1e3 / steps
+                pipe.send({"ms": milliseconds, "loss": loss, "peak_bytes": step.peak_bytes()})
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:  # whatever a library fails with is its result
+            message = " ".join(str(error).split())[:200]
+            pipe.send({"error": f"{type(error).__name__}: {message}"})
 
 
-def main(argv: list[str]) -> None:
-    """Prints a table; writes --output where it is given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--llm", default="t5-large")
-    parser.add_argument("--slm", default="t5-small")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--prompt_tokens", type=int, default=128)
-    parser.add_argument("--response_tokens", type=int, default=64)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--encoder_dtype", choices=("auto", "bfloat16"), default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: its own choice")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile")
-    parser.add_argument("--output", default="", help="a JSON file")
+class Side:
+    """A side's process, stopped while nothing is asked of it."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, arguments, far))
+        self._process.start()
+        far.close()
+
+    def answer(self, deadline: float = math.inf) -> dict[str, Any]:
+        """What it says, and then it is stopped.
+
+        Raises:
+          RuntimeError: it failed, its process ended, or it had said nothing by `deadline`, on the
+            clock of `time.monotonic`.
+        """
+        left = None if math.isinf(deadline) else max(deadline - time.monotonic(), 0.0)
+        if not self._pipe.poll(left):
+            raise RuntimeError("not ready in time")
+        try:
+            found = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise RuntimeError(f"its process ended ({self._process.exitcode})") from None
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        self._signal("SIGSTOP")
+        return found
+
+    def ask(self, steps: int) -> dict[str, Any]:
+        """The time of so many steps; raises as `answer` does."""
+        self._signal("SIGCONT")
+        with contextlib.suppress(BrokenPipeError):  # `answer` says how it ended
+            self._pipe.send(steps)
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process, stopped or not."""
+        self._process.kill()
+        self._process.join()
+
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):  # else it goes on, and waits beside the others
+            os.kill(self._process.pid, getattr(signal, name))
+
+
+class Contest:
+    """All sides and what was found: their facts, their times, and why some are not measured."""
+
+    def __init__(self, names: Sequence[str], arguments: argparse.Namespace):
+        self._arguments = arguments
+        self._names = list(names)
+        self._sides: dict[str, Side] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        self.failures: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Measures everybody; the file is complete after each round of turns."""
+        try:
+            self._start()
+            for repeat in range(self._arguments.repeats + 1):
+                for name in list(self._sides):
+                    with self._failing(name):
+                        found = self._sides[name].ask(self._arguments.steps)
+                        if not math.isfinite(found["loss"]):
+                            raise RuntimeError(f"its loss is {found['loss']}")
+                        if repeat:  # the first is one more warm-up
+                            self.turns[name].append(found)
+                if repeat:
+                    self.write()
+        finally:
+            for side in self._sides.values():
+                side.close()
+        self.write()
+
+    def _start(self) -> None:
+        """Makes all steps ready: one side after another, or all at the same time."""
+        deadlines: dict[str, float] = {}
+        waves = [self._names] if self._arguments.together else [[name] for name in self._names]
+        for wave in waves:
+            for name in wave:
+                self._sides[name] = Side(name, self._arguments)
+                deadlines[name] = time.monotonic() + (self._arguments.ready_s or math.inf)
+            for name in wave:
+                with self._failing(name):
+                    self.facts[name] = self._sides[name].answer(deadlines[name])
+
+    @contextlib.contextmanager
+    def _failing(self, name: str) -> Any:
+        """Who fails takes no further part, and what it holds does not disturb the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.failures[name] = str(error)
+            self._sides.pop(name).close()
+            self.turns[name].clear()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record for each side that was measured."""
+        ours = self.facts.get(OURS, {})
+        tflop, peak = ours.get("tflop"), ours.get("peak_flops")
+        sizes = self._arguments
+        tokens = sizes.batch_size * (sizes.prompt_tokens + sizes.response_tokens)
+        times = {n: [turn["ms"] for turn in turns] for n, turns in self.turns.items() if turns}
+        rows = []
+        for name, values in times.items():
+            first, step_ms, third = np.percentile(values, (25, 50, 75)).tolist()
+            rate = tflop / step_ms * 1e3 if tflop else None
+            held = self.turns[name][-1]["peak_bytes"]
+            rows.append(
+                {
+                    "name": name,
+                    "step_ms": step_ms,
+                    "quartiles_ms": [first, third],
+                    "tokens_per_s": tokens / step_ms * 1e3,
+                    "tflops": rate,
+                    "mfu": rate * 1e12 / peak if rate and peak else None,
+                    "speedup": np.median(times[EAGER]) / step_ms if EAGER in times else None,
+                    "peak_gb": held / 1e9 if held else None,
+                    **self.facts[name],
+                }
+            )
+        return rows
+
+    def write(self) -> None:
+        """Replaces the file as a whole, where one is asked for."""
+        path = self._arguments.output
+        if not path:
+            return
+        found = {
+            "arguments": vars(self._arguments),
+            "rows": self.rows(),
+            "not_measured": self.failures,
+        }
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=2)
+        os.replace(f"{path}.tmp", path)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> None:
+    """As Markdown; after it who is not measured."""
+    print("| | step ms | quartiles | tokens/s | TFLOP/s | of peak | speedup | GB | compile s |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        first, third = row["quartiles_ms"]
+        cells = (
+            row["name"],
+            milliseconds(row["step_ms"]),
+            f"{milliseconds(first)} to {milliseconds(third)}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['tflops']:.3g}" if row["tflops"] else "-",
+            f"{row['mfu']:.1%}" if row["mfu"] else "-",
+            f"{row['speedup']:.2f}" if row["speedup"] else "-",
+            f"{row['peak_gb']:.1f}" if row["peak_gb"] else "-",
+            f"{row['compile_s']:.1f}",
+        )
+        print(f"| {' | '.join(cells)} |")
+    for name, reason in failures.items():
+        print(f"{name}: not measured: {reason}")
+
+
+def milliseconds(value: float) -> str:
+    """In a table, to four digits or more."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def geometry(text: str) -> str:
+    """The name of a published T5: PyTorch's side has no other family."""
+    names = [name for name, config in GEOMETRIES.items() if isinstance(config, T5Config)]
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"no geometry {text!r}, expected one of {names}")
+    return text
+
+
+def modes(text: str) -> list[str]:
+    """ "default,max-autotune-no-cudagraphs" -> a list of MODES."""
+    for mode in text.split(","):
+        if mode not in MODES:
+            raise argparse.ArgumentTypeError(f"mode {mode!r}, expected some of {', '.join(MODES)}")
+    return list(dict.fromkeys(text.split(",")))
+
+
+def json_file(text: str) -> str:
+    """A file in a folder that is there."""
+    if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such folder")
+    return text
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table; writes --output where it is given. The exit status."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--llm", type=geometry, default="t5-large")
+    add("--slm", type=geometry, default="t5-small")
+    add("--batch_size", type=count, default=8)
+    add("--prompt_tokens", type=count, default=128)
+    add("--response_tokens", type=count, default=64)
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--encoder_dtype", choices=("auto", "bfloat16"), default="auto", help="auto: as --dtype")
+    add("--threads", type=count, default=0, help="of PyTorch (default: its own choice)")
+    add("--repeats", type=count, default=7, help="turns of each side")
+    add("--steps", type=count, default=1, help="of a turn, the device's end awaited once")
+    add("--compiled", type=modes, nargs="?", const=MODES[:1], default=(), help="also torch.compile")
+    add("--scan_layers", action="store_true", help="ours: layers as a loop, faster to compile")
+    add("--together", action="store_true", help="all get ready at once, on many cores")
+    add("--ready_s", type=count, help="seconds for a side to get ready, else it is not measured")
+    add("--output", type=json_file, default="", help="a JSON file")
     arguments = parser.parse_args(argv)
 
-    context = multiprocessing.get_context("spawn")
-    names = [name for name in SIDES if arguments.compiled or "compile" not in name]
-    pipes, rows = {}, []
-    facts: dict[str, dict[str, float]] = {}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        pipes[name], far = context.Pipe()
-        context.Process(target=serve, args=(name, arguments, far), daemon=True).start()
-        far.close()
-        facts[name] = pipes[name].recv()
-    for repeat in range(arguments.repeats + 1):
-        for name in names:
-            pipes[name].send(True)
-            milliseconds = pipes[name].recv()
-            if repeat:  # the first is one more warm-up
-                times[name].append(milliseconds)
-    tflop, peak = facts["l2s_jax"]["tflop"], facts["l2s_jax"]["peak_flops"]
-    tokens = arguments.batch_size * (arguments.prompt_tokens + arguments.response_tokens)
-    reference = statistics.median(times["transformers"])
-    print("| | step ms | tokens/s | TFLOP/s | of peak | speedup | compile s |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for name in names:
-        step_ms = statistics.median(times[name])
-        rate = tflop / step_ms * 1e3
-        row = {
-            "name": name,
-            "step_ms": step_ms,
-            "tokens_per_s": tokens / step_ms * 1e3,
-            "tflops": rate,
-            "mfu": rate * 1e12 / peak if peak else None,
-            "speedup": reference / step_ms,
-            **facts[name],
-        }
-        rows.append(row)
-        share = f"{row['mfu']:.0%}" if row["mfu"] else "-"
-        print(
-            f"| {name} | {step_ms:.0f} | {row['tokens_per_s']:.0f} | {rate:.3g} | {share} | "
-            f"{row['speedup']:.2f} | {row['compile_s']:.1f} |"
-        )
-    for pipe in pipes.values():
-        pipe.send(False)
-    if arguments.output:
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(arguments), "rows": rows}, file, indent=2)
+    # So that a side does not outlive this process, which ends as after any other error.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    contest = Contest(names_of(arguments.compiled), arguments)
+    contest.run()
+    print_table(contest.rows(), contest.failures)
+    if OURS in contest.failures:
+        print(f"error: {OURS}: {contest.failures[OURS]}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

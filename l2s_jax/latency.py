@@ -86,8 +86,9 @@ class Stopwatch:
         encode_ms, first_ms, total_ms = map(_timed, (self._encode, self._first, self._whole))
         return {
             "encode_ms": encode_ms,
-            "prefill_ms": first_ms - encode_ms,
-            "decode_ms_per_token": (total_ms - first_ms) / self._steps,
+            # Noise may make a part that takes nothing negative.
+            "prefill_ms": max(first_ms - encode_ms, 0.0),
+            "decode_ms_per_token": max(total_ms - first_ms, 0.0) / self._steps,
             "total_ms": total_ms,
         }
 

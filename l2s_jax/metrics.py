@@ -63,19 +63,18 @@ def signatures(
     """
     _check_names(names)
     rouge = f"rouge-score|{_ROUGE_SETTINGS}"
-    version = f"version:{importlib.metadata.version('rouge-score')}"
     result = {}
     for name in names:
         if name in ("bleu", "chrf"):
             metric = BLEU() if name == "bleu" else CHRF()
             metric.num_refs = _reference_count(references)
             result[name] = str(metric.get_signature())
-        elif name == "rougeLsum":
-            result[name] = f"{rouge}|sentences:newline-or-[.!?]|{version}"
         elif name == "exact_match":
             result[name] = "case:mixed|strip:yes|multi-ref:any"
         else:
-            result[name] = f"{rouge}|{version}"
+            sentences = "|sentences:newline-or-[.!?]" if name == "rougeLsum" else ""
+            version = importlib.metadata.version("rouge-score")
+            result[name] = f"{rouge}{sentences}|version:{version}"
     return result
 
 

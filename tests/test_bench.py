@@ -397,7 +397,7 @@ def test_the_report_can_be_read(output):
                 *("--llm=tiny", "--slm=tiny", "--dtype=bfloat16", "--ours=l2s-bfloat16"),
                 *("--peers=", "--prompt_tokens=8", "--new_tokens=5", "--batch_sizes=1"),
             ],
-            "nobody was measured (l2s-bfloat16: batch 1, 8 prompt tokens, 5 new tokens: the same as",
+            "nobody was measured (l2s-bfloat16: batch 1, 8 prompt tokens, 5 new tokens: the same",
         ),
         (["--peers=hf,ours"], "no 'ours', expected some of hf, ct2, hf-llm"),
         (["--output=folder"], "'folder': expected the name of a .json file"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,17 +11,25 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
+
+from l2s_jax import convert, train
+from l2s_jax.models.systems import LlmToSlm
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+# Of the tests' flags those that save time: one device, not many.
+XLA_FLAGS = " ".join(
+    flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag
+)
 
 
-def run(name, *flags):
+def run(name, *flags, environment=None):
     command = [sys.executable, SCRIPTS / f"{name}.py", *flags]
-    # One device, not the many of the tests.
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, **(environment or {})}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -80,16 +90,144 @@ def test_bad_flags_of_products(flag, message):
     assert message in finished.stderr.splitlines()[-1]
 
 
+SIZES = ("--llm=tiny", "--slm=tiny", "--batch_size=1", "--prompt_tokens=4", "--response_tokens=2")
+
+
 def test_training(tmp_path):
-    flags = ("--llm=t5-small", "--slm=t5-small", "--batch_size=1", "--repeats=1")
-    tokens = ("--prompt_tokens=4", "--response_tokens=2")
-    ours, theirs = rows_of("training", tmp_path / "training.json", *flags, *tokens)
+    flags = ("--repeats=3", "--steps=2", "--threads=1", "--together")
+    ours, theirs = rows_of("training", tmp_path / "training.json", *SIZES, *flags)
     assert (ours["name"], theirs["name"]) == ("l2s_jax", "transformers")
-    # Random weights say little of the next token, on either side.
     for row in (ours, theirs):
         assert row["tokens_per_s"] * row["step_ms"] / 1e3 == pytest.approx(6)
+        first, third = row["quartiles_ms"]
+        assert 0 < first <= row["step_ms"] <= third
+        # Random weights say little of the next token, on either side.
         assert 5 < row["first_loss"] < 100
     assert theirs["speedup"] == 1 and ours["tflop"] > 0
+    assert theirs["attention"] == "sdpa"
+    for count in ("parameters", "llm_parameters"):
+        assert ours[count] == theirs[count] > 2_000_000
+
+
+@pytest.fixture
+def sides(monkeypatch):
+    """training_sides.py, as training.py imports it."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("training_sides")
+
+
+def test_both_sides_of_training_have_the_same_loss(sides, tmp_path):
+    arguments = argparse.Namespace(
+        llm="tiny", slm="tiny", batch_size=2, prompt_tokens=5, response_tokens=3,
+        dtype="float32", encoder_dtype="auto",
+    )  # fmt: skip
+    models = sides.TorchModels(arguments, "cpu")
+    models.slm.eval()  # without dropout
+    batch = sides.random_batch(arguments, 32128)
+    batch["llm_mask"][1, 3:] = False
+    ids, mask, labels = (
+        torch.tensor(batch[name]).long() for name in ("llm_ids", "llm_mask", "response_ids")
+    )
+    theirs = models.loss(ids, mask, labels).item()
+
+    for name in ("llm", "slm"):
+        getattr(models, name).save_pretrained(tmp_path / name)
+    llm, frozen = convert.load_encoder(str(tmp_path / "llm"))
+    slm, params = convert.load(str(tmp_path / "slm"))
+    inward, outward = ({"kernel": models.projector[i].weight.detach().numpy().T} for i in (0, 2))
+    trained = {"projector": {"inward": inward, "outward": outward}, "slm": params}
+    system = LlmToSlm(llm.config, slm.config, projector_width=slm.config.width)
+    loss, sums = train.batch_loss(system, trained, frozen, batch, None, 0.0)
+    assert float(loss / sums["tokens"]) == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_peer_that_fails_is_named(tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('no memory\\nat all')")
+    path = tmp_path / "training.json"
+    environment = {"PYTHONPATH": str(tmp_path)}
+    finished = run("training", *SIZES, "--repeats=1", f"--output={path}", environment=environment)
+    assert finished.returncode == 0, finished.stderr
+    reason = "RuntimeError: no memory at all"
+    assert finished.stdout.splitlines()[-1] == f"transformers: not measured: {reason}"
+    found = json.loads(path.read_text())
+    assert found["not_measured"] == {"transformers": reason}
+    (row,) = found["rows"]
+    assert row["name"] == "l2s_jax" and row["speedup"] is None
+
+
+def test_ours_that_fails_is_an_error(tmp_path):
+    path = tmp_path / "training.json"
+    flags = ("--ready_s=1", "--together", "--threads=1", f"--output={path}")
+    finished = run("training", *SIZES, *flags)
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1] == "error: l2s_jax: not ready in time"
+    assert json.loads(path.read_text())["not_measured"]["l2s_jax"] == "not ready in time"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_who_waits_is_stopped_and_ends_with_its_parent():
+    command = [sys.executable, SCRIPTS / "training.py", *SIZES, "--repeats=1000000"]
+    parent = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "XLA_FLAGS": XLA_FLAGS},
+    )
+    stopped = None
+    try:
+        # Ours is stopped as soon as it is ready: the other one is made then.
+        while stopped is None:
+            assert parent.poll() is None
+            stopped = next((pid for pid, state in sides_of(parent.pid) if state == "T"), None)
+            time.sleep(0.01)
+        others = [pid for pid, _ in sides_of(parent.pid)]
+    finally:
+        parent.kill()
+        parent.wait()
+    for _ in range(6000):
+        if not any(os.path.exists(f"/proc/{pid}/cwd") for pid in others):  # zombies have none
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{others} did not end")
+
+
+def sides_of(parent):
+    """(process id, state) of the children that are sides."""
+    found = []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            _, _, rest = (folder / "stat").read_text().rpartition(")")
+            state, parent_id = rest.split()[:2]
+            if int(parent_id) == parent and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found.append((int(folder.name), state))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        ("training", "--llm=gpt-9", "no geometry 'gpt-9', expected one of ['tiny', 't5-small'"),
+        ("training", "--slm=gpt2", "no geometry 'gpt2', expected"),
+        ("training", "--batch_size=0", "'0': expected positive integers"),
+        ("training", "--repeats=1,2", "'1,2': expected one positive integer"),
+        ("training", "--steps=-1", "'-1': expected positive integers"),
+        ("training", "--threads=x", "'x': expected positive integers"),
+        ("training", "--compiled=fast", "mode 'fast', expected some of default, max-autotune"),
+        ("training", "--dtype=float16", "invalid choice: 'float16'"),
+        ("training", "--output=/no/such/folder/x.json", "no such folder"),
+        ("training", "--batch=3", "unrecognized arguments: --batch=3"),
+        ("features", "--llm=gpt-9", "invalid choice: 'gpt-9'"),
+        ("features", "--steps=1", "'1': expected at least 2"),
+        ("features", "--repeats=0", "'0': expected positive integers"),
+        ("features", "--dtype=float16", "invalid choice: 'float16'"),
+    ],
+)
+def test_bad_flags_are_one_line(script, flag, message):
+    finished = run(script, flag)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not finished.stdout
 
 
 def test_training_from_the_feature_cache():

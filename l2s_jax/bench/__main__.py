@@ -24,14 +24,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from l2s_jax import convert
 from l2s_jax.bench import machine
-from l2s_jax.bench.arguments import count, integers
+from l2s_jax.bench.arguments import Parser, count, integers
 from l2s_jax.bench.contest import Contest
 from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
@@ -42,11 +42,6 @@ log = logging.getLogger("l2s_jax")
 _LIBRARIES = ("l2s_jax", "jax", "torch", "transformers", "ctranslate2")
 # What their processes convert is a checkpoint on the disk.
 _CONVERTERS = ("ct2", "openvino")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def _ours(text: str) -> list[str]:
@@ -83,8 +78,8 @@ def _python(text: str) -> str:
     return os.path.abspath(found)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m l2s_jax.bench",
         description="Measures L2S, its LLM and SLM and other libraries' side by side.",
         allow_abbrev=False,

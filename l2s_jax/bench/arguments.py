@@ -1,8 +1,16 @@
-"""Positive numbers on the command line of a benchmark."""
+"""The command line of a benchmark."""
 
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad input is one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def integers(text: str) -> list[int]:

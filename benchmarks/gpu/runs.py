@@ -1,0 +1,150 @@
+"""Runs of `python -m l2s_jax.bench` within a part, as long as there is time, and their rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.gpu.part import Result
+from l2s_jax.bench.contestants import CONTESTANTS
+
+COLUMNS = (
+    "LLM to SLM", "batch", "prompt", "new", "system", "encode ms", "first token ms", "ms per token",
+    "times the floor", "total ms", "quartiles", "tokens/s", "peak GB", "compile s",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One command of the benchmark."""
+
+    llm: str
+    slm: str
+    batch_sizes: Sequence[int]
+    new_tokens: Sequence[int]
+    ours: Sequence[str]
+    peers: Sequence[str] = ()
+    prompt_tokens: int = 128
+    repeats: int = 5
+    tune: bool = False  # of the peers' settings
+
+    @property
+    def name(self) -> str:
+        """Of its file: what it measures."""
+        shape = "-".join(map(str, (*self.batch_sizes, self.prompt_tokens, *self.new_tokens)))
+        return f"{self.llm}-{self.slm}-{shape}-{'-'.join((*self.ours, *self.peers))}"
+
+    def tiny(self) -> Run:
+        """The same with models and shapes that take seconds on a CPU."""
+        return dataclasses.replace(
+            self,
+            llm="tiny",
+            slm="tiny",
+            batch_sizes=self.batch_sizes[:1] and (2,),
+            new_tokens=(5,),
+            prompt_tokens=8,
+            repeats=2,
+        )
+
+    def command(self, output: str, dtype: str) -> list[str]:
+        """Its words."""
+        return [
+            *(sys.executable, "-m", "l2s_jax.bench", f"--llm={self.llm}", f"--slm={self.slm}"),
+            *(f"--ours={','.join(self.ours)}", f"--peers={','.join(self.peers)}"),
+            f"--batch_sizes={','.join(map(str, self.batch_sizes))}",
+            f"--prompt_tokens={self.prompt_tokens}",
+            f"--new_tokens={','.join(map(str, self.new_tokens))}",
+            *(f"--dtype={dtype}", f"--repeats={self.repeats}", f"--output={output}"),
+            "--tune" if self.tune else "--no-tune",
+        ]
+
+
+def measure(
+    runs: Sequence[Run], result: Result, folder: str, *, dtype: str, limit_s: float
+) -> Iterator[tuple[Run, list[dict[str, Any]]]]:
+    """(a run, its rows), as each ends; who is not reached is skipped by name.
+
+    Of a run that is stopped at the limit, or that fails, the cases before are there. A run that
+    ended in this folder before is not made again.
+    """
+    began = time.monotonic()
+    os.makedirs(folder, exist_ok=True)
+    for run in runs:
+        output = os.path.join(folder, f"{run.name}.json")
+        done = os.path.join(folder, f"{run.name}.done")
+        left = limit_s - (time.monotonic() - began)
+        if not os.path.exists(done):
+            if left < 1:
+                result.skip(run.name, "no time was left")
+                continue
+            if reason := _made(run.command(output, dtype), left):
+                result.skip(run.name, reason)
+            else:
+                with open(done, "w", encoding="utf-8"):
+                    pass
+        with contextlib.suppress(OSError), open(output, encoding="utf-8") as file:
+            report = json.load(file)
+            for name, reason in report["not_measured"].items():
+                result.skip(f"{run.name}: {CONTESTANTS[name].label}", reason)
+            yield run, report["rows"]
+
+
+def _made(command: Sequence[str], limit_s: float) -> str:
+    """Why a command did not end well; "" where it did."""
+    print("+", *command, flush=True)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        process.kill()
+        return f"stopped after {limit_s:.0f} s"
+    sys.stderr.write(errors)
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.startswith("error:")]
+        return (lines or errors.strip().splitlines() or ["no reason given"])[-1]
+    return ""
+
+
+def cells(run: Run, row: dict[str, Any], copy_gb_per_s: float | None) -> list[Any]:
+    """A row of a table with COLUMNS.
+
+    The floor is the time in which the card would read weights and cache once, at the rate of a
+    large copy where that is known, else at what the benchmark measured.
+    """
+    floor = row.get("floor_ms_per_token")
+    if copy_gb_per_s and "bytes_read_per_token" in row:
+        floor = row["bytes_read_per_token"] / copy_gb_per_s / 1e6
+    first, third = row["quartiles"]["total_ms"]
+    return [
+        *(f"{run.llm} to {run.slm}", row["batch_size"], row["prompt_tokens"], row["new_tokens"]),
+        *(CONTESTANTS[row["system"]].label, row["encode_ms"], row["first_token_ms"]),
+        row["decode_ms_per_token"],
+        row["decode_ms_per_token"] / floor if floor else None,
+        *(row["total_ms"], f"{first:.4g} to {third:.4g}", row["tokens_per_s"]),
+        row["peak_memory_mb"] and row["peak_memory_mb"] / 1e3,
+        row["compile_s"],
+    ]
+
+
+def copy_rate(output: str) -> float | None:
+    """What the part *facts* measured, in GB/s, where its file lies beside `output`."""
+    path = os.path.join(os.path.dirname(os.path.abspath(output)), "facts.json")
+    with contextlib.suppress(OSError, ValueError, KeyError), open(path, encoding="utf-8") as file:
+        return json.load(file)["ceilings"]["copy_gb_per_s"]
+    return None
