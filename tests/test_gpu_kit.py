@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from benchmarks.gpu import __main__ as kit
-from benchmarks.gpu import part, report, serve
+from benchmarks.gpu import part, quality, report, serve
 from benchmarks.gpu.flags import CANDIDATES
 from benchmarks.gpu.right_tables import COMPANY, LOGITS, PRODUCTS, RESPONSES, TABLES
 from benchmarks.gpu.runs import Run
@@ -94,6 +94,46 @@ def test_models_are_right_on_this_device(found):
         assert 1e-4 < row["bfloat16: rms error"] < 1.5 * row["rms of transformers"] < 1e-2
     assert all(0 < row["ended"] <= row["rows"] for row in tables[RESPONSES])
     assert {f"logits of {name}" for name in models} < set(result["seconds"])
+
+
+def rows_by_title(entry):
+    return {table["title"]: table["rows"] for table in entry["result"]["tables"]}
+
+
+def test_a_training_step_stands_beside_pytorch(found):
+    tables = rows_by_title(found["parts"]["train"])
+    ours, theirs = tables["One training step"]
+    assert [ours[2], theirs[2]] == ["l2s_jax", "transformers"]
+    (row, _) = found["parts"]["train"]["result"]["pairs"]["tiny to tiny"]["rows"]
+    assert row["step_ms"] == ours[3] > 0
+    speed, utilization = tables["Goals of training"]
+    assert speed[2] == pytest.approx(theirs[3] / ours[3])
+    assert speed[3] == ("reached" if speed[2] >= 1.3 else "not reached")
+    assert utilization[2:] == [None, "not measured"]  # a CPU has no published peak
+
+
+def test_quality_is_that_of_the_seeds_reports(rehearsed, found):
+    tables = rows_by_title(found["parts"]["quality"])
+    rows = tables["Quality of each seed"]
+    assert [row[:2] for row in rows] == [[0, name] for name in quality.NAMES.values()]
+    path = rehearsed / "quality" / "seed0" / "report.json"
+    report = json.loads(path.read_text())
+    assert found["parts"]["quality"]["result"]["reports"] == {"0": report}
+    for name, row in zip(quality.NAMES, rows, strict=True):
+        assert row[3] == report["systems"][name]["quality"]["bleu"]
+        assert row[6] == report["systems"][name]["latency"]["total_ms"]
+    # The mean over one seed is that seed.
+    means = tables["Quality, mean over the seeds that have ended"]
+    assert [mean[2:9] for mean in means] == [pytest.approx(row[3:10]) for row in rows]
+    steps = [row[2] for row in tables["Training of these models"]]
+    assert steps == [quality.BRIEF["steps"]] * 3
+
+    # A later call makes nothing again.
+    made = path.stat().st_mtime_ns
+    assert run("--rehearse", "--parts=quality", f"--output={rehearsed}").returncode == 0
+    again = json.loads((rehearsed / "gpu.json").read_text())["parts"]["quality"]
+    assert again["result"] == found["parts"]["quality"]["result"]
+    assert path.stat().st_mtime_ns == made
 
 
 def test_the_floor_is_at_the_rate_of_a_large_copy(found):
@@ -193,6 +233,18 @@ def test_published_figures_stand_beside_the_same_batch():
     ]
     expected = ["flan-t5-xl to t5-base", "l2s", 64, 113.7, 1137.0, pytest.approx(10)]
     assert serve.beside_tensorrt_llm(runs) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("l2s_jax: XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("l2s_jax: its loss is nan", False),
+    ],
+)
+def test_a_card_that_is_too_small_is_told_from_a_failure(problem, expected):
+    assert part.too_large(problem) == expected
 
 
 def test_a_result_is_whole_after_every_table(tmp_path):

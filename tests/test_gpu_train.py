@@ -1,4 +1,4 @@
-"""The parts *train* and *quality* of the GPU kit, rehearsed, and what they make of their runs."""
+"""What the parts *train* and *quality* of the GPU kit make of their runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -26,50 +25,6 @@ def run(name, *flags):
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
     )
-
-
-def rehearse(name, path, *flags):
-    """The tables that a part left, by their titles."""
-    finished = run(name, "--rehearse", f"--output={path}", *flags)
-    assert finished.returncode == 0, finished.stderr
-    found = json.loads(path.read_text())
-    for table in found["tables"]:
-        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
-    return found, {table["title"]: table["rows"] for table in found["tables"]}
-
-
-def test_train(tmp_path):
-    found, tables = rehearse("train", tmp_path / "train.json")
-    ours, theirs = tables["One training step"]
-    assert [ours[2], theirs[2]] == ["l2s_jax", "transformers"]
-    (row, _) = found["pairs"]["tiny to tiny"]["rows"]
-    assert row["step_ms"] == ours[3] > 0
-    speed, utilization = tables["Goals of training"]
-    assert speed[2] == pytest.approx(theirs[3] / ours[3])
-    assert speed[3] == ("reached" if speed[2] >= 1.3 else "not reached")
-    assert utilization[2:] == [None, "not measured"]  # a CPU has no published peak
-    assert not found["skipped"]
-
-
-def test_quality(tmp_path):
-    found, tables = rehearse("quality", tmp_path / "quality.json")
-    rows = tables["Quality of each seed"]
-    assert [row[:2] for row in rows] == [[0, name] for name in quality.NAMES.values()]
-    report = json.loads((tmp_path / "quality" / "seed0" / "report.json").read_text())
-    assert found["reports"] == {"0": report}
-    for name, row in zip(quality.NAMES, rows, strict=True):
-        assert row[3] == report["systems"][name]["quality"]["bleu"]
-        assert row[6] == report["systems"][name]["latency"]["total_ms"]
-    # The mean over one seed is that seed.
-    means = tables["Quality, mean over the seeds that have ended"]
-    assert [mean[2:9] for mean in means] == [pytest.approx(row[3:10]) for row in rows]
-    steps = [row[2] for row in tables["Training of these models"]]
-    assert steps == [quality.BRIEF["steps"]] * 3
-
-    # Nothing is made again.
-    began = time.monotonic()
-    again, _ = rehearse("quality", tmp_path / "quality.json")
-    assert again == found and time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("name", ["train", "quality"])

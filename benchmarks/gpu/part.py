@@ -94,6 +94,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def too_large(problem: str) -> bool:
+    """Whether a library's message says that the card has too little memory."""
+    return "RESOURCE_EXHAUSTED" in problem or "out of memory" in problem.lower()
+
+
 def finish(result: Result, failures: Sequence[str]) -> int:
     """The exit status: 1 with a line that names all failures, where there are any."""
     result.write()

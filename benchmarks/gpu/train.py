@@ -175,6 +175,8 @@ def main() -> int:
             measured = any(row["name"] == OURS for row in found["rows"])
             if measured and OURS not in found["not_measured"]:
                 result.skip(f"{pair.name}: the other turns", problem)
+            elif part.too_large(problem):
+                result.skip(pair.name, f"too large for this card: {problem}")
             else:
                 failures.append(f"{pair.name}: {problem}")
         rows += [cells(pair, row) for row in found["rows"]]
