@@ -226,7 +226,8 @@ def _parts(record: Mapping[str, Any]) -> dict[str, float]:
     """Shares of the time that encoding, prefill and decoding take."""
     times = {
         "encode": record["encode_ms"],
-        "prefill": record["first_token_ms"] - record["encode_ms"],
+        # A median of each: where prefill takes next to nothing, noise may put it below.
+        "prefill": max(record["first_token_ms"] - record["encode_ms"], 0.0),
         "decode": record["decode_ms_per_token"] * max(record["new_tokens"] - 1, 0),
     }
     whole = sum(times.values())
