@@ -399,7 +399,7 @@ def test_the_report_can_be_read(output):
             ],
             "nobody was measured (l2s-bfloat16: batch 1, 8 prompt tokens, 5 new tokens: the same",
         ),
-        (["--peers=hf,ours"], "no 'ours', expected some of hf, ct2, hf-llm"),
+        (["--peers=hf,ours"], "no 'ours', expected some of hf, ct2, ov, hf-llm"),
         (["--output=folder"], "'folder': expected the name of a .json file"),
         (["--batch_sizes=1,0"], "--batch_sizes"),
         (["--repeats=none"], "--repeats"),
