@@ -54,7 +54,7 @@ def test_all_tables_are_in_the_report(rehearsed, found):
         for table in entry["result"]["tables"]:
             assert f"### {table['title']}" in text
             assert "| " + " | ".join(table["columns"]) + " |" in text
-            assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+            assert {len(row) for row in table["rows"]} <= {len(table["columns"])}
     assert "A rehearsal" in text and "![serve](serve.png)" in text
     assert (rehearsed / "serve.png").stat().st_size > 10_000
 
@@ -156,12 +156,12 @@ def test_parts_that_are_not_run_stay(rehearsed, found):
 
 
 def test_who_fails_and_who_is_slow_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    limits = {"nobody": 60.0, "quality": 0.1, "facts": 60.0}
+    limits = {"nobody": 60.0, "right": 0.1, "facts": 60.0}
     monkeypatch.setattr(kit, "LIMITS", limits)
     assert kit.main(["--rehearse", f"--output={tmp_path}"]) == 1
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert parts["facts"]["status"] == "ok"
-    assert parts["quality"]["status"] == "stopped at its limit of 0.4 s"
+    assert parts["right"]["status"] == "stopped at its limit of 0.4 s"
     assert parts["nobody"]["status"].startswith("failed (1): ")
     assert "benchmarks.gpu.nobody" in parts["nobody"]["status"]
     text = (tmp_path / "gpu.md").read_text()

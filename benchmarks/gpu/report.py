@@ -27,7 +27,7 @@ def markdown(parts: Mapping[str, Mapping[str, Any]], rehearsal: bool, folder: st
         result = entry.get("result", {})
         lines += ["", f"## {name}"]
         if entry["status"] != "ok":
-            lines += ["", f"{entry['status'].capitalize()}."]
+            lines += ["", f"{entry['status'][0].upper()}{entry['status'][1:]}."]
         for table in result.get("tables", ()):
             lines += _table(table)
         if os.path.exists(os.path.join(folder, f"{name}.png")):
