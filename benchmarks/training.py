@@ -25,36 +25,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import json
 import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 from training_sides import EAGER, MODES, OURS, make, names_of
 
 from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.bench.contest import quartiles
+from l2s_jax.bench.files import write_json
+from l2s_jax.bench.remote import end_with_parent
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.t5 import T5Config
-
-# Of Linux's prctl: the signal that a process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
 
 
 def serve(name: str, arguments: argparse.Namespace, pipe: Connection) -> None:
     """A side's process: makes its step, then answers each number of steps with their time."""
-    if sys.platform == "linux":
-        # It may be stopped when its parent is killed, and would stay so, with its memory.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != multiprocessing.parent_process().pid:
-            return  # it has ended already
+    end_with_parent()
     os.dup2(2, 1)  # libraries may print; the table is the parent's
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -182,20 +176,21 @@ class Contest:
         sizes = self._arguments
         tokens = sizes.batch_size * (sizes.prompt_tokens + sizes.response_tokens)
         times = {n: [turn["ms"] for turn in turns] for n, turns in self.turns.items() if turns}
+        medians = {name: statistics.median(values) for name, values in times.items()}
         rows = []
         for name, values in times.items():
-            first, step_ms, third = np.percentile(values, (25, 50, 75)).tolist()
+            step_ms = medians[name]
             rate = tflop / step_ms * 1e3 if tflop else None
             held = self.turns[name][-1]["peak_bytes"]
             rows.append(
                 {
                     "name": name,
                     "step_ms": step_ms,
-                    "quartiles_ms": [first, third],
+                    "quartiles_ms": quartiles(values),
                     "tokens_per_s": tokens / step_ms * 1e3,
                     "tflops": rate,
                     "mfu": rate * 1e12 / peak if rate and peak else None,
-                    "speedup": np.median(times[EAGER]) / step_ms if EAGER in times else None,
+                    "speedup": medians[EAGER] / step_ms if EAGER in medians else None,
                     "peak_gb": held / 1e9 if held else None,
                     **self.facts[name],
                 }
@@ -212,9 +207,7 @@ class Contest:
             "rows": self.rows(),
             "not_measured": self.failures,
         }
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=2)
-        os.replace(f"{path}.tmp", path)
+        write_json(path, found)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> None:

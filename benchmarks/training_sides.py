@@ -50,6 +50,7 @@ def ours(arguments: argparse.Namespace) -> Step:
     import jax
 
     from l2s_jax import convert, optim, sharding, train
+    from l2s_jax.bench.geometry import random_like
     from l2s_jax.chips import chip_of
     from l2s_jax.config import compute_dtypes, default, train_config
     from l2s_jax.models.serving import to_serve
@@ -69,13 +70,8 @@ def ours(arguments: argparse.Namespace) -> Step:
     config.batch_size = arguments.batch_size
     mesh = sharding.make_mesh(default().mesh)
 
-    def random(leaf: Any) -> jax.Array:
-        # The same numbers for the same shape: XLA compiles them once.
-        return 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-
-    frozen = jax.jit(lambda: to_serve(jax.tree.map(random, shapes), llm, "float"))()
-    trained = jax.eval_shape(system.init, jax.random.key(0))
-    params = jax.jit(lambda: jax.tree.map(random, trained))()
+    frozen = random_like(jax.eval_shape(lambda params: to_serve(params, llm, "float"), shapes))
+    params = random_like(jax.eval_shape(system.init, jax.random.key(0)))
     optimizer = optim.optimizer(config, params)
     shardings = train.state_shardings(params, optimizer, config, mesh)
     step = train.make_step(system, optimizer, config, 0, shardings)

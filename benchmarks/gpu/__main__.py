@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -22,11 +21,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 from benchmarks.gpu import report
-from benchmarks.gpu.part import write_json
+from benchmarks.gpu.part import GRACE_S, last_error, missing, read_json
 from l2s_jax.bench.arguments import Parser
+from l2s_jax.bench.files import write_json
 
 # Seconds that a part may take at most, in the order in which they run. The last has what is left.
 LIMITS = {
@@ -42,7 +43,6 @@ NEEDED = ("jax", "flax", "optax", "orbax.checkpoint", "torch", "transformers", "
 PATIENCE = 4  # times as long, in a rehearsal: a CPU may be slow and busy
 # To end what it started, and to write the report.
 RESERVE_S = 5.0
-GRACE_S = 5.0
 
 
 def _parts(text: str) -> list[str]:
@@ -74,25 +74,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="runs/gpu", help="a folder (default: %(default)s)")
     parser.add_argument("--limit_s", type=_seconds, default=530.0, help="of all parts together")
     options = parser.parse_args(argv)
-    if problem := _missing() or _no_device(options.rehearse) or _not_writable(options.output):
+    if packages := missing(NEEDED):
+        found = ", ".join(packages)
+        parser.error(f"missing packages: {found}; benchmarks/gpu/README.md says how to bring them")
+    if problem := _no_device(options.rehearse) or _not_writable(options.output):
         parser.error(problem)
     return options
-
-
-def _missing() -> str:
-    """Which packages are not there."""
-    # In a process of its own: this one only waits, and holds no accelerator.
-    program = (
-        "import importlib.util as u, sys\n"
-        "def there(name):\n"
-        "    try: return u.find_spec(name) is not None\n"
-        "    except ModuleNotFoundError: return False\n"
-        "print(*(name for name in sys.argv[1:] if not there(name)), sep=', ')"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", program, *NEEDED], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return found and f"missing packages: {found}; benchmarks/gpu/README.md says how to bring them"
 
 
 def _no_device(rehearse: bool) -> str:
@@ -102,8 +89,7 @@ def _no_device(rehearse: bool) -> str:
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     backend = found.stdout.strip()
     if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return f"JAX cannot start here: {last}"
+        return f"JAX cannot start here: {last_error(found.stderr)}"
     if backend != "gpu":
         return f"JAX runs on {backend!r} here, expected a GPU; --rehearse runs on a CPU"
     return ""
@@ -126,12 +112,7 @@ def _run(name: str, folder: str, rehearse: bool, limit_s: float) -> dict[str, An
     command = [sys.executable, "-m", f"benchmarks.gpu.{name}", f"--output={output}"]
     command += [f"--limit_s={max(limit_s - GRACE_S, 1.0):.0f}"]
     command += ["--rehearse"] if rehearse else []
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if rehearse:
-        environment["JAX_PLATFORMS"] = "cpu"
-        # Tiny programs take longer to compile than to run.
-        flags = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(_rehearsed() if rehearse else {})}
     log = os.path.join(folder, "logs", f"{name}.log")
     began = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
@@ -150,19 +131,29 @@ def _run(name: str, folder: str, rehearse: bool, limit_s: float) -> dict[str, An
         finally:
             _end(process)
     entry: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
-    with contextlib.suppress(OSError, json.JSONDecodeError), open(output, encoding="utf-8") as file:
-        entry["result"] = json.load(file)
+    if result := read_json(output):
+        entry["result"] = result
     return entry
+
+
+def _rehearsed() -> dict[str, str]:
+    """The environment of a rehearsal: a CPU, and programs that take longer to compile than run."""
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    major, minor, *_ = metadata.version("jaxlib").split(".")
+    if (int(major), int(minor)) < (0, 11):  # later ones do not know it, and end
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "XLA_FLAGS": " ".join(flags).strip(),
+    }
 
 
 def _status(code: int, log: str) -> str:
     if code == 0:
         return "ok"
     with open(log, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
-    last = (errors or lines or [""])[-1].removeprefix("error: ")
-    return f"failed ({code}): {last}"
+        return f"failed ({code}): {last_error(file.read())}"
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -179,12 +170,8 @@ def _end(process: subprocess.Popen) -> None:
 
 def _earlier(folder: str, rehearsal: bool) -> dict[str, Any]:
     """The parts of an earlier run in the folder, of the same kind."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(folder, "gpu.json"), encoding="utf-8") as file:
-            found = json.load(file)
-        if found["rehearsal"] == rehearsal:
-            return found["parts"]
-    return {}
+    found = read_json(os.path.join(folder, "gpu.json"))
+    return found["parts"] if found and found["rehearsal"] == rehearsal else {}
 
 
 def _same_device(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -196,7 +183,7 @@ def _same_device(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _write(parts: Mapping[str, Any], options: argparse.Namespace) -> None:
     content = {"rehearsal": options.rehearse, "parts": parts}
-    write_json(content, os.path.join(options.output, "gpu.json"))
+    write_json(os.path.join(options.output, "gpu.json"), content)
     report.write(parts, options.rehearse, options.output)
 
 

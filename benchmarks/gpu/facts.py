@@ -6,14 +6,11 @@ python -m benchmarks.gpu.facts --output=facts.json
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu import part
 from l2s_jax.bench import machine
+from l2s_jax.bench.contestants import milliseconds
 from l2s_jax.chips import chip_of
 
 LIBRARIES = (
@@ -28,17 +26,6 @@ LIBRARIES = (
     *("orbax-checkpoint", "torch", "triton", "transformers", "numpy"),
 )
 QUERIED = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory")
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that are there."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def card() -> dict[str, str]:
@@ -55,13 +42,12 @@ def card() -> dict[str, str]:
 
 def rate(work: float, run: Callable[[], Any], repeats: int) -> float:
     """The median of `work` per second of a run, which was warmed up."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+
+    def finish() -> None:
         jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - began)
-    return work / statistics.median(seconds)
+
+    finish()
+    return work / statistics.median(milliseconds(finish) for _ in range(repeats)) * 1e3
 
 
 def copy_rate(size: int, repeats: int) -> float:
@@ -89,7 +75,7 @@ def main() -> int:
     facts = card()
     result.data.update(
         device=device.device_kind,
-        versions=versions(),
+        versions=machine.versions(LIBRARIES),
         card=facts,
         cpu=machine.cpu(),
         cores=machine.cores(),
@@ -97,7 +83,7 @@ def main() -> int:
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )
     rows = [("device", device.device_kind), *facts.items(), *machine.cpu().items()]
-    rows += [("CPU cores", str(machine.cores())), *versions().items()]
+    rows += [("CPU cores", str(machine.cores())), *machine.versions(LIBRARIES).items()]
     result.table("The machine", ("what", "which"), rows)
 
     size, width, repeats = (2**24, 256, 3) if options.rehearse else (2**32, 8192, 20)

@@ -1,4 +1,4 @@
-"""What the parts of the GPU kit share: their command line and the file that they leave.
+"""What the parts of the GPU kit share: their command line, what they run and the file they leave.
 
 A part is a module that is run as `python -m benchmarks.gpu.NAME --output=FILE.json`. Its file is
 complete after every piece that is finished, so that a part that is stopped leaves what it had.
@@ -7,16 +7,22 @@ complete after every piece that is finished, so that a part that is stopped leav
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l2s_jax.bench.arguments import Parser
+from l2s_jax.bench.files import write_json
 
 Cell = str | float | None
+
+GRACE_S = 5.0  # that a command has to end by itself
 
 
 def arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,26 +78,62 @@ class Result:
 
     def write(self) -> None:
         """Replaces the file as a whole."""
+        os.makedirs(os.path.dirname(os.path.abspath(self._path)), exist_ok=True)
         content = {**self.data, "tables": self._tables, "skipped": self._skipped}
-        write_json(content, self._path)
+        write_json(self._path, content)
 
 
-def write_json(content: Any, path: str) -> None:
-    """Replaces the file as a whole; a number that is not finite becomes null, as JSON has none."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(finite(content), file, indent=2)
-        file.write("\n")
-    os.replace(f"{path}.tmp", path)
+def read_json(path: str) -> Any:
+    """What a file holds; None where it isn't there, or not whole."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        return json.load(file)
+    return None
 
 
-def finite(value: Any) -> Any:
-    """The value with None for every number in it that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def missing(packages: Sequence[str]) -> list[str]:
+    """Those that are not there; none is imported, but for what holds it."""
+    return [name for name in packages if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # of what would hold it
+        return importlib.util.find_spec(name) is not None
+    return False
+
+
+def last_error(output: str) -> str:
+    """The line that says why a command failed: its last error, or else its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no reason given"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines)[-1].removeprefix("error: ")
+
+
+def run_command(
+    command: Sequence[str], limit_s: float, environment: Mapping[str, str] | None = None
+) -> str:
+    """Why a command did not end well within so many seconds; "" where it did.
+
+    It is asked to end at the limit, and killed where it doesn't. Its errors go to this process's.
+    """
+    print("+", *command, flush=True)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        _, errors = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            sys.stderr.write(process.communicate(timeout=GRACE_S)[1])
+        process.kill()
+        return f"stopped after {limit_s:.0f} s"
+    sys.stderr.write(errors)
+    return last_error(errors) if process.returncode else ""
 
 
 def too_large(problem: str) -> bool:

@@ -9,9 +9,7 @@ The step of T5-small is traced, and then timed with each of the flags that might
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,11 +22,11 @@ from benchmarks.gpu.runs import copy_rate
 USUAL = "XLA's own choices"
 
 
-def run(output: str, flags: str, limit_s: float, rehearse: bool, trace: bool) -> dict[str, Any]:
-    """What benchmarks/gpu/step.py measures in a process with these flags added.
+def run(output: str, flags: str, limit_s: float, rehearse: bool, trace: bool) -> str:
+    """Has benchmarks/gpu/step.py measure in a process with these flags added.
 
-    Raises:
-      RuntimeError: it did not end well; says why.
+    Returns:
+      Why it did not end well; "" where it did.
     """
     environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     command = [sys.executable, "-m", "benchmarks.gpu.step", f"--output={output}"]
@@ -36,18 +34,7 @@ def run(output: str, flags: str, limit_s: float, rehearse: bool, trace: bool) ->
     if rehearse:
         command += ["--model=tiny", "--dtype=float32", "--prompt_tokens=8", "--repeats=2"]
         command += ["--batch_sizes=1,2"]
-    try:
-        ended = subprocess.run(
-            command, env=environment, timeout=limit_s, stdin=subprocess.DEVNULL, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"stopped after {limit_s:.0f} s") from None
-    if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"exit status {ended.returncode}: {last[:200]}")
-    with open(output, encoding="utf-8") as file:
-        return json.load(file)
+    return part.run_command(command, limit_s, environment)
 
 
 def tell(result: part.Result, found: Mapping[str, Mapping[str, Any]], copied: float | None) -> None:
@@ -101,11 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             result.skip(name, "no time was left")
             continue
         output = os.path.join(folder, f"step-{number}.json")
-        try:
-            found[name] = run(output, value, left, options.rehearse, trace=name == USUAL)
-        except RuntimeError as error:
-            result.skip(name, str(error))
+        if reason := run(output, value, left, options.rehearse, trace=name == USUAL):
+            result.skip(name, reason)
             continue
+        found[name] = part.read_json(output)
         result.data["steps"] = found
         tell(result, found, copied)
     return part.finish(result, [] if USUAL in found else ["the step was not measured"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import os
 import pathlib
@@ -25,7 +24,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.gpu import part
-from benchmarks.gpu.train import rehearsed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 CONFIG, DATA = "configs/multi30k_en_de_60m.py", "data/multi30k"
@@ -116,7 +114,6 @@ def run(folder: str, seed: int, rehearse: bool, limit_s: float) -> Iterator[str]
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env={**os.environ, **(rehearsed() if rehearse else {})},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -139,15 +136,7 @@ def _reason(status: int, log: str) -> str:
     if not status:
         return ""
     with open(log, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()] or ["no reason given"]
-    return f"{lines[-1].removeprefix('error: ')} ({status})"
-
-
-def read_json(path: str) -> Any:
-    """What a file holds; None where it isn't there, or not whole."""
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        return json.load(file)
-    return None
+        return f"{part.last_error(file.read())} ({status})"
 
 
 def report_of(directory: str) -> dict[str, Any] | None:
@@ -155,7 +144,7 @@ def report_of(directory: str) -> dict[str, Any] | None:
     paths = [os.path.join(directory, name) for name in ("config.json", "report.json")]
     with contextlib.suppress(OSError):
         begun, ended = (os.path.getmtime(path) for path in paths)
-        return read_json(paths[1]) if begun <= ended else None
+        return part.read_json(paths[1]) if begun <= ended else None
     return None
 
 
@@ -171,7 +160,7 @@ def metrics_of(directory: str, stage: str) -> list[dict[str, Any]]:
 
 def state_of(directory: str) -> str:
     """At which stage and step a run that has not ended stands."""
-    config = read_json(os.path.join(directory, "config.json"))
+    config = part.read_json(os.path.join(directory, "config.json"))
     if config is None:
         return "not begun"
     for stage in TRAINED:
@@ -249,8 +238,7 @@ def tell(result: part.Result, folder: str, seeds: tuple[int, ...]) -> None:
 
 def missing(rehearse: bool) -> str:
     """What is not there that a run needs."""
-    packages = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if packages:
+    if packages := part.missing(NEEDED):
         return f"missing packages: {', '.join(packages)}"
     if not rehearse and not (ROOT / DATA).is_dir():
         return f"no folder {DATA}; {CONFIG} says where its files are from"

@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from l2s_jax.bench.files import replace_file
+
 
 def write(parts: Mapping[str, Mapping[str, Any]], rehearsal: bool, folder: str) -> None:
     """Replaces FOLDER/gpu.md."""
-    path = os.path.join(folder, "gpu.md")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(markdown(parts, rehearsal, folder))
-    os.replace(f"{path}.tmp", path)
+    content = markdown(parts, rehearsal, folder).encode()
+    replace_file(os.path.join(folder, "gpu.md"), content)
 
 
 def markdown(parts: Mapping[str, Mapping[str, Any]], rehearsal: bool, folder: str) -> str:

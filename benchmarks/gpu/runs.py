@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.gpu.part import Result
+from benchmarks.gpu.part import Result, read_json, run_command
 from l2s_jax.bench.contestants import CONTESTANTS
 
 COLUMNS = (
@@ -47,7 +44,7 @@ class Run:
             self,
             llm="tiny",
             slm="tiny",
-            batch_sizes=self.batch_sizes[:1] and (2,),
+            batch_sizes=(2,),
             new_tokens=(5,),
             prompt_tokens=8,
             repeats=2,
@@ -84,41 +81,15 @@ def measure(
             if left < 1:
                 result.skip(run.name, "no time was left")
                 continue
-            if reason := _made(run.command(output, dtype), left):
+            if reason := run_command(run.command(output, dtype), left):
                 result.skip(run.name, reason)
             else:
                 with open(done, "w", encoding="utf-8"):
                     pass
-        with contextlib.suppress(OSError), open(output, encoding="utf-8") as file:
-            report = json.load(file)
+        if report := read_json(output):
             for name, reason in report["not_measured"].items():
                 result.skip(f"{run.name}: {CONTESTANTS[name].label}", reason)
             yield run, report["rows"]
-
-
-def _made(command: Sequence[str], limit_s: float) -> str:
-    """Why a command did not end well; "" where it did."""
-    print("+", *command, flush=True)
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=5)
-        process.kill()
-        return f"stopped after {limit_s:.0f} s"
-    sys.stderr.write(errors)
-    if process.returncode:
-        lines = [line for line in errors.splitlines() if line.startswith("error:")]
-        return (lines or errors.strip().splitlines() or ["no reason given"])[-1]
-    return ""
 
 
 def cells(run: Run, row: dict[str, Any], copy_gb_per_s: float | None) -> list[Any]:
@@ -144,7 +115,5 @@ def cells(run: Run, row: dict[str, Any], copy_gb_per_s: float | None) -> list[An
 
 def copy_rate(output: str) -> float | None:
     """What the part *facts* measured, in GB/s, where its file lies beside `output`."""
-    path = os.path.join(os.path.dirname(os.path.abspath(output)), "facts.json")
-    with contextlib.suppress(OSError, ValueError, KeyError), open(path, encoding="utf-8") as file:
-        return json.load(file)["ceilings"]["copy_gb_per_s"]
-    return None
+    facts = read_json(os.path.join(os.path.dirname(os.path.abspath(output)), "facts.json"))
+    return facts["ceilings"]["copy_gb_per_s"] if facts and "ceilings" in facts else None

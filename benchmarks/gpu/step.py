@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.part import write_json
 from l2s_jax.bench.arguments import Parser, count, integers
+from l2s_jax.bench.files import write_json
 from l2s_jax.bench.geometry import random_like
+from l2s_jax.bench.ours import bytes_of_weights
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.decoding.engine import advance, start
 from l2s_jax.decoding.loop import CHUNK, State
@@ -74,11 +75,8 @@ class Chunks:
 
     def bytes_per_step(self) -> int:
         """Of the weights that a step reads, and of its cache."""
-        sizes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((leaf.nbytes,), jnp.uint8), self.trained
-        )
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.cache))
-        return self.system.parameters_read_per_token(sizes) + cache
+        return bytes_of_weights(self.system, self.trained) + cache
 
 
 def operations(folder: str) -> list[tuple[str, int, float]]:
@@ -145,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for batch_size in options.batch_sizes:
         rows.append(measure(options, batch_size))
-        write_json({"model": options.model, "dtype": options.dtype, "rows": rows}, options.output)
+        write_json(options.output, {"model": options.model, "dtype": options.dtype, "rows": rows})
     return 0
 
 

@@ -9,12 +9,9 @@ the output. Whoever is not ready in time is named, and the others are measured.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -65,19 +62,6 @@ REHEARSED_SIZES = ("--prompt_tokens=8", "--response_tokens=4", "--steps=2", "--r
 COMPILED = "--compiled=default,per-layer"
 
 
-def rehearsed() -> dict[str, str]:
-    """The environment of a rehearsal: a CPU, whose programs take little time to compile."""
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-    version = importlib.metadata.version("jaxlib").split(".")
-    if (int(version[0]), int(version[1])) < (0, 11):  # later ones do not know it, and end
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "XLA_FLAGS": " ".join(flags).strip(),
-    }
-
-
 def measure(pair: Pair, path: str, rehearse: bool, limit_s: float) -> tuple[dict[str, Any], str]:
     """(what the run left in its file, why it did not end well or "")."""
     ready_s = max(round(limit_s - TURNS_S), 1)
@@ -91,31 +75,8 @@ def measure(pair: Pair, path: str, rehearse: bool, limit_s: float) -> tuple[dict
         os.remove(path)  # of an earlier call
     # The package need not be installed.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    print("+", *command, flush=True)
-    try:
-        finished = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths, **(rehearsed() if rehearse else {})},
-            timeout=limit_s,
-        )
-    except subprocess.TimeoutExpired as error:
-        _show(error.stderr)
-        problem = f"stopped after {limit_s:.0f} s"
-    else:
-        _show(finished.stderr)
-        lines = finished.stderr.strip().splitlines() or ["no reason given"]
-        problem = lines[-1].removeprefix("error: ") if finished.returncode else ""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
-        return json.load(file), problem
-    return {"rows": [], "not_measured": {}}, problem
-
-
-def _show(errors: str | bytes | None) -> None:
-    """What a run wrote to stderr, of one that was stopped as bytes."""
-    sys.stderr.write(errors.decode(errors="replace") if isinstance(errors, bytes) else errors or "")
+    problem = part.run_command(command, limit_s, {**os.environ, "PYTHONPATH": paths})
+    return part.read_json(path) or {"rows": [], "not_measured": {}}, problem
 
 
 def cells(pair: Pair, row: Mapping[str, Any]) -> list[Any]:

@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -189,17 +188,12 @@ def _floor(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _environment(device: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    versions = {}
-    for name in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         **device,
         **machine.cpu(),
         "cpu_cores": os.cpu_count(),
         "threads": threads,
-        "python": sys.version.split()[0],
-        **versions,
+        **machine.versions(_LIBRARIES),
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Iterable
+from importlib import metadata
 
 # The flags of /proc/cpuinfo that say which products a CPU has, and how they are called.
 _SETS = (
@@ -51,3 +53,12 @@ def cpu() -> dict[str, str]:
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "instruction_set": found[0] if found else "unknown",
     }
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Python's, and those of the libraries that are there."""
+    found = {"python": platform.python_version()}
+    for name in libraries:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

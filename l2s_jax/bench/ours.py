@@ -13,6 +13,8 @@ from l2s_jax.bench.contestants import Case, Setup, has_weights
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.config import compute_dtypes
 from l2s_jax.latency import Stopwatch
+from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 
 
@@ -32,16 +34,9 @@ class _Ours:
         )
         return {
             "compile_s": self._stopwatch.compile_s,
-            "bytes_read_per_token": self._weight_bytes() + self._stopwatch.cache_bytes,
+            "bytes_read_per_token": bytes_of_weights(self._system, self._trained)
+            + self._stopwatch.cache_bytes,
         }
-
-    def _weight_bytes(self) -> int:
-        """Of the weights that a step reads."""
-        # Each array as one of as many numbers as it has bytes, in which a system counts.
-        sizes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((leaf.nbytes,), jnp.uint8), self._trained
-        )
-        return self._system.parameters_read_per_token(sizes)
 
     def measure(self) -> dict[str, float]:
         times = self._stopwatch.measure()
@@ -70,53 +65,57 @@ def make(setup: Setup, name: str, encoder_dtype: str = "auto", weights: str = "f
     return _Ours(setup, name, encoder_dtype, weights)
 
 
+def bytes_of_weights(system: System, trained: Params) -> int:
+    """Of the weights that a step reads."""
+    # Each array as one of as many numbers as it has bytes, in which a system counts.
+    sizes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((leaf.nbytes,), jnp.uint8), trained)
+    return system.parameters_read_per_token(sizes)
+
+
 def _load(
     setup: Setup, name: str, encoder_dtype: str, weights: str
 ) -> tuple[System, Params, Params]:
     """(system, trained, frozen) as they serve; projector and prompt map are random."""
     dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
     if name != "l2s":
-        path = setup.llm if name == "llm" else setup.slm
-        if not has_weights(path):
-            config = dataclasses.replace(convert.read_config(path), dtype=dtype)
-            return _random(LanguageModel(name, config), {}, weights)
-        module, params = convert.load(path, dtype=dtype, serve=True)
-        system = LanguageModel(name, module.config)
+        config, params = _model(setup.llm if name == "llm" else setup.slm, dtype)
+        system = LanguageModel(name, config)
         return system, *system.to_serve({name: params}, {}, weights)
-    if has_weights(setup.llm):
-        llm, frozen = convert.load_encoder(setup.llm, dtype=of_encoder, serve=True)
-        llm_config = llm.config
-    else:
-        whole = dataclasses.replace(convert.read_config(setup.llm), dtype=of_encoder)
-        llm_config, frozen = convert.abstract_encoder(whole)
-    slm_config = dataclasses.replace(convert.read_config(setup.slm), dtype=dtype)
-    if has_weights(setup.slm):
-        slm, slm_params = convert.load(setup.slm, dtype=dtype)
-        slm_config = slm.config
+    llm_config, frozen = _encoder(setup.llm, of_encoder)
+    slm_config, slm = _model(setup.slm, dtype)
     system = LlmToSlm(
         llm_config,
         slm_config,
         projector_width=slm_config.width,
         shared_vocabulary=llm_config.vocab_size == slm_config.vocab_size,
     )
-    if not (has_weights(setup.llm) or has_weights(setup.slm)):
-        return _random(system, frozen, weights)
-    if not has_weights(setup.llm):
-        frozen = random_like(frozen)
-    params = jax.jit(system.init)(jax.random.key(0))
-    if has_weights(setup.slm):
-        params = {**params, "slm": {key: slm_params[key] for key in params["slm"]}}
-    return system, *system.to_serve(params, frozen, weights)
+    shapes = dict(jax.eval_shape(system.init, jax.random.key(0)))
+    slm = {key: slm[key] for key in shapes.pop("slm")}
+    return system, *system.to_serve({**random_like(shapes), "slm": slm}, frozen, weights)
 
 
-def _random(system: System, frozen: Any, weights: str) -> tuple[System, Params, Params]:
-    """A system with random weights; `frozen` has the shapes of an LLM's encoder."""
-    shapes = jax.eval_shape(
-        lambda key, frozen: system.to_serve(system.init(key), frozen, weights),
-        jax.random.key(0),
-        frozen,
-    )
-    return system, *map(random_like, shapes)
+def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
+    """(config, parameters as they serve) of a folder, random where it holds none."""
+    if has_weights(path):
+        module, params = convert.load(path, dtype=dtype, serve=True)
+        return module.config, params
+    config = dataclasses.replace(convert.read_config(path), dtype=dtype)
+    shapes = jax.eval_shape(LanguageModel("llm", config).init, jax.random.key(0))
+    return config, _random(shapes["llm"], config)
+
+
+def _encoder(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
+    """Likewise, of what encodes a prompt."""
+    if has_weights(path):
+        module, params = convert.load_encoder(path, dtype=dtype, serve=True)
+        return module.config, params
+    config = dataclasses.replace(convert.read_config(path), dtype=dtype)
+    config, shapes = convert.abstract_encoder(config)
+    return config, _random(shapes, config)
+
+
+def _random(shapes: Any, config: ModelConfig) -> Params:
+    return random_like(jax.eval_shape(lambda params: to_serve(params, config, "float"), shapes))
 
 
 def _put_away(params: dict[str, Any]) -> dict[str, Any]:

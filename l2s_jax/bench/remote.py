@@ -23,7 +23,7 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent.parent.parent
 
 def serve() -> None:
     """A contestant's process: a request per line of stdin, an answer per line of stdout, JSON."""
-    _end_with_parent()
+    end_with_parent()
     # Libraries may print: only answers go where answers are read.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -56,8 +56,8 @@ def serve() -> None:
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end this process, which may be stopped and not see it."""
+def end_with_parent() -> None:
+    """Has this process killed where its parent is, which could not end it while it is stopped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

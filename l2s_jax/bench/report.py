@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from l2s_jax.bench.contestants import CONTESTANTS, OURS
+from l2s_jax.bench.files import replace_file, write_json
 from l2s_jax.plot import image
 
 _CASE = ("batch_size", "prompt_tokens", "new_tokens")
@@ -44,31 +43,15 @@ _COLORS = {
 def write_report(report: Mapping[str, Any], stem: str) -> None:
     """Writes STEM.json, STEM.md and the plots STEM-*.png; replaces each as a whole."""
     results = report["rows"]
-    files = {
-        ".json": (json.dumps(_finite(report), indent=2) + "\n").encode(),
-        ".md": markdown(report).encode(),
-    }
+    write_json(f"{stem}.json", report)
+    replace_file(f"{stem}.md", markdown(report).encode())
     for name, figure in (
         ("latency", _latency(results)),
         ("speedup", _speedup(results)),
         ("shares", _shares(results)),
     ):
         if figure is not None:
-            files[f"-{name}.png"] = image(figure, "png")
-    for ending, content in files.items():
-        path = stem + ending
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(content)
-        os.replace(f"{path}.tmp", path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for what was not measured."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            replace_file(f"{stem}-{name}.png", image(figure, "png"))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
