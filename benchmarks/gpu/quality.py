@@ -106,6 +106,8 @@ def run(folder: str, seed: int, rehearse: bool, limit_s: float) -> Iterator[str]
 
     At the limit it is interrupted, which is no failure.
     """
+    # In the background a shell has its commands ignore interrupts, and all that these start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     words = command(folder, seed, rehearse)
     print("+", *words, flush=True)
     began = time.monotonic()
