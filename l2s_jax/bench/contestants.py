@@ -142,9 +142,9 @@ def make(name: str, setup: Setup, arguments: Mapping[str, Any]) -> Contestant:
 def variants(name: str, setup: Setup) -> list[Variant]:
     """The settings among which the best of a contestant are found, its own defaults first."""
     entry = CONTESTANTS[name]
+    choices = [Variant("defaults")]
     if entry.module == "ours":
-        return [Variant("defaults")]
-    choices: list[Variant] = [Variant("defaults")]
+        return choices
     if entry.arguments.get("compiled"):
         # Of torch.compile: CUDA graphs are its reduce-overhead, and a CPU has none.
         usual = "reduce-overhead" if setup.accelerator else "default"
@@ -165,17 +165,14 @@ def variants(name: str, setup: Setup) -> list[Variant]:
     if setup.accelerator or entry.arguments.get("compiled"):
         return choices
     # OpenMP's threads may spin while they wait for each other, or sleep; a second one need not pay.
-    spinning = [
-        variant._replace(
-            label=f"{variant.label}, threads that spin",
-            environment={"OMP_WAIT_POLICY": "ACTIVE"},
-        )
+    threading = {"": {}, ", threads that spin": {"environment": {"OMP_WAIT_POLICY": "ACTIVE"}}}
+    if setup.threads > 1:
+        threading[", one thread"] = {"threads": 1}
+    return [
+        variant._replace(label=variant.label + label, **changes)
+        for label, changes in threading.items()
         for variant in choices
     ]
-    alone = []
-    if setup.threads > 1:
-        alone = [choices[0]._replace(label=f"{choices[0].label}, one thread", threads=1)]
-    return [*choices, *spinning, *alone]
 
 
 def unfit(name: str, setup: Setup, case: Case) -> str:
