@@ -22,17 +22,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax import convert, features, sharding, train
 from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
 from l2s_jax.config import compute_dtype, default
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.data.tasks import Example
+from l2s_jax.experiment import features
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.training import train
 
 
 class Numbers:
@@ -50,7 +53,7 @@ class Numbers:
 def make_system(arguments: argparse.Namespace) -> tuple[LlmToSlm, Any]:
     """(system, the LLM's random parameters)."""
     dtype = compute_dtype(arguments.dtype)
-    encoder, shapes = convert.abstract_encoder(
+    encoder, shapes = pretrained.abstract_encoder(
         dataclasses.replace(GEOMETRIES[arguments.llm], dtype=dtype)
     )
     random = np.random.default_rng(0)

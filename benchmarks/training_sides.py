@@ -49,16 +49,18 @@ def ours(arguments: argparse.Namespace) -> Step:
     """Our step, as `train.fit` compiles it."""
     import jax
 
-    from l2s_jax import convert, optim, sharding, train
     from l2s_jax.bench.geometry import random_like
-    from l2s_jax.chips import chip_of
+    from l2s_jax.checkpoints import pretrained
+    from l2s_jax.cluster import sharding
+    from l2s_jax.cluster.chips import chip_of
     from l2s_jax.config import compute_dtypes, default, train_config
     from l2s_jax.models.serving import to_serve
     from l2s_jax.models.systems import LlmToSlm, parameter_count
+    from l2s_jax.training import optim, train
 
     dtype, of_encoder = compute_dtypes(arguments.dtype, arguments.encoder_dtype)
     scan = {"scan_layers": arguments.scan_layers}
-    llm, shapes = convert.abstract_encoder(
+    llm, shapes = pretrained.abstract_encoder(
         dataclasses.replace(GEOMETRIES[arguments.llm], dtype=of_encoder, **scan)
     )
     slm = dataclasses.replace(GEOMETRIES[arguments.slm], dtype=dtype, dropout_rate=DROPOUT, **scan)
@@ -109,11 +111,11 @@ class TorchModels:
         import torch
         import transformers
 
-        from l2s_jax import convert
+        from l2s_jax.checkpoints import pretrained
 
         def config_of(name: str) -> Any:
             config = GEOMETRIES[name]
-            fields = convert.family_of(config).config_to_hf(config)
+            fields = pretrained.family_of(config).config_to_hf(config)
             return transformers.T5Config(**fields | {"dropout_rate": DROPOUT})
 
         self._products = getattr(torch, arguments.dtype)

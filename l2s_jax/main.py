@@ -91,11 +91,11 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 
-    from l2s_jax import distributed
-    from l2s_jax import workdir as workdirs
-    from l2s_jax.evaluate import evaluate
-    from l2s_jax.experiment import Experiment
-    from l2s_jax.generate_file import generate_file
+    from l2s_jax.cluster import distributed
+    from l2s_jax.evaluation.evaluate import evaluate
+    from l2s_jax.experiment import workdir as workdirs
+    from l2s_jax.experiment.experiment import Experiment
+    from l2s_jax.serving.generate_file import generate_file
 
     if _COMPILATION_CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
@@ -133,7 +133,7 @@ def _job() -> contextlib.AbstractContextManager[None]:
     if _MODE.value == "plan":
         # One process does it, and says how many devices it has before JAX asks for them.
         return contextlib.nullcontext()
-    from l2s_jax import distributed
+    from l2s_jax.cluster import distributed
 
     return distributed.job(
         _COORDINATOR.value,
@@ -145,7 +145,7 @@ def _job() -> contextlib.AbstractContextManager[None]:
 
 
 def _plan(config: ConfigDict | None, workdir: str) -> None:
-    from l2s_jax import workdir as workdirs
+    from l2s_jax.experiment import workdir as workdirs
 
     if not _TOPOLOGY.value:
         raise ValueError("--mode=plan: expected --topology, such as v5e:4x4 or cpu:8")

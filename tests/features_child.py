@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import small
 
-from l2s_jax import features
+from l2s_jax.experiment import features
 
 WIDTH = 24
 SHARD = 4

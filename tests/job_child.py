@@ -14,9 +14,11 @@ import numpy as np
 import small
 import train_child
 
-from l2s_jax import convert, distributed, features, labels
-from l2s_jax.convert.files import TensorFiles
-from l2s_jax.sharding import path_name
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.checkpoints.files import TensorFiles
+from l2s_jax.cluster import distributed
+from l2s_jax.cluster.paths import path_name
+from l2s_jax.experiment import features, labels
 
 # Two of four processes hold the same rows of a batch, and parts of the same parameters.
 MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
@@ -31,7 +33,7 @@ def read_encoder(directory, process, mesh):
         return read[-1]
 
     TensorFiles.read = counted
-    _, params = convert.load_encoder(f"{directory}/llm", mesh=small.mesh_of(*mesh))
+    _, params = pretrained.load_encoder(f"{directory}/llm", mesh=small.mesh_of(*mesh))
     kept = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         (shard,) = leaf.addressable_shards

@@ -8,9 +8,9 @@ import os
 import sys
 import time
 
-from l2s_jax import labels
 from l2s_jax.data.tasks import Example
-from l2s_jax.generate import Output
+from l2s_jax.experiment import labels
+from l2s_jax.serving.generator import Output
 
 SHARD = 4
 SECONDS = 0.1  # that a file of labels takes

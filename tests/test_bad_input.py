@@ -298,7 +298,7 @@ def test_an_output_that_cannot_be_written_is_found_before_generating(finished, t
     source.write_text("one\n")
     kept.mkdir()
     flags = (f"--workdir={finished}", "--mode=generate", f"--input={source}")
-    loading = "l2s_jax.generate_file.load_generator"
+    loading = "l2s_jax.serving.generate_file.load_generator"
     for target in (tmp_path / "none" / "out.txt", source / "out.txt", kept):
         with mock.patch(loading, side_effect=AssertionError("read a model")):
             line = refuse(capfd, *flags, f"--output={target}")

@@ -6,8 +6,8 @@ import optax
 import pytest
 import small
 
-from l2s_jax import optim, train
-from l2s_jax.checkpoint import Checkpoints
+from l2s_jax.training import optim, train
+from l2s_jax.training.checkpoint import Checkpoints
 
 CONFIG = small.make_train_config(10, ema_decay=0.9, weight_decay=0.1)
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)

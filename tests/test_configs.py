@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from l2s_jax.checkpoints.pretrained import family_of
 from l2s_jax.config import default, model_config
-from l2s_jax.convert import family_of
-from l2s_jax.experiment import Experiment
+from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig

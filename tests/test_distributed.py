@@ -23,9 +23,11 @@ import tiny
 import train_child
 from safetensors.numpy import load_file
 
-from l2s_jax import convert, distributed, features, meter, sharding
-from l2s_jax.data import toy
-from l2s_jax.peers import Peers
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import distributed, paths
+from l2s_jax.cluster.peers import Peers
+from l2s_jax.experiment import features, toy
+from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
 LAUNCH = TESTS.parent / "launch" / "local_multiprocess.sh"
@@ -152,10 +154,10 @@ def start_children(directory, seconds, count):
 
 def assert_part_of_encoder(directory, process, facts):
     """A process of two holds its half of what is split, and read nothing else."""
-    _, whole = convert.load_encoder(str(directory / "llm"))
+    _, whole = pretrained.load_encoder(str(directory / "llm"))
     with np.load(directory / f"encoder-{process}.npz") as part:
         for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
-            name = sharding.path_name(path)
+            name = paths.path_name(path)
             starts = part[f"{name} from"]
             assert (starts.max() > 0) == (part[name].size < leaf.size and process == 1), name
             index = tuple(map(slice, starts, starts + part[name].shape))
@@ -170,7 +172,7 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
     directory = tmp_path / "killed"
     directory.mkdir()
     config = small.t5_config()
-    convert.save_native(config, small.t5_params(config), str(directory / "llm"))
+    pretrained.save_native(config, small.t5_params(config), str(directory / "llm"))
     children = start_children(directory, 0.05, 4)
     metrics = directory / "metrics.jsonl"
     while all(child.poll() is None for child in children) and not (

@@ -19,9 +19,11 @@ import pytest
 import small
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from l2s_jax import convert, features, train
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.data.batches import training_batches, validation_batches
+from l2s_jax.experiment import features
 from l2s_jax.models.lora import Lora
+from l2s_jax.training import train
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 PAIRS = small.random_pairs(19, 7)
@@ -371,11 +373,11 @@ def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypat
 def test_only_what_training_reads_of_an_llm_is_loaded(tmp_path):
     system = make_case("two vocabularies")[0]
     params = small.t5_params(system.llm_config)
-    convert.save_hf(system.llm_config, params, str(tmp_path))
-    whole, encoder = convert.load_encoder(str(tmp_path))
-    module, nothing = convert.load_encoder(str(tmp_path), entries=())
+    pretrained.save_hf(system.llm_config, params, str(tmp_path))
+    whole, encoder = pretrained.load_encoder(str(tmp_path))
+    module, nothing = pretrained.load_encoder(str(tmp_path), entries=())
     assert nothing == {} and module.config == whole.config
     stacked = {"mesh": small.mesh_of(), "scan_layers": True}
-    assert convert.load_encoder(str(tmp_path), entries=(), **stacked)[1] == {}
-    _, table = convert.load_encoder(str(tmp_path), entries=system.beside_hidden, **stacked)
+    assert pretrained.load_encoder(str(tmp_path), entries=(), **stacked)[1] == {}
+    _, table = pretrained.load_encoder(str(tmp_path), entries=system.beside_hidden, **stacked)
     small.assert_same(table, {"token_embedding": encoder["token_embedding"]})

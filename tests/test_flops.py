@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import small
 
-from l2s_jax import optim, train
-from l2s_jax.flops import training_flops
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.training import optim, train
+from l2s_jax.training.flops import training_flops
 
 ROWS, PROMPT, RESPONSE = 4, 7, 5
 

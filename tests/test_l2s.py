@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import small
 
-from l2s_jax import experiment, train
 from l2s_jax.config import default
 from l2s_jax.data.batches import evaluation_batches
+from l2s_jax.experiment import experiment
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.t5 import T5
-from l2s_jax.text import train_sentencepiece
+from l2s_jax.tokenizers.text import train_sentencepiece
+from l2s_jax.training import train
 
 ENCODING = ("add", "replace")  # the fusions with an SLM encoder
 TOKENS = 7

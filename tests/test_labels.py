@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import label_child
 import pytest
 
-from l2s_jax import labels
 from l2s_jax.data.tasks import Example
-from l2s_jax.generate import Output
+from l2s_jax.experiment import labels
+from l2s_jax.serving.generator import Output
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 

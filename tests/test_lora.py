@@ -10,12 +10,13 @@ import pytest
 import small
 from flax.traverse_util import flatten_dict
 
-from l2s_jax import sharding, train
+from l2s_jax.cluster import sharding
 from l2s_jax.config import lora_config
 from l2s_jax.models.families import GPT2Config, GPTNeoXConfig, LlamaConfig
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
+from l2s_jax.training import train
 
 PATTERN = lora_config().pattern
 PATTERN = lora_config().pattern

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
-from l2s_jax import sharding
-from l2s_jax.experiment import Experiment
-from l2s_jax.loading import load_generator
-from l2s_jax.workdir import read_config
+from l2s_jax.cluster import sharding
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.workdir import read_config
+from l2s_jax.serving.loading import load_generator
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_finished_model_may_encode_in_another_dtype(job, tmp_path):
         assert "in float32." in unmixed and "bfloat16" not in unmixed
     settings = read_config(str(copy))
     settings.llm.encoder_dtype = "bfloat16"
-    with mock.patch("l2s_jax.loading.make_generator") as made:
+    with mock.patch("l2s_jax.serving.loading.make_generator") as made:
         load_generator(settings, str(copy), "l2s")
     _, (system, _, frozen), *_ = made.call_args.args
     assert system.llm_config.dtype == jnp.bfloat16 and system.slm_config.dtype == jnp.float32
@@ -202,7 +202,7 @@ def test_a_model_alone_is_read_to_where_it_runs(job, name):
     mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
 
     def read_for(**settings):
-        with mock.patch("l2s_jax.loading.make_generator") as made:
+        with mock.patch("l2s_jax.serving.loading.make_generator") as made:
             load_generator(config, str(workdir), name, **settings)
         _, (_, params, _), *_ = made.call_args.args
         return params[name]

@@ -14,10 +14,11 @@ import small
 import tiny
 
 import l2s_jax
-from l2s_jax import bundle, convert
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.serving import bundle
 
 CHANGES = """
 
@@ -70,8 +71,8 @@ def test_every_system_is_measured(job):
 
 def test_models_are_what_the_config_asks_for(job):
     _, workdir = job
-    llm, _ = convert.load(str(workdir / "llm/model"))
-    slm, slm_params = convert.load(str(workdir / "slm/model"))
+    llm, _ = pretrained.load(str(workdir / "llm/model"))
+    slm, slm_params = pretrained.load(str(workdir / "slm/model"))
     assert isinstance(llm.config, LlamaConfig) and isinstance(slm.config, GPT2Config)
     assert (llm.config.vocab_size, slm.config.vocab_size) == (30, 28)
     system, trained, frozen = bundle.load(str(workdir / "l2s/model"))

@@ -9,11 +9,12 @@ import optax
 import pytest
 import small
 
-from l2s_jax import train
+from l2s_jax.cluster.paths import path_name
+from l2s_jax.cluster.sharding import parameter_shardings
 from l2s_jax.config import train_config
 from l2s_jax.models.systems import parameter_count
-from l2s_jax.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule, trained_mask
-from l2s_jax.sharding import parameter_shardings, path_name
+from l2s_jax.training import train
+from l2s_jax.training.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule, trained_mask
 
 PEAK, STEPS = 0.01, 100
 

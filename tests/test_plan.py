@@ -17,14 +17,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax import optim, sharding, train
-from l2s_jax.chips import CHIPS, chip_of
+from l2s_jax.cluster import sharding
+from l2s_jax.cluster.chips import CHIPS, chip_of
 from l2s_jax.config import default
 from l2s_jax.plan import hlo
 from l2s_jax.plan.command import plan
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Costs
 from l2s_jax.plan.slices import open_slice, parse_size
+from l2s_jax.training import optim, train
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

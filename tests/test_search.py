@@ -16,7 +16,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.convert import load_hf
+from l2s_jax.checkpoints.pretrained import load_hf
 from l2s_jax.decoding import logits as processing
 from l2s_jax.decoding.beam import beam_search
 from l2s_jax.decoding.engine import GREEDY, jitted_decode

@@ -10,22 +10,22 @@ import small
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax import optim, train
+from l2s_jax.cluster.paths import path_name
+from l2s_jax.cluster.sharding import (
+    RULES,
+    batch_sharding,
+    decoding_mesh,
+    make_mesh,
+    parameter_shardings,
+    put_batch,
+)
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.layers import Embedding
 from l2s_jax.models.systems import LanguageModel, parameter_count
 from l2s_jax.plan import hlo
 from l2s_jax.plan.hlo import collectives
-from l2s_jax.sharding import (
-    RULES,
-    batch_sharding,
-    decoding_mesh,
-    make_mesh,
-    parameter_shardings,
-    path_name,
-    put_batch,
-)
+from l2s_jax.training import optim, train
 
 DEVICES = 8
 
@@ -77,7 +77,7 @@ def test_parameters_that_no_rule_matches_are_listed():
 
 
 def test_parameters_that_two_rules_match_are_listed(monkeypatch):
-    monkeypatch.setattr("l2s_jax.sharding.RULES", (*RULES, (r".*norm/scale", P("fsdp"))))
+    monkeypatch.setattr("l2s_jax.cluster.sharding.RULES", (*RULES, (r".*norm/scale", P("fsdp"))))
     with pytest.raises(ValueError, match=r"rule: norm/scale \(2 rules\)$"):
         parameter_shardings({"norm": {"scale": 0}, "x": {"scale": 0}}, small.mesh_of())
 

@@ -12,7 +12,8 @@ import pytest
 import small
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax import convert, optim, sharding, train
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
 from l2s_jax.models.cache import CausalCache
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
@@ -22,6 +23,7 @@ from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import stack_layers, unstack_layers
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.training import optim, train
 
 DEEP = {"num_encoder_layers": 3, "num_decoder_layers": 2}
 
@@ -244,7 +246,7 @@ def test_a_scanned_module_does_not_decode(call):
 def test_a_scanned_program_is_as_long_for_any_depth():
     def lines(layers, scan_layers):
         config = small.t5_config(num_encoder_layers=layers, scan_layers=scan_layers)
-        config, params = convert.abstract_encoder(config)
+        config, params = pretrained.abstract_encoder(config)
         system = LlmToSlm(config, config, projector_width=4)
         ids = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
         lowered = jax.jit(system.encode).lower({}, params, *ids)
@@ -257,6 +259,6 @@ def test_a_scanned_program_is_as_long_for_any_depth():
 
 def test_the_layout_is_on_no_disk():
     config = dataclasses.replace(small_model("llama"), **SCANNED)
-    fields = convert.config_to_native(config)
-    assert fields == convert.config_to_native(small_model("llama"))
-    assert convert.config_from_native(fields, "") == small_model("llama")
+    fields = pretrained.config_to_native(config)
+    assert fields == pretrained.config_to_native(small_model("llama"))
+    assert pretrained.config_from_native(fields, "") == small_model("llama")

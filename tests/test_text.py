@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax import text
+from l2s_jax.tokenizers import text
 
 SYLLABLES = ("ka", "ri", "sto", "nü", "ver", "bel", "iß", "om", "tan", "que", "lo", "fi")
 WORDS = [a + b + c for a in SYLLABLES for b in SYLLABLES[:5] for c in ("", "s", "ing")]

@@ -18,8 +18,8 @@ import pytest
 import small
 import train_child
 
-from l2s_jax import meter, train
 from l2s_jax.models.systems import parameter_count
+from l2s_jax.training import meter, train
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 

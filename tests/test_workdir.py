@@ -5,8 +5,8 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from l2s_jax import workdir
 from l2s_jax.config import default, model_config
+from l2s_jax.experiment import workdir
 
 
 def test_a_stage_with_the_same_inputs_is_found_again(tmp_path):

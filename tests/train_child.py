@@ -9,8 +9,8 @@ import time
 import numpy as np
 import small
 
-from l2s_jax import train
-from l2s_jax.sharding import batch_rows
+from l2s_jax.cluster.sharding import batch_rows
+from l2s_jax.training import train
 
 STEPS = 24
 

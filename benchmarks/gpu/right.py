@@ -64,7 +64,7 @@ from benchmarks.gpu.right_tables import (
     TABLES,
     TOLERANCE,
 )
-from l2s_jax.convert import load_hf
+from l2s_jax.checkpoints.pretrained import load_hf
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
 from l2s_jax.decoding.search import Search
 

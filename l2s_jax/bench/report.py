@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from l2s_jax.bench.contestants import CONTESTANTS, OURS
 from l2s_jax.bench.files import replace_file, write_json
-from l2s_jax.plot import image
+from l2s_jax.evaluation.plot import image
 
 _CASE = ("batch_size", "prompt_tokens", "new_tokens")
 _COLORS = {

@@ -1,1 +1,4 @@
-"""Pure Flax Linen models: T5, the projector, and the LLM-to-SLM hybrid built from them."""
+"""Pure Flax modules: the families, projector and fusion, and the three systems LLM, SLM and L2S.
+
+Imports cluster.
+"""

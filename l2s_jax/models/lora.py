@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from l2s_jax.cluster.paths import matching
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params
-from l2s_jax.optim import matching
 
 
 def check_lora(rank: int, alpha: float, pattern: str) -> None:

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from l2s_jax.cluster.sharding import split_parameters
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
-from l2s_jax.sharding import split_parameters
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]

@@ -12,11 +12,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from l2s_jax import optim, sharding, train
+from l2s_jax.cluster import sharding
 from l2s_jax.plan import report
 from l2s_jax.plan.models import Plan, make_plan
 from l2s_jax.plan.programs import PROGRAMS, Compiler, shard_bytes
 from l2s_jax.plan.slices import Slice, open_slice
+from l2s_jax.training import optim, train
 
 log = logging.getLogger(__name__)
 

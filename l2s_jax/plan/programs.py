@@ -14,14 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax import optim, sharding, train
-from l2s_jax.chips import Chip
+from l2s_jax.cluster import sharding
+from l2s_jax.cluster.chips import Chip
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.decoding.search import changed
 from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
+from l2s_jax.training import optim, train
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
 
