@@ -35,7 +35,7 @@ from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LlmToSlm
-from l2s_jax.training import train
+from l2s_jax.training import loop
 
 
 class Numbers:
@@ -92,7 +92,7 @@ def run(
     tokens = (data.max_prompt_tokens, data.max_response_tokens)
     batches = {"prompt_name": "llm", "buckets": (tokens,), "batch_size": settings.batch_size}
     with tempfile.TemporaryDirectory() as directory:
-        train.fit(
+        loop.fit(
             system,
             frozen,
             jax.jit(system.init)(jax.random.key(0)),

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from l2s_jax.checkpoints.engine import Params
-from l2s_jax.checkpoints.files import read_json
 from l2s_jax.checkpoints.pretrained import (
     family_of,
     inspect,
@@ -29,7 +28,7 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
-from l2s_jax.experiment.workdir import atomic_directory
+from l2s_jax.files import atomic_directory, read_json
 from l2s_jax.models.families import make_module
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving import bundle

@@ -19,7 +19,7 @@ import torch
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.systems import LlmToSlm
-from l2s_jax.training import train
+from l2s_jax.training import update
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 # Of the tests' flags those that save time: one device, not many.
@@ -138,7 +138,7 @@ def test_both_sides_of_training_have_the_same_loss(sides, tmp_path):
     inward, outward = ({"kernel": models.projector[i].weight.detach().numpy().T} for i in (0, 2))
     trained = {"projector": {"inward": inward, "outward": outward}, "slm": params}
     system = LlmToSlm(llm.config, slm.config, projector_width=slm.config.width)
-    loss, sums = train.batch_loss(system, trained, frozen, batch, None, 0.0)
+    loss, sums = update.batch_loss(system, trained, frozen, batch, None, 0.0)
     assert float(loss / sums["tokens"]) == pytest.approx(theirs, rel=1e-4)
 
 

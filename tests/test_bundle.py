@@ -19,7 +19,8 @@ from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
 from l2s_jax.serving import bundle
-from l2s_jax.tokenizers.text import load_tokenizer, train_sentencepiece
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 LLM = small.t5_config(tied_head=True)
 SLM = small.t5_config(width=12, activation="gated_gelu")

@@ -23,7 +23,7 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.experiment import features
 from l2s_jax.models.lora import Lora
-from l2s_jax.training import train
+from l2s_jax.training import loop, update
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 PAIRS = small.random_pairs(19, 7)
@@ -92,7 +92,7 @@ def test_losses_are_those_of_encoding_and_padding_means_nothing(name):
     assert not mask.all()
 
     def loss(trained, frozen, batch):
-        return train.batch_loss(system, trained, frozen, batch, None, 0.0)[0]
+        return update.batch_loss(system, trained, frozen, batch, None, 0.0)[0]
 
     loss = jax.jit(loss, compiler_options=small.QUICK_COMPILATION)
     expected = float(loss(trained, frozen, batch))
@@ -148,7 +148,7 @@ def test_a_run_from_the_cache_is_the_run_that_encodes(tmp_path):
 
     def run(name, frozen):
         settings = {"prompt_name": "llm", "buckets": ((8, 8),), "batch_size": 8}
-        train.fit(
+        loop.fit(
             system,
             frozen,
             trained,

@@ -17,7 +17,7 @@ from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.serving.generator import Generator
-from l2s_jax.tokenizers.text import train_sentencepiece
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 WORDS = [
     "the",

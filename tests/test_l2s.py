@@ -14,8 +14,8 @@ from l2s_jax.data.batches import evaluation_batches
 from l2s_jax.experiment import experiment
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.t5 import T5
-from l2s_jax.tokenizers.text import train_sentencepiece
-from l2s_jax.training import train
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.training import loop
 
 ENCODING = ("add", "replace")  # the fusions with an SLM encoder
 TOKENS = 7
@@ -129,7 +129,7 @@ def test_the_llm_is_not_trained(fusion, tmp_path):
     system, trained, frozen, _ = case(fusion)
     pairs = small.random_pairs(16, 6)
     kept = jax.tree.map(np.copy, frozen)
-    result = train.fit(
+    result = loop.fit(
         system,
         frozen,
         trained,

@@ -16,7 +16,7 @@ from l2s_jax.models.families import GPT2Config, GPTNeoXConfig, LlamaConfig
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
-from l2s_jax.training import train
+from l2s_jax.training import loop, update
 
 PATTERN = lora_config().pattern
 PATTERN = lora_config().pattern
@@ -130,7 +130,7 @@ def test_at_the_start_b_has_a_gradient_and_a_has_none(name):
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(trained, frozen):
-        return train.batch_loss(lora, trained, frozen, batch, None, 0.0)[0]
+        return update.batch_loss(lora, trained, frozen, batch, None, 0.0)[0]
 
     of_trained, of_frozen = gradients(trained, frozen)
     for path, gradient in flatten_dict(of_trained["lora"], sep="/").items():
@@ -149,7 +149,7 @@ def fit(directory, name, mesh=(1, 1, 1), **changes):
     )
     config.update(**changes)
     kept = jax.tree.map(np.array, frozen)
-    after = train.fit(
+    after = loop.fit(
         lora,
         frozen,
         trained,
@@ -166,7 +166,7 @@ def fit(directory, name, mesh=(1, 1, 1), **changes):
 
 
 def mean_loss(system, trained, frozen, batch):
-    _, sums = jax.jit(lambda t, f, b: train.batch_loss(system, t, f, b, None, 0.0))(
+    _, sums = jax.jit(lambda t, f, b: update.batch_loss(system, t, f, b, None, 0.0))(
         trained, frozen, batch
     )
     return float(sums["loss"] / sums["tokens"])

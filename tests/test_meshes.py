@@ -1,6 +1,6 @@
 """On any mesh the same losses, parameters and texts, and no more moved than a mesh is for.
 
-Pairs of families learn and answer on eight devices as on one, through `train.make_step` and
+Pairs of families learn and answer on eight devices as on one, through `update.make_step` and
 `Generator`. What the compiler sends between devices is read from its programs.
 """
 
@@ -30,7 +30,7 @@ from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.models.t5 import T5Config
 from l2s_jax.plan.hlo import collectives
 from l2s_jax.serving.generator import Generator
-from l2s_jax.training import optim, train
+from l2s_jax.training import optim, update
 
 DEVICES = 8
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
@@ -90,23 +90,23 @@ CONFIG = small.make_train_config(STEPS, batch_size=ROWS, learning_rate=1e-2)
 class Run(NamedTuple):
     """What a training gave; `text` is its compiled step."""
 
-    state: train.TrainState
+    state: update.TrainState
     losses: np.ndarray
     text: str
 
 
 @functools.cache
 def trained_on(pair, name) -> Run:
-    """STEPS steps on a mesh, as train.fit takes them; on one device where it has no such name."""
+    """STEPS steps on a mesh, as loop.fit takes them; on one device where it has no such name."""
     system, params, frozen = make(pair)
     mesh = mesh_of(name)
     optimizer = optim.optimizer(CONFIG, params)
-    shardings = train.state_shardings(params, optimizer, CONFIG, mesh)
-    step = train.make_step(system, optimizer, CONFIG, 0, shardings)
+    shardings = update.state_shardings(params, optimizer, CONFIG, mesh)
+    step = update.make_step(system, optimizer, CONFIG, 0, shardings)
     losses = []
     with jax.set_mesh(mesh):
         frozen = sharding.put_parameters(frozen, mesh)
-        state = jax.jit(lambda p: train.init_state(p, optimizer, CONFIG), out_shardings=shardings)(
+        state = jax.jit(lambda p: update.init_state(p, optimizer, CONFIG), out_shardings=shardings)(
             params
         )
         batch = sharding.put_batch(small.make_batch(system, ROWS, PROMPT, RESPONSE), mesh)

@@ -21,7 +21,7 @@ from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.models.t5 import T5Config
 from l2s_jax.training import optim
-from l2s_jax.training.train import batch_loss, init_state, train_step
+from l2s_jax.training.update import batch_loss, init_state, train_step
 
 ROWS, PROMPT, RESPONSE, STEPS = 32, 9, 6, 250
 # More than the LLM's: the SLM's vocabulary is another one.

@@ -25,7 +25,7 @@ from l2s_jax.models.layers import Embedding
 from l2s_jax.models.systems import LanguageModel, parameter_count
 from l2s_jax.plan import hlo
 from l2s_jax.plan.hlo import collectives
-from l2s_jax.training import optim, train
+from l2s_jax.training import optim, update
 
 DEVICES = 8
 
@@ -161,22 +161,22 @@ CONFIG = small.make_train_config(STEPS, learning_rate=1e-2, ema_decay=0.5, accum
 
 @functools.cache
 def trained_on(name, sizes):
-    """(mesh, state, losses) after STEPS steps of training, as train.fit jits them."""
+    """(mesh, state, losses) after STEPS steps of training, as loop.fit jits them."""
     system = small.make_system(name, tied_head=True)
     params, frozen = small.make_params(system)
     mesh = small.mesh_of(*sizes)
     optimizer = optim.optimizer(CONFIG, params)
-    shardings = train.state_shardings(params, optimizer, CONFIG, mesh)
+    shardings = update.state_shardings(params, optimizer, CONFIG, mesh)
     step = jax.jit(
         functools.partial(
-            train.train_step, system=system, optimizer=optimizer, config=CONFIG, seed=0
+            update.train_step, system=system, optimizer=optimizer, config=CONFIG, seed=0
         ),
         out_shardings=(shardings, None),
     )
     losses = []
     with jax.set_mesh(mesh):
         frozen = jax.device_put(frozen, parameter_shardings(frozen, mesh))
-        state = jax.device_put(train.init_state(params, optimizer, CONFIG), shardings)
+        state = jax.device_put(update.init_state(params, optimizer, CONFIG), shardings)
         for seed in range(STEPS):
             batch = put_batch(small.make_batch(system, rows=16, seed=seed), mesh)
             state, metrics = step(state, frozen, batch)

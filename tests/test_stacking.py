@@ -23,7 +23,7 @@ from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import stack_layers, unstack_layers
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
-from l2s_jax.training import optim, train
+from l2s_jax.training import loop, optim, update
 
 DEEP = {"num_encoder_layers": 3, "num_decoder_layers": 2}
 
@@ -152,7 +152,7 @@ def test_a_run_trains_alike_and_goes_on_in_the_other_layout(tmp_path):
     pairs = small.random_pairs(32, 7)
 
     def fit(system, frozen, directory, steps):
-        return train.fit(
+        return loop.fit(
             system,
             frozen,
             params,
@@ -187,18 +187,18 @@ def test_a_causal_slm_trains_alike_on_a_mesh():
         params, frozen = small.make_params(pair("windows"))
         frozen = stack_layers(frozen) if computed else frozen
         optimizer = optim.optimizer(config, params)
-        shardings = train.state_shardings(params, optimizer, config, mesh)
-        step = train.make_step(system, optimizer, config, 0, shardings)
+        shardings = update.state_shardings(params, optimizer, config, mesh)
+        step = update.make_step(system, optimizer, config, 0, shardings)
         losses = []
         with jax.set_mesh(mesh):
             frozen = jax.device_put(frozen, sharding.parameter_shardings(frozen, mesh))
-            state = jax.device_put(train.init_state(params, optimizer, config), shardings)
+            state = jax.device_put(update.init_state(params, optimizer, config), shardings)
             for seed in range(3):
                 batch = small.make_batch(system, rows=16, seed=seed)
                 state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
                 losses.append(float(metrics["loss"]))
         found.append((losses, jax.device_get(state.params)))
-        flops.append(train.step_flops(system, params, frozen, batch, config))
+        flops.append(update.step_flops(system, params, frozen, batch, config))
     (plain, plain_params), (scanned, scanned_params) = found
     assert flops[0] == flops[1]
     np.testing.assert_allclose(scanned, plain, rtol=1e-5)

@@ -25,7 +25,7 @@ from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.text import ResponseText
-from l2s_jax.tokenizers.text import train_sentencepiece
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 TEXTS = ["the quick brown fox", "jumps över the lazy dog", "naïve café", "日本語 한국어", "🙂🙃"]
 NEW = 21

@@ -1,10 +1,12 @@
 """Stage folders: found again when nothing changed, moved aside when something did."""
 
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from l2s_jax import files
 from l2s_jax.config import default, model_config
 from l2s_jax.experiment import workdir
 
@@ -33,17 +35,15 @@ def test_changed_inputs_move_what_was_there_aside_each_time(tmp_path, caplog):
 
 def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "model"
-    with (
-        pytest.raises(RuntimeError),
-        workdir.atomic_directory(str(target)) as temporary,
-    ):
-        (tmp_path / "model.tmp/half").write_text("half")
+    with pytest.raises(RuntimeError), files.atomic_directory(str(target)) as temporary:
+        Path(temporary, "half").write_text("half")
         raise RuntimeError(temporary)
-    assert not target.exists()
-    with workdir.atomic_directory(str(target)):
-        assert not (tmp_path / "model.tmp/half").exists()
-        (tmp_path / "model.tmp/whole").write_text("whole")
+    assert not list(tmp_path.iterdir())
+    with files.atomic_directory(str(target)) as temporary:
+        Path(temporary, "whole").write_text("whole")
+        assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_config_round_trip(tmp_path):
@@ -67,4 +67,4 @@ def test_a_config_from_before_a_setting_has_its_default(tmp_path):
     del saved["scan_layers"], saved["features"], saved["decoding"]["weights"]
     del saved["l2s"]["train"]["remat"], saved["decoding"]["search"]["min_p"]
     path.write_text(json.dumps(saved))
-    assert workdir.read_config(str(tmp_path)) == ConfigDict(workdir.plain(config.to_dict()))
+    assert workdir.read_config(str(tmp_path)) == ConfigDict(files.plain(config.to_dict()))

@@ -5,12 +5,10 @@ Nothing is ever unpickled. Errors are ValueErrors of one line that name the file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,8 @@ import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safete
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
+
+from l2s_jax.files import atomic_directory, read_json, replacing, write_json
 
 _MAPPED_BYTES = 1 << 27
 
@@ -30,20 +30,6 @@ def listed(marked: Sequence[str], limit: int = 8) -> str:
     """Joins marked names for an error of one line, the first `limit` of them."""
     more = f" and {len(marked) - limit} more" if len(marked) > limit else ""
     return ", ".join(marked[:limit]) + more
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _weight_map(index_path: str) -> dict[str, str]:
@@ -199,29 +185,26 @@ def write_directory(
     directory = os.path.abspath(directory)
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"{directory}: exists and is not a directory")
-    parent = os.path.dirname(directory)
-    os.makedirs(parent, exist_ok=True)
-    weights = f"{stem}.safetensors"
-    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(directory)}.", dir=parent)
-    try:
-        # safetensors writes from the array's memory, whatever its strides.
-        whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        save_file(whole, os.path.join(temporary, weights), metadata={"format": "pt"})
-        with open(os.path.join(temporary, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, sort_keys=True)
-            file.write("\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)
-        os.chmod(os.path.join(temporary, weights), 0o666 & ~umask)
-        if not os.path.isdir(directory) or not os.listdir(directory):
-            os.replace(temporary, directory)
-            return
-        if os.path.exists(os.path.join(directory, "config.json")):
-            os.remove(os.path.join(directory, "config.json"))
-        for name in (weights, "config.json"):
-            os.replace(os.path.join(temporary, name), os.path.join(directory, name))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{directory}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # safetensors writes from the array's memory, whatever its strides.
+    whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    umask = os.umask(0)
+    os.umask(umask)
+
+    def write_weights(path: str) -> None:
+        try:
+            save_file(whole, path, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{directory}: cannot be written: {error}") from None
+        os.chmod(path, 0o666 & ~umask)
+
+    weights, settings = f"{stem}.safetensors", "config.json"
+    if not os.path.isdir(directory) or not os.listdir(directory):
+        with atomic_directory(directory) as temporary:
+            write_weights(os.path.join(temporary, weights))
+            write_json(os.path.join(temporary, settings), config, sort_keys=True)
+        return
+    with replacing(os.path.join(directory, weights)) as temporary:
+        write_weights(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(directory, settings))
+    write_json(os.path.join(directory, settings), config, sort_keys=True)

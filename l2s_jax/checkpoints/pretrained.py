@@ -26,8 +26,9 @@ from l2s_jax.checkpoints.engine import (
     param_shapes,
     write_tensors,
 )
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, listed, read_json, write_directory
+from l2s_jax.checkpoints.files import TensorFiles, content_hash, listed, write_directory
 from l2s_jax.checkpoints.reading import read_params
+from l2s_jax.files import read_json
 from l2s_jax.models.serving import float_dtype
 from l2s_jax.models.stacking import stack_layers
 

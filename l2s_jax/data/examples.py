@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from l2s_jax.data.tasks import Example
-from l2s_jax.tokenizers.text import Tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 _TOKENIZE_AT_ONCE = 8192
 

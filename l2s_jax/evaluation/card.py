@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from l2s_jax.evaluation.report import dtypes
+from l2s_jax.files import write_text
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.serving.bundle import CARD
 
@@ -79,10 +80,7 @@ def write_card(
         "```",
         "",
     ]
-    path = os.path.join(directory, CARD)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write("\n".join(lines))
-    os.replace(f"{path}.tmp", path)
+    write_text(os.path.join(directory, CARD), "\n".join(lines))
 
 
 def _described(section: ConfigDict, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -19,6 +18,7 @@ from l2s_jax.evaluation import metrics, report
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.files import write_json_lines
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving.generator import Generator, Output
 
@@ -176,14 +176,13 @@ def environment(dtype: Any, encoder_dtype: Any) -> dict[str, Any]:
 def _write_predictions(workdir: str, name: str, examples: Any, outputs: list[Output]) -> None:
     directory = os.path.join(workdir, "predictions")
     os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, f"{name}.jsonl")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        for example, output in zip(examples, outputs, strict=True):
-            record = {
-                "prompt": example.prompt,
-                "references": list(example.references),
-                "response": output.text,
-                "cut": output.cut,
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(f"{path}.tmp", path)
+    records = (
+        {
+            "prompt": example.prompt,
+            "references": list(example.references),
+            "response": output.text,
+            "cut": output.cut,
+        }
+        for example, output in zip(examples, outputs, strict=True)
+    )
+    write_json_lines(os.path.join(directory, f"{name}.jsonl"), records)

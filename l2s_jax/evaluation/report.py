@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from l2s_jax.evaluation import plot
+from l2s_jax.files import write_bytes
 
 _TASK = ("name", "split", "examples", "metric", "metric_signatures", "labels")
 _SYSTEMS = ("llm", "slm", "l2s", "l2s_mismatched")
@@ -78,10 +79,7 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
     }
     os.makedirs(directory, exist_ok=True)
     for name, content in files.items():
-        path = os.path.join(directory, name)
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(content)
-        os.replace(f"{path}.tmp", path)
+        write_bytes(os.path.join(directory, name), content)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

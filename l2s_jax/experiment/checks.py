@@ -12,7 +12,7 @@ from l2s_jax.experiment import features
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.lora import check_lora
 from l2s_jax.models.serving import WEIGHTS
-from l2s_jax.training import train
+from l2s_jax.training import loop
 
 
 def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh) -> None:
@@ -64,7 +64,7 @@ def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh) -> None:
         section = config[name].train
         if name == "llm" and not section.steps:
             continue
-        train.check_config(section, f"config.{name}.train")
+        loop.check_config(section, f"config.{name}.train")
         sharding.check_rows(section.batch_size, mesh, f"config.{name}.train.batch_size")
         if name != "llm" and config[name].lora.rank:
             _check_lora(config[name], f"config.{name}")

@@ -28,15 +28,17 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment import features, labels
 from l2s_jax.experiment.checks import check_config
-from l2s_jax.experiment.workdir import atomic_directory, find_stage, fingerprint, open_stage
+from l2s_jax.experiment.workdir import find_stage, fingerprint, open_stage
+from l2s_jax.files import atomic_directory
 from l2s_jax.models.families import ModelConfig, check_positions, make_config, with_tokens
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.loading import generator_settings, load_alone, make_generator, where_to_read
-from l2s_jax.tokenizers.text import Tokenizer, load_tokenizer, train_sentencepiece, warn_if_lossy
-from l2s_jax.training import train
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer, warn_if_lossy
+from l2s_jax.training import loop
 
 log = logging.getLogger(__name__)
 
@@ -492,7 +494,7 @@ class Experiment:
         validations = validation_batches(validation, **settings)
         if prepare:
             prepare(train=data, validation=validation)
-        trained = train.fit(
+        trained = loop.fit(
             adapted if adapted else system,
             frozen,
             params,

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,11 +30,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from l2s_jax.checkpoints.files import read_json
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.experiment.workdir import fingerprint, plain, write_json
+from l2s_jax.experiment.workdir import fingerprint
+from l2s_jax.files import UNFINISHED, atomic_directory, plain, read_json, replacing, write_json
 from l2s_jax.models.systems import LlmToSlm, Params
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,6 @@ _MOST_SHARDS = 512
 _FACTS = "features.json"
 # zstd would make H, which is close to noise, a fifth smaller, and reading it four times as slow.
 _WRITER = "group_size:1,uncompressed"
-_UNFINISHED = ".tmp"
 _AGAIN = "remove it, and the same command makes it again"
 
 Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
@@ -286,13 +284,12 @@ def _prepare(shards: Shards, facts: Mapping[str, Any]) -> list[int]:
         )
     if not found:
         # Another run that shares the cache sees the folder with the file in it, or not at all.
-        temporary = f"{directory}.{uuid.uuid4().hex}"
-        os.mkdir(temporary)
-        write_json(os.path.join(temporary, _FACTS), facts)
         try:
-            os.rename(temporary, directory)
+            with atomic_directory(directory) as temporary:
+                write_json(os.path.join(temporary, _FACTS), facts, sort_keys=True)
         except OSError:
-            shutil.rmtree(temporary)
+            if not os.path.isdir(directory):
+                raise
             _check_facts(directory, facts)
     return missing
 
@@ -313,22 +310,18 @@ def _check_facts(directory: str, facts: Mapping[str, Any]) -> None:
 
 def _write(path: str, records: Sequence[bytes]) -> None:
     """A shard, which is never seen half-written."""
-    temporary = f"{path}.{uuid.uuid4().hex}{_UNFINISHED}"
     try:
-        writer = ArrayRecordWriter(temporary, _WRITER)
-        for record in records:
-            writer.write(record)
-        writer.close()
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            writer = ArrayRecordWriter(temporary, _WRITER)
+            for record in records:
+                writer.write(record)
+            writer.close()
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
 
 
 def _tidy(directory: str) -> None:
     """Removes what killed runs left of shards that are all there now."""
-    for path in glob.glob(os.path.join(glob.escape(directory), f"*{_UNFINISHED}")):
+    for path in glob.glob(os.path.join(glob.escape(directory), f"*{UNFINISHED}")):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from l2s_jax.cluster import distributed
 from l2s_jax.data.tasks import Example
+from l2s_jax.files import write_json_lines
 from l2s_jax.serving.generator import Generator, Output
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,7 @@ def label(
 
 
 def _write(path: str, outputs: Sequence[Output]) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        for output in outputs:
-            file.write(json.dumps({"response": output.text}, ensure_ascii=False) + "\n")
-    os.replace(f"{path}.tmp", path)
+    write_json_lines(path, ({"response": output.text} for output in outputs))
 
 
 def _read(path: str, count: int) -> list[str]:

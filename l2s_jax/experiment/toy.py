@@ -12,7 +12,7 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import model_config
 from l2s_jax.models.families import make_config
 from l2s_jax.models.systems import LanguageModel
-from l2s_jax.tokenizers.text import train_sentencepiece
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 _WORDS = ("one", "two", "three", "four", "five", "red", "green", "blue", "small", "large", "old")
 _SIZES = {"train": 512, "validation": 32, "test": 32}

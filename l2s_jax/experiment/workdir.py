@@ -6,44 +6,28 @@ found again, one whose inputs changed is moved aside, so that nothing is lost or
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from l2s_jax.checkpoints.files import read_json
 from l2s_jax.cluster import distributed
 from l2s_jax.config import default
+from l2s_jax.files import plain, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _INPUTS = "stage.json"
 
 
-def plain(value: Any) -> Any:
-    """What `value` becomes on its way through JSON."""
-    return json.loads(json.dumps(value))
-
-
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """sha256 (hex) of JSON-able values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.replace(temporary, path)
 
 
 def open_stage(workdir: str, name: str, inputs: Mapping[str, Any]) -> str:
@@ -70,7 +54,7 @@ def open_stage(workdir: str, name: str, inputs: Mapping[str, Any]) -> str:
             number,
         )
     os.makedirs(directory, exist_ok=True)
-    write_json(record, inputs)
+    write_json(record, inputs, sort_keys=True)
     return directory
 
 
@@ -103,23 +87,10 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def atomic_directory(path: str) -> Iterator[str]:
-    """Gives a temporary directory that becomes `path` when the block ends without an error."""
-    temporary = f"{os.path.normpath(path)}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_config(workdir: str, config: ConfigDict) -> None:
     """Keeps the config of the newest run as DIR/config.json."""
     os.makedirs(workdir, exist_ok=True)
-    write_json(os.path.join(workdir, "config.json"), config.to_dict())
+    write_json(os.path.join(workdir, "config.json"), config.to_dict(), sort_keys=True)
 
 
 def check_shared(workdir: str) -> None:

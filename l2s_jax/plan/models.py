@@ -18,7 +18,7 @@ from l2s_jax.models.lora import Lora
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
-from l2s_jax.tokenizers.text import load_tokenizer
+from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

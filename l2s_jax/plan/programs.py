@@ -22,7 +22,7 @@ from l2s_jax.decoding.search import changed
 from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
-from l2s_jax.training import optim, train
+from l2s_jax.training import optim, update
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
 
@@ -98,12 +98,12 @@ class Compiler:
         system, params, frozen = self.plan.adapted
         settings = self.config.l2s.train
         optimizer = optim.optimizer(settings, params)
-        shardings = train.state_shardings(params, optimizer, settings, self.mesh)
+        shardings = update.state_shardings(params, optimizer, settings, self.mesh)
 
         def make_step(system: Any) -> Any:
-            return train.make_step(system, optimizer, settings, self.config.seed, shardings)
+            return update.make_step(system, optimizer, settings, self.config.seed, shardings)
 
-        state = train.abstract_state(params, optimizer, settings, shardings)
+        state = update.abstract_state(params, optimizer, settings, shardings)
         prompt, response = (max(sizes) for sizes in zip(*self.config.buckets, strict=True))
         rows = settings.batch_size
         batch = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from l2s_jax.files import write_json, write_text
 from l2s_jax.plan.programs import Program
 from l2s_jax.plan.slices import Slice
 
@@ -115,11 +115,8 @@ def write(report: dict[str, Any], workdir: str) -> str:
     """Writes DIR/plan.json and DIR/plan.md; gives the latter's text."""
     os.makedirs(workdir, exist_ok=True)
     text = markdown(report)
-    for name, content in (("plan.json", json.dumps(report, indent=2) + "\n"), ("plan.md", text)):
-        temporary = os.path.join(workdir, f".{name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(temporary, os.path.join(workdir, name))
+    write_json(os.path.join(workdir, "plan.json"), report)
+    write_text(os.path.join(workdir, "plan.md"), text)
     return text
 
 

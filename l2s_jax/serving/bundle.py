@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, read_json, write_directory
+from l2s_jax.checkpoints.files import TensorFiles, content_hash, write_directory
 from l2s_jax.checkpoints.reading import read_params
+from l2s_jax.files import read_json
 from l2s_jax.models.systems import LlmToSlm, Params
-from l2s_jax.tokenizers.text import Tokenizer, load_tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _FAMILY = "l2s"
 _LLM, _LLM_TOKENIZER = "llm", "llm_tokenizer"

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster import distributed
 from l2s_jax.data.tasks import Task, load_task
 from l2s_jax.decoding.search import Search, changed
+from l2s_jax.files import replacing
 from l2s_jax.serving.generator import Output
 from l2s_jax.serving.loading import load_generator
 
@@ -184,24 +185,22 @@ def _open_output(target: str) -> Iterator[TextIO]:
     if target == "-":
         yield sys.stdout
         return
-    temporary = f"{target}.tmp"
     with contextlib.ExitStack() as stack:
         with _writing(target):
             if os.path.isdir(target):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            temporary = stack.enter_context(replacing(target))
+            file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115  closed below
         try:
             yield file
-            with _writing(target):
-                file.close()
-                os.replace(temporary, target)
         except BaseException:
             # The error of the block is what counts: closing may fail for the same reason.
             with contextlib.suppress(OSError):
                 file.close()
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
             raise
+        with _writing(target):
+            file.close()
+            stack.close()
 
 
 @contextlib.contextmanager

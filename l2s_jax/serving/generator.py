@@ -25,7 +25,7 @@ from l2s_jax.decoding.search import Search
 from l2s_jax.models.families import check_positions
 from l2s_jax.models.systems import LlmToSlm, Params, System
 from l2s_jax.serving.text import ResponseText
-from l2s_jax.tokenizers.text import Tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

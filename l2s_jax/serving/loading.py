@@ -17,7 +17,7 @@ from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
-from l2s_jax.tokenizers.text import Tokenizer, load_tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
 def generator_settings(config: ConfigDict) -> dict[str, Any]:

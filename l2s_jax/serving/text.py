@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from l2s_jax.tokenizers.text import Tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 # What tokenizers put for bytes that are not a character, or not yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

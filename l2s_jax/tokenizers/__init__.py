@@ -2,3 +2,7 @@
 
 Imports no other room.
 """
+
+from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]

@@ -11,6 +11,8 @@ from typing import Any
 
 import tokenizers
 
+from l2s_jax.files import write_json, write_text
+
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 # Where special tokens are named, in this order: by text in the first two, by id in the others.
@@ -97,8 +99,8 @@ class HuggingFaceTokenizer:
         for name in ("bos", "eos"):
             if settings[f"prompt_{name}"] is not None:
                 fields[f"add_{name}_token"] = settings[f"prompt_{name}"]
-        _write(os.path.join(directory, SETTINGS_FILE), json.dumps(fields, indent=2) + "\n")
-        _write(os.path.join(directory, TOKENIZER_FILE), self._content)
+        write_json(os.path.join(directory, SETTINGS_FILE), fields)
+        write_text(os.path.join(directory, TOKENIZER_FILE), self._content)
 
     def _encode(self, texts: Sequence[str], special: bool) -> Iterator[list[int]]:
         for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=special):
@@ -206,12 +208,6 @@ def _read_json(file: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def _write(file: str, content: str) -> None:
-    with open(f"{file}.tmp", "w", encoding="utf-8") as handle:
-        handle.write(content)
-    os.replace(f"{file}.tmp", file)
 
 
 def _one_line(error: Exception) -> str:

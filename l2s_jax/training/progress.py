@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from l2s_jax.files import write_bytes
+
 _FILE = "metrics.jsonl"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -186,10 +188,7 @@ def _keep_lines_before(path: str, start_step: int) -> None:
         for number, line in enumerate(lines[:-1], start=1)
         if _step_of(line, f"{path}:{number}") < start_step
     ]
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-    os.replace(temporary, path)
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes, where: str) -> int:

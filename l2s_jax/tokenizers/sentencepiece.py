@@ -1,28 +1,22 @@
-"""Tokenizers: text to ids and back.
+"""SentencePiece models, as T5 has them and as they are trained here.
 
-SentencePiece models, as T5 has them and as they are trained here, are in this file; tokenizer.json,
-which the decoder-only families have, is in text_hf.py. SentencePiece in T5's layout (pad 0, eos 1,
-unk 2, no bos) turns newlines and runs of spaces into single spaces, so a task that needs them must
-mark them in its text; `warn_if_lossy` says so.
+T5's layout (pad 0, eos 1, unk 2, no bos) turns newlines and runs of spaces into single spaces, so a
+task that needs them must mark them in its text.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
 import itertools
-import logging
 import os
 import random
 import re
-import tempfile
-import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import sentencepiece as spm
 
-from l2s_jax.tokenizers import huggingface as text_hf
-
-log = logging.getLogger(__name__)
+from l2s_jax.files import write_bytes
 
 MODEL_FILE = "spiece.model"
 MODEL_TYPES = ("unigram", "bpe")
@@ -30,28 +24,6 @@ MODEL_TYPES = ("unigram", "bpe")
 _TRAINING_THREADS = 4
 # SentencePiece drops longer texts from training; its default, 4192, is shorter than many documents.
 _MAX_TEXT_BYTES = 1 << 16
-_CHECKED_TEXTS = 1000
-
-
-class Tokenizer(Protocol):
-    """What the rest of the package needs from a tokenizer; ids are in [0, vocab_size)."""
-
-    vocab_size: int
-    pad_id: int
-    eos_id: int
-    fingerprint: str
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, with the special tokens that its family puts around a prompt."""
-
-    def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, eos last."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` up to the first eos, without padding and ids that stand for no piece."""
-
-    def save(self, directory: str) -> None:
-        """Writes the files from which `load_tokenizer(directory)` restores this tokenizer."""
 
 
 class SentencePieceTokenizer:
@@ -94,80 +66,21 @@ class SentencePieceTokenizer:
     def save(self, directory: str) -> None:
         """Writes `spiece.model` into `directory`, which is made if need be."""
         os.makedirs(directory, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=MODEL_FILE)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._model)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, os.path.join(directory, MODEL_FILE))
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_bytes(os.path.join(directory, MODEL_FILE), self._model)
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Loads a tokenizer.
-
-    Args:
-      path: a SentencePiece model, a tokenizer.json, or a directory that holds a spiece.model, a
-        tokenizer.json, or GPT-2's vocab.json and merges.txt, taken in this order.
+def load(file: str) -> SentencePieceTokenizer:
+    """The tokenizer of a SentencePiece model's file.
 
     Raises:
-      ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
+      ValueError: it cannot be read, or is no such model.
     """
-    path = os.path.expanduser(path)
-    if not os.path.isdir(path):
-        return text_hf.load(path) if path.endswith(".json") else _load_sentencepiece(path)
-    names = set(os.listdir(path))
-    if MODEL_FILE in names:
-        return _load_sentencepiece(os.path.join(path, MODEL_FILE))
-    if text_hf.TOKENIZER_FILE in names:
-        return text_hf.load(os.path.join(path, text_hf.TOKENIZER_FILE))
-    if {"vocab.json", "merges.txt"} <= names:
-        return text_hf.load_gpt2(path)
-    found = ": tokenizer.model alone is not enough" if "tokenizer.model" in names else ""
-    raise ValueError(
-        f"{path}: no tokenizer{found}; expected {MODEL_FILE} or {text_hf.TOKENIZER_FILE} "
-        "(save_pretrained of a fast tokenizer writes it)"
-    )
-
-
-def _load_sentencepiece(file: str) -> SentencePieceTokenizer:
     try:
         with open(file, "rb") as handle:
             model = handle.read()
     except OSError as error:
         raise ValueError(f"{file}: cannot read the tokenizer: {error.strerror}") from error
     return SentencePieceTokenizer(model, origin=file)
-
-
-def warn_if_lossy(tokenizer: Tokenizer, texts: Iterable[str], what: str) -> None:
-    """Logs one line if some of the first `_CHECKED_TEXTS` texts change in encoding and decoding."""
-    checked = list(itertools.islice(texts, _CHECKED_TEXTS))
-    back = [tokenizer.decode(ids) for ids in tokenizer.encode_responses(checked)]
-    changed = [(a, b) for a, b in zip(checked, back, strict=True) if a != b]
-    if changed:
-        losses = sorted({_loss(before, after) for before, after in changed})
-        log.warning(
-            "%s: %.0f%% of %d texts do not come back from the tokenizer as they were (%s)",
-            what,
-            100 * len(changed) / len(checked),
-            len(checked),
-            ", ".join(losses),
-        )
-
-
-def _loss(before: str, after: str) -> str:
-    """What a text lost on its way through a tokenizer."""
-    if before.split() == after.split():
-        if before.count("\n") != after.count("\n"):
-            return "line breaks"
-        return "spaces at the ends" if before.strip() == after else "runs of spaces"
-    if "".join(before.split()).casefold() == "".join(after.split()).casefold():
-        return "case or spaces"
-    if unicodedata.normalize("NFKC", before).split() == after.split():
-        return "forms of characters"
-    return "unknown characters"
 
 
 def train_sentencepiece(
