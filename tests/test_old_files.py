@@ -66,7 +66,7 @@ def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd):
     told = capfd.readouterr().err
     assert "llm: training" not in told and "slm: training" not in told
     steps = {line["step"] for line in lines_of(old / "interrupted/l2s/metrics.jsonl")}
-    assert sorted(steps) == list(range(1, 81))
+    assert sorted(steps) == list(range(1, 241))
     assert not list((old / "interrupted").glob("*.old*"))
     found = load_file(old / "interrupted/l2s/model/params.safetensors")
     expected = load_file(old / "expected/l2s.safetensors")

@@ -152,8 +152,8 @@ class TensorFiles:
         return part
 
 
-def content_hash(directory: str) -> str:
-    """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads."""
+def hashed_files(directory: str) -> list[str]:
+    """Paths of all files that loading `directory` reads."""
     stem = "params" if "format" in read_json(os.path.join(directory, "config.json")) else "model"
     names = ["config.json"]
     index = _index_path(directory, stem)
@@ -161,12 +161,17 @@ def content_hash(directory: str) -> str:
         names += [os.path.basename(index), *sorted(set(_weight_map(index).values()))]
     else:
         names.append(f"{stem}.safetensors")
+    return [os.path.join(directory, name) for name in names]
+
+
+def content_hash(directory: str) -> str:
+    """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads."""
     digest = hashlib.sha256()
-    for name in names:
-        path = os.path.join(directory, name)
+    for path in hashed_files(directory):
         try:
             with open(path, "rb") as file:
-                digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{os.path.basename(path)}\0{size}\0".encode())
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         except OSError as error:

@@ -24,7 +24,6 @@ from l2s_jax.serving.generator import Generator, Output
 
 log = logging.getLogger(__name__)
 
-_TRAINED = ("llm", "slm", "l2s")
 DESCRIPTIONS = {
     "llm": "the large model on its own",
     "slm": "the small model on its own, trained on the same labels as L2S",
@@ -39,12 +38,12 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     The processes of a job share the work on the outputs. Process 0 writes, and measures alone where
     it can decode alone. Outputs go to DIR/predictions/SYSTEM.jsonl, in the order of the examples.
     """
-    settings = experiment.config.evaluation
+    settings = experiment.context.config.evaluation
     # First, so that what is wrong with them shows before hours of training.
     examples = experiment.evaluation_examples()
     # All of them before the first is read, which would take up memory while others train.
-    experiment.make_models()
-    generators = {name: experiment.generator(getattr(experiment, name)) for name in _TRAINED}
+    experiment.make()
+    generators = {stage.name: experiment.generator(stage) for stage in experiment.systems}
     references = [example.references for example in examples]
 
     systems: dict[str, dict[str, Any]] = {}
@@ -58,7 +57,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         )
         if not distributed.is_primary():
             continue
-        _write_predictions(experiment.workdir, name, examples, outputs)
+        _write_predictions(experiment.context.workdir, name, examples, outputs)
         systems[name] = {
             "description": description,
             "params": parameter_count((generator.trained, generator.frozen)),
@@ -72,7 +71,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     def measured() -> dict[str, dict[str, dict[str, float]]]:
         return _latencies(generators, settings.latency)
 
-    together = experiment.decoding_mesh.is_multi_process
+    together = experiment.context.decoding_mesh.is_multi_process
     latencies = measured() if together else distributed.on_primary(measured)
     return distributed.on_primary(lambda: _written(experiment, systems, latencies, references))
 
@@ -84,29 +83,32 @@ def _written(
     references: list[tuple[str, ...]],
 ) -> dict[str, Any]:
     """The report, which it writes."""
-    settings = experiment.config.evaluation
+    settings = experiment.context.config.evaluation
     for key, measured in latencies.items():
         # The control runs the same program as L2S.
         for name in systems:
             systems[name][key] = measured[name.removesuffix("_mismatched")]
     result = {
         "task": {
-            "name": experiment.task.name,
+            "name": experiment.context.task.name,
             "split": settings.split,
             "examples": len(references),
             "metric": settings.metrics[0],
             "metric_signatures": metrics.signatures(settings.metrics, references),
-            "labels": experiment.config.labels,
+            "labels": experiment.context.config.labels.source,
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),
-        "environment": environment(experiment.dtype, experiment.encoder_dtype),
+        "environment": environment(*experiment.context.dtypes),
     }
-    report.write_report(result, experiment.workdir)
+    report.write_report(result, experiment.context.workdir)
     write_card(
-        os.path.join(experiment.workdir, "l2s", "model"), experiment.config, result, experiment.l2s
+        os.path.join(experiment.context.workdir, "l2s", "model"),
+        experiment.context.config,
+        result,
+        experiment.l2s.loaded,
     )
-    log.info("report: %s", os.path.join(experiment.workdir, "report.md"))
+    log.info("report: %s", os.path.join(experiment.context.workdir, "report.md"))
     return result
 
 

@@ -1,85 +1,108 @@
-"""Responses that the LLM gives to the train split, kept on disk: sequence-level distillation.
-
-They are written in files of `SHARD` examples, each of which appears whole or not at all, so that
-an interrupted run continues with the first that is missing.
-"""
+"""The stage of labels: what the LLM answers to the prompts of the train split."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
+from typing import Any
 
-from l2s_jax.cluster import distributed
+from l2s_jax.config import label_tokens
 from l2s_jax.data.tasks import Example
-from l2s_jax.files import write_json_lines
-from l2s_jax.serving.generator import Generator, Output
-
-log = logging.getLogger(__name__)
-
-SHARD = 2048
+from l2s_jax.experiment import label_files
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.stage import RecordedStage
 
 
-def label(
-    examples: Sequence[Example],
-    make_generator: Callable[[], Generator],
-    directory: str,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    together: bool = False,
-) -> list[Example]:
-    """`examples` with responses by the generator, which is made only if some are missing.
+class LabelStage(RecordedStage):
+    """The train split as SLM and L2S learn it: with the LLM's responses, or the data's own.
 
-    Of several processes, which share `directory`, each answers every process_count-th file and
-    waits for the others. `together`: their generators are one, so all of them answer every file,
-    and process 0 writes.
-
-    Raises:
-      ValueError: a file holds another number of labels than it should.
+    Labels are kept by their prompts. So these are no inputs: the stage grows with the data.
     """
-    paths = [
-        os.path.join(directory, f"train-{number:05d}.jsonl")
-        for number in range(-(-len(examples) // SHARD))
-    ]
 
-    def missing() -> list[int]:
-        return [number for number, path in enumerate(paths) if not os.path.exists(path)]
+    def __init__(self, context: Context, llm: LlmStage):
+        super().__init__(context, "labels", llm)
+        self._llm = llm
+        self._settings = context.config.labels
 
-    if together:
-        own = distributed.on_primary(missing)
-    else:
-        own = [number for number in missing() if number % process_count == process_index]
-    if own:
-        log.info("labels: the LLM answers %d of %d files of prompts", len(own), len(paths))
-        generator = make_generator()
-        for number in own:
-            indices = range(number * SHARD, min((number + 1) * SHARD, len(examples)))
-            prompts = [examples[i].prompt for i in indices]
-            outputs = generator.generate(prompts, description=f"labels {number}")
-            if not together or process_index == 0:
-                _write(paths[number], outputs)
-    if process_count > 1:
-        distributed.barrier("labels")
-    responses = [
-        response
-        for number, path in enumerate(paths)
-        for response in _read(path, min(SHARD, len(examples) - number * SHARD))
-    ]
-    return [
-        Example(example.prompt, response, (response,))
-        for example, response in zip(examples, responses, strict=True)
-    ]
+    def is_used(self) -> bool:
+        """Whether the LLM answers."""
+        return self._settings.source == "llm"
 
+    def inputs(self) -> dict[str, Any]:
+        """The LLM and how it decodes."""
+        config = self.context.config
+        return {
+            "llm_hash": self._llm.content,
+            "tokenizer": self._llm.prompts.tokenizer.fingerprint,
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "max_new_tokens": label_tokens(config),
+            "search": self._settings.search.to_dict(),
+            **({"seed": config.seed} if self._sampled else {}),
+        }
 
-def _write(path: str, outputs: Sequence[Output]) -> None:
-    write_json_lines(path, ({"response": output.text} for output in outputs))
+    def learnt_inputs(self) -> dict[str, Any]:
+        """What the labels mean as inputs of those who learn them."""
+        return {"labels": self.inputs() if self.is_used() else "data"}
 
+    def content(self) -> dict[str, Any]:
+        """Hashes of the data that is learnt, as `TrainedStage.training_inputs` takes them."""
+        return {"train": self.context.content("train", responses=not self.is_used())}
 
-def _read(path: str, count: int) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        responses = [json.loads(line)["response"] for line in file]
-    if len(responses) != count:
-        raise ValueError(f"{path}: {len(responses)} labels, expected {count}: remove the file")
-    return responses
+    @property
+    def _sampled(self) -> bool:
+        return self._settings.search.temperature > 0
+
+    def _keys(self) -> list[str]:
+        prompts = [example.prompt for example in self.context.examples("train")]
+        return label_files.keys_of(prompts, sampled=self._sampled)
+
+    def is_made(self) -> bool:
+        """Whether every prompt has a label."""
+        store = label_files.LabelFiles(self.record.directory)
+        return not set(self._keys()) - set(store.read(store.files()))
+
+    def progress(self) -> str:
+        """How many prompts have a label."""
+        store, keys = label_files.LabelFiles(self.record.directory), set(self._keys())
+        return f"{len(keys & set(store.read(store.files())))} of {len(keys)} prompts"
+
+    def adopt(self) -> None:
+        """Version 0.1 kept labels by the places of their prompts."""
+        label_files.LabelFiles(self.record.directory).give_keys(self._keys())
+
+    def make(self) -> None:
+        """Has the LLM answer what is missing."""
+        self.examples()
+
+    @functools.cache  # noqa: B019  it lives as long as its process
+    def examples(self) -> Sequence[Example]:
+        """The train split."""
+        examples = self.context.examples("train")
+        if not self.is_used():
+            return examples
+        return label_files.label(
+            examples,
+            self._generator,
+            self.open(),
+            seed=self.context.config.seed if self._sampled else None,
+            together=self.context.label_mesh.is_multi_process,
+        )
+
+    def _generator(self) -> Any:
+        from l2s_jax.serving.loading import make_generator
+
+        # In float: what is learnt does not depend on how the result is served. Not `llm.loaded`,
+        # which would stay in memory.
+        tokenizer, mesh = self._llm.prompts.tokenizer, self.context.label_mesh
+        return make_generator(
+            self.context.config,
+            self._llm.load(mesh, "float"),
+            tokenizer,
+            tokenizer,
+            weights="float",
+            search=self._settings.search.to_dict(),
+            max_new_tokens=label_tokens(self.context.config),
+            batch_size=self._settings.batch_size,
+            mesh=mesh,
+        )
