@@ -95,7 +95,7 @@ def _written(
             "examples": len(references),
             "metric": settings.metrics[0],
             "metric_signatures": metrics.signatures(settings.metrics, references),
-            "labels": experiment.config.labels,
+            "labels": experiment.config.labels.source,
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),

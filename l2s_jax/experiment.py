@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax import bundle, convert, distributed, features, labels, sharding, train
 from l2s_jax.checks import check_config
-from l2s_jax.config import compute_dtypes
+from l2s_jax.config import buckets_of, compute_dtypes, label_mesh, label_tokens
 from l2s_jax.convert.files import content_hash
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.data.examples import TokenizedExamples
@@ -56,8 +57,9 @@ class Experiment:
         self.task = load_task(config.task)
         self.mesh = sharding.make_mesh(config.mesh)
         self.decoding_mesh = sharding.decoding_mesh(self.mesh)
-        self.buckets = tuple(tuple(bucket) for bucket in config.buckets)
-        check_config(config, self.mesh, self.decoding_mesh)
+        self.label_mesh = sharding.decoding_mesh(sharding.make_mesh(label_mesh(config)))
+        check_config(config, self.mesh, self.decoding_mesh, self.label_mesh)
+        self.buckets = buckets_of(config)
 
     @functools.cached_property
     def llm_tokenizer(self) -> Tokenizer:
@@ -79,11 +81,6 @@ class Experiment:
         section = self.config.slm
         if not section.tokenizer.train_vocab_size:
             return load_tokenizer(section.path) if section.path else self.llm_tokenizer
-        if section.path:
-            raise ValueError(
-                f"config.slm.path={section.path!r} and config.slm.tokenizer.train_vocab_size="
-                f"{section.tokenizer.train_vocab_size}: two tokenizers, expected one"
-            )
         return self._trained_tokenizer("slm_tokenizer", section.tokenizer)
 
     @property
@@ -266,7 +263,8 @@ class Experiment:
     def _labelled(self) -> Sequence[Example]:
         """The train split as the SLM and L2S learn it."""
         examples = self._examples("train")
-        if self.config.labels == "data":
+        settings = self.config.labels
+        if settings.source == "data":
             return examples
         inputs = self._label_inputs()
         directory = self._open_stage("labels", inputs)
@@ -274,8 +272,15 @@ class Experiment:
         def labeller() -> Generator:
             # In float: what is learnt does not depend on how the result is served. Not `self.llm`,
             # which would stay in memory.
-            llm = self._load_alone("llm", self.llm_directory, "float")
-            return self.generator(llm, weights="float")
+            llm = self._load_alone("llm", self.llm_directory, "float", self.label_mesh)
+            return self.generator(
+                llm,
+                weights="float",
+                search=settings.search.to_dict(),
+                max_new_tokens=label_tokens(self.config),
+                batch_size=settings.batch_size,
+                mesh=self.label_mesh,
+            )
 
         return labels.label(
             examples,
@@ -283,7 +288,7 @@ class Experiment:
             directory,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            together=self.decoding_mesh.is_multi_process,
+            together=self.label_mesh.is_multi_process,
         )
 
     @functools.cache  # noqa: B019  an experiment lives as long as its process
@@ -336,7 +341,7 @@ class Experiment:
             "tokenizer": response_tokenizer.fingerprint,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,
-            "buckets": self.buckets,
+            "buckets": self.config.buckets,
             "dtype": str(self.dtype),
             "seed": config.seed,
             # Which of two ways to the same gradient is taken makes no other model.
@@ -351,15 +356,15 @@ class Experiment:
             "llm_hash": self._llm_hash,
             "task": self._task_inputs(),
             "max_prompt_tokens": self.config.max_prompt_tokens,
-            "max_new_tokens": self.config.decoding.max_new_tokens,
-            "search": self.config.decoding.search.to_dict(),
+            "max_new_tokens": label_tokens(self.config),
+            "search": self.config.labels.search.to_dict(),
         }
 
     def _slm_inputs(self) -> dict[str, Any]:
         path = self.config.slm.path
         return {
             "slm": {"path_hash": content_hash(path)} if path else self.config.slm.model.to_dict(),
-            "labels": "data" if self.config.labels == "data" else self._label_inputs(),
+            "labels": "data" if self.config.labels.source == "data" else self._label_inputs(),
         }
 
     def _lora_inputs(self, name: str) -> dict[str, Any]:
@@ -436,10 +441,10 @@ class Experiment:
         return model
 
     def _load_alone(
-        self, name: str, directory: str, weights: str | None = None
+        self, name: str, directory: str, weights: str | None = None, mesh: Mesh | None = None
     ) -> tuple[LanguageModel, Params, Params]:
-        """A model to generate with; `weights` other than the config's."""
-        mesh = where_to_read(self.decoding_mesh, weights or self.config.decoding.weights)
+        """A model to generate with; `weights` and `mesh` other than the config's."""
+        mesh = where_to_read(mesh or self.decoding_mesh, weights or self.config.decoding.weights)
         self._check_model(name, directory)
         tokenizer = self.tokenizers(name)[1]
         return load_alone(name, directory, tokenizer, dtype=self.dtype, mesh=mesh)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax import optim, sharding, train
+from l2s_jax.config import typed
 from l2s_jax.plan import report
 from l2s_jax.plan.models import Plan, make_plan
 from l2s_jax.plan.programs import PROGRAMS, Compiler, shard_bytes
@@ -48,7 +49,7 @@ def plan(
         raise ValueError(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
         )
-    train.check_config(config.l2s.train, "config.l2s.train")
+    typed(config)
     if config.decoding.weights != "float":
         raise ValueError(
             f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax import optim, sharding, train
 from l2s_jax.chips import Chip
+from l2s_jax.config import buckets_of
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.decoding.search import changed
@@ -103,7 +104,7 @@ class Compiler:
             return train.make_step(system, optimizer, settings, self.config.seed, shardings)
 
         state = train.abstract_state(params, optimizer, settings, shardings)
-        prompt, response = (max(sizes) for sizes in zip(*self.config.buckets, strict=True))
+        prompt, response = buckets_of(self.config)[-1]
         rows = settings.batch_size
         batch = {}
         for name, width in (("llm", prompt), ("response", response)):
