@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.config import complaint, settled
+from l2s_jax.settings.moved import MOVED
+
 app.define_help_flags()
 
 MODES = ("train", "evaluate", "generate", "plan")
@@ -186,11 +189,17 @@ def parse_flags(argv: Sequence[str]) -> None:
       ValueError: a flag, a config file or a config key that doesn't exist, or a value that doesn't
         fit.
     """
+    for argument in argv:
+        flag, _, key = argument.partition("=")[0].partition(".")
+        if flag == "--config" and key in MOVED:
+            raise ValueError(f"{argument}: config.{key} is now config.{MOVED[key]}")
     try:
         rest = flags.FLAGS(argv)[1:]
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        if line := complaint(error):
+            raise ValueError(line) from error
+        if isinstance(error, flags.Error):
+            raise ValueError(str(error)) from error
         # How ml_collections reports an override of a key that the config does not have.
         given = " ".join(arg for arg in argv if arg.startswith("--config."))
         raise ValueError(f"unknown config key {error} in {given}") from error
@@ -204,8 +213,11 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     try:
         parse_flags(argv)
+        config = _CONFIG.value and settled(
+            _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
+        )
         with _job():
-            run(_CONFIG.value, _WORKDIR.value, _MODE.value)
+            run(config, _WORKDIR.value, _MODE.value)
     except (ValueError, OSError) as error:
         log.debug("bad input", exc_info=True)
         return _fail(str(error))

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
 
 NEW = CHUNK + 3
 NEVER = -1

@@ -100,7 +100,7 @@ def jobs(tmp_path_factory):
     texts = toy.write_task(str(root / "toy"))
     llm = toy.write_checkpoint(str(root / "llm"), family="t5", texts=texts)
     flags = (
-        *(f"--config.llm.path={llm}", "--config.llm.train.steps=0", "--config.labels=llm"),
+        *(f"--config.llm.path={llm}", "--config.llm.train.steps=0", "--config.labels.source=llm"),
         *("--config.tokenizer.train_vocab_size=0", "--config.slm.tokenizer.train_vocab_size=30"),
         "--config.evaluation.latency.batch_size=1",
     )

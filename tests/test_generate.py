@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 WORDS = [

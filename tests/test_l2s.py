@@ -287,7 +287,7 @@ def test_an_slm_of_two_tokenizers_is_refused(tmp_path):
     config = make_experiment(tmp_path, trained_size=0)
     config.slm.tokenizer.train_vocab_size = PIECES
     with pytest.raises(ValueError, match=r"slm\.path=.*two tokenizers, expected one"):
-        _ = experiment.Experiment(config, str(tmp_path / "run")).slm_tokenizer
+        experiment.Experiment(config, str(tmp_path / "run"))
 
 
 def make_experiment(tmp_path, trained_size):

@@ -276,17 +276,6 @@ def test_a_pattern_that_matches_no_kernel_is_refused(pattern):
     assert "/kernel" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_pattern_must_be_a_regular_expression():
-    with pytest.raises(ValueError, match=r"lora.pattern='\(': not a regular expression"):
-        case("slm", pattern="(")
-
-
-@pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}])
-def test_rank_and_alpha_are_positive(settings):
-    with pytest.raises(ValueError, match=r"lora.rank=.*, lora.alpha=.*: expected positive"):
-        case("slm", **settings)
-
-
 def test_systems_can_be_static_arguments():
     def lora(rank):
         return Lora(small.make_system("add"), rank, 16.0, PATTERN)

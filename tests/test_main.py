@@ -143,7 +143,7 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
         f"--config.slm.path={workdir / 'slm/model'}",
         "--config.llm.train.steps=0",
         "--config.tokenizer.train_vocab_size=0",
-        "--config.labels=llm",
+        "--config.labels.source=llm",
         f"--config.features.cache={cache}",
     )
     assert tiny.run(*arguments) == 0

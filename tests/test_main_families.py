@@ -40,8 +40,8 @@ def get_config():
         width=16, num_heads=2, feed_forward_width=32, num_layers=1, max_positions=64
     )
     config.slm.tokenizer.train_vocab_size = 28
-    config.labels = "llm"
-    config.decoding.search.num_beams = 2
+    config.labels.update(source="llm", max_new_tokens=8)
+    config.labels.search.num_beams = config.decoding.search.num_beams = 2
     config.l2s.lora.rank = 2
     config.l2s.train.parameter_scale = False
     config.l2s.train.learning_rate_scales = (("projector/.*", 2.0),)
@@ -124,11 +124,11 @@ def test_a_second_run_makes_nothing_anew(job):
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
-        (["--config.l2s.fusion=cross"], ["'cross'", "GPT2 has no cross-attention"]),
+        (["--config.l2s.fusion=cross"], ["'cross'", "'gpt2'", "no cross-attention"]),
         (["--config.llm.layer=3"], ["layer 3", "2 layers"]),
         (["--config.slm.model.max_positions=8"], ["8 positions", "64"]),
         (["--config.slm.model.family=rwkv"], ["rwkv", "gpt_neox"]),
-        (["--config.slm.model.num_heads=3"], ["width 16", "3 heads"]),
+        (["--config.slm.model.num_heads=3"], ["slm.model.width=16", "num_heads=3"]),
         (["--config.l2s.train.parameter_scale=True"], ["parameter_scale", "lora.rank"]),
         (["--config.l2s.lora.rank=-1"], ["lora.rank=-1"]),
         (["--config.l2s.lora.pattern=nothing"], ["lora.pattern", "matches none"]),

@@ -22,7 +22,6 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.cluster.sharding import RULES
 from l2s_jax.decoding.engine import GREEDY, jitted_decode, start
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
@@ -30,6 +29,7 @@ from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.models.t5 import T5Config
 from l2s_jax.plan.hlo import collectives
 from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
 from l2s_jax.training import optim, update
 
 DEVICES = 8

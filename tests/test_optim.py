@@ -13,6 +13,8 @@ from l2s_jax.cluster.paths import path_name
 from l2s_jax.cluster.sharding import parameter_shardings
 from l2s_jax.config import train_config
 from l2s_jax.models.systems import parameter_count
+from l2s_jax.settings.declare import read
+from l2s_jax.settings.training import Train
 from l2s_jax.training import loop, update
 from l2s_jax.training.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule, trained_mask
 
@@ -154,15 +156,6 @@ def test_clipping_is_by_the_global_norm():
     assert float(optax.global_norm(mu)) == pytest.approx(0.1, rel=1e-5)
 
 
-@pytest.mark.parametrize("key", ["optimizer", "schedule"])
-def test_unknown_names_are_refused(key):
-    config = config_of(**{key: "adam"})
-    with pytest.raises(ValueError, match=f"train.{key}='adam': expected one of"):
-        optimizer(config, PARAMS)
-    with pytest.raises(ValueError, match=f"train.{key}='adam': expected one of"):
-        loop.check_config(config, "x")
-
-
 def test_patterns_match_whole_paths():
     def trained(*patterns):
         mask = trained_mask(config_of(trainable=patterns), PARAMS)
@@ -257,7 +250,7 @@ def test_scales_and_trainable_go_together():
 )
 def test_patterns_without_effect_are_refused(changes, message):
     config = config_of(**changes)
-    loop.check_config(config, "x")
+    read(Train, config.to_dict(), "train")
     with pytest.raises(ValueError, match=message) as error:
         optimizer(config, PARAMS)
     assert "\n" not in str(error.value)
@@ -269,32 +262,6 @@ def test_the_list_of_nearest_paths_is_short():
         optimizer(config_of(trainable=("layers_7/kernle",)), params)
     assert "layers_7/kernel" in str(error.value)
     assert len(str(error.value)) < 200
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"trainable": ("layer/(",)}, r"trainable: 'layer/\(' is not a regular expression"),
-        ({"trainable": (3,)}, "trainable: 3 is no pattern, expected a string"),
-        ({"trainable": "layer/.*"}, "trainable='layer/.*': expected a tuple of patterns"),
-        (
-            {"learning_rate_scales": ("layer/.*", 2.0)},
-            r"learning_rate_scales=\('layer/.*', 2.0\): expected pairs",
-        ),
-        ({"learning_rate_scales": (("a", 1.0, 2.0),)}, "expected pairs of a pattern and a factor"),
-        ({"learning_rate_scales": (("*", 1.0),)}, "'\\*' is not a regular expression"),
-        ({"learning_rate_scales": (("a", "2"),)}, "factor of 'a' is '2', expected a positive"),
-        ({"learning_rate_scales": (("a", -2.0),)}, "factor of 'a' is -2.0, expected a positive"),
-        ({"learning_rate_scales": (("a", math.nan),)}, "factor of 'a' is nan"),
-    ],
-)
-def test_what_is_no_pattern_or_factor_is_refused_before_there_are_parameters(changes, message):
-    config = train_config(STEPS).copy_and_resolve_references()
-    for key, value in changes.items():
-        with config.ignore_type():
-            config[key] = value
-    with pytest.raises(ValueError, match=message):
-        loop.check_config(config, "x")
 
 
 class Stop(Exception):

@@ -21,8 +21,8 @@ from l2s_jax.decoding import logits as processing
 from l2s_jax.decoding.beam import beam_search
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
 from l2s_jax.decoding.loop import Loop
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.settings.search import Search
 
 ROWS, PROMPT, NEW = 200, 6, 12
 FAMILIES = ("t5", "gpt2", "gpt_neox", "llama")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from l2s_jax import files
 from l2s_jax.config import default, model_config
@@ -48,10 +47,10 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
 
 def test_config_round_trip(tmp_path):
     config = default()
-    config.buckets = ((8, 16), (32, 64))
+    config.buckets = ((8, 16), (128, 128))
     config.task.splits.update(train="train.tsv")
     workdir.write_config(str(tmp_path / "run"), config)
-    assert workdir.read_config(str(tmp_path / "run")).to_dict() == json.loads(config.to_json())
+    assert workdir.read_config(str(tmp_path / "run")) == config
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         workdir.read_config(str(tmp_path))
 
@@ -67,4 +66,27 @@ def test_a_config_from_before_a_setting_has_its_default(tmp_path):
     del saved["scan_layers"], saved["features"], saved["decoding"]["weights"]
     del saved["l2s"]["train"]["remat"], saved["decoding"]["search"]["min_p"]
     path.write_text(json.dumps(saved))
-    assert workdir.read_config(str(tmp_path)) == ConfigDict(files.plain(config.to_dict()))
+    assert workdir.read_config(str(tmp_path)) == config
+
+
+@pytest.mark.parametrize("source", ["data", "llm"])
+def test_labels_of_a_config_from_before_they_had_a_section_are_made_as_they_were(tmp_path, source):
+    config = default()
+    config.decoding.update(max_new_tokens=40, batch_size=16, weights="int8")
+    config.decoding.search.update(num_beams=4, length_penalty=0.6)
+    workdir.write_config(str(tmp_path), config)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": source}))
+    config.labels.source = source
+    if source == "llm":
+        config.labels.update(max_new_tokens=40, batch_size=16)
+        config.labels.search.update(num_beams=4, length_penalty=0.6)
+    assert workdir.read_config(str(tmp_path)) == config
+
+
+def test_what_is_no_setting_in_a_config_is_refused(tmp_path):
+    workdir.write_config(str(tmp_path), default())
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"temperature": 0.0', '"temperature": -1'))
+    with pytest.raises(ValueError, match=r"config\.json: config\.\w+\.search\.temperature=-1"):
+        workdir.read_config(str(tmp_path))

@@ -14,8 +14,8 @@ from l2s_jax.cluster import sharding
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.decoding.engine import GREEDY, decode, prefill
 from l2s_jax.decoding.loop import decoding_steps
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import Params, System
+from l2s_jax.settings.search import Search
 
 
 class Stopwatch:

@@ -16,8 +16,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from l2s_jax.config import default
+from l2s_jax.config import of_settings
 from l2s_jax.files import plain, read_json, write_json
+from l2s_jax.settings.declare import read
+from l2s_jax.settings.moved import upgraded
+from l2s_jax.settings.sections import Settings
 
 log = logging.getLogger(__name__)
 
@@ -153,23 +156,13 @@ def check_shared(workdir: str) -> None:
 def read_config(workdir: str) -> ConfigDict:
     """The config of the newest run in `workdir`.
 
-    Settings that there were not yet when it was written have their defaults.
+    Settings that there were not yet when it was written have their defaults, and those that have
+    moved since are where they belong. A setting without effect may be among them.
 
     Raises:
-      ValueError: there was none.
+      ValueError: there was none, or it holds what is no setting.
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; expected the workdir of a run, or --config")
-    return ConfigDict(_filled(read_json(path), default().to_dict()))
-
-
-def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given` with what it lacks of `defaults`, but for geometries, which differ by family."""
-    filled = dict(given)
-    for name, value in defaults.items():
-        if name not in given:
-            filled[name] = value
-        elif isinstance(value, dict) and name != "model":
-            filled[name] = _filled(given[name], value)
-    return filled
+    return of_settings(read(Settings, upgraded(read_json(path)), f"{path}: config"))

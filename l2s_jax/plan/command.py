@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
+from l2s_jax.config import typed
 from l2s_jax.plan import report
 from l2s_jax.plan.models import Plan, make_plan
 from l2s_jax.plan.programs import PROGRAMS, Compiler, shard_bytes
 from l2s_jax.plan.slices import Slice, open_slice
-from l2s_jax.training import loop, optim, update
+from l2s_jax.training import optim, update
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def plan(
         raise ValueError(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
         )
-    loop.check_config(config.l2s.train, "config.l2s.train")
+    typed(config)
     if config.decoding.weights != "float":
         raise ValueError(
             f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "

@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from l2s_jax.config import buckets_of
 from l2s_jax.files import write_json, write_text
 from l2s_jax.plan.programs import Program
 from l2s_jax.plan.slices import Slice
@@ -77,9 +78,7 @@ def throughput(
 
     rates = {}
     if step := milliseconds("train"):
-        tokens = config.l2s.train.batch_size * sum(
-            max(b) for b in zip(*config.buckets, strict=True)
-        )
+        tokens = config.l2s.train.batch_size * sum(buckets_of(config)[-1])
         rates["train"] = tokens / step * 1e3
     parts = [milliseconds(name) for name in ("encode", "prefill", "decode")]
     if all(parts):

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed
 from l2s_jax.data.tasks import Task, load_task
-from l2s_jax.decoding.search import Search, changed
 from l2s_jax.files import replacing
 from l2s_jax.serving.generator import Output
 from l2s_jax.serving.loading import load_generator
+from l2s_jax.settings.search import Search, changed
 
 
 def generate_file(

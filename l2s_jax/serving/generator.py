@@ -21,10 +21,10 @@ from l2s_jax.data.tasks import Example
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.families import check_positions
 from l2s_jax.models.systems import LlmToSlm, Params, System
 from l2s_jax.serving.text import ResponseText
+from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
-from l2s_jax.config import compute_dtypes
+from l2s_jax.config import buckets_of, compute_dtypes
 from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.serving import bundle
@@ -23,7 +23,7 @@ from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 def generator_settings(config: ConfigDict) -> dict[str, Any]:
     """What a config says of decoding, as arguments of Generator; JSON can hold it."""
     return {
-        "prompt_lengths": sorted({prompt for prompt, _ in config.buckets}),
+        "prompt_lengths": sorted({prompt for prompt, _ in buckets_of(config)}),
         "max_new_tokens": config.decoding.max_new_tokens,
         "batch_size": config.decoding.batch_size,
         "search": config.decoding.search.to_dict(),

@@ -53,21 +53,6 @@ def validation_scores(
     }
 
 
-def check_config(config: ConfigDict, where: str) -> None:
-    """One-line errors for values that no run could use."""
-    for name in ("steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
-        if config[name] < 1:
-            raise ValueError(f"{where}.{name}={config[name]}: expected a positive number")
-    if config.batch_size % config.accumulation:
-        raise ValueError(
-            f"{where}.batch_size={config.batch_size} must be a multiple of "
-            f"{where}.accumulation={config.accumulation}"
-        )
-    if config.select not in ("best", "last"):
-        raise ValueError(f"{where}.select={config.select!r}: expected 'best' or 'last'")
-    optim.check_config(config)
-
-
 def fit(
     system: System,
     frozen: Params,

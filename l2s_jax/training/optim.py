@@ -6,7 +6,7 @@ Patterns (`trainable`, `learning_rate_scales`) are regular expressions that have
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +14,30 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from l2s_jax.cluster.paths import compiled, matching, path_name
+from l2s_jax.cluster.paths import matching, path_name
 
-OPTIMIZERS = ("adamw", "adafactor")
-SCHEDULES = ("cosine", "inverse_sqrt", "constant")
+
+def _inverse_sqrt(config: ConfigDict) -> optax.Schedule:
+    peak, offset = config.learning_rate, max(config.warmup_steps, 1)
+    # It is also asked about steps of the warm-up, which are negative here.
+    return lambda step: peak * jnp.sqrt(offset / (jnp.maximum(step, 0) + offset))
+
+
+# The learning rate after the warm-up, as a function of the steps since.
+SCHEDULES: dict[str, Callable[[ConfigDict], optax.Schedule]] = {
+    "cosine": lambda config: optax.cosine_decay_schedule(
+        config.learning_rate, max(config.steps - config.warmup_steps, 1)
+    ),
+    "inverse_sqrt": _inverse_sqrt,
+    "constant": lambda config: optax.constant_schedule(config.learning_rate),
+}
+# The direction of an update.
+OPTIMIZERS: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
+    "adamw": lambda config: optax.scale_by_adam(b1=0.9, b2=config.adam_b2),
+    "adafactor": lambda config: optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    ),
+}
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -26,22 +46,11 @@ def schedule(config: ConfigDict) -> optax.Schedule:
     cosine: down to zero at `steps`. inverse_sqrt: falls as 1/sqrt(step) (Vaswani et al. 2017).
     constant: stays.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1))
-    elif config.schedule == "inverse_sqrt":
-        offset = max(warmup, 1)
-
-        def after(step: jax.Array) -> jax.Array:
-            # It is also asked about steps of the warm-up, which are negative here.
-            return peak * jnp.sqrt(offset / (jnp.maximum(step, 0) + offset))
-    elif config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        raise ValueError(f"train.schedule={config.schedule!r}: expected one of {SCHEDULES}")
+    warmup, after = config.warmup_steps, SCHEDULES[config.schedule](config)
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    return optax.join_schedules([rise, after], [warmup])
 
 
 def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
@@ -56,7 +65,7 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
     orders of magnitude, counts on that.
 
     Raises:
-      ValueError: an unknown name, or a pattern without effect.
+      ValueError: a pattern without effect.
     """
 
     def is_matrix(params: optax.Params) -> optax.Params:
@@ -64,7 +73,7 @@ def optimizer(config: ConfigDict, params: Any) -> optax.GradientTransformation:
 
     transformation = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        _direction(config),
+        OPTIMIZERS[config.optimizer](config),
         optax.scale_by_param_block_rms() if config.parameter_scale else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(schedule(config)),
@@ -104,41 +113,6 @@ def keep_fixed(trained: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda is_trained, a, b: a if is_trained else b, trained, new, old)
 
 
-def check_config(config: ConfigDict) -> None:
-    """Checks what can be checked before there are parameters.
-
-    Raises:
-      ValueError: an unknown name, or a pattern or a scale that is none.
-    """
-    _direction(config)
-    schedule(config)
-    trainable = config.trainable
-    if not _is_list(trainable):
-        raise ValueError(f"train.trainable={trainable!r}: expected a tuple of patterns")
-    for pattern in trainable:
-        compiled(pattern, "train.trainable")
-    scales = config.learning_rate_scales
-    if not _is_list(scales) or not all(_is_list(pair) and len(pair) == 2 for pair in scales):
-        raise ValueError(
-            f"train.learning_rate_scales={scales!r}: expected pairs of a pattern and a factor"
-        )
-    for pattern, factor in scales:
-        compiled(pattern, "train.learning_rate_scales")
-        if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 0):
-            raise ValueError(
-                f"train.learning_rate_scales: the factor of {pattern!r} is {factor!r}, expected "
-                "a positive number"
-            )
-
-
-def _direction(config: ConfigDict) -> optax.GradientTransformation:
-    if config.optimizer == "adamw":
-        return optax.scale_by_adam(b1=0.9, b2=config.adam_b2)
-    if config.optimizer == "adafactor":
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    raise ValueError(f"train.optimizer={config.optimizer!r}: expected one of {OPTIMIZERS}")
-
-
 def _rate_factors(config: ConfigDict, trained: Any) -> Any:
     """A tree like `trained` of the factors on the learning rate; the first match counts."""
     left = {
@@ -165,7 +139,3 @@ def _rate_factors(config: ConfigDict, trained: Any) -> Any:
 
 def _names(params: Any) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
