@@ -203,8 +203,8 @@ def model_of(config: ConfigDict, name: str, tmp_path: pathlib.Path) -> tuple[Mod
     own = name == "slm" and section.tokenizer.train_vocab_size
     size = own or config.tokenizer.train_vocab_size
     tokenizer = SimpleNamespace(vocab_size=size, pad_id=0, eos_id=1)
-    experiment.llm_tokenizer = experiment.slm_tokenizer = tokenizer
-    made, params = experiment._starting_point(name, section.train)
+    experiment.llm_tokenizer.tokenizer = experiment.slm_tokenizer.tokenizer = tokenizer
+    made, params = getattr(experiment, name).starting_point(name)
     assert params is None
     return made, "its own" if own else "trained here"
 

@@ -158,8 +158,7 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
     assert ours == theirs
 
     # H of either split lies in the cache, is found again, and is not taken for another LLM's.
-    facts = {json.loads(path.read_text())["split"]: path for path in cache.glob("*/features.json")}
-    assert set(facts) == {"train", "validation"}
+    (path,) = cache.glob("*/features.json")
     stage = json.loads((tmp_path / "run/l2s/stage.json").read_text())
     assert stage["features"] == "bfloat16"
     model = tmp_path / "run/l2s/model"
@@ -169,7 +168,6 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
     assert tiny.run(*arguments) == 0
     assert (model / "params.safetensors").read_bytes() == trained
     assert "the LLM encodes" not in capfd.readouterr().err
-    path = facts["train"]
     path.write_text(path.read_text().replace(stage["llm_hash"], "0" * 64))
     shutil.rmtree(tmp_path / "run/l2s")
     for folder, message in ((cache, "another LLM's features"), (path.parent, "the folder above")):
@@ -207,7 +205,7 @@ def test_a_model_alone_is_read_to_where_it_runs(job, name):
         _, (_, params, _), *_ = made.call_args.args
         return params[name]
 
-    _, of_report, _ = getattr(Experiment(config, str(workdir), train=False), name)
+    _, of_report, _ = getattr(Experiment(config, str(workdir), "find"), name).loaded
     for params in (read_for(), of_report[name]):
         expected = sharding.parameter_shardings(params, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == expected

@@ -14,7 +14,12 @@ from l2s_jax.serving import bundle
 
 ARCHIVE = Path(__file__).parent / "old/v0.1.tar.xz"
 SYSTEMS = ("llm", "slm", "l2s", "l2s_mismatched")
-OWN = ("--config.labels=llm", "--config.slm.tokenizer.train_vocab_size=28")
+# What version 0.1 took from the settings of decoding, labels have in a section of their own.
+OWN = (
+    "--config.labels.source=llm",
+    "--config.labels.max_new_tokens=8",
+    "--config.slm.tokenizer.train_vocab_size=28",
+)
 
 
 @pytest.fixture
@@ -59,11 +64,15 @@ def test_a_finished_workdir_is_found_again_by_its_config(old, capfd):
 
 
 def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd):
-    done = ("llm/model/*.safetensors", "slm/model/*.safetensors", "labels/train*", "llm/metrics*")
+    done = ("llm/model/*.safetensors", "slm/model/*.safetensors", "llm/metrics*")
     before = state_of(old / "interrupted", *done)
+    labels = lines_of(old / "interrupted/labels/train-00000.jsonl")
     assert tiny.run("--config=config.py", "--workdir=interrupted", *OWN) == 0
     assert state_of(old / "interrupted", *done) == before
     told = capfd.readouterr().err
+    assert "labels: of version 0.1, which did not record the content of its data" in told
+    keyed = lines_of(old / "interrupted/labels/train-00000.jsonl")
+    assert [line["response"] for line in keyed] == [line["response"] for line in labels]
     assert "llm: training" not in told and "slm: training" not in told
     steps = {line["step"] for line in lines_of(old / "interrupted/l2s/metrics.jsonl")}
     assert sorted(steps) == list(range(1, 241))

@@ -83,32 +83,29 @@ def _written(
     references: list[tuple[str, ...]],
 ) -> dict[str, Any]:
     """The report, which it writes."""
-    settings = experiment.context.config.evaluation
+    context = experiment.context
+    settings = context.config.evaluation
     for key, measured in latencies.items():
         # The control runs the same program as L2S.
         for name in systems:
             systems[name][key] = measured[name.removesuffix("_mismatched")]
     result = {
         "task": {
-            "name": experiment.context.task.name,
+            "name": context.task.name,
             "split": settings.split,
             "examples": len(references),
             "metric": settings.metrics[0],
             "metric_signatures": metrics.signatures(settings.metrics, references),
-            "labels": experiment.context.config.labels.source,
+            "labels": context.config.labels.source,
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),
-        "environment": environment(*experiment.context.dtypes),
+        "environment": environment(*context.dtypes),
     }
-    report.write_report(result, experiment.context.workdir)
-    write_card(
-        os.path.join(experiment.context.workdir, "l2s", "model"),
-        experiment.context.config,
-        result,
-        experiment.l2s.loaded,
-    )
-    log.info("report: %s", os.path.join(experiment.context.workdir, "report.md"))
+    report.write_report(result, context.workdir)
+    directory = os.path.join(context.workdir, "l2s", "model")
+    write_card(directory, context.config, result, experiment.l2s.loaded)
+    log.info("report: %s", os.path.join(context.workdir, "report.md"))
     return result
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from l2s_jax.data.tasks import Example
-from l2s_jax.experiment.checks import check_config
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage
@@ -78,6 +77,9 @@ class Experiment:
         Raises:
           ValueError: one line about a setting.
         """
+        # Imported here: a look at a workdir doesn't wait for JAX.
+        from l2s_jax.experiment.checks import check_config
+
         context = self.context
         check_config(context.config, context.mesh, context.decoding_mesh, context.label_mesh)
 

@@ -31,10 +31,14 @@ class L2sStage(TrainedStage):
         labels: LabelStage,
         features: FeatureStage,
     ):
-        super().__init__(
-            context, "l2s", llm, tokenizer, labels, prompts=llm.prompts, responses=tokenizer
-        )
+        needs = (llm, tokenizer.source, labels, features)
+        super().__init__(context, "l2s", *needs, prompts=llm.prompts, responses=tokenizer)
         self._llm, self._labels, self._features = llm, labels, features
+
+    @property
+    def shared_vocabulary(self) -> bool:
+        """Whether LLM and SLM have the same tokenizer."""
+        return self.prompts.tokenizer.fingerprint == self.responses.tokenizer.fingerprint
 
     def inputs(self) -> dict[str, Any]:
         """The LLM, what the SLM starts from, what is learnt, how they are joined and trained."""
@@ -63,13 +67,12 @@ class L2sStage(TrainedStage):
 
         llm, _ = self._llm.encoder(entries=())
         slm_config, slm_params = self.starting_point("slm")
-        prompts, responses = self.prompts.tokenizer, self.responses.tokenizer
         system = LlmToSlm(
             llm_config=llm.config,
             slm_config=slm_config,
             projector_width=self.section.projector_width or slm_config.width,
             fusion=self.section.fusion,
-            shared_vocabulary=prompts.fingerprint == responses.fingerprint,
+            shared_vocabulary=self.shared_vocabulary,
         )
         params = self.random(system)
         if slm_params is not None:
@@ -89,8 +92,8 @@ class L2sStage(TrainedStage):
                 llm_path="../../llm/model" if llm_path == inside else llm_path,
                 llm_hash=self._llm.content,
                 layer=self._llm.section.layer,
-                llm_tokenizer=prompts,
-                slm_tokenizer=responses,
+                llm_tokenizer=self.prompts.tokenizer,
+                slm_tokenizer=self.responses.tokenizer,
                 generation=generator_settings(self.context.config),
             )
         )

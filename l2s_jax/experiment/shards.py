@@ -11,10 +11,6 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
-import jax
-
-from l2s_jax.cluster import distributed
-
 
 class Store(Protocol):
     """A folder of shards."""
@@ -58,6 +54,11 @@ def fill(
       together: whether all processes make every shard; else each makes those that it writes.
       announce: is told, before anything is made, at which places keys are missing, unless none is.
     """
+    # Imported here: what is in a store can be seen without.
+    import jax
+
+    from l2s_jax.cluster import distributed
+
     files = distributed.on_primary(store.files)
     missing = missing_from(store, files, keys)
     if not missing:

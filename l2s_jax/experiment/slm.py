@@ -24,7 +24,8 @@ class SlmStage(LanguageModelStage):
     """The SLM alone."""
 
     def __init__(self, context: Context, tokenizer: TokenizerStage, labels: LabelStage):
-        super().__init__(context, "slm", tokenizer, labels, prompts=tokenizer, responses=tokenizer)
+        needs = (tokenizer.source, labels)
+        super().__init__(context, "slm", *needs, prompts=tokenizer, responses=tokenizer)
         self._labels = labels
 
     def inputs(self) -> dict[str, Any]:

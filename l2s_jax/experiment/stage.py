@@ -52,9 +52,10 @@ class RecordedStage(Stage):
 
     version: int = 1
 
-    def __init__(self, context: Context, name: str, *needs: Stage):
+    def __init__(self, context: Context, name: str, *needs: Stage, folder: str = ""):
+        """`folder`: where the record is, if not in one of the stage's name."""
         super().__init__(context, name, *needs)
-        self.record = Record(context.workdir, name)
+        self.record = Record(context.workdir, folder or name)
 
     @abc.abstractmethod
     def inputs(self) -> dict[str, Any]:

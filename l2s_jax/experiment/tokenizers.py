@@ -37,6 +37,11 @@ class TokenizerStage(RecordedStage):
         """Whether one is trained."""
         return bool(self._settings.train_vocab_size)
 
+    @property
+    def source(self) -> TokenizerStage:
+        """The stage whose tokenizer this is."""
+        return self if self.is_used() or not self._otherwise else self._otherwise
+
     def inputs(self) -> dict[str, Any]:
         """The text and how it is learnt."""
         data = {"train": self.context.content("train")}
