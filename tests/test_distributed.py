@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import distributed, paths
 from l2s_jax.cluster.peers import Peers
-from l2s_jax.experiment import feature_files, toy
+from l2s_jax.experiment import feature_cache, feature_files, toy
 from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
@@ -218,7 +218,7 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
         int(path.name[9:14]) for path in folder.glob("*.array_record")
     )
     assert all(int(number) % 4 == int(process) for process, number in lines)
-    monkeypatch.setattr(feature_files, "SHARD_BYTES", 0)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 0)
     monkeypatch.setattr(feature_files.FeatureFiles, "write", feature_files.FeatureFiles.write)
     alone = job_child.encode(str(tmp_path), (1, 1, 1))
     together = job_child.encode(str(directory), (1, 1, 1))
