@@ -81,7 +81,8 @@ def label(directory, asked, processes, process, **settings):
 
 
 def main(directory, seconds, coordinator, processes, process):
-    with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
+    limits = {"timeout_s": 300, "heartbeat_s": 10}
+    with distributed.job(coordinator, processes, process, detect=None, **limits):
         labelled = label(f"{directory}/labels", f"{directory}/labels", processes, process)
         own = f"{directory}/together/{process}"
         assert labelled == label(f"{directory}/together", own, processes, process, together=True)
