@@ -82,7 +82,8 @@ def label(directory, asked, **settings):
 
 
 def main(directory, seconds, coordinator, processes, process):
-    with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
+    limits = {"timeout_s": 300, "heartbeat_s": 10}
+    with distributed.job(coordinator, processes, process, detect=None, **limits):
         labelled = label(f"{directory}/labels", f"{directory}/labels")
         own = f"{directory}/together/{process}"
         assert labelled == label(f"{directory}/together", own, together=True)

@@ -29,6 +29,8 @@ from l2s_jax.config import (
     typed,
 )
 from l2s_jax.data.tasks import SOURCES, SPLITS
+from l2s_jax.evaluation import metrics
+from l2s_jax.experiment.workdir import read_config, write_config
 from l2s_jax.models import t5
 from l2s_jax.models.families import CONFIGS, make_config
 from l2s_jax.models.l2s import FUSIONS
