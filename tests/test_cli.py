@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
 
 import pytest
+import yaml
 
-from l2s_jax import cli
+from l2s_jax import __version__, cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -59,9 +61,18 @@ def test_no_such_command_is_one_line(arguments: tuple[str, ...], expected: str) 
     assert line.startswith("error: ") and expected in line
 
 
+def test_pre_commit_has_the_ruff_of_the_constraints() -> None:
+    (version,) = re.findall(r"^ruff==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["additional_dependencies"] for hook in repository["hooks"]] == [[version]] * 2
+
+
 def test_metadata_name_what_is_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for entry in project["scripts"].values():
         module, function = entry.split(":")
         assert callable(getattr(importlib.import_module(module), function))
     assert (ROOT / "l2s_jax" / "py.typed").exists()
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__
+    assert cited["references"][0]["url"] == project["urls"]["Paper"]
