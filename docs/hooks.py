@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
+
+from l2s_jax.settings.sections import describe
 
 MARK = "<!-- settings -->"
-CONFIG = pathlib.Path(__file__).parent.parent / "l2s_jax" / "config.py"
-
-
-class Key(NamedTuple):
-    """One setting, as in --config.KEY."""
-
-    key: str
-    type: str
-    default: Any
-    allowed: str
-    meaning: str
-
-
-def keys() -> list[Key]:
-    """Every setting, in the order of the config."""
-    from l2s_jax.config import default
-
-    comments = dict(re.findall(r'^ +"(\w+)": .*,  # (.*)$', CONFIG.read_text(), re.MULTILINE))
-    return [
-        Key(path, type(value).__name__, value, "", comments.get(path.split(".")[-1], ""))
-        for path, value in _leaves(default().to_dict())
-    ]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def tables() -> str:
     """A table for each section, below the section's name."""
     sections: dict[str, list[str]] = {}
-    for key in keys():
+    for key in describe():
         section, _, name = key.key.rpartition(".")
         cells = (f"`{name}`", f"`{key.type}`", f"`{key.default!r}`", key.allowed, key.meaning)
         row = " | ".join(cell.replace("|", "\\|") for cell in cells)
