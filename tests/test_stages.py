@@ -123,7 +123,7 @@ def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
     assert stale(copy) == []
     assert states(copy, **{"labels.source": "data", "labels.max_new_tokens": 0})["slm"] == (
         "stale",
-        "labels changed",
+        "data.train, labels changed",
     )
     validation = copy / "data/validation.jsonl"
     rewrite(validation, lambda records: records[::-1])
