@@ -409,6 +409,7 @@ def test_a_coordinator_that_does_not_answer_is_one_line_and_status_2(tmp_path):
         (["--coordinator=host", "--num_processes=2", "--process_id=0"], "expected HOST:PORT"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "expected a number from 0"),
         (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "expected a number from 0"),
+        (["--distributed"], "cannot join the job: JAX finds none here; expected --coordinator"),
     ],
 )
 def test_impossible_jobs_are_refused(flags, message, capsys):
