@@ -22,17 +22,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax import convert, features, sharding, train
 from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
 from l2s_jax.config import compute_dtype, default
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.data.tasks import Example
+from l2s_jax.experiment import feature_cache
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.training import loop
 
 
 class Numbers:
@@ -50,7 +53,7 @@ class Numbers:
 def make_system(arguments: argparse.Namespace) -> tuple[LlmToSlm, Any]:
     """(system, the LLM's random parameters)."""
     dtype = compute_dtype(arguments.dtype)
-    encoder, shapes = convert.abstract_encoder(
+    encoder, shapes = pretrained.abstract_encoder(
         dataclasses.replace(GEOMETRIES[arguments.llm], dtype=dtype)
     )
     random = np.random.default_rng(0)
@@ -89,7 +92,7 @@ def run(
     tokens = (data.max_prompt_tokens, data.max_response_tokens)
     batches = {"prompt_name": "llm", "buckets": (tokens,), "batch_size": settings.batch_size}
     with tempfile.TemporaryDirectory() as directory:
-        train.fit(
+        loop.fit(
             system,
             frozen,
             jax.jit(system.init)(jax.random.key(0)),
@@ -112,17 +115,18 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     system, frozen = make_system(arguments)
     rows = arguments.batch_size * arguments.steps
     data = make_data(arguments, system.llm_config.vocab_size, rows)
-    encoder = features.Encoder(system, frozen, mesh)
+    encoder = feature_cache.Encoder(system.llm_config, frozen, mesh)
     # Compiled before the clock starts.
     jax.block_until_ready(
         encoder(*data.padded_prompts(np.arange(arguments.batch_size), arguments.prompt_tokens))
     )
     start = time.perf_counter()
-    kept = features.cached(
+    kept = feature_cache.cached(
         data,
         folder,
-        {"llm_hash": "", "task": "", "split": "train"},
+        {"llm_hash": ""},
         lambda: encoder,
+        split="train",
         width=system.llm_config.width,
         buckets=[arguments.prompt_tokens],
         batch_size=arguments.batch_size,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from l2s_jax.bench.arguments import Parser, count, integers
-from l2s_jax.chips import CHIPS
+from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.decoding.engine import decode_cache, prefill
 from l2s_jax.decoding.logits import greatest
 from l2s_jax.decoding.loop import CHUNK

@@ -120,7 +120,7 @@ def measured(run: Callable[[], Any]) -> dict[str, float]:
 def load(which: str, directory: str) -> dict[str, float]:
     """One loading of T5-Large's encoder."""
     if which == "l2s_jax":
-        from l2s_jax.convert import load_encoder
+        from l2s_jax.checkpoints.pretrained import load_encoder
 
         return measured(lambda: load_encoder(directory))
     import transformers
@@ -140,8 +140,8 @@ def load_part(directory: str, coordinator: str, processes: int, process: int) ->
     import jax
     import jax.numpy as jnp
 
-    from l2s_jax import distributed, sharding
-    from l2s_jax.convert import load_encoder
+    from l2s_jax.checkpoints.pretrained import load_encoder
+    from l2s_jax.cluster import distributed, sharding
 
     found: dict[str, float] = {}
     with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):

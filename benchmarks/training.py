@@ -40,8 +40,8 @@ from training_sides import EAGER, MODES, OURS, make, names_of
 
 from l2s_jax.bench.arguments import Parser, count
 from l2s_jax.bench.contest import quartiles
-from l2s_jax.bench.files import write_json
 from l2s_jax.bench.remote import end_with_parent
+from l2s_jax.files import finite, write_json
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.t5 import T5Config
 
@@ -207,7 +207,7 @@ class Contest:
             "rows": self.rows(),
             "not_measured": self.failures,
         }
-        write_json(path, found)
+        write_json(path, finite(found))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> None:

@@ -46,19 +46,21 @@ def random_batch(arguments: argparse.Namespace, vocab_size: int) -> dict[str, np
 
 
 def ours(arguments: argparse.Namespace) -> Step:
-    """Our step, as `train.fit` compiles it."""
+    """Our step, as `loop.fit` compiles it."""
     import jax
 
-    from l2s_jax import convert, optim, sharding, train
     from l2s_jax.bench.geometry import random_like
-    from l2s_jax.chips import chip_of
+    from l2s_jax.checkpoints import pretrained
+    from l2s_jax.cluster import sharding
+    from l2s_jax.cluster.chips import chip_of
     from l2s_jax.config import compute_dtypes, default, train_config
     from l2s_jax.models.serving import to_serve
     from l2s_jax.models.systems import LlmToSlm, parameter_count
+    from l2s_jax.training import optim, update
 
     dtype, of_encoder = compute_dtypes(arguments.dtype, arguments.encoder_dtype)
     scan = {"scan_layers": arguments.scan_layers}
-    llm, shapes = convert.abstract_encoder(
+    llm, shapes = pretrained.abstract_encoder(
         dataclasses.replace(GEOMETRIES[arguments.llm], dtype=of_encoder, **scan)
     )
     slm = dataclasses.replace(GEOMETRIES[arguments.slm], dtype=dtype, dropout_rate=DROPOUT, **scan)
@@ -73,13 +75,13 @@ def ours(arguments: argparse.Namespace) -> Step:
     frozen = random_like(jax.eval_shape(lambda params: to_serve(params, llm, "float"), shapes))
     params = random_like(jax.eval_shape(system.init, jax.random.key(0)))
     optimizer = optim.optimizer(config, params)
-    shardings = train.state_shardings(params, optimizer, config, mesh)
-    step = train.make_step(system, optimizer, config, 0, shardings)
+    shardings = update.state_shardings(params, optimizer, config, mesh)
+    step = update.make_step(system, optimizer, config, 0, shardings)
     batch = sharding.put_batch(random_batch(arguments, llm.vocab_size), mesh)
-    flops = train.step_flops(system, params, frozen, batch, config)
+    flops = update.step_flops(system, params, frozen, batch, config)
     jax.set_mesh(mesh)
     frozen = sharding.put_parameters(frozen, mesh)
-    state = jax.jit(lambda p: train.init_state(p, optimizer, config), out_shardings=shardings)(
+    state = jax.jit(lambda p: update.init_state(p, optimizer, config), out_shardings=shardings)(
         params
     )
 
@@ -109,11 +111,11 @@ class TorchModels:
         import torch
         import transformers
 
-        from l2s_jax import convert
+        from l2s_jax.checkpoints import pretrained
 
         def config_of(name: str) -> Any:
             config = GEOMETRIES[name]
-            fields = convert.family_of(config).config_to_hf(config)
+            fields = pretrained.family_of(config).config_to_hf(config)
             return transformers.T5Config(**fields | {"dropout_rate": DROPOUT})
 
         self._products = getattr(torch, arguments.dtype)

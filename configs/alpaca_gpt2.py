@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     config.llm.path = "checkpoints/flan-t5-xl"
     config.slm.path = "checkpoints/gpt2"
-    config.labels = "llm"
+    config.labels.update(source="llm", batch_size=64)
     # Pretrained checkpoints are changed less than models that start from nothing.
     for section in (config.slm, config.l2s):
         section.train.update(

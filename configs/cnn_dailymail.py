@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.buckets = ((512, 128),)
     for section in (config.slm, config.l2s):
         section.train.batch_size = 64
-    config.decoding.batch_size = 64
+    config.labels.batch_size = config.decoding.batch_size = 64
     config.evaluation.metrics = ("rougeLsum", "rouge1", "rouge2", "rougeL")
     config.evaluation.latency.update(prompt_tokens=512, new_tokens=64)
     return config

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.llm.path = "checkpoints/llama-3-70b"
     config.llm.layer = 0.5
     config.slm.path = "checkpoints/qwen3-0.6b"
-    config.l2s.train.batch_size = config.decoding.batch_size = 256
+    config.l2s.train.batch_size = config.labels.batch_size = config.decoding.batch_size = 256
     config.mesh.update(data=1, fsdp=-1)
     config.scan_layers = True
     config.l2s.train.remat = True

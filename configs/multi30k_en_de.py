@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
             log_every=20,
         )
     config.l2s.projector_width = 256
-    config.labels = "llm"
+    config.labels.update(source="llm", batch_size=96)
     config.decoding.update(max_new_tokens=64, batch_size=96)
     config.evaluation.latency.update(prompt_tokens=24, new_tokens=24)
     return config

@@ -61,5 +61,6 @@ def get_config() -> ConfigDict:
             evaluate_every=1000,
         )
     config.l2s.projector_width = 512
+    config.labels.batch_size = 256
     config.decoding.update(max_new_tokens=48, batch_size=256)
     return config

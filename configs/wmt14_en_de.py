@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     )
     config.task.prompt = "translate English to German: {en}"
     config.task.response = "de"
-    config.labels = "llm"
+    config.labels.update(source="llm", batch_size=256)
     config.max_prompt_tokens = 128
     config.max_response_tokens = 128
     config.buckets = ((32, 32), (64, 64), (128, 128))

@@ -1,190 +1,174 @@
-"""Every setting of an experiment, with its default. Files in configs/ start here and set values."""
+"""The config as users know it: an ml_collections ConfigDict. Files in configs/ start here.
+
+What there is to set, with its default, range and meaning, is in settings/sections.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import linecache
+import os
+import re
+import traceback
+from collections.abc import Collection
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_collections
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
+import numpy as np
 from ml_collections import ConfigDict
 
-from l2s_jax.decoding.search import Search
-
-
-def model_config(family: str = "t5") -> ConfigDict:
-    """Geometry of a model that is made here; the names are those of its family's config class."""
-    geometry = {"family": family, "width": 512, "num_heads": 8, "feed_forward_width": 2048}
-    if family == "t5":
-        geometry |= {
-            "head_width": 64,
-            "num_encoder_layers": 6,
-            "num_decoder_layers": 6,
-            "activation": "relu",
-            "tied_head": True,
-            "num_buckets": 32,
-            "max_distance": 128,
-        }
-    elif family == "gpt2":
-        geometry |= {"num_layers": 6, "max_positions": 1024}
-    elif family == "gpt_neox":
-        geometry |= {"num_layers": 6}
-    elif family == "llama":
-        geometry |= {"num_layers": 6, "num_kv_heads": 8, "head_width": 64, "tied_head": True}
-    else:
-        raise ValueError(f"model family {family!r}: expected 't5', 'gpt2', 'gpt_neox' or 'llama'")
-    return ConfigDict(geometry)
-
-
-def tokenizer_config() -> ConfigDict:
-    """Where a tokenizer comes from.
-
-    train_vocab_size 0: it lies in the model's directory. Else it is trained on the train split,
-    with that many pieces; model_type is "unigram" or "bpe".
-    """
-    return ConfigDict({"train_vocab_size": 0, "model_type": "unigram"})
-
-
-def train_config(steps: int = 0) -> ConfigDict:
-    """How one system is trained; `steps` 0 leaves an LLM from a directory as it is."""
-    return ConfigDict(
-        {
-            "steps": steps,
-            "batch_size": 64,  # examples per update, over all devices
-            "accumulation": 1,  # parts that a batch is taken in, to save memory
-            "optimizer": "adamw",  # adamw | adafactor
-            "learning_rate": 1e-2,  # peak
-            "parameter_scale": True,  # learning rate relative to each parameter's own size
-            "schedule": "cosine",  # cosine | inverse_sqrt | constant
-            "warmup_steps": 0,
-            "adam_b2": 0.98,
-            "weight_decay": 0.0,
-            "clip_norm": 1.0,  # of the global gradient; 0: no clipping
-            "label_smoothing": 0.0,
-            "dropout_rate": 0.1,
-            "ema_decay": 0.0,  # the run returns averaged parameters; 0: the last ones
-            "evaluate_every": 1000,  # steps between validations, each with a checkpoint
-            "log_every": 10,  # steps between lines of metrics
-            # Keep only what enters each layer for the gradient, and compute the rest again.
-            "remat": False,
-            "select": "best",  # checkpoint to return: best (validation accuracy) | last
-            # Regular expressions over whole parameter paths ("slm/decoder/.*"); (): all is trained.
-            "trainable": (),
-            # Pairs of such an expression and a factor on the learning rate; the first match counts.
-            "learning_rate_scales": (),
-        }
-    )
-
-
-def lora_config() -> ConfigDict:
-    """LoRA on the SLM's kernels (arXiv 2106.09685); rank 0: the SLM itself is trained."""
-    return ConfigDict({"rank": 0, "alpha": 16.0, "pattern": ".*(attention|feed_forward)/.*kernel"})
-
-
-def search_config() -> ConfigDict:
-    """How tokens are chosen, greedily by default; decoding/search.py explains each setting."""
-    return ConfigDict(dataclasses.asdict(Search()))
+from l2s_jax.settings import rules
+from l2s_jax.settings.declare import Section, read
+from l2s_jax.settings.geometry import Model
+from l2s_jax.settings.moved import MOVED
+from l2s_jax.settings.search import Search
+from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer
+from l2s_jax.settings.training import Lora, Train
 
 
 def default() -> ConfigDict:
     """A whole experiment."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "dtype": "auto",  # of the products: float32 | bfloat16 | auto (float32 on CPU)
-            # Layers of the frozen LLM and of what is trained as one loop: the same results from
-            # programs that do not grow, nor take longer to compile, with depth.
-            "scan_layers": False,
-            "task": {
-                "name": "",
-                "source": "",  # tfds | jsonl | tsv | text
-                "data_dir": "",  # where relative file names start; any fsspec URL
-                "tfds_name": "",
-                "splits": ConfigDict(),  # see data/tasks.py
-                "prompt": "",  # template over field names: "translate to German: {en}"
-                "response": "",  # field name
-                "references": "",  # field of further references, if there is one
-            },
-            "tokenizer": tokenizer_config(),  # the LLM's
-            "max_prompt_tokens": 128,
-            "max_response_tokens": 128,
-            # (prompt, response) lengths that batches are padded to, ascending.
-            "buckets": ((128, 128),),
-            "labels": "data",  # what the SLM and L2S learn to say: data | llm
-            # A folder that keeps H of all prompts, computed once; "": each step computes its own.
-            "features": {"cache": ""},
-            "llm": {
-                "path": "",  # a Hugging Face directory, or RUN/llm/model; "": made here
-                "model": model_config(),
-                # Of a decoder-only LLM: how many of its layers, or which fraction of them, make H;
-                # 0: all.
-                "layer": 0.0,
-                # Of its products where it encodes for L2S: float32 | bfloat16 | auto (as `dtype`).
-                # What was trained with one continues and is used with the other too.
-                "encoder_dtype": "auto",
-                "train": train_config(),
-            },
-            "slm": {
-                "path": "",  # a directory to start from; "": random parameters
-                "model": model_config(),
-                # train_vocab_size 0: that of the directory; without one, the LLM's.
-                "tokenizer": tokenizer_config(),
-                "lora": lora_config(),
-                "train": train_config(1000),
-            },
-            "l2s": {
-                "fusion": "add",  # add | replace | cross
-                "projector_width": 0,  # hidden units; 0: the SLM's width
-                "lora": lora_config(),
-                "train": train_config(1000),
-            },
-            "decoding": {
-                "max_new_tokens": 128,
-                "batch_size": 32,
-                "search": search_config(),  # of evaluation, labels and generation
-                "weights": "float",  # of evaluation and generation: float | int8
-            },
-            "evaluation": {
-                "split": "test",
-                "max_examples": 0,  # of the split; 0: all
-                "validation_examples": 2000,  # of the validation split while training; 0: all
-                "metrics": ("bleu", "chrf"),  # the first is the primary one
-                "latency": {
-                    "batch_size": 8,  # the larger batch, beside batch 1
-                    "prompt_tokens": 32,
-                    "new_tokens": 32,
-                    "repeats": 20,
-                },
-            },
-            # Devices of training and generation; one axis may be -1, which takes those left.
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-        }
-    )
+    return of_settings(Settings())
 
 
-def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+def model_config(family: str = "t5") -> ConfigDict:
+    """Geometry of a model that is made here; the names are those of its family's config class."""
+    return _locked(read(Model, {"family": family}, "model"))
+
+
+def tokenizer_config() -> ConfigDict:
+    """Where a tokenizer comes from."""
+    return _locked(Tokenizer())
+
+
+def train_config(steps: int = 0) -> ConfigDict:
+    """How one system is trained; `steps` 0 leaves an LLM from a directory as it is."""
+    return _locked(Train(steps=steps))
+
+
+def lora_config() -> ConfigDict:
+    """LoRA on the SLM's kernels (arXiv 2106.09685); rank 0: the SLM itself is trained."""
+    return _locked(Lora())
+
+
+def search_config() -> ConfigDict:
+    """How tokens are chosen, greedily by default; settings/search.py explains each setting."""
+    return _locked(Search())
+
+
+def _locked(section: Section) -> ConfigDict:
+    return ConfigDict(dataclasses.asdict(section)).lock()
+
+
+def of_settings(settings: Settings) -> ConfigDict:
+    """Settings as a ConfigDict, which takes no other keys but the names of a task's splits."""
+    config = _locked(settings)
+    config.task.splits.unlock()
+    return config
+
+
+def typed(config: ConfigDict) -> Settings:
+    """The settings of a config.
+
+    Raises:
+      ValueError: one line that names the key, its value and what was expected.
+    """
+    return read(Settings, config.to_dict(), "config")
+
+
+def settled(config: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
+    """A config that a user has written; see `settings.rules.settle`.
+
+    Args:
+      config: of a file, with what the command line changed.
+      given: keys that it changed.
+
+    Raises:
+      ValueError: a value that does not fit, or one that has no effect and is not the default.
+    """
+    return of_settings(rules.settle(config.to_dict(), given))
+
+
+def buckets_of(config: ConfigDict) -> tuple[tuple[int, int], ...]:
+    """(prompt, response) lengths that batches are padded to, ascending.
+
+    None is above max_prompt_tokens and max_response_tokens, at which texts are cut; the last one is
+    these two.
+    """
+    most = (config.max_prompt_tokens, config.max_response_tokens)
+    clipped = (tuple(map(min, bucket, most)) for bucket in config.buckets)
+    return tuple(dict.fromkeys(clipped))
+
+
+def label_tokens(config: ConfigDict) -> int:
+    """Where the LLM's responses to the train split are cut."""
+    return config.labels.max_new_tokens or config.max_response_tokens
+
+
+def label_mesh(config: ConfigDict) -> dict[str, int]:
+    """Sizes of the mesh on which the LLM answers the train split."""
+    return {axis: size or config.mesh[axis] for axis, size in config.labels.mesh.items()}
+
+
+def compute_dtype(name: str, platform: str | None = None) -> np.dtype:
     """The dtype that `config.dtype` names, on a platform's devices or else this machine's."""
+    DTYPE.checked("config.dtype", name)
     if name == "auto":
-        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
-    return _dtype(name, "config.dtype")
+        if platform is None:
+            # Imported here, so that configs don't wait for it.
+            import jax
+
+            platform = jax.default_backend()
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return np.dtype(name)
 
 
 def compute_dtypes(
     dtype: str, encoder_dtype: str = "auto", platform: str | None = None
-) -> tuple[jnp.dtype, jnp.dtype]:
+) -> tuple[np.dtype, np.dtype]:
     """The dtypes that `config.dtype` and `config.llm.encoder_dtype` name, in this order.
 
     Raises:
       ValueError: one of them is no dtype for products.
     """
     common = compute_dtype(dtype, platform)
-    if encoder_dtype == "auto":
-        return common, common
-    return common, _dtype(encoder_dtype, "config.llm.encoder_dtype")
+    DTYPE.checked("config.llm.encoder_dtype", encoder_dtype)
+    return common, common if encoder_dtype == "auto" else np.dtype(encoder_dtype)
 
 
-def _dtype(name: str, where: str) -> jnp.dtype:
-    if name == "float16":
-        raise ValueError(f"{where}='float16': T5 overflows in it; use 'bfloat16' or 'float32'")
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"{where}={name!r}: expected 'float32', 'bfloat16' or 'auto'")
-    return jnp.dtype(name)
+def complaint(error: BaseException) -> str | None:
+    """FILE:LINE: CODE: what is wrong there, of an error that a config file caused; else None."""
+    # What the flags' parser makes of an error no longer has the line, but its context does.
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        starts = [i for i, frame in enumerate(frames) if frame.name == "get_config"]
+        libraries = (*ml_collections.__path__, os.path.dirname(__file__))
+        for frame in reversed(frames[min(starts, default=len(frames)) :]):
+            if not frame.filename.startswith(libraries):
+                return f"{frame.filename}:{frame.lineno}: {_wrong(cause, frame)}"
+        cause = cause.__context__
+    return None
+
+
+def _wrong(error: BaseException, frame: traceback.FrameSummary) -> str:
+    """The code at a frame, and what an error of ml_collections says of it, in few words."""
+    lines = range(frame.lineno or 0, (frame.end_lineno or 0) + 1)
+    code = " ".join(linecache.getline(frame.filename, line).strip() for line in lines)
+    for old, new in MOVED.items():
+        if re.search(rf"\b{re.escape(old)}\b(?!\.)", code):
+            return f"{code}: config.{old} is now config.{new}"
+    said: Any = error
+    while isinstance(said, BaseException):
+        said = said.args[0] if said.args else type(said).__name__
+    first, *others = str(said).splitlines() or [""]
+    if isinstance(error, AttributeError | KeyError) and (
+        name := re.match(r"(?:Key \"(\w+)\" does not exist|'?(\w+)'?$)", first)
+    ):
+        near = re.search(r'Did you mean "(\w+)"', " ".join(others))
+        hint = f", did you mean {near[1]!r}?" if near else ""
+        return f"{code}: no such setting, {name[1] or name[2]!r}{hint}"
+    if kinds := re.search(r"(\S+) is of original type .* casted to type <class '([\w.]+)'>", first):
+        return f"{code}: expected {kinds[2].rpartition('.')[2]}"
+    return f"{code}: {first}"

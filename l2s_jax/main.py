@@ -2,6 +2,7 @@
 
 python -m l2s_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]
 python -m l2s_jax.main --mode=generate --workdir=DIR --input=FILE [--output=FILE]
+python -m l2s_jax.main --mode=status --workdir=DIR
 python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
 Exit status: 0; 2 for bad input, with one line that says what is wrong.
@@ -18,16 +19,23 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.config import complaint, settled
+from l2s_jax.settings.moved import MOVED
+
 app.define_help_flags()
 
-MODES = ("train", "evaluate", "generate", "plan")
+STAGES = ("tokenizer", "slm_tokenizer", "llm", "labels", "slm", "features", "l2s")
+MODES = ("train", "evaluate", "generate", "plan", "status")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment; default: that of the workdir.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results are, or will be.", required=True)
 _MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "train (and evaluate), evaluate, generate or plan."
+    "mode", "train", MODES, "train (and evaluate), evaluate, generate, plan, or status."
+)
+_UNTIL = flags.DEFINE_enum(
+    "until", None, STAGES, "train: the stage after which to stop, without an evaluation."
 )
 _SYSTEM = flags.DEFINE_enum(
     "system", "l2s", ("llm", "slm", "l2s"), "generate: the system that answers."
@@ -104,14 +112,17 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     if mode == "plan":
         _plan(config, workdir)
         return
+    if mode == "status":
+        _status(config, workdir)
+        return
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 
-    from l2s_jax import distributed
-    from l2s_jax import workdir as workdirs
-    from l2s_jax.evaluate import evaluate
-    from l2s_jax.experiment import Experiment
-    from l2s_jax.generate_file import generate_file
+    from l2s_jax.cluster import distributed
+    from l2s_jax.evaluation.stage import EvaluationStage
+    from l2s_jax.experiment import workdir as workdirs
+    from l2s_jax.experiment.experiment import Experiment
+    from l2s_jax.serving.generate_file import generate_file
 
     if _COMPILATION_CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
@@ -135,21 +146,25 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             weights=_WEIGHTS.value,
         )
         return
-    experiment = Experiment(config, workdir, train=mode == "train")
+    experiment = Experiment(config, workdir, "make" if mode == "train" else "find")
+    experiment.check()
     if mode == "train":
         distributed.on_primary(lambda: workdirs.write_config(workdir, config))
         workdirs.check_shared(workdir)
-    evaluate(experiment)
+    if _UNTIL.value:
+        experiment.make(_UNTIL.value)
+        return
+    EvaluationStage(experiment).make()
     if distributed.is_primary():
         with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
             print(file.read())
 
 
 def _job() -> contextlib.AbstractContextManager[None]:
-    if _MODE.value == "plan":
-        # One process does it, and says how many devices it has before JAX asks for them.
+    if _MODE.value in ("plan", "status"):
+        # One process does it; a plan says how many devices it has before JAX asks for them.
         return contextlib.nullcontext()
-    from l2s_jax import distributed
+    from l2s_jax.cluster import distributed
 
     return distributed.job(
         _COORDINATOR.value,
@@ -162,8 +177,18 @@ def _job() -> contextlib.AbstractContextManager[None]:
     )
 
 
+def _status(config: ConfigDict | None, workdir: str) -> None:
+    from l2s_jax.evaluation.stage import EvaluationStage
+    from l2s_jax.experiment import workdir as workdirs
+    from l2s_jax.experiment.experiment import Experiment
+    from l2s_jax.experiment.status import status
+
+    experiment = Experiment(config or workdirs.read_config(workdir), workdir, "look")
+    print(status([*experiment.stages, EvaluationStage(experiment)]))
+
+
 def _plan(config: ConfigDict | None, workdir: str) -> None:
-    from l2s_jax import workdir as workdirs
+    from l2s_jax.experiment import workdir as workdirs
 
     if not _TOPOLOGY.value:
         raise ValueError("--mode=plan: expected --topology, such as v5e:4x4 or cpu:8")
@@ -204,14 +229,22 @@ def parse_flags(argv: Sequence[str]) -> None:
       ValueError: a flag, a config file or a config key that doesn't exist, or a value that doesn't
         fit.
     """
+    for argument in argv:
+        flag, _, key = argument.partition("=")[0].partition(".")
+        if flag == "--config" and key in MOVED:
+            raise ValueError(f"{argument}: config.{key} is now config.{MOVED[key]}")
     try:
         rest = flags.FLAGS(argv)[1:]
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        if line := complaint(error):
+            raise ValueError(line) from error
+        if isinstance(error, flags.Error):
+            raise ValueError(str(error)) from error
         # How ml_collections reports an override of a key that the config does not have.
         given = " ".join(arg for arg in argv if arg.startswith("--config."))
         raise ValueError(f"unknown config key {error} in {given}") from error
+    if _UNTIL.value and _MODE.value != "train":
+        raise ValueError(f"--until={_UNTIL.value}: expected --mode=train, not {_MODE.value}")
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
 
@@ -222,8 +255,11 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     try:
         parse_flags(argv)
+        config = _CONFIG.value and settled(
+            _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
+        )
         with _job():
-            run(_CONFIG.value, _WORKDIR.value, _MODE.value)
+            run(config, _WORKDIR.value, _MODE.value)
     except (ValueError, OSError) as error:
         log.debug("bad input", exc_info=True)
         return _fail(str(error))

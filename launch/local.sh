@@ -15,7 +15,7 @@ at the first that fails. The same command again continues where it stopped.
 
 PYTHON is the interpreter (default: .venv/bin/python where there is one, else python3).
 
-  launch/local.sh quickstart multi30k_en_de -- --config.labels=llm
+  launch/local.sh quickstart multi30k_en_de -- --config.labels.source=llm
 TEXT
 }
 

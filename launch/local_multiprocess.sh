@@ -20,7 +20,7 @@ with any N.
 
 PYTHON is the interpreter (default: .venv/bin/python where there is one, else python3).
 
-  launch/local_multiprocess.sh --processes=2 quickstart -- --config.labels=llm
+  launch/local_multiprocess.sh --processes=2 quickstart -- --config.labels.source=llm
 TEXT
 }
 

@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import small
 
-from l2s_jax import features
+from l2s_jax.experiment import feature_cache
 
 WIDTH = 24
 SHARD = 4
 SECONDS = 0.1  # that a shard takes
-FACTS = {"llm_hash": "a" * 64, "layer": 0.0, "task": "numbers", "split": "train"}
+FACTS = {"llm_hash": "a" * 64, "layer": 0.0}
 DATA = small.make_data(small.random_pairs(98, 7), (8, 8))
 
 
@@ -37,11 +37,12 @@ class Encoder:
 
 
 def cache(directory, seconds=0.0, data=DATA, **facts):
-    return features.cached(
+    return feature_cache.cached(
         data,
         os.path.join(directory, "features"),
         FACTS | facts,
         lambda: Encoder(directory, seconds),
+        split="train",
         width=WIDTH,
         buckets=[4, 8],
         batch_size=1,
@@ -50,7 +51,7 @@ def cache(directory, seconds=0.0, data=DATA, **facts):
 
 def small_shards():
     """Has a shard hold SHARD prompts of average length."""
-    features.SHARD_BYTES = int(SHARD * 2 * WIDTH * DATA.prompt_lengths.mean()) + 1
+    feature_cache.SHARD_BYTES = int(SHARD * 2 * WIDTH * DATA.prompt_lengths.mean()) + 1
 
 
 if __name__ == "__main__":

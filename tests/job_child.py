@@ -14,9 +14,11 @@ import numpy as np
 import small
 import train_child
 
-from l2s_jax import convert, distributed, features, labels
-from l2s_jax.convert.files import TensorFiles
-from l2s_jax.sharding import path_name
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.checkpoints.files import TensorFiles
+from l2s_jax.cluster import distributed
+from l2s_jax.cluster.paths import path_name
+from l2s_jax.experiment import feature_cache, feature_files, label_files
 
 # Two of four processes hold the same rows of a batch, and parts of the same parameters.
 MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
@@ -31,7 +33,7 @@ def read_encoder(directory, process, mesh):
         return read[-1]
 
     TensorFiles.read = counted
-    _, params = convert.load_encoder(f"{directory}/llm", mesh=small.mesh_of(*mesh))
+    _, params = pretrained.load_encoder(f"{directory}/llm", mesh=small.mesh_of(*mesh))
     kept = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         (shard,) = leaf.addressable_shards
@@ -48,34 +50,33 @@ def encode(directory, mesh):
     features_child.small_shards()
     system = small.make_system("add")
     frozen = small.make_params(system)[1]
-    write = features._write
+    write = feature_files.FeatureFiles.write
 
-    def noted(path, records):
+    def noted(store, number, *values):
         with open(f"{directory}/wrote.txt", "a", encoding="utf-8") as file:
-            file.write(f"{jax.process_index()} {os.path.basename(path)}\n")
-        write(path, records)
+            file.write(f"{jax.process_index()} {number}\n")
+        write(store, number, *values)
 
-    features._write = noted
-    return features.cached(
+    feature_files.FeatureFiles.write = noted
+    return feature_cache.cached(
         features_child.DATA,
         f"{directory}/features",
         features_child.FACTS,
-        lambda: features.Encoder(system, frozen, small.mesh_of(*mesh)),
+        lambda: feature_cache.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
+        split="train",
         width=features_child.WIDTH,
         buckets=[8],
         batch_size=8,
     )
 
 
-def label(directory, asked, processes, process, **settings):
+def label(directory, asked, **settings):
     """The examples with labels that lie in a directory; `asked` is where asked.txt is."""
     os.makedirs(asked, exist_ok=True)
-    return labels.label(
+    return label_files.label(
         label_child.EXAMPLES,
         lambda: label_child.Slow(asked),
         directory,
-        process_index=process,
-        process_count=processes,
         **settings,
     )
 
@@ -83,9 +84,9 @@ def label(directory, asked, processes, process, **settings):
 def main(directory, seconds, coordinator, processes, process):
     limits = {"timeout_s": 300, "heartbeat_s": 10}
     with distributed.job(coordinator, processes, process, detect=None, **limits):
-        labelled = label(f"{directory}/labels", f"{directory}/labels", processes, process)
+        labelled = label(f"{directory}/labels", f"{directory}/labels")
         own = f"{directory}/together/{process}"
-        assert labelled == label(f"{directory}/together", own, processes, process, together=True)
+        assert labelled == label(f"{directory}/together", own, together=True)
         facts = read_encoder(directory, process, MESHES[processes])
         facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
         kept = encode(directory, MESHES[processes])
@@ -99,5 +100,5 @@ def main(directory, seconds, coordinator, processes, process):
 
 if __name__ == "__main__":
     label_child.SECONDS = 0.0
-    labels.SHARD = label_child.SHARD
+    label_files.SHARD = label_child.SHARD
     main(sys.argv[1], float(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

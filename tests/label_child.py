@@ -8,9 +8,9 @@ import os
 import sys
 import time
 
-from l2s_jax import labels
 from l2s_jax.data.tasks import Example
-from l2s_jax.generate import Output
+from l2s_jax.experiment import label_files
+from l2s_jax.serving.generator import Output
 
 SHARD = 4
 SECONDS = 0.1  # that a file of labels takes
@@ -34,7 +34,7 @@ class Slow:
 
 
 if __name__ == "__main__":
-    labels.SHARD = SHARD
-    labelled = labels.label(EXAMPLES, lambda: Slow(sys.argv[1]), sys.argv[1])
+    label_files.SHARD = SHARD
+    labelled = label_files.label(EXAMPLES, lambda: Slow(sys.argv[1]), sys.argv[1])
     with open(os.path.join(sys.argv[1], "labelled.json"), "w", encoding="utf-8") as file:
         json.dump([example.response for example in labelled], file)

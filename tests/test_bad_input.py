@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from l2s_jax.decoding.logits import truncate
-from l2s_jax.decoding.search import Search, changed
+from l2s_jax.settings.search import Search, changed
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,15 @@ OVERRIDES = {
     "unknown template field": ("--config.task.prompt={word}", "word"),
     "wrong response field": ("--config.task.response=answer", r"jsonl:1.*answer.*words"),
     "missing data directory": ("--config.task.data_dir=/nowhere", "/nowhere/test.jsonl"),
-    "unknown label source": ("--config.labels=teacher", "config.labels='teacher'.*'llm'"),
+    "unknown label source": ("--config.labels.source=teacher", "labels.source='teacher'.*'llm'"),
+    "a key that has moved": ("--config.labels=llm", "config.labels is now config.labels.source"),
+    "a setting without effect": (
+        "--config.labels.batch_size=8",
+        "config.labels.batch_size=8: no effect with config.labels.source='data'",
+    ),
     "unknown fusion": ("--config.l2s.fusion=concat", "concat.*add.*replace.*cross"),
     "unknown metric": ("--config.evaluation.metrics=('bleurt',)", "bleurt.*bleu"),
-    "unknown split": ("--config.evaluation.split=dev", "expected .dev."),
+    "unknown split": ("--config.evaluation.split=dev", "split='dev': expected one of .*'test'"),
     "unknown optimizer": ("--config.l2s.train.optimizer=sgd", "sgd.*adamw"),
     "unknown schedule": ("--config.slm.train.schedule=linear", "linear.*cosine"),
     "unknown activation": ("--config.llm.model.activation=swish", "swish.*gated_gelu"),
@@ -65,8 +70,11 @@ OVERRIDES = {
         "--config.decoding.batch_size=4",
         "config.decoding.batch_size=4: mesh data=8.*multiple of 8, such as 8",
     ),
-    "accumulation that doesn't divide": ("--config.llm.train.accumulation=3", "accumulation=3"),
-    "no steps": ("--config.slm.train.steps=0", "steps=0"),
+    "accumulation that doesn't divide": (
+        "--config.llm.train.accumulation=3",
+        "llm.train.batch_size=8: .*multiple of accumulation=3",
+    ),
+    "no steps": ("--config.slm.train.steps=0", "slm.train.steps=0: expected an integer >= 1"),
     "vocabulary larger than the text": (
         "--config.tokenizer.train_vocab_size=5000",
         "5000.*too large",
@@ -298,7 +306,7 @@ def test_an_output_that_cannot_be_written_is_found_before_generating(finished, t
     source.write_text("one\n")
     kept.mkdir()
     flags = (f"--workdir={finished}", "--mode=generate", f"--input={source}")
-    loading = "l2s_jax.generate_file.load_generator"
+    loading = "l2s_jax.serving.generate_file.load_generator"
     for target in (tmp_path / "none" / "out.txt", source / "out.txt", kept):
         with mock.patch(loading, side_effect=AssertionError("read a model")):
             line = refuse(capfd, *flags, f"--output={target}")

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from l2s_jax import convert, train
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.training import update
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 # Of the tests' flags those that save time: one device, not many.
@@ -132,12 +133,12 @@ def test_both_sides_of_training_have_the_same_loss(sides, tmp_path):
 
     for name in ("llm", "slm"):
         getattr(models, name).save_pretrained(tmp_path / name)
-    llm, frozen = convert.load_encoder(str(tmp_path / "llm"))
-    slm, params = convert.load(str(tmp_path / "slm"))
+    llm, frozen = pretrained.load_encoder(str(tmp_path / "llm"))
+    slm, params = pretrained.load(str(tmp_path / "slm"))
     inward, outward = ({"kernel": models.projector[i].weight.detach().numpy().T} for i in (0, 2))
     trained = {"projector": {"inward": inward, "outward": outward}, "slm": params}
     system = LlmToSlm(llm.config, slm.config, projector_width=slm.config.width)
-    loss, sums = train.batch_loss(system, trained, frozen, batch, None, 0.0)
+    loss, sums = update.batch_loss(system, trained, frozen, batch, None, 0.0)
     assert float(loss / sums["tokens"]) == pytest.approx(theirs, rel=1e-4)
 
 

@@ -11,13 +11,16 @@ import small
 from safetensors.numpy import load_file
 
 import l2s_jax
-from l2s_jax import bundle, convert, sharding
-from l2s_jax.convert.__main__ import main
-from l2s_jax.convert.files import content_hash
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.checkpoints.files import content_hash
+from l2s_jax.cluster import sharding
+from l2s_jax.convert import main
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
-from l2s_jax.text import load_tokenizer, train_sentencepiece
+from l2s_jax.serving import bundle
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 LLM = small.t5_config(tied_head=True)
 SLM = small.t5_config(width=12, activation="gated_gelu")
@@ -39,7 +42,7 @@ def llm(tmp_path):
     """(directory, parameters) of an LLM on disk."""
     params = LanguageModel("llm", LLM).init(jax.random.key(0))["llm"]
     directory = tmp_path / "llm"
-    convert.save_hf(LLM, params, str(directory))
+    pretrained.save_hf(LLM, params, str(directory))
     return directory, params
 
 
@@ -69,10 +72,10 @@ def test_the_llm_may_encode_in_a_dtype_of_its_own(tmp_path, llm, tokenizers, mes
     system, trained, frozen = bundle.load(str(tmp_path / "l2s"), **settings)
     ids, mask = np.asarray([[3, 4, 5, 6]], np.int32), np.ones((1, 4), bool)
     hidden = system.encode(trained, frozen, ids, mask)
-    module, params = convert.load_encoder(str(llm[0]), dtype=jnp.bfloat16)
+    module, params = pretrained.load_encoder(str(llm[0]), dtype=jnp.bfloat16)
     embedded = module.apply({"params": params}, ids, method="embed")
     expected = module.apply({"params": params}, embedded, mask, method="represent")
-    exact = convert.load_encoder(str(llm[0]))[0].apply(
+    exact = pretrained.load_encoder(str(llm[0]))[0].apply(
         {"params": params}, embedded, mask, method="represent"
     )
     error = np.abs(hidden - exact).max()
@@ -126,7 +129,7 @@ def test_a_copy_answers_as_the_original_does(tmp_path, llm, tokenizers, kind, in
         save(tmp_path, llm, tokenizers)
     else:
         hf.make_causal(str(tmp_path / "llama"), model_type="llama", num_hidden_layers=4)
-        encoder, _ = convert.load_encoder(str(tmp_path / "llama"), layer=0.5)
+        encoder, _ = pretrained.load_encoder(str(tmp_path / "llama"), layer=0.5)
         slm = GPT2Config(
             vocab_size=48, width=12, num_heads=2, num_layers=1, max_positions=64, pad_id=0, eos_id=1
         )
@@ -179,7 +182,7 @@ def test_the_slm_becomes_a_hugging_face_directory(tmp_path, llm, tokenizers, fus
     assert (status, err) == (0, "")
     assert "agrees with transformers" in out
     _, trained, _ = bundle.load(str(tmp_path / "l2s"))
-    _, params = convert.load_hf(str(tmp_path / "slm"))
+    _, params = pretrained.load_hf(str(tmp_path / "slm"))
     jax.tree.map(np.testing.assert_array_equal, trained["slm"], params)
     assert load_tokenizer(str(tmp_path / "slm")).fingerprint == tokenizers[0].fingerprint
 
@@ -223,7 +226,7 @@ def test_a_copy_of_a_model_whose_llm_is_gone_leaves_nothing(tmp_path, llm, token
 def test_another_llm_is_refused(tmp_path, llm, tokenizers):
     save(tmp_path, llm, tokenizers)
     other = LanguageModel("llm", LLM).init(jax.random.key(2))["llm"]
-    convert.save_hf(LLM, other, str(llm[0]))
+    pretrained.save_hf(LLM, other, str(llm[0]))
     with pytest.raises(ValueError, match="not the one that"):
         bundle.load(str(tmp_path / "l2s"))
 

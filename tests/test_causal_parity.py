@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from l2s_jax.convert import (
+from l2s_jax.checkpoints import files
+from l2s_jax.checkpoints.pretrained import (
     FAMILIES,
-    files,
     load_encoder,
     load_hf,
     load_native,

@@ -6,8 +6,8 @@ import optax
 import pytest
 import small
 
-from l2s_jax import optim, train
-from l2s_jax.checkpoint import Checkpoints
+from l2s_jax.training import optim, update
+from l2s_jax.training.checkpoint import Checkpoints
 
 CONFIG = small.make_train_config(10, ema_decay=0.9, weight_decay=0.1)
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
@@ -18,8 +18,8 @@ def make_state(sizes, config=CONFIG, seed=0):
     params, _ = small.make_params(small.make_system("add"))
     optimizer = optim.optimizer(config, params)
     mesh = small.mesh_of(*sizes)
-    shardings = train.state_shardings(params, optimizer, config, mesh)
-    state = train.init_state(params, optimizer, config)
+    shardings = update.state_shardings(params, optimizer, config, mesh)
+    state = update.init_state(params, optimizer, config)
     random = np.random.default_rng(seed)
     state = jax.tree.map(
         lambda x: (100 * random.random(x.shape)).astype(x.dtype), jax.device_get(state)
@@ -47,7 +47,7 @@ def restore(checkpoints, step, abstract):
         params=abstract.params,
         opt={"step": abstract.step, "opt_state": abstract.opt_state, "average": abstract.average},
     )
-    return train.TrainState(opt["step"], params, opt["opt_state"], opt["average"]), data
+    return update.TrainState(opt["step"], params, opt["opt_state"], opt["average"]), data
 
 
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)

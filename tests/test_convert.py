@@ -20,16 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from l2s_jax.convert import (
-    __main__,
+from l2s_jax import convert
+from l2s_jax.checkpoints import engine, files, reading
+from l2s_jax.checkpoints.pretrained import (
     content_hash,
-    engine,
-    files,
     load,
     load_encoder,
     load_hf,
     load_native,
-    reading,
     save_hf,
     save_native,
 )
@@ -599,7 +597,7 @@ def test_rules_that_do_not_cover_exactly(rules, paths, message):
 
 def run(capsys, *arguments):
     try:
-        status = __main__.main([str(argument) for argument in arguments])
+        status = convert.main([str(argument) for argument in arguments])
     except SystemExit as exit_:
         status = exit_.code
     return status, *capsys.readouterr()
@@ -625,7 +623,7 @@ def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypa
         params["decoder"]["final_norm"]["scale"] *= 1.001
         save_native(config, params, directory)
 
-    monkeypatch.setattr(__main__, "save_native", wrong)
+    monkeypatch.setattr(convert, "save_native", wrong)
     flags = [f"--input={checkpoints / 'v1.1'}", f"--output={tmp_path / 'out'}", "--verify"]
     status, _, err = run(capsys, *flags)
     assert status == 2
@@ -633,7 +631,7 @@ def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypa
 
 
 def test_verify_needs_transformers(checkpoints, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "out"
     status, _, err = run(capsys, f"--input={checkpoints / 'v1.0'}", f"--output={out}", "--verify")
     assert (status, err.count("\n")) == (2, 1)
@@ -667,8 +665,8 @@ def test_command_errors(directory, tmp_path, capsys, flags, fragment):
 
 def test_runs_without_torch(directory, tmp_path):
     code = "import sys; sys.modules.update(torch=None, transformers=None, tensorflow=None)\n"
-    code += "from l2s_jax.convert.__main__ import main; sys.exit(main())"
+    code += "from l2s_jax.convert import main; sys.exit(main())"
     flags = [f"--input={directory}", f"--output={tmp_path / 'out'}"]
-    root = Path(__main__.__file__).parents[2]
+    root = Path(convert.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=root)
     assert isinstance(load(str(tmp_path / "out"))[0], T5)

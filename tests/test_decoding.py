@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
-from l2s_jax.decoding.search import Search
-from l2s_jax.generate import Generator
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
 
 NEW = CHUNK + 3
 NEVER = -1
@@ -418,7 +419,7 @@ def factors(lines):
 
 
 # As users compile programs, not as the tests do.
-COMPILATION = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
+COMPILATION = {"xla_backend_optimization_level": 3} | xla.AS_USERS_HAVE_IT
 
 
 def arguments_of(name, rows, new):

@@ -24,8 +24,10 @@ import tiny
 import train_child
 from safetensors.numpy import load_file
 
-from l2s_jax import convert, distributed, features, meter, sharding
-from l2s_jax.data import toy
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import distributed, paths
+from l2s_jax.experiment import feature_cache, feature_files, toy
+from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
 LAUNCH = TESTS.parent / "launch" / "local_multiprocess.sh"
@@ -98,7 +100,7 @@ def jobs(tmp_path_factory):
     texts = toy.write_task(str(root / "toy"))
     llm = toy.write_checkpoint(str(root / "llm"), family="t5", texts=texts)
     flags = (
-        *(f"--config.llm.path={llm}", "--config.llm.train.steps=0", "--config.labels=llm"),
+        *(f"--config.llm.path={llm}", "--config.llm.train.steps=0", "--config.labels.source=llm"),
         *("--config.tokenizer.train_vocab_size=0", "--config.slm.tokenizer.train_vocab_size=30"),
         "--config.evaluation.latency.batch_size=1",
     )
@@ -152,10 +154,10 @@ def start_children(directory, seconds, count):
 
 def assert_part_of_encoder(directory, process, facts):
     """A process of two holds its half of what is split, and read nothing else."""
-    _, whole = convert.load_encoder(str(directory / "llm"))
+    _, whole = pretrained.load_encoder(str(directory / "llm"))
     with np.load(directory / f"encoder-{process}.npz") as part:
         for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
-            name = sharding.path_name(path)
+            name = paths.path_name(path)
             starts = part[f"{name} from"]
             assert (starts.max() > 0) == (part[name].size < leaf.size and process == 1), name
             index = tuple(map(slice, starts, starts + part[name].shape))
@@ -170,7 +172,7 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
     directory = tmp_path / "killed"
     directory.mkdir()
     config = small.t5_config()
-    convert.save_native(config, small.t5_params(config), str(directory / "llm"))
+    pretrained.save_native(config, small.t5_params(config), str(directory / "llm"))
     children = start_children(directory, 0.05, 4)
     metrics = directory / "metrics.jsonl"
     while all(child.poll() is None for child in children) and not (
@@ -212,12 +214,12 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
     # The four encoded together and wrote in turns, what one process makes alone.
     (folder,) = (directory / "features").iterdir()
     lines = sorted(line.split() for line in (directory / "wrote.txt").read_text().splitlines())
-    assert sorted(name for _, name in lines) == sorted(
-        path.name for path in folder.glob("*.array_record")
+    assert sorted(int(number) for _, number in lines) == sorted(
+        int(path.name[9:14]) for path in folder.glob("*.array_record")
     )
-    assert all(int(name[9:14]) % 4 == int(process) for process, name in lines)
-    monkeypatch.setattr(features, "SHARD_BYTES", 0)
-    monkeypatch.setattr(features, "_write", features._write)
+    assert all(int(number) % 4 == int(process) for process, number in lines)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 0)
+    monkeypatch.setattr(feature_files.FeatureFiles, "write", feature_files.FeatureFiles.write)
     alone = job_child.encode(str(tmp_path), (1, 1, 1))
     together = job_child.encode(str(directory), (1, 1, 1))
     for index in range(len(features_child.DATA)):

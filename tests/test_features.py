@@ -19,9 +19,11 @@ import pytest
 import small
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from l2s_jax import convert, features, train
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.data.batches import training_batches, validation_batches
+from l2s_jax.experiment import feature_cache, feature_files
 from l2s_jax.models.lora import Lora
+from l2s_jax.training import loop, update
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 PAIRS = small.random_pairs(19, 7)
@@ -45,11 +47,12 @@ def make_case(name):
 
 
 def encode_with(system, frozen, data, directory, mesh=(1, 1, 1), llm_hash="a" * 64):
-    return features.cached(
+    return feature_cache.cached(
         data,
         str(directory),
         features_child.FACTS | {"llm_hash": llm_hash},
-        lambda: features.Encoder(system, frozen, small.mesh_of(*mesh)),
+        lambda: feature_cache.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
+        split="train",
         width=system.llm_config.width,
         buckets=[8],
         batch_size=8,
@@ -90,7 +93,7 @@ def test_losses_are_those_of_encoding_and_padding_means_nothing(name):
     assert not mask.all()
 
     def loss(trained, frozen, batch):
-        return train.batch_loss(system, trained, frozen, batch, None, 0.0)[0]
+        return update.batch_loss(system, trained, frozen, batch, None, 0.0)[0]
 
     loss = jax.jit(loss, compiler_options=small.QUICK_COMPILATION)
     expected = float(loss(trained, frozen, batch))
@@ -146,7 +149,7 @@ def test_a_run_from_the_cache_is_the_run_that_encodes(tmp_path):
 
     def run(name, frozen):
         settings = {"prompt_name": "llm", "buckets": ((8, 8),), "batch_size": 8}
-        train.fit(
+        loop.fit(
             system,
             frozen,
             trained,
@@ -174,7 +177,7 @@ def test_a_run_from_the_cache_is_the_run_that_encodes(tmp_path):
 
 
 def test_killed_at_any_moment_it_continues_without_encoding_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "SHARD_BYTES", 0)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 0)
     features_child.small_shards()
     whole = features_child.cache(str(tmp_path / "whole"), data=features_child.DATA)
     directory = tmp_path / "killed"
@@ -204,16 +207,20 @@ def test_killed_at_any_moment_it_continues_without_encoding_twice(tmp_path, monk
     written = set(folder.glob("*.array_record"))
     before = {path: path.stat().st_mtime_ns for path in written}
     # As a kill between two system calls would leave it.
-    (folder / "features-00001-of-00009.array_record.0123.tmp").write_bytes(b"half")
+    (folder / "features-00001-01234567.array_record.0123.tmp").write_bytes(b"half")
+    (folder / "features-00001-01234567.index").write_bytes(b"k" * 16)
+    store = feature_files.FeatureFiles(str(folder))
+    there, wanted = (
+        store.keys([str(path) for path in written]),
+        set(features_child.DATA.prompt_keys),
+    )
     kept = features_child.cache(str(directory), data=features_child.DATA)
-    assert len(asked.read_text().splitlines()) == 98 - sum(
-        min(kept.shards.size, 98 - kept.shards.size * int(path.name[9:14])) for path in written
-    ), delays
+    assert len(asked.read_text().splitlines()) == len(wanted - there), delays
     assert {path: path.stat().st_mtime_ns for path in written} == before, delays
     for index in range(98):
         np.testing.assert_array_equal(kept[index], whole[index])
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"features.json", *map(os.path.basename, kept.shards.paths)}, delays
+    assert not list(folder.glob("*.tmp")), delays
+    assert store.keys(store.files()) == wanted, delays
 
 
 def never(*_):
@@ -223,7 +230,7 @@ def never(*_):
 @pytest.fixture
 def filled(tmp_path, monkeypatch):
     """(directory of a cache of 19 prompts in four shards, its one subfolder, the data)."""
-    monkeypatch.setattr(features, "SHARD_BYTES", 1200)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1200)
     data = small.make_data(PAIRS, (8, 8))
     features_child.cache(str(tmp_path), data=data)
     (folder,) = (tmp_path / "features").iterdir()
@@ -231,29 +238,29 @@ def filled(tmp_path, monkeypatch):
     return tmp_path, folder, data
 
 
-def test_what_is_there_is_found_again_and_anything_else_has_a_folder_of_its_own(
-    filled, monkeypatch
-):
+def test_a_prompt_is_found_again_and_another_llm_has_a_folder_of_its_own(filled, monkeypatch):
     directory, folder, data = filled
     facts = json.loads((folder / "features.json").read_text())
-    assert facts["llm_hash"] == "a" * 64 and facts["examples"] == 19 and facts["width"] == 24
+    assert facts["llm_hash"] == "a" * 64 and facts["width"] == 24
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    changed = small.make_data([("3 4 5", "6"), *PAIRS[1:]], (8, 8))
-    others = (
-        (data, {"llm_hash": "b" * 64}),
-        (data, {"layer": 2.0}),
-        (data, {"split": "validation"}),
-        (changed, {}),
-    )
-    for made, (prompts, change) in enumerate(others, start=2):
-        features_child.cache(str(directory), data=prompts, **change)
+    for made, change in enumerate(({"llm_hash": "b" * 64}, {"layer": 2.0}), start=2):
+        features_child.cache(str(directory), data=data, **change)
         assert len(list((directory / "features").iterdir())) == made
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    # A prompt that is new is all that is encoded.
+    asked = directory / "asked.txt"
+    asked.unlink()
+    changed = small.make_data([("3 4 5", "6"), *PAIRS[1:]], (8, 8))
+    features_child.cache(str(directory), data=changed)
+    assert len(asked.read_text().splitlines()) == 1
+    assert files.items() <= {p: p.stat().st_mtime_ns for p in folder.iterdir()}.items()
     monkeypatch.setattr(features_child.Encoder, "__call__", never)
-    features_child.cache(str(directory), data=data)
-    # Responses are no part of it.
-    relabelled = small.make_data([(prompt, "7") for prompt, _ in PAIRS], (8, 8))
-    features_child.cache(str(directory), data=relabelled)
+    expected = features_child.cache(str(directory), data=data)
+    # Responses are no part of it, nor is the order.
+    turned = small.make_data([(prompt, "7") for prompt, _ in reversed(PAIRS)], (8, 8))
+    found = features_child.cache(str(directory), data=turned)
+    for index in range(len(PAIRS)):
+        np.testing.assert_array_equal(found[index], expected[len(PAIRS) - 1 - index])
 
 
 def refused(directory, data, **facts):
@@ -274,11 +281,11 @@ def test_features_of_another_llm_under_this_ones_name_are_refused(filled, tmp_pa
     assert line.startswith(f"{folder}/features.json: another LLM's features, llm_hash is 'bbb")
     assert "expected 'aaa" in line and "remove the folder, and the same command makes it" in line
     with pytest.raises(ValueError, match=r"holds what one LLM \(content hash b{12}\) made of"):
-        features.check_folder(str(folder))
-    features.check_folder(str(directory / "features"))
-    features.check_folder(str(directory / "nothing yet"))
+        feature_cache.check_folder(str(folder))
+    feature_cache.check_folder(str(directory / "features"))
+    feature_cache.check_folder(str(directory / "nothing yet"))
     with pytest.raises(ValueError, match=r"gs://bucket/x': expected a folder, local or mounted"):
-        features.check_folder("gs://bucket/x")
+        feature_cache.check_folder("gs://bucket/x")
 
 
 def test_other_facts_and_none_are_refused(filled):
@@ -351,7 +358,7 @@ def flipped(path):
 def test_what_shows_only_while_training_is_one_line_too(damage, message, filled):
     directory, folder, data = filled
     path = sorted(folder.glob("*.array_record"))[0]
-    assert features_child.cache(str(directory), data=data).shards.size == 4
+    assert len(feature_files.FeatureFiles(str(folder)).index(str(path))) == 4
     damage(path)
     data.hidden = features_child.cache(str(directory), data=data)
     with pytest.raises(ValueError, match=message) as error:
@@ -360,7 +367,7 @@ def test_what_shows_only_while_training_is_one_line_too(damage, message, filled)
 
 
 def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     data = small.make_data(PAIRS, (8, 8))
     line = refused(tmp_path, data)
     tokens = int(data.prompt_lengths.sum())
@@ -371,11 +378,11 @@ def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypat
 def test_only_what_training_reads_of_an_llm_is_loaded(tmp_path):
     system = make_case("two vocabularies")[0]
     params = small.t5_params(system.llm_config)
-    convert.save_hf(system.llm_config, params, str(tmp_path))
-    whole, encoder = convert.load_encoder(str(tmp_path))
-    module, nothing = convert.load_encoder(str(tmp_path), entries=())
+    pretrained.save_hf(system.llm_config, params, str(tmp_path))
+    whole, encoder = pretrained.load_encoder(str(tmp_path))
+    module, nothing = pretrained.load_encoder(str(tmp_path), entries=())
     assert nothing == {} and module.config == whole.config
     stacked = {"mesh": small.mesh_of(), "scan_layers": True}
-    assert convert.load_encoder(str(tmp_path), entries=(), **stacked)[1] == {}
-    _, table = convert.load_encoder(str(tmp_path), entries=system.beside_hidden, **stacked)
+    assert pretrained.load_encoder(str(tmp_path), entries=(), **stacked)[1] == {}
+    _, table = pretrained.load_encoder(str(tmp_path), entries=system.beside_hidden, **stacked)
     small.assert_same(table, {"token_embedding": encoder["token_embedding"]})

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import small
 
-from l2s_jax import optim, train
-from l2s_jax.flops import training_flops
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.training import optim, update
+from l2s_jax.training.flops import training_flops
 
 ROWS, PROMPT, RESPONSE = 4, 7, 5
 
@@ -74,18 +74,18 @@ def test_a_training_step(name):
     params, frozen = small.make_params(system)
     batch = small.make_batch(system, ROWS, PROMPT, RESPONSE)
     config = small.make_train_config(1)
-    found = train.step_flops(system, params, frozen, batch, config)
+    found = update.step_flops(system, params, frozen, batch, config)
     assert found == by_hand(system)
 
     # XLA counts also what is no product: a little more here, little beside it in a real model.
-    step = train.make_step(
+    step = update.make_step(
         system,
         optim.optimizer(config, params),
         config,
         0,
-        train.state_shardings(params, optim.optimizer(config, params), config, small.mesh_of()),
+        update.state_shardings(params, optim.optimizer(config, params), config, small.mesh_of()),
     )
-    state = train.init_state(params, optim.optimizer(config, params), config)
+    state = update.init_state(params, optim.optimizer(config, params), config)
     counted = step.lower(state, frozen, batch).cost_analysis()["flops"]
     assert found < counted < 3 * found
 
@@ -94,17 +94,17 @@ def test_what_is_not_trained_counts_less():
     system = small.make_system("slm")
     params, _ = small.make_params(system)
     batch = small.make_batch(system, ROWS, PROMPT, RESPONSE)
-    whole = train.step_flops(system, params, {}, batch, small.make_train_config(1))
+    whole = update.step_flops(system, params, {}, batch, small.make_train_config(1))
     head = small.make_train_config(1, trainable=(".*/head/kernel",))
     c = system.config
     forward = whole / 3
     of_head = ROWS * 2 * RESPONSE * c.width * c.vocab_size
     # Only the head's own gradient: its input depends on nothing that is trained.
-    assert train.step_flops(system, params, {}, batch, head) == pytest.approx(forward + of_head)
+    assert update.step_flops(system, params, {}, batch, head) == pytest.approx(forward + of_head)
 
     lora = Lora(system, rank=2, alpha=1.0, pattern=".*(query|value)/kernel")
     adapters, base = lora.split(params, jax.random.key(0))
     frozen = {"base": base, "inner": {}}
-    found = train.step_flops(lora, adapters, frozen, batch, small.make_train_config(1))
+    found = update.step_flops(lora, adapters, frozen, batch, small.make_train_config(1))
     assert forward < found < whole
     assert np.isfinite(found)

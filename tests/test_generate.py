@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY
-from l2s_jax.decoding.search import Search
-from l2s_jax.generate import Generator
 from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
-from l2s_jax.text import train_sentencepiece
+from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 WORDS = [
     "the",
@@ -180,7 +180,7 @@ def test_the_progress_bar_counts_what_has_been_decoded(systems, tokenizer):
     loaded, events = generator(systems["llm"], tokenizer, batch_size=2), []
     decode = loaded._decode
     with (
-        mock.patch("l2s_jax.generate.tqdm") as bar,
+        mock.patch("l2s_jax.serving.generator.tqdm") as bar,
         mock.patch.object(
             loaded, "_decode", side_effect=lambda *a: events.append("decode") or decode(*a)
         ),

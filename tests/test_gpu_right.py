@@ -13,7 +13,7 @@ from benchmarks.gpu import part, right
 from benchmarks.gpu.right_checks import Difference, differences, draw_prompts
 from benchmarks.gpu.right_reference import Reference, model_configs
 from benchmarks.gpu.right_tables import COMPANY, LOGITS, PARTED, PRODUCTS, RESPONSES
-from l2s_jax.convert import load_hf
+from l2s_jax.checkpoints.pretrained import load_hf
 from l2s_jax.decoding.engine import jitted_decode
 
 SIZE = right.REHEARSAL

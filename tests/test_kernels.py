@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from small import t5_config
 
-from l2s_jax.chips import CHIPS
+from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import small
 
-from l2s_jax import experiment, train
 from l2s_jax.config import default
 from l2s_jax.data.batches import evaluation_batches
+from l2s_jax.experiment import experiment
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.t5 import T5
-from l2s_jax.text import train_sentencepiece
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.training import loop
 
 ENCODING = ("add", "replace")  # the fusions with an SLM encoder
 TOKENS = 7
@@ -128,7 +129,7 @@ def test_the_llm_is_not_trained(fusion, tmp_path):
     system, trained, frozen, _ = case(fusion)
     pairs = small.random_pairs(16, 6)
     kept = jax.tree.map(np.copy, frozen)
-    result = train.fit(
+    result = loop.fit(
         system,
         frozen,
         trained,
@@ -249,10 +250,10 @@ def test_mistake_adding_llm_token_i_to_another_tokenizers_token_i(tmp_path):
 
     # Nor do two tokenizers with equally many pieces pass for one.
     config = make_experiment(tmp_path, trained_size=0)
-    assert not experiment.Experiment(config, str(tmp_path / "run")).shared_vocabulary
+    assert not experiment.Experiment(config, str(tmp_path / "run")).l2s.shared_vocabulary
     config.slm.path = config.llm.path
     one = experiment.Experiment(config, str(tmp_path / "run"))
-    assert one.shared_vocabulary and one.slm_tokenizer.vocab_size == PIECES
+    assert one.l2s.shared_vocabulary and one.slm_tokenizer.tokenizer.vocab_size == PIECES
 
     # Without a shared vocabulary, E_X is made of the LLM's embedding, and the SLM's is not read.
     system = dataclasses.replace(system, shared_vocabulary=False)
@@ -279,14 +280,14 @@ def test_a_tokenizer_trained_here_is_refused_for_an_llm_that_has_another(tmp_pat
     config = make_experiment(tmp_path, trained_size=PIECES - 1)
     config.slm.path = ""
     with pytest.raises(ValueError, match=r"llm\.path=.* differs from the one trained"):
-        _ = experiment.Experiment(config, str(tmp_path / "run")).llm_tokenizer
+        _ = experiment.Experiment(config, str(tmp_path / "run")).llm_tokenizer.tokenizer
 
 
 def test_an_slm_of_two_tokenizers_is_refused(tmp_path):
     config = make_experiment(tmp_path, trained_size=0)
     config.slm.tokenizer.train_vocab_size = PIECES
     with pytest.raises(ValueError, match=r"slm\.path=.*two tokenizers, expected one"):
-        _ = experiment.Experiment(config, str(tmp_path / "run")).slm_tokenizer
+        experiment.Experiment(config, str(tmp_path / "run")).check()
 
 
 def make_experiment(tmp_path, trained_size):

@@ -6,17 +6,15 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import label_child
 import pytest
 
-from l2s_jax import labels
 from l2s_jax.data.tasks import Example
-from l2s_jax.generate import Output
+from l2s_jax.experiment import label_files
+from l2s_jax.serving.generator import Output
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
@@ -37,12 +35,12 @@ class Counting:
 def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(labels, "SHARD", 4)
+    monkeypatch.setattr(label_files, "SHARD", 4)
     examples = [Example(f"prompt {i}", "old", ("old",)) for i in range(11)]
     with pytest.raises(KeyboardInterrupt):
-        labels.label(examples, lambda: Counting(fail_after=4), str(tmp_path))
+        label_files.label(examples, lambda: Counting(fail_after=4), str(tmp_path))
     second = Counting()
-    labelled = labels.label(examples, lambda: second, str(tmp_path))
+    labelled = label_files.label(examples, lambda: second, str(tmp_path))
     assert second.seen == 7
     assert [e.prompt for e in labelled] == [e.prompt for e in examples]
     assert [e.response for e in labelled] == [f"answer to {e.prompt}" for e in examples]
@@ -50,7 +48,7 @@ def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
     def never():
         raise AssertionError("all labels are there")
 
-    assert labels.label(examples, never, str(tmp_path)) == labelled
+    assert label_files.label(examples, never, str(tmp_path)) == labelled
 
 
 def test_killed_at_any_moment_it_continues_without_repeating_or_losing_any(tmp_path):
@@ -105,31 +103,61 @@ class Unsliceable(Sequence):
         return self.examples[index]
 
 
-def test_processes_share_the_labelling(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "SHARD", 2)
-    barrier = threading.Barrier(2)
-    monkeypatch.setattr(labels.distributed, "barrier", lambda _: barrier.wait(timeout=60))
-    examples = Unsliceable([Example(f"prompt {i}", "old", ("old",)) for i in range(9)])
-    generators = [Counting(), Counting()]
-
-    def run(index):
-        return labels.label(
-            examples,
-            lambda: generators[index],
-            str(tmp_path),
-            process_index=index,
-            process_count=2,
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(run, range(2))
-    assert [generator.seen for generator in generators] == [5, 4]
-    assert first == second
-    assert [e.response for e in first] == [f"answer to prompt {i}" for i in range(9)]
+def examples_of(*prompts):
+    return Unsliceable([Example(prompt, "old", ("old",)) for prompt in prompts])
 
 
-def test_a_label_file_with_a_wrong_count_is_refused(tmp_path):
-    path = tmp_path / "train-00000.jsonl"
-    path.write_text(json.dumps({"response": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"train-00000\.jsonl: 1 labels, expected 2"):
-        labels.label([Example("a", "b", ("b",))] * 2, Counting, str(tmp_path))
+def test_labels_belong_to_prompts_whatever_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_files, "SHARD", 2)
+    label_files.label(examples_of("a", "b", "c", "b"), Counting, str(tmp_path))
+    grown = Counting()
+    labelled = label_files.label(examples_of("d", "c", "b", "a"), lambda: grown, str(tmp_path))
+    assert grown.seen == 1
+    assert [e.response for e in labelled] == [f"answer to {prompt}" for prompt in "dcba"]
+
+
+class Sampling(Counting):
+    """A generator that answers with the seed."""
+
+    def generate(self, prompts, *, description="", seeds):
+        self.seen += len(prompts)
+        return [Output(f"{p} {s}", 1, False) for p, s in zip(prompts, seeds, strict=True)]
+
+
+def test_sampled_labels_have_seeds_of_their_places_in_the_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_files, "SHARD", 2)
+
+    def label(seed, *prompts):
+        directory = str(tmp_path / str(seed))
+        os.makedirs(directory, exist_ok=True)
+        labelled = label_files.label(examples_of(*prompts), Sampling, directory, seed=seed)
+        return [example.response for example in labelled]
+
+    first = label(0, "a", "a", "b", "a", "b")
+    assert len({response.split()[1] for response in first}) == 5
+    assert first == [f"{p} {label_files.seed_of(0, i)}" for i, p in enumerate("aabab")]
+    assert not set(first) & set(label(1, "a", "a", "b", "a", "b"))
+    # Each repetition keeps its own.
+    assert label(0, "b", "a", "b", "a", "a") == [first[i] for i in (2, 0, 4, 1, 3)]
+
+
+@pytest.mark.parametrize("line", ['{"response": "x"}', '{"prompt": "x"}', "3"])
+def test_a_line_that_is_no_label_is_refused(line, tmp_path):
+    (tmp_path / "train-00000.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"train-00000\.jsonl:1: no label; expected"):
+        label_files.label(examples_of("a"), Counting, str(tmp_path))
+    (tmp_path / "train-00000.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"train-00000\.jsonl: not readable as JSON Lines"):
+        label_files.label(examples_of("a"), Counting, str(tmp_path))
+
+
+def test_labels_without_prompts_are_given_those_at_their_places(tmp_path):
+    for number, responses in enumerate((["1", "2"], ["3"])):
+        lines = "".join(json.dumps({"response": response}) + "\n" for response in responses)
+        (tmp_path / f"train-{number:05d}.jsonl").write_text(lines)
+    store = label_files.LabelFiles(str(tmp_path))
+    with pytest.raises(ValueError, match=r"train-00001\.jsonl: labels of more than the 2 prompts"):
+        store.give_keys(["a", "b"])
+    store.give_keys(label_files.keys_of("abc", sampled=False))
+    labelled = label_files.label(examples_of("c", "b", "a"), None, str(tmp_path))
+    assert [example.response for example in labelled] == ["3", "2", "1"]

@@ -8,10 +8,10 @@ import pytest
 
 from l2s_jax.decoding.engine import GREEDY, prefill
 from l2s_jax.decoding.loop import decoding_steps
-from l2s_jax.decoding.search import Search
-from l2s_jax.latency import Stopwatch
+from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.settings.search import Search
 
 SHAPE = {"batch_size": 2, "prompt_tokens": 6, "new_tokens": 10}
 

@@ -15,7 +15,8 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from l2s_jax.convert import files, llama, load_encoder, load_hf, load_native, save_hf, save_native
+from l2s_jax.checkpoints import files, llama
+from l2s_jax.checkpoints.pretrained import load_encoder, load_hf, load_native, save_hf, save_native
 from l2s_jax.models.llama import Llama, LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import parameter_count

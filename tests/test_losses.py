@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.losses import correct_tokens, cross_entropy
+from l2s_jax.training.losses import correct_tokens, cross_entropy
 
 ROWS, TOKENS, VOCABULARY = 6, 4, 11
 compiled = jax.jit(cross_entropy, static_argnums=3)

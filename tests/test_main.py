@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
-from l2s_jax import sharding
-from l2s_jax.experiment import Experiment
-from l2s_jax.loading import load_generator
-from l2s_jax.workdir import read_config
+from l2s_jax.cluster import sharding
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.workdir import read_config
+from l2s_jax.serving.loading import load_generator
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_finished_model_may_encode_in_another_dtype(job, tmp_path):
         assert "in float32." in unmixed and "bfloat16" not in unmixed
     settings = read_config(str(copy))
     settings.llm.encoder_dtype = "bfloat16"
-    with mock.patch("l2s_jax.loading.make_generator") as made:
+    with mock.patch("l2s_jax.serving.loading.make_generator") as made:
         load_generator(settings, str(copy), "l2s")
     _, (system, _, frozen), *_ = made.call_args.args
     assert system.llm_config.dtype == jnp.bfloat16 and system.slm_config.dtype == jnp.float32
@@ -143,12 +143,13 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
         f"--config.slm.path={workdir / 'slm/model'}",
         "--config.llm.train.steps=0",
         "--config.tokenizer.train_vocab_size=0",
-        "--config.labels=llm",
+        "--config.labels.source=llm",
         f"--config.features.cache={cache}",
     )
     assert tiny.run(*arguments) == 0
     (shard,) = (tmp_path / "run/labels").glob("train-*.jsonl")
-    assert len(shard.read_text().splitlines()) == 64
+    prompts = {line for line in (config.parent / "train.jsonl").read_text().splitlines()}
+    assert len(shard.read_text().splitlines()) == len(prompts) > 50
     assert not (tmp_path / "run/llm").exists()
     assert report_of(tmp_path / "run")["task"]["labels"] == "llm"
     # The same LLM in both runs: the same answers.
@@ -158,8 +159,7 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
     assert ours == theirs
 
     # H of either split lies in the cache, is found again, and is not taken for another LLM's.
-    facts = {json.loads(path.read_text())["split"]: path for path in cache.glob("*/features.json")}
-    assert set(facts) == {"train", "validation"}
+    (path,) = cache.glob("*/features.json")
     stage = json.loads((tmp_path / "run/l2s/stage.json").read_text())
     assert stage["features"] == "bfloat16"
     model = tmp_path / "run/l2s/model"
@@ -169,7 +169,6 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
     assert tiny.run(*arguments) == 0
     assert (model / "params.safetensors").read_bytes() == trained
     assert "the LLM encodes" not in capfd.readouterr().err
-    path = facts["train"]
     path.write_text(path.read_text().replace(stage["llm_hash"], "0" * 64))
     shutil.rmtree(tmp_path / "run/l2s")
     for folder, message in ((cache, "another LLM's features"), (path.parent, "the folder above")):
@@ -202,12 +201,12 @@ def test_a_model_alone_is_read_to_where_it_runs(job, name):
     mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
 
     def read_for(**settings):
-        with mock.patch("l2s_jax.loading.make_generator") as made:
+        with mock.patch("l2s_jax.serving.loading.make_generator") as made:
             load_generator(config, str(workdir), name, **settings)
         _, (_, params, _), *_ = made.call_args.args
         return params[name]
 
-    _, of_report, _ = getattr(Experiment(config, str(workdir), train=False), name)
+    _, of_report, _ = getattr(Experiment(config, str(workdir), "find"), name).loaded
     for params in (read_for(), of_report[name]):
         expected = sharding.parameter_shardings(params, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == expected

@@ -14,10 +14,11 @@ import small
 import tiny
 
 import l2s_jax
-from l2s_jax import bundle, convert
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.serving import bundle
 
 CHANGES = """
 
@@ -39,8 +40,8 @@ def get_config():
         width=16, num_heads=2, feed_forward_width=32, num_layers=1, max_positions=64
     )
     config.slm.tokenizer.train_vocab_size = 28
-    config.labels = "llm"
-    config.decoding.search.num_beams = 2
+    config.labels.update(source="llm", max_new_tokens=8)
+    config.labels.search.num_beams = config.decoding.search.num_beams = 2
     config.l2s.lora.rank = 2
     config.l2s.train.parameter_scale = False
     config.l2s.train.learning_rate_scales = (("projector/.*", 2.0),)
@@ -70,8 +71,8 @@ def test_every_system_is_measured(job):
 
 def test_models_are_what_the_config_asks_for(job):
     _, workdir = job
-    llm, _ = convert.load(str(workdir / "llm/model"))
-    slm, slm_params = convert.load(str(workdir / "slm/model"))
+    llm, _ = pretrained.load(str(workdir / "llm/model"))
+    slm, slm_params = pretrained.load(str(workdir / "slm/model"))
     assert isinstance(llm.config, LlamaConfig) and isinstance(slm.config, GPT2Config)
     assert (llm.config.vocab_size, slm.config.vocab_size) == (30, 28)
     system, trained, frozen = bundle.load(str(workdir / "l2s/model"))
@@ -123,11 +124,11 @@ def test_a_second_run_makes_nothing_anew(job):
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
-        (["--config.l2s.fusion=cross"], ["'cross'", "GPT2 has no cross-attention"]),
+        (["--config.l2s.fusion=cross"], ["'cross'", "'gpt2'", "no cross-attention"]),
         (["--config.llm.layer=3"], ["layer 3", "2 layers"]),
         (["--config.slm.model.max_positions=8"], ["8 positions", "64"]),
         (["--config.slm.model.family=rwkv"], ["rwkv", "gpt_neox"]),
-        (["--config.slm.model.num_heads=3"], ["width 16", "3 heads"]),
+        (["--config.slm.model.num_heads=3"], ["slm.model.width=16", "num_heads=3"]),
         (["--config.l2s.train.parameter_scale=True"], ["parameter_scale", "lora.rank"]),
         (["--config.l2s.lora.rank=-1"], ["lora.rank=-1"]),
         (["--config.l2s.lora.pattern=nothing"], ["lora.pattern", "matches none"]),

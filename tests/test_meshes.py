@@ -1,6 +1,6 @@
 """On any mesh the same losses, parameters and texts, and no more moved than a mesh is for.
 
-Pairs of families learn and answer on eight devices as on one, through `train.make_step` and
+Pairs of families learn and answer on eight devices as on one, through `update.make_step` and
 `Generator`. What the compiler sends between devices is read from its programs.
 """
 
@@ -18,17 +18,19 @@ import pytest
 import small
 from flax.traverse_util import flatten_dict
 
-from l2s_jax import convert, optim, sharding, train
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
+from l2s_jax.cluster.sharding import RULES
 from l2s_jax.decoding.engine import GREEDY, jitted_decode, start
-from l2s_jax.decoding.search import Search
-from l2s_jax.generate import Generator
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.models.t5 import T5Config
 from l2s_jax.plan.hlo import collectives
-from l2s_jax.sharding import RULES
+from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
+from l2s_jax.training import optim, update
 
 DEVICES = 8
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
@@ -72,7 +74,7 @@ def make(pair):
     shared = pair == ("t5", "t5")
     llm = model(pair[0], 40, small.VOCABULARY)
     slm = model(pair[1], 32, small.VOCABULARY + (0 if shared else 8))
-    encoder, frozen = convert.abstract_encoder(llm)
+    encoder, frozen = pretrained.abstract_encoder(llm)
     system = LlmToSlm(encoder, slm, 32, shared_vocabulary=shared)
     trained = jax.eval_shape(system.init, jax.random.key(0))
     return system, small.random_like(trained), small.random_like(frozen, seed=1)
@@ -88,23 +90,23 @@ CONFIG = small.make_train_config(STEPS, batch_size=ROWS, learning_rate=1e-2)
 class Run(NamedTuple):
     """What a training gave; `text` is its compiled step."""
 
-    state: train.TrainState
+    state: update.TrainState
     losses: np.ndarray
     text: str
 
 
 @functools.cache
 def trained_on(pair, name) -> Run:
-    """STEPS steps on a mesh, as train.fit takes them; on one device where it has no such name."""
+    """STEPS steps on a mesh, as loop.fit takes them; on one device where it has no such name."""
     system, params, frozen = make(pair)
     mesh = mesh_of(name)
     optimizer = optim.optimizer(CONFIG, params)
-    shardings = train.state_shardings(params, optimizer, CONFIG, mesh)
-    step = train.make_step(system, optimizer, CONFIG, 0, shardings)
+    shardings = update.state_shardings(params, optimizer, CONFIG, mesh)
+    step = update.make_step(system, optimizer, CONFIG, 0, shardings)
     losses = []
     with jax.set_mesh(mesh):
         frozen = sharding.put_parameters(frozen, mesh)
-        state = jax.jit(lambda p: train.init_state(p, optimizer, CONFIG), out_shardings=shardings)(
+        state = jax.jit(lambda p: update.init_state(p, optimizer, CONFIG), out_shardings=shardings)(
             params
         )
         batch = sharding.put_batch(small.make_batch(system, ROWS, PROMPT, RESPONSE), mesh)
@@ -155,7 +157,7 @@ PROMPTS = [prompt for prompt, _ in small.random_pairs(ROWS - 3, PROMPT - 1)]
 @functools.cache
 def answered_on(pair, name, search=GREEDY):
     """(outputs, text of the one program) of the model that was trained on a mesh, there."""
-    with mock.patch("l2s_jax.generate.jitted_decode", Recorder(jitted_decode)) as recorder:
+    with mock.patch("l2s_jax.serving.generator.jitted_decode", Recorder(jitted_decode)) as recorder:
         outputs = generator(pair, name, search=search).generate(PROMPTS)
     (text,) = recorder.texts
     return outputs, text
@@ -301,7 +303,7 @@ def test_beam_search_is_the_same_on_a_mesh_and_stays_by_rows(pair):
 def test_a_stream_is_the_same_on_a_mesh_and_its_cache_is_split(pair):
     model = generator(pair, "mixed")
     assert is_split(model.trained["slm"]["token_embedding"]["embedding"], 2, 2)
-    with mock.patch("l2s_jax.generate.start", Recorder(start)) as recorder:
+    with mock.patch("l2s_jax.serving.generator.start", Recorder(start)) as recorder:
         pieces = list(model.stream(PROMPTS[0]))
     assert "".join(pieces) == answered_on(pair, "mixed")[0][0].text
     (state,) = recorder.shardings
@@ -332,5 +334,5 @@ def test_an_llm_alone_says_the_same_on_a_mesh():
         Generator(system, params, {}, tokenizer, tokenizer, mesh=mesh_of(name), **settings)
         for name in (None, "fsdp")
     )
-    with mock.patch("l2s_jax.generate.jitted_decode", Recorder(jitted_decode)):
+    with mock.patch("l2s_jax.serving.generator.jitted_decode", Recorder(jitted_decode)):
         assert one.generate(PROMPTS[:5]) == other.generate(PROMPTS[:5])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
-from l2s_jax import metrics
+from l2s_jax.evaluation import metrics
 
 WORDS = st.sampled_from(["a", "dog", "runs", "Runs", "fast", "home", "."])
 SENTENCE = st.lists(WORDS, min_size=1, max_size=9).map(" ".join)

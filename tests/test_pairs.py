@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import small
 
-from l2s_jax import optim, sharding
-from l2s_jax.convert import family_of
+from l2s_jax.checkpoints.pretrained import family_of
+from l2s_jax.cluster import paths, sharding
 from l2s_jax.decoding.engine import jitted_decode
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
@@ -20,7 +20,8 @@ from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.models.t5 import T5Config
-from l2s_jax.train import batch_loss, init_state, train_step
+from l2s_jax.training import optim
+from l2s_jax.training.update import batch_loss, init_state, train_step
 
 ROWS, PROMPT, RESPONSE, STEPS = 32, 9, 6, 250
 # More than the LLM's: the SLM's vocabulary is another one.
@@ -172,7 +173,7 @@ def test_every_trained_parameter_has_a_gradient_and_the_llm_has_none(pair):
     assert jax.tree.structure(grads) == jax.tree.structure(trained)
     unused = {"token_embedding"} if pair[1] == "t5" else set()  # cross and replace have no E_X
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        name = sharding.path_name(path)
+        name = paths.path_name(path)
         assert np.isfinite(leaf).all(), name
         # A softmax does not see what is added to all of its inputs, as a key's bias is.
         if not name.endswith("key/bias") and not unused & set(name.split("/")):
@@ -227,7 +228,7 @@ def test_parameters_read_per_step_are_those_that_the_step_uses(family):
     used = {str(v) for equation in jaxpr.eqns for v in equation.invars}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     read = {
-        sharding.path_name(path): leaf.size
+        paths.path_name(path): leaf.size
         for (path, leaf), variable in zip(leaves, jaxpr.invars, strict=False)
         if str(variable) in used
     }

@@ -17,14 +17,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax import optim, sharding, train
-from l2s_jax.chips import CHIPS, chip_of
+from l2s_jax.cluster import sharding
+from l2s_jax.cluster.chips import CHIPS, chip_of
 from l2s_jax.config import default
 from l2s_jax.plan import hlo
 from l2s_jax.plan.command import plan
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Costs
 from l2s_jax.plan.slices import open_slice, parse_size
+from l2s_jax.training import optim, update
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,8 +95,8 @@ def test_argument_bytes_are_the_sum_of_the_shards(v5e):
         return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
     optimizer = optim.optimizer(settings, trained)
-    shardings = train.state_shardings(trained, optimizer, settings, mesh)
-    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, settings), trained)
+    shardings = update.state_shardings(trained, optimizer, settings, mesh)
+    state = jax.eval_shape(lambda p: update.init_state(p, optimizer, settings), trained)
     batch = 4 * 16 * (2 * 4 + 2)  # rows here, tokens, two int32 ids and two masks
     expected = held(state, shardings) + batch
     expected += held(frozen, sharding.parameter_shardings(frozen, mesh))
@@ -125,7 +126,7 @@ def test_training_from_a_cache_holds_no_llm(tmp_path):
     assert models.adapted[2] == {} and models.frozen
     settings = config.l2s.train
     optimizer = optim.optimizer(settings, models.trained)
-    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, settings), models.trained)
+    state = jax.eval_shape(lambda p: update.init_state(p, optimizer, settings), models.trained)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     batch = 4 * 16 * (2 * 4 + 2) + 4 * 16 * 32 * 2  # and H, 32 wide, in bfloat16
     assert report["programs"]["train"]["bytes_per_chip"]["arguments"] == held + batch

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax import progress
-from l2s_jax.progress import MetricWriter
+from l2s_jax.training import progress
+from l2s_jax.training.progress import MetricWriter
 
 
 class Terminal(io.StringIO):
@@ -78,7 +78,7 @@ def test_a_broken_line_in_the_middle_is_named_and_the_file_left_alone(tmp_path, 
 
 def test_a_killed_process_loses_no_line(tmp_path):
     code = (
-        "import os, signal, sys; from l2s_jax.progress import MetricWriter\n"
+        "import os, signal, sys; from l2s_jax.training.progress import MetricWriter\n"
         "writer = MetricWriter(sys.argv[1], total_steps=9)\n"
         "for step in range(5): writer.write(step, {'loss': step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,8 +11,9 @@ import small
 import torch
 from safetensors.numpy import load_file, save_file
 
-from l2s_jax import sharding
-from l2s_jax.convert import files, load, load_encoder, load_native, reading, save_native
+from l2s_jax.checkpoints import files, reading
+from l2s_jax.checkpoints.pretrained import load, load_encoder, load_native, save_native
+from l2s_jax.cluster import paths, sharding
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.systems import parameter_count
@@ -46,7 +47,7 @@ def checkpoints(tmp_path_factory):
 
 def named(tree):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield sharding.path_name(path), leaf
+        yield paths.path_name(path), leaf
 
 
 def count_bytes(monkeypatch):

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from matplotlib.offsetbox import AnnotationBbox
 from matplotlib.transforms import Bbox
 
-from l2s_jax import report as reporting
+from l2s_jax.evaluation import report as reporting
 
 KEYS = ("llm", "slm", "l2s", "l2s_mismatched")
 FILES = ["quality_latency.png", "quality_latency.svg", "report.json", "report.md"]

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.convert import load_hf
+from l2s_jax.checkpoints.pretrained import load_hf
 from l2s_jax.decoding import logits as processing
 from l2s_jax.decoding.beam import beam_search
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
 from l2s_jax.decoding.loop import Loop
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.settings.search import Search
 
 ROWS, PROMPT, NEW = 200, 6, 12
 FAMILIES = ("t5", "gpt2", "gpt_neox", "llama")
@@ -405,7 +406,7 @@ def test_the_greatest_is_found_in_a_program_with_all_that_comes_before_it():
         jax.random.randint(keys[2], (size, rows), 0, vocabulary),
     )
     chosen = jax.jit(lambda *arguments: processing.greatest(constrained(*arguments)))
-    optimized = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    optimized = {"xla_backend_optimization_level": 3} | xla.AS_USERS_HAVE_IT
     found = chosen.lower(*inputs).compile(compiler_options=optimized)(*inputs)
     logits = jax.jit(constrained).lower(*inputs).compile(compiler_options=optimized)(*inputs)
     np.testing.assert_array_equal(found, np.asarray(logits).argmax(axis=1))

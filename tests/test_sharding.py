@@ -10,22 +10,22 @@ import small
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax import optim, train
+from l2s_jax.cluster.paths import path_name
+from l2s_jax.cluster.sharding import (
+    RULES,
+    batch_sharding,
+    decoding_mesh,
+    make_mesh,
+    parameter_shardings,
+    put_batch,
+)
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.layers import Embedding
 from l2s_jax.models.systems import LanguageModel, parameter_count
 from l2s_jax.plan import hlo
 from l2s_jax.plan.hlo import collectives
-from l2s_jax.sharding import (
-    RULES,
-    batch_sharding,
-    decoding_mesh,
-    make_mesh,
-    parameter_shardings,
-    path_name,
-    put_batch,
-)
+from l2s_jax.training import optim, update
 
 DEVICES = 8
 
@@ -77,7 +77,7 @@ def test_parameters_that_no_rule_matches_are_listed():
 
 
 def test_parameters_that_two_rules_match_are_listed(monkeypatch):
-    monkeypatch.setattr("l2s_jax.sharding.RULES", (*RULES, (r".*norm/scale", P("fsdp"))))
+    monkeypatch.setattr("l2s_jax.cluster.sharding.RULES", (*RULES, (r".*norm/scale", P("fsdp"))))
     with pytest.raises(ValueError, match=r"rule: norm/scale \(2 rules\)$"):
         parameter_shardings({"norm": {"scale": 0}, "x": {"scale": 0}}, small.mesh_of())
 
@@ -161,22 +161,22 @@ CONFIG = small.make_train_config(STEPS, learning_rate=1e-2, ema_decay=0.5, accum
 
 @functools.cache
 def trained_on(name, sizes):
-    """(mesh, state, losses) after STEPS steps of training, as train.fit jits them."""
+    """(mesh, state, losses) after STEPS steps of training, as loop.fit jits them."""
     system = small.make_system(name, tied_head=True)
     params, frozen = small.make_params(system)
     mesh = small.mesh_of(*sizes)
     optimizer = optim.optimizer(CONFIG, params)
-    shardings = train.state_shardings(params, optimizer, CONFIG, mesh)
+    shardings = update.state_shardings(params, optimizer, CONFIG, mesh)
     step = jax.jit(
         functools.partial(
-            train.train_step, system=system, optimizer=optimizer, config=CONFIG, seed=0
+            update.train_step, system=system, optimizer=optimizer, config=CONFIG, seed=0
         ),
         out_shardings=(shardings, None),
     )
     losses = []
     with jax.set_mesh(mesh):
         frozen = jax.device_put(frozen, parameter_shardings(frozen, mesh))
-        state = jax.device_put(train.init_state(params, optimizer, CONFIG), shardings)
+        state = jax.device_put(update.init_state(params, optimizer, CONFIG), shardings)
         for seed in range(STEPS):
             batch = put_batch(small.make_batch(system, rows=16, seed=seed), mesh)
             state, metrics = step(state, frozen, batch)

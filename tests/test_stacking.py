@@ -12,7 +12,8 @@ import pytest
 import small
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax import convert, optim, sharding, train
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
 from l2s_jax.models.cache import CausalCache
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
@@ -22,6 +23,7 @@ from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import stack_layers, unstack_layers
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.training import loop, optim, update
 
 DEEP = {"num_encoder_layers": 3, "num_decoder_layers": 2}
 
@@ -150,7 +152,7 @@ def test_a_run_trains_alike_and_goes_on_in_the_other_layout(tmp_path):
     pairs = small.random_pairs(32, 7)
 
     def fit(system, frozen, directory, steps):
-        return train.fit(
+        return loop.fit(
             system,
             frozen,
             params,
@@ -185,18 +187,18 @@ def test_a_causal_slm_trains_alike_on_a_mesh():
         params, frozen = small.make_params(pair("windows"))
         frozen = stack_layers(frozen) if computed else frozen
         optimizer = optim.optimizer(config, params)
-        shardings = train.state_shardings(params, optimizer, config, mesh)
-        step = train.make_step(system, optimizer, config, 0, shardings)
+        shardings = update.state_shardings(params, optimizer, config, mesh)
+        step = update.make_step(system, optimizer, config, 0, shardings)
         losses = []
         with jax.set_mesh(mesh):
             frozen = jax.device_put(frozen, sharding.parameter_shardings(frozen, mesh))
-            state = jax.device_put(train.init_state(params, optimizer, config), shardings)
+            state = jax.device_put(update.init_state(params, optimizer, config), shardings)
             for seed in range(3):
                 batch = small.make_batch(system, rows=16, seed=seed)
                 state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
                 losses.append(float(metrics["loss"]))
         found.append((losses, jax.device_get(state.params)))
-        flops.append(train.step_flops(system, params, frozen, batch, config))
+        flops.append(update.step_flops(system, params, frozen, batch, config))
     (plain, plain_params), (scanned, scanned_params) = found
     assert flops[0] == flops[1]
     np.testing.assert_allclose(scanned, plain, rtol=1e-5)
@@ -244,7 +246,7 @@ def test_a_scanned_module_does_not_decode(call):
 def test_a_scanned_program_is_as_long_for_any_depth():
     def lines(layers, scan_layers):
         config = small.t5_config(num_encoder_layers=layers, scan_layers=scan_layers)
-        config, params = convert.abstract_encoder(config)
+        config, params = pretrained.abstract_encoder(config)
         system = LlmToSlm(config, config, projector_width=4)
         ids = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
         lowered = jax.jit(system.encode).lower({}, params, *ids)
@@ -257,6 +259,6 @@ def test_a_scanned_program_is_as_long_for_any_depth():
 
 def test_the_layout_is_on_no_disk():
     config = dataclasses.replace(small_model("llama"), **SCANNED)
-    fields = convert.config_to_native(config)
-    assert fields == convert.config_to_native(small_model("llama"))
-    assert convert.config_from_native(fields, "") == small_model("llama")
+    fields = pretrained.config_to_native(config)
+    assert fields == pretrained.config_to_native(small_model("llama"))
+    assert pretrained.config_from_native(fields, "") == small_model("llama")

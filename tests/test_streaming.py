@@ -21,11 +21,11 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from l2s_jax.decoding.loop import CHUNK, decoding_steps
-from l2s_jax.decoding.search import Search
-from l2s_jax.decoding.text import ResponseText
-from l2s_jax.generate import Generator
 from l2s_jax.models.systems import LanguageModel
-from l2s_jax.text import train_sentencepiece
+from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.text import ResponseText
+from l2s_jax.settings.search import Search
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 TEXTS = ["the quick brown fox", "jumps över the lazy dog", "naïve café", "日本語 한국어", "🙂🙃"]
 NEW = 21

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from l2s_jax.convert import load_hf
+from l2s_jax.checkpoints.pretrained import load_hf
 from l2s_jax.models.layers import SPLIT_K
 from l2s_jax.models.t5 import bucket_table
 

@@ -10,7 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax import text
+from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 SYLLABLES = ("ka", "ri", "sto", "nü", "ver", "bel", "iß", "om", "tan", "que", "lo", "fi")
 WORDS = [a + b + c for a in SYLLABLES for b in SYLLABLES[:5] for c in ("", "s", "ing")]
@@ -28,7 +29,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(directory):
-    return text.train_sentencepiece(sentences(300), vocab_size=90, directory=directory)
+    return train_sentencepiece(sentences(300), vocab_size=90, directory=directory)
 
 
 def encode(tokenizer, one):
@@ -86,14 +87,14 @@ def test_load_gives_the_same_tokenizer(tokenizer, directory, tmp_path):
     assert [file.name for file in model.parent.iterdir()] == ["spiece.model"]
     assert tokenizer.fingerprint == hashlib.sha256(model.read_bytes()).hexdigest()
     for path in (directory, str(model), str(model.parent)):
-        loaded = text.load_tokenizer(path)
+        loaded = load_tokenizer(path)
         assert loaded.fingerprint == tokenizer.fingerprint
         assert encode(loaded, "kari stobel") == encode(tokenizer, "kari stobel")
 
 
 def test_training_is_deterministic_and_samples_by_seed(tmp_path):
     def fingerprint(**options):
-        return text.train_sentencepiece(
+        return train_sentencepiece(
             iter(sentences(300)), vocab_size=70, directory=str(tmp_path), **options
         ).fingerprint
 
@@ -106,14 +107,14 @@ def test_training_is_deterministic_and_samples_by_seed(tmp_path):
 def test_training_uses_long_texts(tmp_path):
     long = " ".join(sentences(400))
     assert len(long.encode()) > 4192
-    tokenizer = text.train_sentencepiece([long], vocab_size=70, directory=str(tmp_path))
+    tokenizer = train_sentencepiece([long], vocab_size=70, directory=str(tmp_path))
     assert 2 not in encode(tokenizer, long)
 
 
 def test_bpe_keeps_every_word_whole_where_there_is_room(tmp_path):
     words = [f"{a}{b}{c}" for a in "bdgk" for b in "aeiou" for c in "lmnr"]
     texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
-    tokenizer = text.train_sentencepiece(
+    tokenizer = train_sentencepiece(
         texts, vocab_size=130, directory=str(tmp_path), model_type="bpe"
     )
     assert all(len(encode(tokenizer, word)) == 2 for word in words)
@@ -122,17 +123,15 @@ def test_bpe_keeps_every_word_whole_where_there_is_room(tmp_path):
 
 def test_unknown_model_type_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'word': expected one of \('unigram', 'bpe'\)"):
-        text.train_sentencepiece(["a"], vocab_size=10, directory=str(tmp_path), model_type="word")
+        train_sentencepiece(["a"], vocab_size=10, directory=str(tmp_path), model_type="word")
 
 
 def test_too_large_a_vocabulary_is_told_what_fits(tmp_path):
     with pytest.raises(ValueError, match="5000 pieces is too large") as error:
-        text.train_sentencepiece(sentences(300), vocab_size=5000, directory=str(tmp_path))
+        train_sentencepiece(sentences(300), vocab_size=5000, directory=str(tmp_path))
     assert not list(tmp_path.iterdir())
     largest = int(one_line(error).split()[-1])
-    tokenizer = text.train_sentencepiece(
-        sentences(300), vocab_size=largest, directory=str(tmp_path)
-    )
+    tokenizer = train_sentencepiece(sentences(300), vocab_size=largest, directory=str(tmp_path))
     assert tokenizer.vocab_size == largest
 
 
@@ -147,7 +146,7 @@ def test_too_large_a_vocabulary_is_told_what_fits(tmp_path):
 )
 def test_training_errors(tmp_path, texts, vocab_size, expected):
     with pytest.raises(ValueError, match=expected) as error:
-        text.train_sentencepiece(texts, vocab_size=vocab_size, directory=str(tmp_path))
+        train_sentencepiece(texts, vocab_size=vocab_size, directory=str(tmp_path))
     one_line(error)
     assert not list(tmp_path.iterdir())
 
@@ -159,7 +158,7 @@ def test_load_errors_name_the_file(tmp_path, content):
         file.write_bytes(content)
     for path in (tmp_path, file):
         with pytest.raises(ValueError, match=r"spiece\.model") as error:
-            text.load_tokenizer(str(path))
+            load_tokenizer(str(path))
         one_line(error)
 
 
@@ -180,5 +179,5 @@ def test_a_model_needs_padding_and_eos(tmp_path, option, piece):
     )
     (tmp_path / "spiece.model").write_bytes(model.getvalue())
     with pytest.raises(ValueError, match=f"spiece.model.*{piece}") as error:
-        text.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     one_line(error)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from l2s_jax.text import load_tokenizer, train_sentencepiece, warn_if_lossy
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.tokenizers.tokenizer import load_tokenizer, warn_if_lossy
 
 TEXTS = ["The quick brown fox", "jumps over the lazy dog.", "Größe,\n  naïve façade 漢字 🙂🙃"] * 9
 SENTENCES = ["brown dog", " the  fox\n\njumps ", "Größe 漢字 🙂", "", "<eos> </s> <|endoftext|>"]

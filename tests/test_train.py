@@ -18,8 +18,8 @@ import pytest
 import small
 import train_child
 
-from l2s_jax import meter, train
 from l2s_jax.models.systems import parameter_count
+from l2s_jax.training import loop, meter, update
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
@@ -33,7 +33,7 @@ def make_step(system, optimizer, seed=0, **config):
     config = small.make_train_config(100, **{"learning_rate": 1e-2, **config})
     return config, jax.jit(
         functools.partial(
-            train.train_step, system=system, optimizer=optimizer, config=config, seed=seed
+            update.train_step, system=system, optimizer=optimizer, config=config, seed=seed
         )
     )
 
@@ -48,7 +48,7 @@ def gradient_step(name="add", *, batch=None, seed=0, rows=8, at_step=0, slm=(), 
     """(change of the parameters by one step of plain gradient descent, metrics)."""
     system, trained, frozen = case(name, **dict(slm))
     config, step = make_step(system, DESCENT, seed, **config)
-    state = train.init_state(trained, DESCENT, config).replace(step=jnp.int32(at_step))
+    state = update.init_state(trained, DESCENT, config).replace(step=jnp.int32(at_step))
     batch = small.make_batch(system, rows=rows) if batch is None else batch
     new, metrics = step(state, frozen, batch)
     assert new.step == at_step + 1
@@ -116,7 +116,7 @@ def test_average_follows_the_parameters():
     system, trained, frozen = case()
     optimizer = optax.sgd(0.5)
     config, step = make_step(system, optimizer, ema_decay=0.25)
-    state = train.init_state(trained, optimizer, config)
+    state = update.init_state(trained, optimizer, config)
     expected = trained
     for number in range(4):
         state, _ = step(state, frozen, small.make_batch(system, seed=number))
@@ -143,7 +143,7 @@ def fit(
     config = small.make_train_config(**{"learning_rate": 1e-2, **config})
     if validation is None:
         validation = [small.make_batch(system, rows=8)]
-    return train.fit(
+    return loop.fit(
         system,
         frozen,
         trained if params is None else params,
@@ -166,8 +166,8 @@ def lines_of(directory):
 
 def scores(name, params, validation):
     system, _, frozen = case(name)
-    score = jax.jit(lambda p, f, b: train.batch_loss(system, p, f, b, None, 0.0)[1])
-    return train.validation_scores(score, params, frozen, validation)
+    score = jax.jit(lambda p, f, b: update.batch_loss(system, p, f, b, None, 0.0)[1])
+    return loop.validation_scores(score, params, frozen, validation)
 
 
 @pytest.mark.parametrize("name", ["slm", "add"])
@@ -285,25 +285,6 @@ def test_checkpoints_of_another_configuration_are_refused(tmp_path):
     with pytest.raises(ValueError, match="come from another configuration"):
         fit(tmp_path, steps=4, evaluate_every=2, fingerprint="g")
     fit(tmp_path, steps=4, evaluate_every=2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"accumulation": 3}, "x.batch_size=8 must be a multiple of x.accumulation=3"),
-        ({"select": "first"}, "x.select='first': expected 'best' or 'last'"),
-        ({"evaluate_every": 0}, "x.evaluate_every=0: expected a positive number"),
-        ({"log_every": 0}, "x.log_every=0"),
-        ({"accumulation": 0}, "x.accumulation=0: expected a positive number"),
-        ({"accumulation": -2}, "x.accumulation=-2: expected a positive number"),
-        ({"schedule": "linear"}, "schedule='linear': expected one of"),
-    ],
-)
-def test_impossible_configs_are_refused(changes, message):
-    config = small.make_train_config(4)
-    config.update(changes)
-    with pytest.raises(ValueError, match=message):
-        train.check_config(config, "x")
 
 
 def test_a_run_continues_on_another_mesh(tmp_path):

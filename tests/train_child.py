@@ -9,8 +9,8 @@ import time
 import numpy as np
 import small
 
-from l2s_jax import train
-from l2s_jax.sharding import batch_rows
+from l2s_jax.cluster.sharding import batch_rows
+from l2s_jax.training import loop
 
 STEPS = 24
 
@@ -40,7 +40,7 @@ def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1)):
         STEPS, evaluate_every=3, ema_decay=0.9, learning_rate=1e-2, accumulation=2, warmup_steps=5
     )
     config.update(dropout_rate=0.1, schedule="cosine", select="last")
-    return train.fit(
+    return loop.fit(
         system,
         frozen,
         params,

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.gpu import report
 from benchmarks.gpu.part import GRACE_S, last_error, missing, read_json
 from l2s_jax.bench.arguments import Parser
-from l2s_jax.bench.files import write_json
+from l2s_jax.files import finite, write_json
 
 # Seconds that a part may take at most, in the order in which they run. The last has what is left.
 LIMITS = {
@@ -183,7 +183,7 @@ def _same_device(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _write(parts: Mapping[str, Any], options: argparse.Namespace) -> None:
     content = {"rehearsal": options.rehearse, "parts": parts}
-    write_json(os.path.join(options.output, "gpu.json"), content)
+    write_json(os.path.join(options.output, "gpu.json"), finite(content))
     report.write(parts, options.rehearse, options.output)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from benchmarks.gpu import part
 from l2s_jax.bench import machine
 from l2s_jax.bench.contestants import milliseconds
-from l2s_jax.chips import chip_of
+from l2s_jax.cluster.chips import chip_of
 
 LIBRARIES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "qwix"),

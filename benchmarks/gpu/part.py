@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l2s_jax.bench.arguments import Parser
-from l2s_jax.bench.files import write_json
+from l2s_jax.files import finite, write_json
 
 Cell = str | float | None
 
@@ -80,7 +80,7 @@ class Result:
         """Replaces the file as a whole."""
         os.makedirs(os.path.dirname(os.path.abspath(self._path)), exist_ok=True)
         content = {**self.data, "tables": self._tables, "skipped": self._skipped}
-        write_json(self._path, content)
+        write_json(self._path, finite(content))
 
 
 def read_json(path: str) -> Any:

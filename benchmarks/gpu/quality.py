@@ -61,6 +61,7 @@ REHEARSED_FLAGS = (
     "--config.max_response_tokens=12",
     "--config.buckets=((12,12),)",
     "--config.l2s.projector_width=16",
+    "--config.labels.batch_size=16",
     "--config.decoding.max_new_tokens=12",
     "--config.decoding.batch_size=16",
     "--config.evaluation.latency.batch_size=1",

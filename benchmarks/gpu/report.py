@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from l2s_jax.bench.files import replace_file
+from l2s_jax.files import write_bytes
 
 
 def write(parts: Mapping[str, Mapping[str, Any]], rehearsal: bool, folder: str) -> None:
     """Replaces FOLDER/gpu.md."""
     content = markdown(parts, rehearsal, folder).encode()
-    replace_file(os.path.join(folder, "gpu.md"), content)
+    write_bytes(os.path.join(folder, "gpu.md"), content)
 
 
 def markdown(parts: Mapping[str, Mapping[str, Any]], rehearsal: bool, folder: str) -> str:

@@ -64,9 +64,9 @@ from benchmarks.gpu.right_tables import (
     TABLES,
     TOLERANCE,
 )
-from l2s_jax.convert import load_hf
+from l2s_jax.checkpoints.pretrained import load_hf
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
-from l2s_jax.decoding.search import Search
+from l2s_jax.settings.search import Search
 
 BEAMS = Search(num_beams=4)
 # Of transformers' logits, to see whether a beam search that differs is a tie.

@@ -18,8 +18,8 @@ import numpy as np
 from flax import linen as nn
 
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.settings.search import Search
 
 if TYPE_CHECKING:
     from benchmarks.gpu.right_reference import Reference

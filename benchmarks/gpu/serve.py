@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.gpu import part
 from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, measure
 from l2s_jax.bench.contestants import CONTESTANTS
-from l2s_jax.plot import image
+from l2s_jax.evaluation.plot import image
 
 # Rows -> milliseconds of a batch, and what it makes in tokens/s.
 TENSORRT_LLM = {32: (706.0, 3312.0), 64: (1137.0, 4184.0), 128: (1999.0, 4768.0)}

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2s_jax.bench.arguments import Parser, count, integers
-from l2s_jax.bench.files import write_json
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.bench.ours import bytes_of_weights
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.decoding.engine import advance, start
 from l2s_jax.decoding.loop import CHUNK, State
+from l2s_jax.files import finite, write_json
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.systems import LanguageModel
 
@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for batch_size in options.batch_sizes:
         rows.append(measure(options, batch_size))
-        write_json(options.output, {"model": options.model, "dtype": options.dtype, "rows": rows})
+        content = {"model": options.model, "dtype": options.dtype, "rows": rows}
+        write_json(options.output, finite(content))
     return 0
 
 

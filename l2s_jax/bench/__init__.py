@@ -1,1 +1,4 @@
-"""Speed of L2S, its LLM and its SLM beside what people use today: `python -m l2s_jax.bench`."""
+"""Our systems side by side with other libraries, in one run.
+
+Imports evaluation, and what it stands on.
+"""

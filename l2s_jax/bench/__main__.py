@@ -28,13 +28,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from l2s_jax import convert
 from l2s_jax.bench import machine
 from l2s_jax.bench.arguments import Parser, count, integers
 from l2s_jax.bench.contest import Contest
 from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.report import write_report
+from l2s_jax.checkpoints import pretrained
 
 log = logging.getLogger("l2s_jax")
 
@@ -158,7 +158,7 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
         weights[name] = "of the checkpoint" if real else "random, of real geometry"
         if not real:
             write_random(given, paths[name], weights=written)
-        configs[name] = convert.read_config(paths[name])
+        configs[name] = pretrained.read_config(paths[name])
     setup = Setup(
         **paths,
         dtype=options.dtype,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from l2s_jax import convert
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.systems import LanguageModel
 
@@ -31,10 +31,10 @@ def write_random(name: str, directory: str, *, weights: bool = True) -> None:
     os.makedirs(directory)
     if weights:
         system = LanguageModel("llm", config)
-        convert.save_hf(config, jax.jit(system.init)(jax.random.key(0))["llm"], directory)
+        pretrained.save_hf(config, jax.jit(system.init)(jax.random.key(0))["llm"], directory)
     else:
         with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(convert.family_of(config).config_to_hf(config), file)
+            json.dump(pretrained.family_of(config).config_to_hf(config), file)
     _write_pieces(config.vocab_size, directory)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from l2s_jax import convert
 from l2s_jax.bench.contestants import Case, Setup, has_weights
 from l2s_jax.bench.geometry import random_like
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes
-from l2s_jax.latency import Stopwatch
+from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
@@ -97,9 +97,9 @@ def _load(
 def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
     """(config, parameters as they serve) of a folder, random where it holds none."""
     if has_weights(path):
-        module, params = convert.load(path, dtype=dtype, serve=True)
+        module, params = pretrained.load(path, dtype=dtype, serve=True)
         return module.config, params
-    config = dataclasses.replace(convert.read_config(path), dtype=dtype)
+    config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     shapes = jax.eval_shape(LanguageModel("llm", config).init, jax.random.key(0))
     return config, _random(shapes["llm"], config)
 
@@ -107,10 +107,10 @@ def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
 def _encoder(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
     """Likewise, of what encodes a prompt."""
     if has_weights(path):
-        module, params = convert.load_encoder(path, dtype=dtype, serve=True)
+        module, params = pretrained.load_encoder(path, dtype=dtype, serve=True)
         return module.config, params
-    config = dataclasses.replace(convert.read_config(path), dtype=dtype)
-    config, shapes = convert.abstract_encoder(config)
+    config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
+    config, shapes = pretrained.abstract_encoder(config)
     return config, _random(shapes, config)
 
 

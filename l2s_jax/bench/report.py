@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from l2s_jax.bench.contestants import CONTESTANTS, OURS
-from l2s_jax.bench.files import replace_file, write_json
-from l2s_jax.plot import image
+from l2s_jax.evaluation.plot import image
+from l2s_jax.files import finite, write_bytes, write_json, write_text
 
 _CASE = ("batch_size", "prompt_tokens", "new_tokens")
 _COLORS = {
@@ -43,15 +43,15 @@ _COLORS = {
 def write_report(report: Mapping[str, Any], stem: str) -> None:
     """Writes STEM.json, STEM.md and the plots STEM-*.png; replaces each as a whole."""
     results = report["rows"]
-    write_json(f"{stem}.json", report)
-    replace_file(f"{stem}.md", markdown(report).encode())
+    write_json(f"{stem}.json", finite(report))
+    write_text(f"{stem}.md", markdown(report))
     for name, figure in (
         ("latency", _latency(results)),
         ("speedup", _speedup(results)),
         ("shares", _shares(results)),
     ):
         if figure is not None:
-            replace_file(f"{stem}-{name}.png", image(figure, "png"))
+            write_bytes(f"{stem}-{name}.png", image(figure, "png"))
 
 
 def markdown(report: Mapping[str, Any]) -> str:

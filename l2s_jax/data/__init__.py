@@ -1,1 +1,4 @@
-"""Data: sources (files, TFDS) -> tasks (prompt templates) -> token ids -> batches (Grain)."""
+"""Sources (files, TFDS) -> tasks (templates) -> examples (token ids) -> batches (Grain).
+
+Imports tokenizers.
+"""

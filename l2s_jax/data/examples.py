@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from l2s_jax.data.tasks import Example
-from l2s_jax.text import Tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 _TOKENIZE_AT_ONCE = 8192
 
@@ -122,12 +122,10 @@ class TokenizedExamples:
         return self._tokens.responses.lengths
 
     @functools.cached_property
-    def prompts_hash(self) -> str:
-        """sha256 (hex) over the ids of all prompts, as they are after the cut."""
-        values, offsets = self._tokens.prompts
-        digest = hashlib.sha256(offsets.astype("<i8"))
-        digest.update(values.astype("<i4"))
-        return digest.hexdigest()
+    def prompt_keys(self) -> list[bytes]:
+        """Half of the SHA-256 of the ids of each prompt, as they are after the cut."""
+        prompts = self._tokens.prompts._replace(values=self._tokens.prompts.values.astype("<i4"))
+        return [hashlib.sha256(prompts[i].tobytes()).digest()[:16] for i in range(len(self))]
 
     def padded_prompts(
         self, indices: np.ndarray, prompt_tokens: int

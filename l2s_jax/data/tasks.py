@@ -63,6 +63,20 @@ class Task:
             )
         return examples
 
+    def settings(self, split: str) -> list[Any]:
+        """What decides, beside the content of its files, which examples a split has; JSON-able."""
+        references = self._references if split != "train" else ""
+        source = [self._source, self._tfds_name, self._splits.get(split)]
+        return [*source, self._prompt, self._response, references]
+
+    def files(self, split: str) -> list[str]:
+        """The files of a split; none where TFDS has them."""
+        value = self._splits.get(split)
+        if self._source == "tfds" or not value:
+            return []
+        names = value.values() if isinstance(value, Mapping) else [value]
+        return [sources.resolve(self._data_dir, name) for name in names]
+
     def render_prompt(self, record: Mapping[str, Any], where: str = "the record") -> str:
         """The prompt of a record that holds the template's fields.
 

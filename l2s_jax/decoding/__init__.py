@@ -1,1 +1,4 @@
-"""The compiled decoding loop. It knows no model, only `step(params, token, cache)`."""
+"""Compiled loops that write responses: greedy, sampled and by beams. They know no family.
+
+Imports models and cluster.
+"""

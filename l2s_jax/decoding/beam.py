@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from l2s_jax.cluster.sharding import top_k
 from l2s_jax.decoding.logits import History, constrain
-from l2s_jax.decoding.search import Search
-from l2s_jax.sharding import top_k
+from l2s_jax.settings.search import Search
 
 # Not -inf: differences between hypotheses that are out must not be NaN.
 _OUT = -1e9

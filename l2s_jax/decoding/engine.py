@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from l2s_jax.decoding.beam import Hypotheses, beam_search
 from l2s_jax.decoding.logits import History, history_of
 from l2s_jax.decoding.loop import Decoded, Loop, State, decoding_steps
-from l2s_jax.decoding.search import Search
 from l2s_jax.models.cache import take_hypotheses
 from l2s_jax.models.systems import Params, System
+from l2s_jax.settings.search import Search
 
 GREEDY = Search()
 

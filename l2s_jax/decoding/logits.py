@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from l2s_jax.decoding.search import Search
-from l2s_jax.sharding import top_k
+from l2s_jax.cluster.sharding import top_k
+from l2s_jax.settings.search import Search
 
 
 @struct.dataclass

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from l2s_jax.decoding.logits import History, constrain, greatest, sample, truncate
-from l2s_jax.decoding.search import Search
+from l2s_jax.settings.search import Search
 
 Cache = TypeVar("Cache")
 Step = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from l2s_jax.sharding import ROWS, constrain
+from l2s_jax.cluster.sharding import ROWS, constrain
 
 
 @struct.dataclass

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from l2s_jax.cluster.sharding import split_rows
 from l2s_jax.models.cache import CausalCache, KeyValue, place, write_position
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
-from l2s_jax.sharding import split_rows
 
 
 class CausalAttention(nn.Module):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import qwix
 from flax import linen as nn
 
+from l2s_jax.cluster.sharding import constrain, program_mesh, split_rows
 from l2s_jax.models.cache import KeyValue
-from l2s_jax.sharding import constrain, program_mesh, split_rows
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 

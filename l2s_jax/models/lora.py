@@ -14,23 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from l2s_jax.cluster.paths import matching
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params
-from l2s_jax.optim import matching
-
-
-def check_lora(rank: int, alpha: float, pattern: str) -> None:
-    """Checks what can be checked before there are parameters.
-
-    Raises:
-      ValueError: a rank or a scale that is not positive, or a pattern that is none.
-    """
-    if rank < 1 or alpha <= 0:
-        raise ValueError(f"lora.rank={rank}, lora.alpha={alpha}: expected positive numbers")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"lora.pattern={pattern!r}: not a regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +38,6 @@ class Lora:
     rank: int
     alpha: float
     pattern: str
-
-    def __post_init__(self) -> None:
-        check_lora(self.rank, self.alpha, self.pattern)
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-STACKED = "layers"
+from l2s_jax.cluster.paths import STACKED
 
 _LAYER = re.compile(r"layers_(\d+)")
 
@@ -70,11 +70,6 @@ def stacked_path(path: str) -> tuple[str, int | None]:
         if layer := _LAYER.fullmatch(name):
             return "/".join([*names[:i], STACKED, *names[i + 1 :]]), int(layer[1])
     return path, None
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the parameter at a '/'-joined path has an axis of layers in front."""
-    return STACKED in path.split("/")
 
 
 def make_layers(make: Callable[[], nn.Module], config: Any, count: int) -> Any:

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from l2s_jax.cluster.sharding import split_parameters
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
-from l2s_jax.sharding import split_parameters
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -153,6 +153,16 @@ class LanguageModel:
         return make_module(self.config).parameters_read_per_step(trained[self.name])
 
 
+def represent(config: ModelConfig, frozen: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """H of prompts, float32 [B, T, D], by an LLM of which `frozen` is what encodes.
+
+    ids int32 and mask bool, [B, T].
+    """
+    llm = make_module(config)
+    embedded = llm.apply({"params": frozen}, ids, method="embed")
+    return llm.apply({"params": frozen}, embedded, mask, method="represent")
+
+
 @dataclasses.dataclass(frozen=True)
 class LlmToSlm:
     """The hybrid; `trained` is {"projector", "slm"}, `frozen` the LLM as `load_encoder` gives it.
@@ -226,9 +236,7 @@ class LlmToSlm:
 
     def encode(self, trained: Params, frozen: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The frozen LLM's H, float32 [B, T, D_llm]; never with dropout."""
-        llm = make_module(self.llm_config)
-        embedded = llm.apply({"params": frozen}, ids, method="embed")
-        return llm.apply({"params": frozen}, embedded, mask, method="represent")
+        return represent(self.llm_config, frozen, ids, mask)
 
     def prefill(
         self,

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from l2s_jax.cluster.sharding import split_rows
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place, write_position
 from l2s_jax.models.layers import Attention, Dropout, Embedding, Linear, RMSNorm, mask_bias
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
-from l2s_jax.sharding import split_rows
 
 ACTIVATIONS = {
     "relu": (nn.relu, False),

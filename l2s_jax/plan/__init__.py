@@ -1,1 +1,4 @@
-"""What a config needs on accelerators that are not there: compiled ahead of time, never run."""
+"""Compiles an experiment's programs for a slice that isn't there, and says what fits.
+
+Imports training, serving, and what they stand on.
+"""

@@ -12,11 +12,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from l2s_jax import optim, sharding, train
+from l2s_jax.cluster import sharding
+from l2s_jax.config import typed
 from l2s_jax.plan import report
 from l2s_jax.plan.models import Plan, make_plan
 from l2s_jax.plan.programs import PROGRAMS, Compiler, shard_bytes
 from l2s_jax.plan.slices import Slice, open_slice
+from l2s_jax.training import optim, update
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def plan(
         raise ValueError(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
         )
-    train.check_config(config.l2s.train, "config.l2s.train")
+    typed(config)
     if config.decoding.weights != "float":
         raise ValueError(
             f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "
@@ -111,8 +113,8 @@ def _weights(models: Plan, config: ConfigDict, mesh: Mesh, training: bool) -> in
     trees: list[tuple[Any, Any]] = [(frozen, sharding.parameter_shardings(frozen, mesh))]
     if training:
         optimizer = optim.optimizer(settings, params)
-        shardings = train.state_shardings(params, optimizer, settings, mesh)
-        state = train.abstract_state(params, optimizer, settings, shardings)
+        shardings = update.state_shardings(params, optimizer, settings, mesh)
+        state = update.abstract_state(params, optimizer, settings, shardings)
         total = sum(map(shard_bytes, jax.tree.leaves(state)))
     else:
         trees.append((models.trained, sharding.parameter_shardings(models.trained, mesh)))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from l2s_jax import convert
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
@@ -18,7 +18,7 @@ from l2s_jax.models.lora import Lora
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
-from l2s_jax.text import load_tokenizer
+from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         remat=settings.train.remat,
     )
     try:
-        encoder, frozen = convert.abstract_encoder(
+        encoder, frozen = pretrained.abstract_encoder(
             dataclasses.replace(llm, dtype=encoder_dtype, scan_layers=config.scan_layers),
             config.llm.layer,
         )
@@ -116,7 +116,7 @@ def _model(config: ConfigDict, name: str) -> ModelConfig:
     section = config[name]
     if section.path:
         if os.path.isdir(section.path):
-            return convert.read_config(section.path)
+            return pretrained.read_config(section.path)
         known = os.path.basename(os.path.normpath(section.path)).lower()
         if known not in GEOMETRIES:
             raise ValueError(

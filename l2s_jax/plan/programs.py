@@ -14,14 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax import optim, sharding, train
-from l2s_jax.chips import Chip
+from l2s_jax.cluster import sharding
+from l2s_jax.cluster.chips import Chip
+from l2s_jax.config import buckets_of
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
-from l2s_jax.decoding.search import changed
 from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
+from l2s_jax.settings.search import changed
+from l2s_jax.training import optim, update
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
 
@@ -97,13 +99,13 @@ class Compiler:
         system, params, frozen = self.plan.adapted
         settings = self.config.l2s.train
         optimizer = optim.optimizer(settings, params)
-        shardings = train.state_shardings(params, optimizer, settings, self.mesh)
+        shardings = update.state_shardings(params, optimizer, settings, self.mesh)
 
         def make_step(system: Any) -> Any:
-            return train.make_step(system, optimizer, settings, self.config.seed, shardings)
+            return update.make_step(system, optimizer, settings, self.config.seed, shardings)
 
-        state = train.abstract_state(params, optimizer, settings, shardings)
-        prompt, response = (max(sizes) for sizes in zip(*self.config.buckets, strict=True))
+        state = update.abstract_state(params, optimizer, settings, shardings)
+        prompt, response = buckets_of(self.config)[-1]
         rows = settings.batch_size
         batch = {}
         for name, width in (("llm", prompt), ("response", response)):

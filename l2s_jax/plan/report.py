@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from l2s_jax.config import buckets_of
+from l2s_jax.files import write_json, write_text
 from l2s_jax.plan.programs import Program
 from l2s_jax.plan.slices import Slice
 
@@ -77,9 +78,7 @@ def throughput(
 
     rates = {}
     if step := milliseconds("train"):
-        tokens = config.l2s.train.batch_size * sum(
-            max(b) for b in zip(*config.buckets, strict=True)
-        )
+        tokens = config.l2s.train.batch_size * sum(buckets_of(config)[-1])
         rates["train"] = tokens / step * 1e3
     parts = [milliseconds(name) for name in ("encode", "prefill", "decode")]
     if all(parts):
@@ -115,11 +114,8 @@ def write(report: dict[str, Any], workdir: str) -> str:
     """Writes DIR/plan.json and DIR/plan.md; gives the latter's text."""
     os.makedirs(workdir, exist_ok=True)
     text = markdown(report)
-    for name, content in (("plan.json", json.dumps(report, indent=2) + "\n"), ("plan.md", text)):
-        temporary = os.path.join(workdir, f".{name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(temporary, os.path.join(workdir, name))
+    write_json(os.path.join(workdir, "plan.json"), report)
+    write_text(os.path.join(workdir, "plan.md"), text)
     return text
 
 

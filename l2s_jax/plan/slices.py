@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax.chips import CHIPS, Chip
+from l2s_jax.cluster.chips import CHIPS, Chip
 
 EXPECTED = "such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
 

@@ -1,0 +1,215 @@
+"""Checkpoint directories: a config.json and safetensors files, read lazily and written whole.
+
+Nothing is ever unpickled. Errors are ValueErrors of one line that name the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from l2s_jax.files import atomic_directory, read_json, replacing, write_json
+
+_MAPPED_BYTES = 1 << 27
+
+Index = tuple[slice, ...]  # of each axis from where to where, without steps
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def listed(marked: Sequence[str], limit: int = 8) -> str:
+    """Joins marked names for an error of one line, the first `limit` of them."""
+    more = f" and {len(marked) - limit} more" if len(marked) > limit else ""
+    return ", ".join(marked[:limit]) + more
+
+
+def _weight_map(index_path: str) -> dict[str, str]:
+    """Tensor name -> file name, from a model.safetensors.index.json."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_path}: expected an object weight_map of tensor name to file name")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or os.path.basename(name) != name or not name:
+            raise ValueError(f"{index_path}: {key}: {name!r} is not the name of a file beside it")
+    return weight_map
+
+
+def _no_weights(directory: str, stem: str) -> ValueError:
+    pickles = sorted(
+        name for name in os.listdir(directory) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))
+    )
+    if pickles:
+        return ValueError(
+            f"{os.path.join(directory, pickles[0])}: pickled weights are not read; save the model "
+            "as safetensors first (save_pretrained of a recent transformers does)"
+        )
+    return ValueError(f"{directory}: no {stem}.safetensors or {stem}.safetensors.index.json")
+
+
+def _single_path(directory: str, stem: str) -> str:
+    return os.path.join(directory, f"{stem}.safetensors")
+
+
+def _index_path(directory: str, stem: str) -> str:
+    return os.path.join(directory, f"{stem}.safetensors.index.json")
+
+
+class TensorFiles:
+    """The tensors of `stem`.safetensors, or of the shards that its index names.
+
+    A file is opened when a tensor of it is first asked for. Use as a context manager. `source` is
+    the file that lists the tensors; `keys` their names.
+    """
+
+    def __init__(self, directory: str, stem: str) -> None:
+        single = _single_path(directory, stem)
+        index = _index_path(directory, stem)
+        self._open: dict[str, Any] = {}
+        self._mapped = 0  # bytes read through the open files
+        self._expected: dict[str, set[str]] = {}
+        if os.path.exists(single):
+            self.source = single
+            self._files = dict.fromkeys(self._opened(single).keys(), single)
+        elif os.path.exists(index):
+            self.source = index
+            self._files = {
+                key: os.path.join(directory, name) for key, name in _weight_map(index).items()
+            }
+            for key, file in self._files.items():
+                self._expected.setdefault(file, set()).add(key)
+        else:
+            raise _no_weights(directory, stem)
+        self.keys = frozenset(self._files)
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+        self._mapped = 0
+
+    def _opened(self, file: str) -> Any:
+        if file in self._open:
+            return self._open[file]
+        try:
+            handle = safetensors.safe_open(file, framework="np").__enter__()
+        except FileNotFoundError:
+            raise ValueError(f"{file}: no such file, but {self.source} names it") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+        self._open[file] = handle
+        if (expected := self._expected.pop(file, None)) is not None:
+            found = set(handle.keys())
+            differing = [f"- {key}" for key in sorted(expected - found)]
+            differing += [f"+ {key}" for key in sorted(found - expected)]
+            if differing:
+                raise ValueError(f"{file}: differs from {self.source}: {listed(differing)}")
+        return handle
+
+    def file(self, key: str) -> str:
+        """Path of the file that holds `key`."""
+        return self._files[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._opened(self._files[key]).get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """Dtype of a tensor as safetensors names it (F32, BF16, ...), without reading it."""
+        return self._opened(self._files[key]).get_slice(key).get_dtype()
+
+    def read(self, key: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the part of it at `index`, in the file's own dtype."""
+        tensor = self._opened(self._files[key]).get_slice(key)
+        if (dtype := tensor.get_dtype()) not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{self._files[key]}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+            )
+        if not index:
+            part = self._opened(self._files[key]).get_tensor(key)
+            self._mapped += part.nbytes
+        else:
+            part = tensor[index]
+            # Of a row, what lies between the numbers that are asked for is read with them.
+            row = math.prod(tensor.get_shape()[1:])
+            self._mapped += len(part) * row * part.itemsize
+        # The library maps files, and what was read of one stays in memory until it is closed.
+        if self._mapped > _MAPPED_BYTES:
+            self._close()
+        return part
+
+
+def hashed_files(directory: str) -> list[str]:
+    """Paths of all files that loading `directory` reads."""
+    stem = "params" if "format" in read_json(os.path.join(directory, "config.json")) else "model"
+    names = ["config.json"]
+    index = _index_path(directory, stem)
+    if os.path.exists(index) and not os.path.exists(_single_path(directory, stem)):
+        names += [os.path.basename(index), *sorted(set(_weight_map(index).values()))]
+    else:
+        names.append(f"{stem}.safetensors")
+    return [os.path.join(directory, name) for name in names]
+
+
+def content_hash(directory: str) -> str:
+    """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads."""
+    digest = hashlib.sha256()
+    for path in hashed_files(directory):
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{os.path.basename(path)}\0{size}\0".encode())
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def write_directory(
+    directory: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], stem: str
+) -> None:
+    """Writes config.json and `stem`.safetensors; a reader never sees half of either.
+
+    A new directory appears at once. In an existing one the old config.json goes first and the new
+    one comes last, so that a write cut short leaves no directory that loads as something mixed.
+    """
+    directory = os.path.abspath(directory)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise ValueError(f"{directory}: exists and is not a directory")
+    # safetensors writes from the array's memory, whatever its strides.
+    whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    umask = os.umask(0)
+    os.umask(umask)
+
+    def write_weights(path: str) -> None:
+        try:
+            save_file(whole, path, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{directory}: cannot be written: {error}") from None
+        os.chmod(path, 0o666 & ~umask)
+
+    weights, settings = f"{stem}.safetensors", "config.json"
+    if not os.path.isdir(directory) or not os.listdir(directory):
+        with atomic_directory(directory) as temporary:
+            write_weights(os.path.join(temporary, weights))
+            write_json(os.path.join(temporary, settings), config, sort_keys=True)
+        return
+    with replacing(os.path.join(directory, weights)) as temporary:
+        write_weights(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(directory, settings))
+    write_json(os.path.join(directory, settings), config, sort_keys=True)

@@ -1,0 +1,204 @@
+"""Conversion of checkpoints and of L2S models, from Python (`load_hf` and so on) or by a command:
+
+python -m l2s_jax.convert --input=DIR --output=DIR [--to=hf] [--verify]   a model on its own
+python -m l2s_jax.convert --input=RUN/l2s/model --output=DIR [--include-llm]   a whole L2S model
+python -m l2s_jax.convert --input=RUN/l2s/model --output=DIR --to=hf           its SLM
+python -m l2s_jax.convert --input=DIR --inspect                                the parameters
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from l2s_jax.checkpoints.engine import Params
+from l2s_jax.checkpoints.pretrained import (
+    family_of,
+    inspect,
+    load,
+    load_encoder,
+    load_hf,
+    load_native,
+    save_hf,
+    save_native,
+)
+from l2s_jax.checkpoints.verify import Agreement, compare
+from l2s_jax.files import atomic_directory, read_json
+from l2s_jax.models.families import make_module
+from l2s_jax.models.systems import parameter_count
+from l2s_jax.serving import bundle
+
+__all__ = [
+    "inspect",
+    "load",
+    "load_encoder",
+    "load_hf",
+    "load_native",
+    "main",
+    "save_hf",
+    "save_native",
+]
+
+# Beside the weights in a Hugging Face directory, and of use with either format.
+TOKENIZER_FILES = (
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m l2s_jax.convert", description="Converts a checkpoint.", allow_abbrev=False
+    )
+    parser.add_argument("--input", required=True, help="directory of either format")
+    parser.add_argument("--output", help="directory to make")
+    parser.add_argument(
+        "--to",
+        choices=("l2s_jax", "hf"),
+        default="l2s_jax",
+        help="format to write: ours (default) or Hugging Face's; of an L2S model, hf takes the SLM",
+    )
+    parser.add_argument(
+        "--include-llm",
+        action="store_true",
+        help="of an L2S model: copy what encodes of the LLM too, instead of referring to it",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the logits with those of transformers (needs torch and transformers)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=1e-4,
+        help="largest difference, relative to the logits' scale, that --verify lets pass (1e-4)",
+    )
+    parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print each parameter: name, shape, dtype in the file, name in the file",
+    )
+    return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """One line for flags that make no sense together, before anything is read or written."""
+    if flags.inspect:
+        if flags.output or flags.verify or flags.include_llm:
+            raise ValueError("--inspect only prints: expected no other flag than --input")
+        return
+    if not flags.output:
+        raise ValueError("--output: expected a directory to make, or --inspect")
+    if os.path.exists(flags.output) and (
+        not os.path.isdir(flags.output) or os.listdir(flags.output)
+    ):
+        raise ValueError(f"{flags.output}: exists already; give --output a new directory")
+    whole = bundle.is_bundle(flags.input)
+    if flags.include_llm and (not whole or flags.to == "hf"):
+        raise ValueError(f"--include-llm: expected a whole L2S model as --input, not {flags.input}")
+    if not flags.verify:
+        return
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--verify needs {name}, which is not installed")
+    if flags.to != "hf" and "format" in read_json(os.path.join(flags.input, "config.json")):
+        raise ValueError(
+            f"{flags.input}: --verify compares with transformers, but neither the input nor "
+            "the output is in Hugging Face's format"
+        )
+
+
+def _convert(flags: argparse.Namespace) -> None:
+    if bundle.is_bundle(flags.input) and flags.to != "hf":
+        with atomic_directory(flags.output) as temporary:
+            bundle.copy(flags.input, temporary, include_llm=flags.include_llm)
+        print(f"{flags.output}: an L2S model")
+        return
+    if bundle.is_bundle(flags.input):
+        system, trained, _ = bundle.load(flags.input)
+        if "encoder" not in trained["slm"] and system.fusion == "cross":
+            raise ValueError(
+                f"{flags.input}: fusion 'cross' has an SLM without an encoder, which transformers "
+                "has no place for"
+            )
+        module, params = make_module(system.slm_config), trained["slm"]
+    else:
+        module, params = load(flags.input)
+    with atomic_directory(flags.output) as temporary:
+        save = save_hf if flags.to == "hf" else save_native
+        save(module.config, params, temporary)
+        for name in TOKENIZER_FILES:
+            source = os.path.join(flags.input, name)
+            if os.path.exists(source):
+                shutil.copyfile(source, os.path.join(temporary, name))
+    print(
+        f"{flags.output}: {family_of(module.config).name}, {parameter_count(params):,} parameters"
+    )
+    if flags.verify:
+        _verify(flags, module, params)
+
+
+def _verify(flags: argparse.Namespace, module: object, params: Params) -> None:
+    if flags.to == "hf":
+        theirs = flags.output
+    else:
+        theirs = flags.input
+        module, params = load(flags.output)
+    found: Agreement = compare(family_of(module.config), theirs, module, params)
+    measured = (
+        f"largest difference {found.difference:.1e} of the logits' scale, KL {found.kl:.1e} nats, "
+        f"top-1 agreement {found.top1:.1%}"
+    )
+    if not found.difference <= flags.threshold:
+        raise ValueError(
+            f"{flags.output}: differs from transformers: {measured}; expected a difference of at "
+            f"most {flags.threshold:.0e}"
+        )
+    print(f"agrees with transformers: {measured}")
+
+
+def _inspect(directory: str) -> None:
+    rows = bundle.inspect(directory) if bundle.is_bundle(directory) else inspect(directory)
+    cells = [(r.path, "x".join(map(str, r.shape)), r.dtype, r.key) for r in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    flags = _parser().parse_args(arguments)
+    try:
+        _check(flags)
+        if flags.inspect:
+            _inspect(flags.input)
+        else:
+            _convert(flags)
+    except BrokenPipeError:
+        # Who reads the output, head for one, has all that it wants.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

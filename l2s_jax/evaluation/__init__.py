@@ -1,0 +1,4 @@
+"""Quality, latency, the report, its plots, the model card.
+
+Imports experiment, and what it stands on.
+"""

@@ -1,0 +1,91 @@
+"""The model card of an L2S model: what it is, from what it was made, what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.evaluation.report import dtypes
+from l2s_jax.files import write_text
+from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
+from l2s_jax.serving.bundle import CARD
+
+_FUSIONS = {
+    "add": "added to the small model's embedding of the prompt",
+    "replace": "in the place of the small model's embedding of the prompt",
+    "cross": "attended to by the small model's decoder, which has no encoder of its own",
+}
+
+
+def write_card(
+    directory: str,
+    config: ConfigDict,
+    report: Mapping[str, Any],
+    loaded: tuple[LlmToSlm, Params, Params],
+) -> None:
+    """Writes `directory`/README.md, from a run's config and report.json and the model itself."""
+    system, trained, frozen = loaded
+    task, systems, environment = report["task"], report["systems"], report["environment"]
+    metrics = list(systems["l2s"]["quality"])
+    rows = [
+        f"| {name} | {values['params']:,} | "
+        + " | ".join(f"{values['quality'][metric]:.1f}" for metric in metrics)
+        + f" | {values['latency']['decode_ms_per_token']:.3g} "
+        + f"| {values['latency']['total_ms']:.3g} |"
+        for name, values in systems.items()
+    ]
+    llm, slm = (_described(config[name], name) for name in ("llm", "slm"))
+    layer = f", layer {config.llm.layer:g}" if config.llm.layer else ""
+    labels = "the LLM's own responses" if task["labels"] == "llm" else "the data's responses"
+    latency = systems["l2s"]["latency"]
+    lines = [
+        f"# LLM-to-SLM on {task['name']}",
+        "",
+        "A large language model (LLM) reads the prompt once; a small one (SLM) writes the response",
+        "from the LLM's representations, which a projector brings to its width",
+        "([Bergner et al. 2024](https://arxiv.org/abs/2402.16844)).",
+        "",
+        "## What",
+        "",
+        f"- LLM, frozen: {llm}{layer}; {parameter_count(frozen):,} parameters are needed",
+        f"- SLM: {slm}; {parameter_count(trained['slm']):,} parameters",
+        f"- Projector: {parameter_count(trained['projector']):,} parameters; its output is",
+        f"  {_FUSIONS[system.fusion]}",
+        f"- Vocabulary: {'shared' if system.shared_vocabulary else 'one of each model'}",
+        f"- Trained on: the `train` split of {task['name']}, {labels}",
+        f"- Prompt: `{json.dumps(config.task.prompt, ensure_ascii=False)}`",
+        "",
+        "## Figures",
+        "",
+        f"{task['examples']:,} examples of `{task['split']}`. Times are milliseconds at batch 1,",
+        f"{latency['prompt_tokens']} prompt tokens and {latency['new_tokens']} new ones, on",
+        f"{environment['device']}, in {dtypes(environment)}.",
+        "`l2s_mismatched` is the control: L2S fed the representations of another prompt.",
+        "",
+        f"| system | parameters | {' | '.join(metrics)} | ms per token | ms per request |",
+        f"|---|---|{'---|' * len(metrics)}---|---|",
+        *rows,
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import l2s_jax",
+        "",
+        'model = l2s_jax.load("this directory")',
+        'print(model.generate(["a prompt"])[0].text)',
+        "```",
+        "",
+    ]
+    write_text(os.path.join(directory, CARD), "\n".join(lines))
+
+
+def _described(section: ConfigDict, name: str) -> str:
+    """Where a model came from."""
+    if section.path:
+        trained = ", trained further" if name == "slm" or section.train.steps else ""
+        return f"`{os.path.basename(os.path.normpath(section.path))}`{trained}"
+    return f"{section.model.family}, trained from nothing"

@@ -1,0 +1,331 @@
+"""What an evaluation found: report.json for programs, report.md and a plot for people.
+
+The report is a dictionary; `_TASK`, `_SYSTEM`, `_LATENCY` and `_ENVIRONMENT` below list its keys.
+Times are in milliseconds (compile times in seconds), shares in [0, 1], quality on each metric's own
+scale.
+"""
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from l2s_jax.evaluation import plot
+from l2s_jax.files import write_bytes
+
+_TASK = ("name", "split", "examples", "metric", "metric_signatures", "labels")
+_SYSTEMS = ("llm", "slm", "l2s", "l2s_mismatched")
+_SYSTEM = (
+    "description", "params", "params_read_per_token", "quality", "cut_share", "latency",
+    "latency_batch",
+)  # fmt: skip
+_LATENCY = (
+    "batch_size", "prompt_tokens", "new_tokens", "encode_ms", "prefill_ms", "decode_ms_per_token",
+    "total_ms", "compile_s",
+)  # fmt: skip
+_ENVIRONMENT = ("device", "dtype", "encoder_dtype")
+_RATIOS = ("quality_ratio", "speedup", "decode_speedup", "speedup_batch")
+
+_NAMES = {"llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched"}
+_METRIC_NAMES = {
+    "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum", "exact_match": "exact match",
+}  # fmt: skip
+_LABELS = {"data": "the responses in the data", "llm": "responses that the LLM generated"}
+_COLORS = {"llm": "#333333", "slm": "#8a6d00", "l2s": "#0b62a4", "l2s_mismatched": "#a33b3b"}
+_OTHER_COLOR = "#5b5b5b"
+_TIMES = "\N{MULTIPLICATION SIGN}"
+_ABSENT = "\N{EN DASH}"
+
+
+def compare(systems: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM has nothing to keep.
+
+    `quality_ratio` is L2S / LLM on `metric`; `speedup` and `speedup_batch` are LLM / L2S of the
+    total time at batch 1 and at the larger batch, `decode_speedup` of the time per decoded token.
+    """
+    llm, l2s = systems["llm"], systems["l2s"]
+    return {
+        "quality_ratio": _ratio(l2s["quality"][metric], llm["quality"][metric]),
+        "speedup": _ratio(llm["latency"]["total_ms"], l2s["latency"]["total_ms"]),
+        "decode_speedup": _ratio(
+            llm["latency"]["decode_ms_per_token"], l2s["latency"]["decode_ms_per_token"]
+        ),
+        "speedup_batch": _ratio(llm["latency_batch"]["total_ms"], l2s["latency_batch"]["total_ms"]),
+    }
+
+
+def write_report(report: Mapping[str, Any], directory: str) -> None:
+    """Writes report.json, report.md, quality_latency.png and .svg; replaces each as a whole.
+
+    report.json keeps every number in full; one that is not finite becomes null. Nothing is written
+    if the report is refused.
+
+    Raises:
+      ValueError: a key is missing, or the primary quality or a total time is no usable number.
+    """
+    report = _plain(report, "report")
+    _check(report)
+    figure = quality_latency_figure(report)
+    files = {
+        "report.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode(),
+        "report.md": markdown(report).encode(),
+        "quality_latency.png": plot.image(figure, "png"),
+        "quality_latency.svg": plot.image(figure, "svg"),
+    }
+    os.makedirs(directory, exist_ok=True)
+    for name, content in files.items():
+        write_bytes(os.path.join(directory, name), content)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The page of a checked report, GitHub-flavoured; it embeds quality_latency.png."""
+    task, systems, ratios = report["task"], report["systems"], report["l2s_vs_llm"]
+    batch_size = systems["l2s"]["latency_batch"]["batch_size"]
+    trained = _LABELS.get(task["labels"], task["labels"])
+    blocks = [
+        f"# LLM-to-SLM on {task['name']}",
+        f"**{_conclusion(report)}**",
+        "![Quality against latency of each system](quality_latency.png)",
+        "## Systems",
+        f"Quality on {task['examples']:,} examples of `{task['split']}`; the SLM and L2S were "
+        f"trained on {trained}. Times are those of one request at batch 1.",
+        _systems_table(report),
+        "\n".join(f"- **{_name(key)}**: {s['description']}" for key, s in systems.items()),
+        "*Read per token*: parameters read to decode one token. *Cut*: share of the outputs that "
+        "`max_new_tokens` cut off. *Speedup*: the LLM's total time over this system's. "
+        "*Mismatched* is the control: L2S fed the representations of another prompt, whose quality "
+        "collapses if L2S relies on the LLM.",
+        "## Latency",
+        f"L2S decodes a token {_factor(ratios['decode_speedup'])} times as fast as the LLM. A "
+        f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
+        f"{batch_size} {_factor(ratios['speedup_batch'])} times. Times are medians after warm-up, "
+        "for the whole batch. Compilation happens once per shape and is in no other column. "
+        f"Products are in {dtypes(report['environment'])}.",
+        f"### Batch {systems['l2s']['latency']['batch_size']}",
+        _latency_table(systems, "latency"),
+        f"### Batch {batch_size}",
+        _latency_table(systems, "latency_batch"),
+        "## Environment",
+        _table(("", ""), ([k, _text(v)] for k, v in report["environment"].items()), left=2),
+        "## Metrics",
+        "\n".join(
+            f"- {_metric_name(name)}: `{signature}`"
+            for name, signature in task["metric_signatures"].items()
+        ),
+        "All numbers, unrounded: [report.json](report.json). The plot for a slide: "
+        "[quality_latency.svg](quality_latency.svg).",
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def quality_latency_figure(report: Mapping[str, Any]) -> Figure:
+    """Primary quality against total latency at batch 1 (ms) of a checked report."""
+    task, latency = report["task"], report["systems"]["l2s"]["latency"]
+    metric = task["metric"]
+    points = []
+    for key, system in report["systems"].items():
+        x, y = system["latency"]["total_ms"], system["quality"][metric]
+        is_control = key == "l2s_mismatched"
+        label = f"{'control: ' if is_control else ''}{y:.1f} {_metric_name(metric)}, {_ms(x)} ms"
+        color = _COLORS.get(key, _OTHER_COLOR)
+        points.append(plot.Point(key, _name(key), label, x, y, color, hollow=is_control))
+    return plot.scatter(
+        points,
+        title=_finding(report),
+        subtitle=f"{task['name']}, {task['split']}, {task['examples']:,} examples; "
+        f"{latency['prompt_tokens']} prompt tokens, {latency['new_tokens']} new tokens",
+        x_label="time per request at batch 1 (ms)",
+        y_label=_metric_name(metric),
+    )
+
+
+def dtypes(environment: Mapping[str, Any]) -> str:
+    """The dtype of the products, and that of L2S's LLM where it encodes in another one."""
+    dtype, encoder_dtype = environment["dtype"], environment["encoder_dtype"]
+    return dtype if encoder_dtype == dtype else f"{dtype}, the LLM of L2S in {encoder_dtype}"
+
+
+def _systems_table(report: Mapping[str, Any]) -> str:
+    systems = report["systems"]
+    metrics = list(dict.fromkeys(m for s in systems.values() for m in s["quality"]))
+    metrics.sort(key=lambda metric: metric != report["task"]["metric"])
+    header = (
+        "system", "parameters", "read per token", *(_metric_name(m) for m in metrics), "cut",
+        "ms per token", "total ms", "speedup",
+    )  # fmt: skip
+    rows = (
+        [
+            _name(key), _count(s["params"]), _count(s["params_read_per_token"]),
+            *(_number(s["quality"].get(m), ".1f") for m in metrics),
+            _number(s["cut_share"], ".1%"), _ms(s["latency"]["decode_ms_per_token"]),
+            _ms(s["latency"]["total_ms"]), _speedup(systems, key, "latency"),
+        ]
+        for key, s in systems.items()
+    )  # fmt: skip
+    return _table(header, rows)
+
+
+def _latency_table(systems: Mapping[str, Any], key: str) -> str:
+    header = (
+        "system", "prompt tokens", "new tokens", "encode ms", "prefill ms", "ms per token",
+        "total ms", "speedup", "compile s",
+    )  # fmt: skip
+    rows = (
+        [
+            _name(name), str(s[key]["prompt_tokens"]), str(s[key]["new_tokens"]),
+            _ms(s[key]["encode_ms"]), _ms(s[key]["prefill_ms"]), _ms(s[key]["decode_ms_per_token"]),
+            _ms(s[key]["total_ms"]), _speedup(systems, name, key),
+            _number(s[key]["compile_s"], ".1f"),
+        ]
+        for name, s in systems.items()
+    )  # fmt: skip
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table whose source is aligned too; all but the first `left` columns align right."""
+    cells = [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(
+        "| " + " | ".join(
+            cell.ljust(w) if i < left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ) + " |"
+        for row in (cells[0], rule, *cells[1:])
+    )  # fmt: skip
+
+
+def _finding(report: Mapping[str, Any]) -> str:
+    ratios, metric = report["l2s_vs_llm"], _metric_name(report["task"]["metric"])
+    if ratios["quality_ratio"] is None:
+        return f"The LLM scores no {metric} for L2S to keep"
+    verb = "keeps" if ratios["quality_ratio"] <= 1 else "reaches"
+    quality = f"{ratios['quality_ratio']:.1%} of the LLM's {metric}"
+    return f"L2S {verb} {quality} at {_factor(ratios['speedup'])}{_TIMES} the speed"
+
+
+def _conclusion(report: Mapping[str, Any]) -> str:
+    metric = report["task"]["metric"]
+    llm, slm, l2s, control = (report["systems"][k]["quality"][metric] for k in _SYSTEMS)
+    side = "below" if slm <= l2s else "above"
+    collapse = "collapses to" if control < l2s / 2 else "does not collapse but reaches"
+    return (
+        f"{_finding(report)} ({l2s:.1f} against {llm:.1f}); the SLM alone reaches {slm:.1f}, "
+        f"{abs(l2s - slm):.1f} points {side} L2S; fed another prompt's representations, "
+        f"L2S {collapse} {control:.1f}."
+    )
+
+
+def _name(key: str) -> str:
+    return _NAMES.get(key, key)
+
+
+def _metric_name(metric: str) -> str:
+    return _METRIC_NAMES.get(metric, metric)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return _ABSENT if value is None else format(value, spec)
+
+
+def _speedup(systems: Mapping[str, Any], name: str, latency: str) -> str:
+    ratio = systems["llm"][latency]["total_ms"] / systems[name][latency]["total_ms"]
+    return f"{_factor(ratio)}{_TIMES}"
+
+
+def _factor(value: float | None) -> str:
+    return _number(value, ".2f" if (value or 0) < 10 else ".1f")
+
+
+def _ms(value: float | None) -> str:
+    size = abs(value or 0)
+    return _number(
+        value, f",.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f"
+    )
+
+
+def _count(value: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    return _ABSENT if value is None else str(value)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The same value in JSON's types; numbers keep their precision, non-finite ones become None."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    raise ValueError(f"{where} is {value!r}: expected text, a number, a list or a mapping")
+
+
+def _check(report: Mapping[str, Any]) -> None:
+    _require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
+    _require(report["environment"], "report.environment", _ENVIRONMENT)
+    _require(report["task"], "report.task", _TASK)
+    task, metric = report["task"], report["task"]["metric"]
+    _require(task["metric_signatures"], "report.task.metric_signatures", ())
+    _require_numbers(task, "report.task", ("examples",), ("examples",))
+    _require(report["systems"], "report.systems", _SYSTEMS)
+    _require(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
+    _require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
+    counts = ("params", "params_read_per_token")
+    for name, system in report["systems"].items():
+        where = f"report.systems.{name}"
+        _require(system, where, _SYSTEM)
+        _require_numbers(system, where, (*counts, "cut_share"), counts)
+        _require(system["quality"], f"{where}.quality", (metric,))
+        _require_numbers(system["quality"], f"{where}.quality", system["quality"], (metric,))
+        for key in ("latency", "latency_batch"):
+            _require(system[key], f"{where}.{key}", _LATENCY)
+            _require_numbers(system[key], f"{where}.{key}", _LATENCY, ("total_ms",))
+            if system[key]["total_ms"] <= 0:
+                raise ValueError(
+                    f"{where}.{key}.total_ms is {system[key]['total_ms']}: expected more than 0"
+                )
+
+
+def _require(value: Any, where: str, keys: Iterable[str]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}: expected a mapping")
+    for key in keys:
+        if key not in value:
+            raise ValueError(f"missing key {where}.{key}: present are {', '.join(value) or 'none'}")
+
+
+def _require_numbers(
+    value: Mapping[str, Any], where: str, keys: Iterable[str], finite: Sequence[str] = ()
+) -> None:
+    for key in keys:
+        number = value[key]
+        if number is None and key not in finite:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{where}.{key} is {number!r}: expected a finite number")

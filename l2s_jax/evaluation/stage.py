@@ -1,0 +1,55 @@
+"""The stage of evaluation: what all systems answer, and the report on it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.stage import RecordedStage
+
+
+class EvaluationStage(RecordedStage):
+    """DIR/report.json and DIR/predictions/, where the record is.
+
+    It is made anew by every run that asks for it: times are measured, not found.
+    """
+
+    def __init__(self, experiment: Experiment):
+        systems = experiment.systems
+        super().__init__(experiment.context, "evaluation", *systems, folder="predictions")
+        self._experiment = experiment
+
+    def inputs(self) -> dict[str, Any]:
+        """The models, the examples, how they are decoded and scored."""
+        config = self.context.config
+        settings = config.evaluation
+        return {
+            "models": {
+                stage.name: self.context.checkpoint(stage.directory)
+                for stage in self._experiment.systems
+            },
+            "data": {
+                settings.split: self.context.content(settings.split, limit=settings.max_examples)
+            },
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "decoding": {k: v for k, v in config.decoding.to_dict().items() if k != "batch_size"},
+            "metrics": settings.metrics,
+        }
+
+    def is_made(self) -> bool:
+        """Whether there is a report."""
+        return os.path.exists(os.path.join(self.context.workdir, "report.json"))
+
+    def progress(self) -> str:
+        """A report is made in one go."""
+        return ""
+
+    def make(self) -> None:
+        """Measures all systems and writes the report."""
+        from l2s_jax.cluster import distributed
+        from l2s_jax.evaluation.evaluate import evaluate
+
+        evaluate(self._experiment)
+        inputs = self.inputs()
+        distributed.on_primary(lambda: self.record.write(inputs, self.version))

@@ -1,0 +1,105 @@
+"""What all stages of an experiment share: config, workdir, examples, devices."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.checkpoints.files import content_hash, hashed_files
+from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
+from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.experiment.hashes import Hashes, examples_hash
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+log = logging.getLogger(__name__)
+
+
+class Context:
+    """An experiment's surroundings. JAX is imported where devices are asked for, not before.
+
+    Attributes:
+      mode: "make": what is missing is made. "find": it is an error. "look": nothing is asked for.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str, mode: str):
+        self.config, self.workdir, self.mode = config, workdir, mode
+        self.task = load_task(config.task)
+        self.buckets = buckets_of(config)
+        self._hashes = Hashes(workdir, keep=mode == "make")
+        self._said: set[str] = set()
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices of training."""
+        from l2s_jax.cluster import sharding
+
+        return sharding.make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def decoding_mesh(self) -> Mesh:
+        """The devices of evaluation."""
+        from l2s_jax.cluster import sharding
+
+        return sharding.decoding_mesh(self.mesh)
+
+    @functools.cached_property
+    def label_mesh(self) -> Mesh:
+        """The devices of the LLM that answers the train split."""
+        from l2s_jax.cluster import sharding
+
+        return sharding.decoding_mesh(sharding.make_mesh(label_mesh(self.config)))
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[Any, Any]:
+        """(of all products, of those of the LLM where it encodes)."""
+        return compute_dtypes(self.config.dtype, self.config.llm.encoder_dtype)
+
+    @functools.cache  # noqa: B019  it lives as long as its process
+    def examples(self, split: str) -> Sequence[Example]:
+        """All examples of a split."""
+        return self.task.examples(split)
+
+    def first(self, split: str, limit: int) -> Sequence[Example]:
+        """The first `limit` examples of a split; all of them where it is 0."""
+        examples = self.examples(split)
+        return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
+
+    def content(self, split: str, *, responses: bool = True, limit: int = 0) -> str | None:
+        """Hash of a split's prompts, and responses, as read; None where that is not known.
+
+        Unless something may be made, data is not known that is gone, or that TFDS has, which takes
+        minutes to read.
+        """
+        files = self.task.files(split)
+        if not files and self.mode != "make":
+            return None
+        what = [self.task.settings(split), split, responses, limit]
+        try:
+            return self._hashes.of(
+                what,
+                files,
+                lambda: examples_hash(self.first(split, limit), responses=responses),
+            )
+        except ValueError as error:
+            if self.mode == "make":
+                raise
+            if self.is_first(split):
+                log.warning("the %s split is taken to be the one of the run: %s", split, error)
+            return None
+
+    def checkpoint(self, directory: str) -> str:
+        """Hash of the model in a directory, as `content_hash` gives it."""
+        files = hashed_files(directory)
+        return self._hashes.of(["checkpoint", directory], files, lambda: content_hash(directory))
+
+    def is_first(self, what: str) -> bool:
+        """Whether nobody has asked about this before: some things are said once."""
+        first = what not in self._said
+        self._said.add(what)
+        return first

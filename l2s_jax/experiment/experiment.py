@@ -1,0 +1,117 @@
+"""An experiment: the graph of its stages.
+
+    tokenizer -> LLM -> labels -> SLM alone
+                   \\-> features, labels -> L2S
+
+Each stage leaves its result in a folder of its own, is skipped where the result is there and was
+made from the same inputs, and continues where it was interrupted:
+
+    DIR/tokenizer/spiece.model  DIR/slm_tokenizer/spiece.model  (where the SLM has its own)
+    DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/slm/model/  DIR/l2s/model/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.data.tasks import Example
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.features import FeatureStage
+from l2s_jax.experiment.l2s import L2sStage
+from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.slm import SlmStage
+from l2s_jax.experiment.stage import Stage
+from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.experiment.training import TrainedStage
+
+
+class Experiment:
+    """The stages of an experiment in its workdir; every result is made, or found, on first use."""
+
+    def __init__(self, config: ConfigDict, workdir: str, mode: str = "make"):
+        """`mode`: "make" makes what is missing; with "find", that is an error; "look" is for
+        `Stage.state` alone.
+
+        Raises:
+          ValueError: a task that no data could have.
+        """
+        self.context = context = Context(config, workdir, mode)
+        self.llm_tokenizer = TokenizerStage(
+            context, "tokenizer", config.tokenizer, path=config.llm.path
+        )
+        self.slm_tokenizer = TokenizerStage(
+            context,
+            "slm_tokenizer",
+            config.slm.tokenizer,
+            path=config.slm.path,
+            otherwise=self.llm_tokenizer,
+        )
+        self.llm = LlmStage(context, self.llm_tokenizer)
+        self.labels = LabelStage(context, self.llm)
+        self.slm = SlmStage(context, self.slm_tokenizer, self.labels)
+        self.features = FeatureStage(context, self.llm)
+        self.l2s = L2sStage(context, self.llm, self.slm_tokenizer, self.labels, self.features)
+        # In the order in which they are made.
+        self.stages: tuple[Stage, ...] = (
+            self.llm_tokenizer,
+            self.slm_tokenizer,
+            self.llm,
+            self.labels,
+            self.slm,
+            self.features,
+            self.l2s,
+        )
+
+    @property
+    def systems(self) -> tuple[TrainedStage, ...]:
+        """The stages whose models answer prompts."""
+        return self.llm, self.slm, self.l2s
+
+    def check(self) -> None:
+        """Finds out what no run could use of the config, before any work is done.
+
+        Raises:
+          ValueError: one line about a setting.
+        """
+        # Imported here: a look at a workdir doesn't wait for JAX.
+        from l2s_jax.experiment.checks import check_config
+
+        context = self.context
+        check_config(context.config, context.mesh, context.decoding_mesh, context.label_mesh)
+
+    def make(self, until: str = "") -> None:
+        """Makes what is missing of the models and what they need, or of all up to one stage.
+
+        No model stays in memory.
+        """
+        for stage in self.stages:
+            # Tokenizers, labels and features are made when a model needs them.
+            if stage.is_used() and (stage in self.systems or stage.name == until):
+                stage.made()
+            if stage is self.llm and until not in ("tokenizer", "slm_tokenizer"):
+                # What is wrong with an LLM that was there shows before others train.
+                self.llm.check()
+            if stage.name == until:
+                break
+
+    def evaluation_examples(self) -> Sequence[Example]:
+        """The examples that the report is about."""
+        settings = self.context.config.evaluation
+        return self.context.first(settings.split, settings.max_examples)
+
+    def generator(self, stage: TrainedStage, **settings: Any) -> Any:
+        """Text in, text out, with the model of a stage; settings as of `make_generator`."""
+        from l2s_jax.serving.loading import make_generator
+
+        settings = {"mesh": self.context.decoding_mesh, **settings}
+        return make_generator(
+            self.context.config,
+            stage.loaded,
+            stage.prompts.tokenizer,
+            stage.responses.tokenizer,
+            **settings,
+        )

@@ -1,0 +1,90 @@
+"""The stage of features: H of every prompt, computed once, in a cache that runs can share."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from l2s_jax import models
+from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.data.tasks import Example
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.stage import Stage
+
+
+class FeatureStage(Stage):
+    """The cache of config.features.cache.
+
+    It lies outside the workdir and keeps H by prompt, so it has no inputs to compare: what is not
+    there is made.
+    """
+
+    def __init__(self, context: Context, llm: LlmStage):
+        super().__init__(context, "features", llm)
+        self._llm = llm
+        self.cache: str = context.config.features.cache
+
+    def is_used(self) -> bool:
+        """Whether H is kept."""
+        return bool(self.cache)
+
+    def learnt_inputs(self) -> dict[str, Any]:
+        """What the features mean as inputs of those who learn from them."""
+        return {"features": "bfloat16"} if self.is_used() else {}
+
+    def state(self) -> tuple[str, str]:
+        """Where it is: only the prompts themselves say what is missing from it."""
+        return "done" if os.path.isdir(self.cache) else "missing", f"kept by prompt in {self.cache}"
+
+    def made(self) -> str:
+        """The cache, with H of the prompts that are learnt and validated with."""
+        limit = self.context.config.evaluation.validation_examples
+        self.put_into(
+            train=self._tokenized(self.context.examples("train")),
+            validation=self._tokenized(self.context.first("validation", limit)),
+        )
+        return self.cache
+
+    def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
+        config, tokenizer = self.context.config, self._llm.prompts.tokenizer
+        return TokenizedExamples(
+            examples,
+            prompt_tokenizer=tokenizer,
+            response_tokenizer=tokenizer,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_response_tokens=config.max_response_tokens,
+        )
+
+    def put_into(self, **splits: TokenizedExamples) -> None:
+        """Has the batches of these splits hold H; what is missing is computed first."""
+        from l2s_jax.cluster import sharding
+        from l2s_jax.experiment import feature_cache
+
+        context, train = self.context, self.context.config.l2s.train
+        llm, _ = self._llm.encoder(entries=())
+        encoder = functools.cache(
+            lambda: feature_cache.Encoder(
+                llm.config, self._llm.encoder(entries=None)[1], context.mesh
+            )
+        )
+        rows = train.batch_size // train.accumulation
+        whole = rows % sharding.batch_ways(context.mesh)
+        for split, data in splits.items():
+            data.hidden = feature_cache.cached(
+                data,
+                self.cache,
+                {
+                    "llm_hash": self._llm.content,
+                    "models": models.VERSION,
+                    "layer": context.config.llm.layer,
+                    "dtype": str(context.dtypes[1]),
+                },
+                encoder,
+                split=split,
+                width=llm.config.width,
+                buckets=[prompt_tokens for prompt_tokens, _ in context.buckets],
+                batch_size=train.batch_size if whole else rows,
+            )

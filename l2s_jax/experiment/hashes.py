@@ -1,0 +1,61 @@
+"""Content hashes of what an experiment reads, remembered in DIR/hashes.json.
+
+A hash is remembered with the size and the age of the files behind it, so that gigabytes are read
+again only where one of these has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from l2s_jax.data.tasks import Example
+from l2s_jax.experiment.workdir import fingerprint
+from l2s_jax.files import read_json, write_json
+
+
+class Hashes:
+    """The hashes that a workdir remembers; a new one is written to it if `keep`."""
+
+    def __init__(self, workdir: str, *, keep: bool):
+        self._path = os.path.join(workdir, "hashes.json")
+        self._keep = keep
+        self._known = read_json(self._path) if os.path.exists(self._path) else {}
+
+    def of(self, what: Any, files: Sequence[str], compute: Callable[[], str]) -> str:
+        """The hash of `what` (JSON-able), which `compute` makes of `files`.
+
+        Without files, or where one is a URL, it is computed at every start.
+        """
+        name = fingerprint({"of": what})
+        signature = _signature(files)
+        known = self._known.get(name)
+        if known and (signature is None or known["files"] == signature):
+            return known["hash"]
+        value = compute()
+        self._known[name] = {"files": signature, "hash": value}
+        if signature and self._keep and os.path.isdir(os.path.dirname(self._path)):
+            lasting = {name: known for name, known in self._known.items() if known["files"]}
+            write_json(self._path, lasting, sort_keys=True)
+        return value
+
+
+def _signature(files: Sequence[str]) -> list[list[Any]] | None:
+    try:
+        facts = [(os.path.abspath(path), os.stat(os.path.expanduser(path))) for path in files]
+    except OSError:
+        return None
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in facts] or None
+
+
+def examples_hash(examples: Iterable[Example], *, responses: bool) -> str:
+    """sha256 (hex) over prompts, and responses where asked for, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for text in (example.prompt, example.response)[: 1 + responses]:
+            encoded = text.encode(errors="surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""Responses that the LLM gives to prompts, in JSON Lines files: sequence-level distillation."""
+
+from __future__ import annotations
+
+import collections
+import glob
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from l2s_jax.data.tasks import Example
+from l2s_jax.experiment import shards
+from l2s_jax.files import write_json_lines
+
+log = logging.getLogger(__name__)
+
+SHARD = 2048
+
+
+class LabelFiles:
+    """train-NUMBER.jsonl, with the hash of a prompt and its response in each line."""
+
+    def __init__(self, directory: str):
+        self._directory = directory
+
+    def files(self) -> list[str]:
+        """Paths of the files that are there, oldest first."""
+        return sorted(glob.glob(os.path.join(glob.escape(self._directory), "train-*.jsonl")))
+
+    def keys(self, files: Sequence[str]) -> set[str]:
+        """Keys of all labels in some files."""
+        return set(self.read(files))
+
+    def read(self, files: Sequence[str]) -> dict[str, str]:
+        """Labels by key.
+
+        Raises:
+          ValueError: a line that is no label.
+        """
+        labels = {}
+        for path in files:
+            for number, record in enumerate(_records(path), 1):
+                try:
+                    labels[record["prompt"]] = record["response"]
+                except (KeyError, TypeError):
+                    raise ValueError(
+                        f"{path}:{number}: no label; expected the keys 'prompt' and 'response': "
+                        "remove the file, and the same command makes it again"
+                    ) from None
+        return labels
+
+    def write(self, number: int, keys: Sequence[str], values: Sequence[str]) -> None:
+        """Adds a file."""
+        path = os.path.join(self._directory, f"train-{number:05d}.jsonl")
+        records = ({"prompt": k, "response": v} for k, v in zip(keys, values, strict=True))
+        write_json_lines(path, records)
+
+    def give_keys(self, keys: Sequence[str]) -> None:
+        """Rewrites files that hold labels by their places in the split, as version 0.1 wrote them.
+
+        Raises:
+          ValueError: they hold more labels than there are keys.
+        """
+        start = 0
+        for number, path in enumerate(self.files()):
+            records = _records(path)
+            own = keys[start : start + len(records)]
+            if len(own) < len(records):
+                raise ValueError(
+                    f"{path}: labels of more than the {len(keys)} prompts of the train split; "
+                    "expected the data that they were made of"
+                )
+            self.write(number, own, [record["response"] for record in records])
+            start += len(records)
+
+
+def keys_of(prompts: Sequence[str], *, sampled: bool) -> list[str]:
+    """What labels are kept by: a hash of the prompt, and which of its likes it is if sampled."""
+    seen: collections.Counter[str] = collections.Counter()
+    keys = []
+    for prompt in prompts:
+        key = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()[:32]
+        if sampled and seen[key]:
+            keys.append(f"{key}-{seen[key]}")
+        else:
+            keys.append(key)
+        seen[key] += 1
+    return keys
+
+
+def seed_of(seed: int, place: int) -> int:
+    """The seed of the label of the example at `place` in the split: 32 bits."""
+    return int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
+
+
+def label(
+    examples: Sequence[Example],
+    make_generator: Callable[[], Any],
+    directory: str,
+    *,
+    seed: int | None = None,
+    together: bool = False,
+) -> list[Example]:
+    """`examples` with responses by the generator, which is made only if some are missing.
+
+    Args:
+      examples: the train split.
+      make_generator: gives a `Generator`.
+      directory: where labels are, and will be.
+      seed: of labels that are sampled, each by this and its place; None: they are not.
+      together: the processes of a job are one generator, and answer every file together; else
+        each answers files of its own.
+
+    Raises:
+      ValueError: a file holds no labels.
+    """
+    prompts = [example.prompt for example in examples]
+    keys = keys_of(prompts, sampled=seed is not None)
+    store = LabelFiles(directory)
+    generators: list[Any] = []
+
+    def make(places: list[int], own: bool) -> list[str]:
+        if not generators:
+            generators.append(make_generator())
+        settings: dict[str, Any] = {"description": f"labels {places[0]} to {places[-1]}"}
+        if seed is not None:
+            settings["seeds"] = [seed_of(seed, place) for place in places]
+        outputs = generators[0].generate([prompts[i] for i in places], **settings)
+        return [output.text for output in outputs]
+
+    def announce(missing: list[int]) -> None:
+        log.info("labels: the LLM answers %d of %d prompts", len(missing), len(set(keys)))
+
+    files = shards.fill(store, keys, make, size=SHARD, together=together, announce=announce)
+    labels = store.read(files)
+    return [
+        Example(example.prompt, labels[key], (labels[key],))
+        for example, key in zip(examples, keys, strict=True)
+    ]
+
+
+def _records(path: str) -> list[Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not readable as JSON Lines: {error}; remove it, and the same command makes "
+            "it again"
+        ) from None

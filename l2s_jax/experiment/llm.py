@@ -1,0 +1,60 @@
+"""The stage of the LLM: a directory as it is, one trained further, or one made here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from l2s_jax.data.tasks import Example
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.experiment.training import LanguageModelStage
+
+
+class LlmStage(LanguageModelStage):
+    """The LLM that all else is built on."""
+
+    def __init__(self, context: Context, tokenizer: TokenizerStage):
+        super().__init__(context, "llm", tokenizer, prompts=tokenizer, responses=tokenizer)
+
+    def is_used(self) -> bool:
+        """Whether it is trained."""
+        return bool(self.section.train.steps)
+
+    def inputs(self) -> dict[str, Any]:
+        """What it starts from, and its training."""
+        path = self.section.path
+        return {
+            "path_hash": self.context.checkpoint(path) if path else "",
+            "model": None if path else self.section.model.to_dict(),
+            **self.training_inputs({"train": self.context.content("train")}),
+        }
+
+    def examples(self) -> Sequence[Example]:
+        """The data's own responses."""
+        return self.context.examples("train")
+
+    @property
+    def directory(self) -> str:
+        """Where the LLM lies; trained first where so configured."""
+        return super().directory if self.is_used() else os.path.abspath(self.section.path)
+
+    @property
+    def content(self) -> str:
+        """Its content hash."""
+        return self.context.checkpoint(self.directory)
+
+    def encoder(self, entries: Sequence[str] | None) -> tuple[Any, Any]:
+        """(module, parameters) of what encodes a prompt, of which only `entries` are read."""
+        from l2s_jax.checkpoints import pretrained
+
+        return pretrained.load_encoder(
+            self.directory,
+            layer=self.section.layer,
+            dtype=self.context.dtypes[1],
+            serve=True,
+            mesh=self.context.mesh,
+            scan_layers=self.context.config.scan_layers,
+            entries=entries,
+        )

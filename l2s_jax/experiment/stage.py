@@ -1,0 +1,171 @@
+"""A stage of an experiment: what it is made from, how it is made and loaded, what is on disk."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import logging
+from typing import Any
+
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.workdir import Record, only_longer
+
+log = logging.getLogger(__name__)
+
+
+class Stage(abc.ABC):
+    """One result, and what it is made from.
+
+    Attributes:
+      name: of the stage.
+      needs: the stages that it is made from.
+    """
+
+    def __init__(self, context: Context, name: str, *needs: Stage):
+        self.context, self.name, self.needs = context, name, needs
+
+    def is_used(self) -> bool:
+        """Whether the experiment has this stage."""
+        return True
+
+    @abc.abstractmethod
+    def made(self) -> str:
+        """The folder of the result, which is made if it is missing and may be."""
+
+    @abc.abstractmethod
+    def state(self) -> tuple[str, str]:
+        """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
+
+    def _waits_for(self) -> list[str]:
+        """Names of stages that must be done before this one's inputs are known."""
+        return [
+            stage.name for stage in self.needs if stage.is_used() and stage.state()[0] != "done"
+        ]
+
+
+class RecordedStage(Stage):
+    """A stage in a folder of the workdir that bears its name and records its inputs.
+
+    Attributes:
+      version: of the code that makes it: higher where that gives another result of the same inputs.
+    """
+
+    version: int = 1
+
+    def __init__(self, context: Context, name: str, *needs: Stage, folder: str = ""):
+        """`folder`: where the record is, if not in one of the stage's name."""
+        super().__init__(context, name, *needs)
+        self.record = Record(context.workdir, folder or name)
+
+    @abc.abstractmethod
+    def inputs(self) -> dict[str, Any]:
+        """All that the result depends on, JSON-able; None where that is not known here."""
+
+    @abc.abstractmethod
+    def is_made(self) -> bool:
+        """Whether the result is on disk, whole; of whatever inputs."""
+
+    @abc.abstractmethod
+    def make(self) -> None:
+        """Makes what is missing, in the stage's folder, which is `open`."""
+
+    @abc.abstractmethod
+    def progress(self) -> str:
+        """How far it is, where it is begun and not made."""
+
+    def old_inputs(self) -> dict[str, Any]:
+        """Inputs that only version 0.1 recorded: settings of the task, in the place of its data."""
+        task = self.context.config.task.to_dict()
+        return {"task": {k: v for k, v in task.items() if k != "data_dir"}}
+
+    def adopt(self) -> None:
+        """Rewrites what version 0.1 left in the folder, where that is needed."""
+
+    def reopen(self, steps: int) -> None:
+        """Sets a result aside that is to be trained for longer than `steps`."""
+
+    @functools.cache  # noqa: B019  it lives as long as its process
+    def open(self) -> str:
+        """The stage's folder, which holds only work on its inputs.
+
+        Where something may be made: if it holds work on others, that is moved to NAME.old1, ...
+
+        Raises:
+          ValueError: nothing may be made, and there is no such stage, or it has other inputs.
+        """
+        if self.context.mode == "look":
+            return self.record.directory
+        from l2s_jax.cluster import distributed
+
+        inputs = self.inputs()
+        open_or_find = self._open if self.context.mode == "make" else self._find
+        distributed.on_primary(lambda: open_or_find(inputs))
+        return self.record.directory
+
+    def made(self) -> str:
+        """The stage's folder, with its result, which is made if it is missing."""
+        directory = self.open()
+        if self.context.mode == "look":
+            return directory
+        from l2s_jax.cluster import distributed
+
+        if not distributed.on_primary(self.is_made):
+            if self.context.mode == "find":
+                raise ValueError(f"{directory}: not finished; --mode=train continues it")
+            self.make()
+        return directory
+
+    def state(self) -> tuple[str, str]:
+        """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
+        found = self.record.read()
+        if waits_for := self._waits_for():
+            return "waiting" if found is None else "stale", f"needs {', '.join(waits_for)}"
+        if found is None:
+            return "missing", ""
+        inputs = self.inputs()
+        changed = self.record.changes(inputs, self.old_inputs(), self.version)
+        if only_longer(found, inputs, changed):
+            return "begun", f"goes on from {found['train']['steps']} steps"
+        if changed:
+            return "stale", f"{', '.join(changed)} changed"
+        return ("done", "") if self.is_made() else ("begun", self.progress())
+
+    def _open(self, inputs: dict[str, Any]) -> None:
+        found = self.record.read()
+        if found is None:
+            self.record.write(inputs, self.version)
+            return
+        changed = self.record.changes(inputs, self.old_inputs(), self.version)
+        old = self.record.is_old()
+        if changed and not only_longer(found, inputs, changed):
+            log.info(
+                "stage %s: %s changed; what was there is kept in %s",
+                self.name,
+                ", ".join(changed),
+                self.record.move_aside(),
+            )
+        else:
+            if changed:
+                steps = found["train"]["steps"]
+                log.info("stage %s: goes on from %d steps", self.name, steps)
+                self.reopen(steps)
+            if old:
+                log.info(
+                    "stage %s: of version 0.1, which did not record the content of its data; that "
+                    "is taken to be the same",
+                    self.name,
+                )
+                self.adopt()
+        if changed or old:
+            self.record.write(inputs, self.version)
+
+    def _find(self, inputs: dict[str, Any]) -> None:
+        directory = self.record.directory
+        if self.record.read() is None:
+            raise ValueError(f"{directory}: no such stage; expected the workdir of a finished run")
+        changed = self.record.changes(inputs, self.old_inputs(), self.version)
+        if changed:
+            raise ValueError(
+                f"{directory}: made with other settings of {', '.join(changed)}; "
+                "--mode=train makes it anew"
+            )

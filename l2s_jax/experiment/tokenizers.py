@@ -1,0 +1,91 @@
+"""The stage of a tokenizer that is trained on the train split's own text."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.tokenizers import Tokenizer, load_tokenizer
+from l2s_jax.tokenizers.sentencepiece import MODEL_FILE, train_sentencepiece
+
+log = logging.getLogger(__name__)
+
+
+class TokenizerStage(RecordedStage):
+    """A tokenizer: one that is trained here, or the one in a model's directory, or another's."""
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        settings: ConfigDict,
+        *,
+        path: str,
+        otherwise: TokenizerStage | None = None,
+    ):
+        """`path`: a directory with a tokenizer, "" for none; `otherwise`: the one to use then."""
+        super().__init__(context, name)
+        self._settings, self._path, self._otherwise = settings, path, otherwise
+
+    def is_used(self) -> bool:
+        """Whether one is trained."""
+        return bool(self._settings.train_vocab_size)
+
+    @property
+    def source(self) -> TokenizerStage:
+        """The stage whose tokenizer this is."""
+        return self if self.is_used() or not self._otherwise else self._otherwise
+
+    def inputs(self) -> dict[str, Any]:
+        """The text and how it is learnt."""
+        data = {"train": self.context.content("train")}
+        return {"data": data, "seed": self.context.config.seed, **self._settings.to_dict()}
+
+    def is_made(self) -> bool:
+        """Whether the model's file is there."""
+        return os.path.exists(os.path.join(self.record.directory, MODEL_FILE))
+
+    def progress(self) -> str:
+        """It is made in one go."""
+        return ""
+
+    def make(self) -> None:
+        """Trains it, in one process for all."""
+        from l2s_jax.cluster import distributed
+
+        def train() -> None:
+            log.info("%s: training %d pieces", self.name, self._settings.train_vocab_size)
+            train_sentencepiece(
+                (t for e in self.context.examples("train") for t in (e.prompt, e.response)),
+                vocab_size=self._settings.train_vocab_size,
+                model_type=self._settings.model_type,
+                directory=self.record.directory,
+                seed=self.context.config.seed,
+            )
+
+        distributed.on_primary(train)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          ValueError: it differs from the one in the directory of the model.
+        """
+        if not self.is_used():
+            if self._path or not self._otherwise:
+                return load_tokenizer(self._path)
+            return self._otherwise.tokenizer
+        trained = load_tokenizer(self.made())
+        if self._path and load_tokenizer(self._path).fingerprint != trained.fingerprint:
+            raise ValueError(
+                f"config.llm.path={self._path!r}: its tokenizer differs from the one trained here; "
+                "expected config.tokenizer.train_vocab_size=0, or the LLM of the same run"
+            )
+        return trained

@@ -1,0 +1,296 @@
+"""What the stages that train a model have in common."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from l2s_jax import models
+from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.data.tasks import Example
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.stage import RecordedStage, Stage, log
+from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.files import atomic_directory
+from l2s_jax.tokenizers.tokenizer import warn_if_lossy
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from l2s_jax.models.families import ModelConfig
+    from l2s_jax.models.systems import LanguageModel, Params, System
+
+# How training goes on, which the model does not depend on.
+_NO_INPUTS = ("accumulation", "evaluate_every", "log_every", "remat")
+
+
+class TrainedStage(RecordedStage):
+    """A model that training makes: NAME/checkpoints while it trains, then NAME/model.
+
+    Attributes:
+      prompts, responses: whose tokens the prompts and the responses are.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        *needs: Stage,
+        prompts: TokenizerStage,
+        responses: TokenizerStage,
+    ):
+        super().__init__(context, name, *needs)
+        self.prompts, self.responses = prompts, responses
+        self.section = context.config[name]
+
+    @property
+    def directory(self) -> str:
+        """Where the model lies, which is made if it is missing."""
+        return os.path.join(self.made(), "model")
+
+    @functools.cached_property
+    @abc.abstractmethod
+    def loaded(self) -> tuple[System, Params, Params]:
+        """(system, trained, frozen), to generate with; stays in memory."""
+
+    @abc.abstractmethod
+    def examples(self) -> Sequence[Example]:
+        """What it learns."""
+
+    def is_made(self) -> bool:
+        """Whether the model is there."""
+        return os.path.isdir(os.path.join(self.record.directory, "model"))
+
+    def progress(self) -> str:
+        """The step of the newest checkpoint."""
+        folder = os.path.join(self.record.directory, "checkpoints")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        step = max((int(name) for name in names if name.isdigit()), default=0)
+        return f"step {step} of {self.section.train.steps}"
+
+    def reopen(self, steps: int) -> None:
+        """Keeps the model of so many steps as NAME/model.STEPS."""
+        model = os.path.join(self.record.directory, "model")
+        if os.path.isdir(model):
+            os.rename(model, f"{model}.{steps}")
+
+    def training_inputs(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of any training; `data` are hashes of what it learns."""
+        config = self.context.config
+        prompts, responses = self.prompts.tokenizer, self.responses.tokenizer
+        limit = config.evaluation.validation_examples
+        settings = self.section.train.to_dict()
+        inputs = {
+            "data": {**data, "validation": self.context.content("validation", limit=limit)},
+            "models": models.VERSION,
+            "tokenizer": responses.fingerprint,
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "max_response_tokens": config.max_response_tokens,
+            "seed": config.seed,
+            "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
+        }
+        if prompts.fingerprint != responses.fingerprint:
+            inputs["prompt_tokenizer"] = prompts.fingerprint
+        return inputs
+
+    def starting_point(self, model: str) -> tuple[ModelConfig, Params | None]:
+        """Config, and parameters unless they are to be random, of the LLM or SLM to train."""
+        from l2s_jax.checkpoints import pretrained
+        from l2s_jax.models.families import make_config
+
+        section, train = self.context.config[model], self.section.train
+        computed = {
+            "dropout_rate": train.dropout_rate,
+            "scan_layers": self.context.config.scan_layers,
+            "remat": train.remat,
+        }
+        dtype, _ = self.context.dtypes
+        tokenizer = self.responses.tokenizer
+        if section.path:
+            module, params = pretrained.load(section.path, dtype=dtype)
+            config = dataclasses.replace(module.config, **computed)
+            return self.fitted(config, section.path), params
+        geometry = section.model.to_dict()
+        config = make_config(
+            geometry.pop("family"),
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
+            dtype=dtype,
+            **computed,
+            **geometry,
+        )
+        return self.fitted(config, f"config.{model}.model"), None
+
+    def fitted(self, config: ModelConfig, where: str) -> ModelConfig:
+        """The config of a model at `where`, once it has been checked against tokenizer and task."""
+        from l2s_jax.models.families import check_positions, with_tokens
+
+        settings, tokenizer = self.context.config, self.responses.tokenizer
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer "
+                f"makes ids up to {tokenizer.vocab_size - 1}"
+            )
+        config = with_tokens(config, tokenizer.pad_id, tokenizer.eos_id, where)
+        check_positions(
+            config,
+            settings.max_prompt_tokens,
+            max(settings.max_response_tokens, settings.decoding.max_new_tokens),
+            where=where,
+            lower="config.max_prompt_tokens, config.max_response_tokens or "
+            "config.decoding.max_new_tokens",
+        )
+        return config
+
+    def random(self, system: System) -> Params:
+        """Parameters to start from where there are none."""
+        import jax
+
+        # On a CPU, to optimize a program that runs once takes longer than the program.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = jax.jit(system.init, compiler_options=quick)
+        return init(jax.random.key(self.context.config.seed))
+
+    def fit(
+        self,
+        system: System,
+        params: Params,
+        frozen: Params,
+        prepare: Callable[..., None] | None = None,
+    ) -> Params:
+        """Trains, from the newest checkpoint on; gives the parameters, on the host.
+
+        `prepare(train=..., validation=...)` is called with the tokenized splits before.
+        """
+        import jax
+
+        from l2s_jax.cluster import distributed, sharding
+        from l2s_jax.data.batches import training_batches, validation_batches
+        from l2s_jax.models.lora import Lora
+        from l2s_jax.training import loop
+
+        context, train, examples = self.context, self.section.train, self.examples()
+        data = self._tokenized(examples)
+        self._tell_of_losses(data, examples)
+        log.info("%s: training on %d examples, %d steps", self.name, len(data), train.steps)
+        adapted = None
+        if lora := self._lora():
+            adapted = Lora(system, **lora)
+            params, base = adapted.split(params, jax.random.key(context.config.seed))
+            frozen = {"base": base, "inner": frozen}
+        limit = context.config.evaluation.validation_examples
+        validation = self._tokenized(context.first("validation", limit))
+        settings = {
+            "prompt_name": system.prompt_name,
+            "buckets": context.buckets,
+            "batch_size": train.batch_size,
+            "rows": sharding.batch_rows(context.mesh, train.batch_size),
+        }
+        batches = training_batches(data, seed=context.config.seed, **settings)
+        validations = validation_batches(validation, **settings)
+        if prepare:
+            prepare(train=data, validation=validation)
+        trained = loop.fit(
+            adapted if adapted else system,
+            frozen,
+            params,
+            train,
+            batches=batches,
+            validation=validations,
+            directory=self.record.directory,
+            fingerprint=distributed.on_primary(lambda: self.record.run),
+            seed=context.config.seed,
+            mesh=context.mesh,
+        )
+        return jax.device_get(adapted.merge(trained, base)) if adapted else trained
+
+    def write_model(self, save: Callable[..., None]) -> None:
+        """`save(directory=NAME/model)`, by one process for all; it appears as a whole."""
+        from l2s_jax.cluster import distributed
+
+        def write() -> None:
+            with atomic_directory(os.path.join(self.record.directory, "model")) as temporary:
+                save(directory=temporary)
+
+        distributed.on_primary(write)
+
+    def lora_inputs(self) -> dict[str, Any]:
+        """Inputs where only a low-rank change is trained."""
+        lora = self._lora()
+        return {"lora": lora} if lora else {}
+
+    def _lora(self) -> dict[str, Any] | None:
+        lora = self.section.get("lora")
+        return lora.to_dict() if lora and lora.rank else None
+
+    def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
+        return TokenizedExamples(
+            examples,
+            prompt_tokenizer=self.prompts.tokenizer,
+            response_tokenizer=self.responses.tokenizer,
+            max_prompt_tokens=self.context.config.max_prompt_tokens,
+            max_response_tokens=self.context.config.max_response_tokens,
+        )
+
+    def _tell_of_losses(self, data: TokenizedExamples, examples: Sequence[Example]) -> None:
+        """What the text loses on its way to the model."""
+        if self.context.is_first("losses"):
+            warn_if_lossy(data.prompt_tokenizer, (e.prompt for e in examples), "prompts")
+            warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
+        for what, cut in (
+            ("prompts", data.truncated_prompts),
+            ("responses", data.truncated_responses),
+        ):
+            if cut:
+                log.warning("%s: %d of %d %s were truncated", self.name, cut, len(data), what)
+
+
+class LanguageModelStage(TrainedStage):
+    """A model that is trained on its own, LLM or SLM: NAME/model is a Hugging Face directory."""
+
+    def make(self) -> None:
+        """Trains it."""
+        from l2s_jax.checkpoints import pretrained
+        from l2s_jax.models.systems import LanguageModel
+
+        config, params = self.starting_point(self.name)
+        system = LanguageModel(self.name, config)
+        start = self.random(system) if params is None else {self.name: params}
+        trained = self.fit(system, start, {})
+
+        def save(directory: str) -> None:
+            pretrained.save_hf(config, trained[self.name], directory)
+            self.responses.tokenizer.save(directory)
+
+        self.write_model(save)
+
+    def check(self) -> None:
+        """An error if the model's files are not whole, or do not fit its tokenizer and the task."""
+        from l2s_jax.checkpoints import pretrained
+
+        directory = self.directory
+        pretrained.inspect(directory)
+        self.fitted(pretrained.read_config(directory), directory)
+
+    def load(self, mesh: Mesh, weights: str) -> tuple[LanguageModel, Params, Params]:
+        """(system, parameters, nothing frozen), to generate with on a mesh."""
+        from l2s_jax.serving.loading import load_alone, where_to_read
+
+        self.check()
+        return load_alone(
+            self.name,
+            self.directory,
+            self.responses.tokenizer,
+            dtype=self.context.dtypes[0],
+            mesh=where_to_read(mesh, weights),
+        )
+
+    @functools.cached_property
+    def loaded(self) -> tuple[LanguageModel, Params, Params]:
+        """(system, parameters, nothing frozen), to evaluate with; stays in memory."""
+        return self.load(self.context.decoding_mesh, self.context.config.decoding.weights)

@@ -1,0 +1,168 @@
+"""The working directory of an experiment: stages, each made once from its inputs.
+
+DIR/STAGE/stage.json records what a stage was made from. A stage whose inputs are unchanged is found
+again, one whose inputs changed is moved aside, so that nothing is lost or overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.config import of_settings
+from l2s_jax.files import plain, read_json, write_json
+from l2s_jax.settings.declare import read
+from l2s_jax.settings.moved import upgraded
+from l2s_jax.settings.sections import Settings
+
+log = logging.getLogger(__name__)
+
+_RECORD = "stage.json"
+# Keys of a record that are no inputs.
+_VERSION, _RUN = "version", "run"
+# Trained for longer, a model is the same one, further on.
+_STEPS = "train.steps"
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """sha256 (hex) of JSON-able values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+class Record:
+    """DIR/STAGE/stage.json: inputs of a stage, a version of its code, and the name of its run.
+
+    The run's name is that of the checkpoints that belong to it. Version 0.1 wrote only inputs, and
+    other ones: what is in both must agree, and the rest is taken as found.
+    """
+
+    def __init__(self, workdir: str, name: str):
+        self.name = name
+        self.directory = os.path.join(workdir, name)
+        self._path = os.path.join(self.directory, _RECORD)
+
+    def read(self) -> dict[str, Any] | None:
+        """What is recorded; None where nothing is."""
+        return read_json(self._path) if os.path.exists(self._path) else None
+
+    @property
+    def run(self) -> str:
+        """The name of the run, hex."""
+        return str(read_json(self._path)[_RUN])
+
+    def changes(self, inputs: Mapping[str, Any], old: Mapping[str, Any], version: int) -> list[str]:
+        """Names of what is recorded otherwise; all of it where there is no record.
+
+        Inputs that are None are unknown here, and are taken as found.
+
+        Args:
+          inputs: of the stage, as they are now.
+          old: inputs that only version 0.1 recorded.
+          version: of the stage's code.
+        """
+        found = self.read()
+        if found is None:
+            return ["no record"]
+        if _VERSION not in found:
+            return _differences(found, plain({**inputs, **old}), common=True)
+        changed = _differences(
+            {k: v for k, v in found.items() if k not in (_VERSION, _RUN)}, plain(inputs)
+        )
+        return changed if found[_VERSION] == version else ["the code", *changed]
+
+    def is_old(self) -> bool:
+        """Whether version 0.1 wrote it."""
+        found = self.read()
+        return found is not None and _VERSION not in found
+
+    def write(self, inputs: Mapping[str, Any], version: int) -> None:
+        """Records inputs; the run stays the one that it was."""
+        found = self.read()
+        if found is None:
+            run = uuid.uuid4().hex
+        elif _VERSION in found:
+            run = found[_RUN]
+        else:
+            run = fingerprint(found)  # what the checkpoints of version 0.1 say
+        os.makedirs(self.directory, exist_ok=True)
+        content = {**plain(inputs), _VERSION: version, _RUN: run}
+        write_json(self._path, content, sort_keys=True)
+
+    def move_aside(self) -> str:
+        """Renames the stage's folder to NAME.old1, NAME.old2, ...; gives the new name."""
+        number = 1
+        while os.path.exists(f"{self.directory}.old{number}"):
+            number += 1
+        os.rename(self.directory, f"{self.directory}.old{number}")
+        return f"{self.directory}.old{number}"
+
+
+def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: list[str]) -> bool:
+    """Whether all that has changed is that training is to take more steps."""
+    return changed == [_STEPS] and inputs["train"]["steps"] > found["train"]["steps"]
+
+
+def _differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
+    """Paths at which two JSON values differ; `common`: of those that both have."""
+    if new is None and prefix:
+        return []
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    names = old.keys() & new.keys() if common else old.keys() | new.keys()
+    return [
+        path
+        for name in sorted(names)
+        for path in _differences(
+            old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."), common=common
+        )
+    ]
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Keeps the config of the newest run as DIR/config.json."""
+    os.makedirs(workdir, exist_ok=True)
+    write_json(os.path.join(workdir, "config.json"), config.to_dict(), sort_keys=True)
+
+
+def check_shared(workdir: str) -> None:
+    """Raises a ValueError, on all processes of a job, unless all see the same workdir."""
+    # Imported here, so that the rest of this module doesn't wait for JAX.
+    from l2s_jax.cluster import distributed
+
+    path = os.path.join(workdir, ".shared")
+
+    def write() -> str:
+        write_json(path, {"token": uuid.uuid4().hex})
+        return read_json(path)["token"]
+
+    token = distributed.on_primary(write)
+    seen = os.path.exists(path) and read_json(path)["token"] == token
+    blind = [number for number, sees in enumerate(distributed.exchange(seen)) if not sees]
+    distributed.on_primary(lambda: os.remove(path))
+    if blind:
+        raise ValueError(
+            f"{workdir}: process {blind[0]} does not see what process 0 writes there; expected a "
+            "folder that all hosts share"
+        )
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The config of the newest run in `workdir`.
+
+    Settings that there were not yet when it was written have their defaults, and those that have
+    moved since are where they belong. A setting without effect may be among them.
+
+    Raises:
+      ValueError: there was none, or it holds what is no setting.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file; expected the workdir of a run, or --config")
+    return of_settings(read(Settings, upgraded(read_json(path)), f"{path}: config"))

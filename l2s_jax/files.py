@@ -1,0 +1,109 @@
+"""Files as they are written and read everywhere: a file or folder is there as a whole, or not.
+
+What is being written lies beside its place, under a name that ends in `.tmp`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+UNFINISHED = ".tmp"
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Gives a path to write a file to, which becomes `path` when the block ends without an error.
+
+    Whoever else writes the same file at the same time has another path; the last one stays.
+    """
+    temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str) -> Iterator[str]:
+    """Gives a new folder, which becomes `path` when the block ends without an error.
+
+    Raises:
+      OSError: there is something at `path` that is no empty folder.
+    """
+    path = os.path.abspath(path)
+    temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Replaces a file."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+def write_text(path: str, content: str) -> None:
+    """Replaces a file, in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: str, value: Any, *, sort_keys: bool = False) -> None:
+    """Replaces a JSON file.
+
+    Raises:
+      ValueError: a number in it is not finite, which JSON has no word for.
+    """
+    content = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False)
+    write_text(path, content + "\n")
+
+
+def write_json_lines(path: str, records: Any) -> None:
+    """Replaces a JSON Lines file; `records` is any iterable."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for each number that is not finite, for `write_json`."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      ValueError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """What `value` becomes on its way through JSON."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,194 @@
+"""A trained L2S model on disk: config.json, params.safetensors (projector and SLM), tokenizers.
+
+config.json refers to the LLM's directory by path and content hash; `copy` can take along what
+encodes of it, in llm/. The SLM's tokenizer lies beside the parameters, the LLM's in llm_tokenizer/
+if it is another. README.md, the model card, is written once there is a report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
+from l2s_jax.checkpoints.files import TensorFiles, content_hash, write_directory
+from l2s_jax.checkpoints.reading import read_params
+from l2s_jax.files import read_json
+from l2s_jax.models.systems import LlmToSlm, Params
+from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+
+_FAMILY = "l2s"
+_LLM, _LLM_TOKENIZER = "llm", "llm_tokenizer"
+CARD = "README.md"
+
+
+def _shapes(system: LlmToSlm) -> dict[str, tuple[int, ...]]:
+    return param_shapes(jax.eval_shape(system.init, jax.random.key(0)))
+
+
+def save(
+    system: LlmToSlm,
+    trained: Params,
+    directory: str,
+    *,
+    llm_path: str,
+    llm_hash: str,
+    layer: float,
+    llm_tokenizer: Tokenizer,
+    slm_tokenizer: Tokenizer,
+    generation: Mapping[str, Any],
+) -> None:
+    """Writes projector, SLM and tokenizers.
+
+    A relative `llm_path` is relative to the bundle's directory; `layer` is config.llm.layer;
+    `generation` are the settings that `l2s_jax.load` starts from.
+    """
+    fields = {
+        "format": pretrained.FORMAT,
+        "family": _FAMILY,
+        "fusion": system.fusion,
+        "projector_width": system.projector_width,
+        "shared_vocabulary": system.shared_vocabulary,
+        "slm": pretrained.config_to_native(system.slm_config),
+        "llm": {"path": llm_path, "content_hash": llm_hash, "layer": layer},
+        "generation": dict(generation),
+    }
+    shapes = _shapes(system)
+    tensors = write_tensors(trained, own_entries(shapes), shapes)
+    write_directory(directory, fields, tensors, "params")
+    slm_tokenizer.save(directory)
+    if not system.shared_vocabulary:
+        llm_tokenizer.save(os.path.join(directory, _LLM_TOKENIZER))
+
+
+def copy(source: str, target: str, *, include_llm: bool) -> None:
+    """Copies an L2S model, with a reference to its LLM or the part of it that encodes inside.
+
+    What is inside already stays inside.
+    """
+    system, trained, frozen = load(source)
+    fields = read_json(os.path.join(source, "config.json"))
+    reference = fields["llm"]
+    if include_llm or reference["path"] == _LLM:
+        inside = os.path.join(target, _LLM)
+        shapes = param_shapes(frozen)
+        write_directory(
+            inside,
+            pretrained.config_to_native(system.llm_config),
+            write_tensors(frozen, own_entries(shapes), shapes),
+            "params",
+        )
+        # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
+        reference = {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
+    else:
+        path = os.path.normpath(os.path.join(source, reference["path"]))
+        reference = {**reference, "path": os.path.abspath(path)}
+    llm_tokenizer, slm_tokenizer = load_tokenizers(source)
+    save(
+        system,
+        trained,
+        target,
+        llm_path=reference["path"],
+        llm_hash=reference["content_hash"],
+        layer=reference["layer"],
+        llm_tokenizer=llm_tokenizer,
+        slm_tokenizer=slm_tokenizer,
+        generation=fields["generation"],
+    )
+    card = os.path.join(source, CARD)
+    if os.path.exists(card):
+        shutil.copyfile(card, os.path.join(target, CARD))
+
+
+def is_bundle(directory: str) -> bool:
+    """Whether an L2S model lies there, as opposed to a model on its own."""
+    path = os.path.join(directory, "config.json")
+    return os.path.exists(path) and read_json(path).get("family") == _FAMILY
+
+
+def inspect(directory: str) -> list[pretrained.Parameter]:
+    """As `pretrained.inspect`, of projector and SLM."""
+    with TensorFiles(directory, "params") as files:
+        return [
+            pretrained.Parameter(key, files.shape(key), files.dtype(key), key)
+            for key in sorted(files.keys)
+        ]
+
+
+def _read_fields(directory: str) -> tuple[dict[str, Any], str]:
+    """(config.json's object, its path) of an L2S model."""
+    path = os.path.join(directory, "config.json")
+    fields = read_json(path)
+    if fields.get("family") != _FAMILY:
+        raise ValueError(f"{path}: family is {fields.get('family')!r}, expected {_FAMILY!r}")
+    return fields, path
+
+
+def generation_settings(directory: str) -> dict[str, Any]:
+    """What `save` was given as `generation`."""
+    fields, path = _read_fields(directory)
+    if not isinstance(fields.get("generation"), dict):
+        raise ValueError(f"{path}: not the config of an L2S model: no settings of generation")
+    return dict(fields["generation"])
+
+
+def load(
+    directory: str,
+    *,
+    dtype: Any = jnp.float32,
+    encoder_dtype: Any = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+) -> tuple[LlmToSlm, Params, Params]:
+    """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
+
+
+    `encoder_dtype`, `mesh` and `scan_layers` are about the LLM, as of `pretrained.load_encoder`:
+    its dtype is `dtype` where none of its own is given, and on a mesh it is held as generation with
+    weights "float" holds it.
+
+    Raises:
+      ValueError: no L2S model is there, or its LLM is gone or no longer the same.
+    """
+    fields, path = _read_fields(directory)
+    try:
+        llm_path = os.path.normpath(os.path.join(directory, fields["llm"]["path"]))
+        expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
+        slm_config = pretrained.config_from_native(fields["slm"], path)
+        slm_config = dataclasses.replace(slm_config, dtype=dtype)
+        names = ("fusion", "projector_width", "shared_vocabulary")
+        settings = {name: fields[name] for name in names}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
+    llm, frozen = pretrained.load_encoder(
+        llm_path,
+        layer=layer,
+        dtype=encoder_dtype or dtype,
+        serve=mesh is not None,
+        mesh=mesh,
+        scan_layers=scan_layers,
+    )
+    if content_hash(llm_path) != expected:
+        raise ValueError(
+            f"{llm_path}: this LLM is not the one that {directory} was trained with "
+            "(content hashes differ)"
+        )
+    system = LlmToSlm(llm.config, slm_config, **settings)
+    shapes = _shapes(system)
+    with TensorFiles(directory, "params") as files:
+        return system, read_params(files, own_entries(shapes), shapes), frozen
+
+
+def load_tokenizers(directory: str) -> tuple[Tokenizer, Tokenizer]:
+    """(the prompts' tokenizer, the responses'), which are often the same."""
+    own = load_tokenizer(directory)
+    of_llm = os.path.join(directory, _LLM_TOKENIZER)
+    return (load_tokenizer(of_llm) if os.path.isdir(of_llm) else own), own

@@ -1,0 +1,213 @@
+"""`--mode=generate`: a file of prompts in, a file of responses out, from a finished run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+from ml_collections import ConfigDict
+
+from l2s_jax.cluster import distributed
+from l2s_jax.data.tasks import Task, load_task
+from l2s_jax.files import replacing
+from l2s_jax.serving.generator import Output
+from l2s_jax.serving.loading import load_generator
+from l2s_jax.settings.search import Search, changed
+
+
+def generate_file(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    system: str,
+    source: str,
+    target: str,
+    jsonl: bool,
+    search: Mapping[str, str] | None = None,
+    stop: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    stream: bool = False,
+    warm_up: bool = False,
+    weights: str | None = None,
+) -> None:
+    """Answers every line of `source` into `target`, in order; "-" stands for stdin and stdout.
+
+    Lines are the text of the task's one prompt field. In JSON Lines (`jsonl`, or a name that ends
+    in .jsonl) a line holds the prompt's fields, and comes back with "response" and "cut" added, and
+    with a beam search's "score" and "others". Nothing is written unless all of the input can be
+    read, and `target` appears whole or not at all: what was there is kept if this fails. With
+    `stream`, each line is answered as it is read, and its response is written as it is decoded.
+
+    Args:
+      search, stop: settings of `Search` that differ from the config's, values as text.
+      max_new_tokens: at most the config's.
+      seed: of the first prompt, the next ones have the numbers after it.
+      warm_up: everything is compiled before the first prompt is read.
+      weights: other than the config's.
+
+    Raises:
+      ValueError: the input cannot be read or the output not written, a line holds no prompt (named
+        file:line), or a setting does not fit.
+    """
+    task = load_task(config.task)
+    jsonl = jsonl or source.endswith(".jsonl")
+    if stream and (target != "-" or jsonl):
+        raise ValueError("--stream writes text to stdout: expected no --output and no JSON Lines")
+    if stream and jax.process_count() > 1:
+        raise ValueError(f"--stream: expected one process, this job has {jax.process_count()}")
+    changes = parse_search(search or {})
+    if stop:
+        changes["stop"] = tuple(stop)
+    chosen = changed(config.decoding.search.to_dict(), changes)
+    if stream:
+        records = _read_records(source, task, jsonl)
+    else:
+        records = distributed.on_primary(lambda: list(_read_records(source, task, jsonl)))
+        prompts = [task.render_prompt(record, where) for where, record in records]
+    writes = distributed.is_primary()
+    with _open_output(target) if writes else contextlib.nullcontext() as file:
+        generator = load_generator(
+            config, workdir, system, search=chosen, weights=weights or config.decoding.weights
+        )
+        if warm_up:
+            generator.warm_up(stream=stream)
+        if stream:
+            for number, (where, record) in enumerate(records):
+                prompt = task.render_prompt(record, where)
+                for piece in generator.stream(
+                    prompt, max_new_tokens=max_new_tokens, seed=seed + number
+                ):
+                    print(_one_line(piece), end="", flush=True)
+                print(flush=True)
+            return
+        outputs = generator.generate(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            seeds=range(seed, seed + len(prompts)),
+            description="generating",
+            shared=True,
+        )
+        if not writes:
+            return
+        with _writing(target):
+            for (_, record), output in zip(records, outputs, strict=True):
+                if jsonl:
+                    file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
+                else:
+                    file.write(_one_line(output.text) + "\n")
+
+
+def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of `Search` from text, as in {"num_beams": "4"}.
+
+    Raises:
+      ValueError: there is no such setting, or the text is not a value of its kind.
+    """
+    kinds = {
+        field.name: type(field.default)
+        for field in dataclasses.fields(Search)
+        if field.name != "stop"
+    }
+    parsed = {}
+    for name, text in values.items():
+        if name not in kinds:
+            raise ValueError(f"--search: no setting {name!r}, expected some of {', '.join(kinds)}")
+        try:
+            parsed[name] = (
+                {"true": True, "false": False}[text.lower()]
+                if kinds[name] is bool
+                else kinds[name](text)
+            )
+        except (KeyError, ValueError):
+            kind = {bool: "true or false", int: "an integer", float: "a number"}[kinds[name]]
+            raise ValueError(f"--search: {name}={text!r}: expected {kind}") from None
+    return parsed
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")
+
+
+def _answer(output: Output) -> dict[str, Any]:
+    answer = {"response": output.text, "cut": output.cut}
+    if output.score is not None:
+        answer["score"] = output.score
+    if output.others:
+        answer["others"] = [_answer(other) for other in output.others]
+    return answer
+
+
+def _read_records(source: str, task: Task, jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, fields) of each line."""
+    if not jsonl and len(task.prompt_fields) != 1:
+        raise ValueError(
+            f"the prompt of task {task.name!r} has the fields {', '.join(task.prompt_fields)}: "
+            "expected JSON Lines with them as input (--jsonl)"
+        )
+    name = "stdin" if source == "-" else source
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
+            for number, line in enumerate(file, start=1):
+                where = f"{name}:{number}"
+                yield where, _parse(line, where, None if jsonl else task.prompt_fields[0])
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read the input: {error.strerror}") from None
+
+
+def _parse(line: bytes, where: str, field: str | None) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+        record = json.loads(text) if field is None else {field: text}
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: expected UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected a JSON object: {error.msg}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {text[:60]!r}")
+    return record
+
+
+@contextlib.contextmanager
+def _open_output(target: str) -> Iterator[TextIO]:
+    """A file that becomes `target` when the block ends without an error, else disappears.
+
+    It is opened at once, next to `target`: what cannot be written there is known before the block.
+    """
+    if target == "-":
+        yield sys.stdout
+        return
+    with contextlib.ExitStack() as stack:
+        with _writing(target):
+            if os.path.isdir(target):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            temporary = stack.enter_context(replacing(target))
+            file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115  closed below
+        try:
+            yield file
+        except BaseException:
+            # The error of the block is what counts: closing may fail for the same reason.
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+        with _writing(target):
+            file.close()
+            stack.close()
+
+
+@contextlib.contextmanager
+def _writing(target: str) -> Iterator[None]:
+    """Errors of the file system name `target`."""
+    try:
+        yield
+    except OSError as error:
+        name = "stdout" if target == "-" else target
+        raise ValueError(f"{name}: cannot write the output: {error.strerror}") from None

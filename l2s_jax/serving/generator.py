@@ -1,0 +1,355 @@
+"""Text in, text out: tokenize, group by length, decode in one compiled program, put in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from l2s_jax.cluster import distributed, sharding
+from l2s_jax.decoding.beam import Hypotheses
+from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
+from l2s_jax.decoding.loop import CHUNK, Decoded
+from l2s_jax.models.systems import Params, System
+from l2s_jax.serving.batching import Batch, batches, buckets, check_lengths
+from l2s_jax.serving.text import ResponseText
+from l2s_jax.settings.search import Search
+from l2s_jax.tokenizers.tokenizer import Tokenizer
+
+
+class Output(NamedTuple):
+    """One generated response; `cut` says that the limit on new tokens ended it.
+
+    `tokens` is how many were decoded, the eos included. After a stop text these are more than
+    `text` has: the stop's own, and the rest of the chunk that it was found in.
+
+    Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
+    after the best, best first.
+    """
+
+    text: str
+    tokens: int
+    cut: bool
+    score: float | None = None
+    others: tuple[Output, ...] = ()
+
+
+class Generator:
+    """Answers prompts with one system. Results do not depend on batch company or padding.
+
+    Batches have one of a few fixed shapes: the number of rows, of prompt tokens and of new tokens
+    are each rounded up to a bucket, and every combination is compiled once. On a mesh, rows are
+    split over it, and the parameters as for training. A mesh of several processes makes every call
+    one that they all make, alike.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        trained: Params,
+        frozen: Params,
+        prompt_tokenizer: Tokenizer,
+        response_tokenizer: Tokenizer,
+        *,
+        prompt_lengths: Sequence[int],
+        max_new_tokens: int,
+        batch_size: int,
+        search: Search | Mapping[str, Any] = GREEDY,
+        weights: str = "float",
+        mesh: Mesh | None = None,
+    ):
+        """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated.
+
+        A call that truncates prompts warns of their number. `max_new_tokens` and `search` hold for
+        calls that name none; no call may have more new tokens. `weights` is one of
+        models.serving.WEIGHTS. `mesh`: None is one device.
+
+        Raises:
+          ValueError: the mesh does not divide the batch_size or a parameter, or a model has too few
+            positions for the longest prompts and responses.
+        """
+        check_lengths(system, prompt_lengths[-1], max_new_tokens)
+        self.system = system
+        self.mesh = mesh or sharding.one_device()
+        sharding.check_rows(batch_size, self.mesh, "batch_size")
+        self.trained, self.frozen = (
+            sharding.put_parameters(params, self.mesh)
+            for params in system.to_serve(trained, frozen, weights)
+        )
+        self.prompt_tokenizer = prompt_tokenizer
+        self.response_tokenizer = response_tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.search = search if isinstance(search, Search) else Search(**search)
+        self.prompt_lengths = tuple(prompt_lengths)
+        # (rows, prompt tokens, kind of program) that have been compiled.
+        self._ready: set[tuple[int, int, Any]] = set()
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows that programs are compiled for, which the mesh splits."""
+        return buckets(sharding.batch_ways(self.mesh), self.batch_size, 4)
+
+    @property
+    def new_token_buckets(self) -> tuple[int, ...]:
+        """Numbers of new tokens that programs are compiled for."""
+        return buckets(2 * CHUNK, self.max_new_tokens, 2)
+
+    def warm_up(self, *, stream: bool = False) -> int:
+        """Compiles every shape that `generate`, or `stream`, may run; gives their number.
+
+        It does so for the default search; another one is another set of programs.
+        """
+        in_chunks = stream or self.search.stop
+        rows_of = self.row_buckets[:1] if stream else self.row_buckets
+        shapes = list(itertools.product(rows_of, self.prompt_lengths, self.new_token_buckets))
+        for rows, length, capacity in tqdm(shapes, desc="compiling", file=sys.stderr):
+            ids, mask = np.zeros((rows, length), np.int32), np.ones((rows, length), bool)
+            # Two tokens take one chunk; rows that may have none take nothing at all.
+            limits = np.full(rows, 2 if in_chunks else 0, np.int32)
+            batch = Batch(ids, mask, limits, np.zeros(rows, np.uint32))
+            self._ready.add((rows, length, (capacity, self.search, stream)))
+            if in_chunks:
+                list(self._chunks(batch, capacity, self.search, False, lambda: []))
+            else:
+                jax.block_until_ready(self._decode(batch, capacity, self.search, False))
+        return len(shapes)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        search: Search | None = None,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | None = None,
+        description: str = "",
+        mismatched: bool = False,
+        shared: bool = False,
+    ) -> list[Output]:
+        """One output per prompt, in order.
+
+        Args:
+          prompts: texts, as a whole: `Task.render_prompt` has been applied.
+          search: how tokens are chosen.
+          max_new_tokens: the most that a response may have.
+          seeds: of each prompt, for sampling: the same seed, the same text, whatever the other
+            prompts are; without them, the prompts' places 0, 1, 2, ...
+          description: names a progress bar on stderr; without it there is none.
+          mismatched: every prompt is decoded with the encoded prompt of another.
+          shared: all processes of a job make the same call, and all get all outputs. Each answers
+            its share of the batches; on a mesh of all of them, they answer each batch together.
+
+        Raises:
+          ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
+            differ, or a seed does not fit in 32 bits.
+        """
+        search = self.search if search is None else search
+        limit, capacity = self._limit(max_new_tokens)
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
+        together = self.mesh.is_multi_process
+        silent = not description or ((shared or together) and not distributed.is_primary())
+        shared = shared and not together
+        processes, me = (jax.process_count(), jax.process_index()) if shared else (1, 0)
+        outputs: dict[int, Output] = {}
+        with tqdm(total=len(prompts), desc=description, disable=silent, file=sys.stderr) as bar:
+            for number, (indices, batch) in enumerate(
+                self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
+            ):
+                if number % processes == me:
+                    if search.stop:
+                        answers = self._decode_until(batch, capacity, search, mismatched)
+                    else:
+                        answers = self._collect(self._decode(batch, capacity, search, mismatched))
+                    outputs.update(zip(indices.tolist(), answers, strict=False))
+                bar.update(len(indices))
+        if processes > 1:
+            shares = distributed.exchange(list(outputs.items()))
+            outputs = {index: _output_of(fields) for share in shares for index, fields in share}
+        return [outputs[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        search: Search | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The response in pieces, as they are decoded: together, the text that `generate` gives.
+
+        A piece ends between characters, never within one. Arguments and errors as of `generate`;
+        a beam search cannot be streamed.
+        """
+        search = self.search if search is None else search
+        if search.num_beams > 1:
+            raise ValueError(
+                f"num_beams={search.num_beams}: expected 1, a beam search has no response before "
+                "its end"
+            )
+        limit, capacity = self._limit(max_new_tokens)
+        kind = (capacity, search, True)
+        ((_, batch),) = self._batches([prompt], limit, [seed], False, kind)
+        text = ResponseText(self.response_tokenizer, search.stop)
+        for decoded in self._chunks(batch, capacity, search, False, lambda: [text.stopped]):
+            tokens = decoded.tokens[: decoded.lengths[0], 0]
+            if piece := text.extend(tokens, last=bool(decoded.done[0])):
+                yield piece
+
+    def _limit(self, max_new_tokens: int | None) -> tuple[int, int]:
+        """(the most new tokens of a call, of the program that it runs)."""
+        if max_new_tokens is None:
+            max_new_tokens = self.max_new_tokens
+        if not 1 <= max_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}: expected 1 to {self.max_new_tokens}, for which "
+                "this generator was made"
+            )
+        return max_new_tokens, next(b for b in self.new_token_buckets if b >= max_new_tokens)
+
+    def _batches(
+        self,
+        prompts: Sequence[str],
+        limit: int,
+        seeds: Sequence[int],
+        mismatched: bool,
+        kind: Any,
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(indices of the prompts in the first rows, batch); `kind` is that of their programs."""
+
+        def rows(count: int, length: int) -> int:
+            fits = [rows for rows in self.row_buckets if rows >= count]
+            ready = [rows for rows in fits if (rows, length, kind) in self._ready]
+            # For the rest after whole batches, no program is compiled.
+            chosen = (ready if ready and len(prompts) > self.batch_size else fits)[0]
+            self._ready.add((chosen, length, kind))
+            return chosen
+
+        return batches(
+            prompts,
+            seeds,
+            self.system.name,
+            self.prompt_tokenizer,
+            prompt_lengths=self.prompt_lengths,
+            limit=limit,
+            # A batch of one row has no other row to be mismatched with.
+            batch_size=max(self.batch_size, 2) if mismatched else self.batch_size,
+            rows=None if mismatched else rows,
+        )
+
+    def _decode(
+        self, batch: Batch, capacity: int, search: Search, mismatched: bool
+    ) -> Decoded | Hypotheses:
+        with jax.set_mesh(self.mesh):
+            return jitted_decode(
+                self.system,
+                self.trained,
+                self.frozen,
+                *self._put(batch),
+                max_new_tokens=capacity,
+                search=search,
+                mismatched=mismatched,
+            )
+
+    def _put(self, batch: Batch) -> Batch:
+        """The batch on the devices, split by rows."""
+        return sharding.put(batch, sharding.batch_sharding(self.mesh))
+
+    def _chunks(
+        self,
+        batch: Batch,
+        capacity: int,
+        search: Search,
+        mismatched: bool,
+        ended: Callable[[], Sequence[bool]],
+    ) -> Iterator[_Progress]:
+        """What has been decoded after each chunk; `ended` says which of the first rows have said
+        enough.
+        """
+        settings = {"max_new_tokens": capacity, "search": dataclasses.replace(search, stop=())}
+        weights = (self.trained, self.frozen)
+        with jax.set_mesh(self.mesh):
+            state = start(
+                self.system, *weights, *self._put(batch), mismatched=mismatched, **settings
+            )
+        while True:
+            progress = _Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
+            yield progress
+            told = ended()
+            stopped = np.zeros(len(batch.limits), bool)
+            stopped[: len(told)] = told
+            if (progress.done | stopped).all():
+                return
+            # Not around the loop: it would hold while the caller has the progress.
+            with jax.set_mesh(self.mesh):
+                state = advance(self.system, self.trained, state, stopped, **settings)
+
+    def _collect(self, decoded: Decoded | Hypotheses) -> Iterator[Output]:
+        """The output of each row."""
+        decoded = sharding.gather(decoded)
+        if isinstance(decoded, Decoded):
+            for tokens, length, finished in zip(
+                decoded.tokens, decoded.lengths, decoded.finished, strict=True
+            ):
+                yield self._output(tokens[:length], finished)
+            return
+        for row in range(len(decoded.tokens)):
+            best, *others = (
+                self._output(tokens[:length], finished, float(score))
+                for tokens, length, finished, score in zip(
+                    decoded.tokens[row],
+                    decoded.lengths[row],
+                    decoded.finished[row],
+                    decoded.scores[row],
+                    strict=True,
+                )
+            )
+            yield best._replace(others=tuple(others))
+
+    def _output(self, tokens: np.ndarray, finished: bool, score: float | None = None) -> Output:
+        text = self.response_tokenizer.decode(tokens.tolist())
+        return Output(text, len(tokens), not bool(finished), score)
+
+    def _decode_until(
+        self, batch: Batch, capacity: int, search: Search, mismatched: bool
+    ) -> Sequence[Output]:
+        """The output of each row, decoded in chunks until it holds one of search.stop."""
+        texts = [ResponseText(self.response_tokenizer, search.stop) for _ in batch.limits]
+        for progress in self._chunks(
+            batch, capacity, search, mismatched, lambda: [text.stopped for text in texts]
+        ):
+            for row, text in enumerate(texts):
+                if not text.stopped:
+                    tokens = progress.tokens[: progress.lengths[row], row]
+                    text.extend(tokens, last=bool(progress.done[row]))
+        eos_id = self.system.decoder.eos_id
+        return [
+            Output(
+                text.text,
+                len(text.tokens),
+                not text.stopped and bool(limit) and text.tokens[-1] != eos_id,
+            )
+            for text, limit in zip(texts, batch.limits, strict=True)
+        ]
+
+
+def _output_of(fields: Sequence[Any]) -> Output:
+    """An Output from what JSON made of it."""
+    *own, others = fields
+    return Output(*own, tuple(map(_output_of, others)))
+
+
+class _Progress(NamedTuple):
+    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    done: np.ndarray

@@ -1,0 +1,130 @@
+"""Generators from configs and folders: a trained L2S model, or a system that a run left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
+from l2s_jax.config import buckets_of, compute_dtypes
+from l2s_jax.models.families import with_tokens
+from l2s_jax.models.systems import LanguageModel, Params, System
+from l2s_jax.serving import bundle
+from l2s_jax.serving.generator import Generator
+from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+
+
+def generator_settings(config: ConfigDict) -> dict[str, Any]:
+    """What a config says of decoding, as arguments of Generator; JSON can hold it."""
+    return {
+        "prompt_lengths": sorted({prompt for prompt, _ in buckets_of(config)}),
+        "max_new_tokens": config.decoding.max_new_tokens,
+        "batch_size": config.decoding.batch_size,
+        "search": config.decoding.search.to_dict(),
+        "weights": config.decoding.weights,
+    }
+
+
+def make_generator(
+    config: ConfigDict,
+    loaded: tuple[System, Params, Params],
+    prompt_tokenizer: Tokenizer,
+    response_tokenizer: Tokenizer,
+    **settings: Any,
+) -> Generator:
+    """A Generator with a config's buckets and decoding settings, but for `settings`; loaded is
+    (system, trained, frozen).
+    """
+    settings = {**generator_settings(config), **settings}
+    return Generator(*loaded, prompt_tokenizer, response_tokenizer, **settings)
+
+
+def load(
+    directory: str,
+    *,
+    dtype: str = "auto",
+    encoder_dtype: str = "auto",
+    mesh: Mesh | Mapping[str, int] | None = None,
+    **settings: Any,
+) -> Generator:
+    """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
+
+    Args:
+      directory: what a run left in RUN/l2s/model, or `python -m l2s_jax.convert` made of it.
+      dtype: as config.dtype.
+      encoder_dtype: as config.llm.encoder_dtype.
+      mesh: of the devices of this process, along its axes as in config.mesh; data is what is left.
+        {} splits batches between all of them, {"tensor": 4} the model between each four. None: one
+        device.
+      settings: arguments of `Generator` to use instead of the model's own.
+
+    Raises:
+      ValueError: no L2S model is there, its LLM is gone or no longer the same, or the mesh does not
+        fit the devices, the batch size or the model.
+    """
+    settings = {**bundle.generation_settings(directory), **settings}
+    if mesh is None:
+        mesh = sharding.one_device()
+    elif not isinstance(mesh, Mesh):
+        rest = {} if -1 in mesh.values() else {"data": -1}
+        mesh = sharding.make_mesh({**rest, **mesh}, jax.local_devices())
+    placed = where_to_read(mesh, settings.get("weights", "float"))
+    common, of_encoder = compute_dtypes(dtype, encoder_dtype)
+    loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
+    return Generator(*loaded, *bundle.load_tokenizers(directory), mesh=mesh, **settings)
+
+
+def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
+    """Where a model is read to that generates on `mesh`: None, the host, to quantize it there."""
+    return mesh if weights == "float" else None
+
+
+def load_alone(
+    name: str, directory: str, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None
+) -> tuple[LanguageModel, Params, Params]:
+    """(system, {name: parameters}, {}) of the LLM or SLM in a directory, with its tokenizer.
+
+    `mesh` as `where_to_read` gives it.
+
+    Raises:
+      ValueError: no model is there, or a T5 whose pad or eos id is not its tokenizer's.
+    """
+    module, params = pretrained.load(directory, dtype=dtype, serve=mesh is not None, mesh=mesh)
+    config = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
+    return LanguageModel(name, config), {name: params}, {}
+
+
+def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
+    """The Generator of system `name` ("llm", "slm" or "l2s") that a run left in `workdir`.
+
+    On config.mesh, see `sharding.decoding_mesh`. Settings as of `make_generator`.
+
+    Raises:
+      ValueError: the workdir holds no such system, or the mesh does not fit.
+    """
+    mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
+    sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
+    settings = {"mesh": mesh, **settings}
+    directory = os.path.join(workdir, name, "model")
+    if name == "llm" and not config.llm.train.steps:
+        directory = config.llm.path
+    if not os.path.isdir(directory):
+        raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
+    dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
+    placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))
+    if name == "l2s":
+        return make_generator(
+            config,
+            bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=placed),
+            *bundle.load_tokenizers(directory),
+            **settings,
+        )
+    tokenizer = load_tokenizer(directory)
+    loaded = load_alone(name, directory, tokenizer, dtype=dtype, mesh=placed)
+    return make_generator(config, loaded, tokenizer, tokenizer, **settings)

@@ -1,0 +1,57 @@
+"""The text of a response that is still being decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from l2s_jax.tokenizers.tokenizer import Tokenizer
+
+# What tokenizers put for bytes that are not a character, or not yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class ResponseText:
+    """Tokens in, text out: characters whole, and nothing from the first of the `stop` texts on."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+
+    def extend(self, tokens: np.ndarray, *, last: bool) -> str:
+        """Takes all tokens so far, int32 [S]; gives the text that is new and certain.
+
+        Held back are characters of which bytes are missing, white space at the end, which some
+        tokenizers only keep before a word, and what may turn out to be the start of a stop text.
+        With `last`, there is no more to come and all is given.
+        """
+        self.tokens = tokens.tolist()
+        text = self._tokenizer.decode(self.tokens)
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text = text[: min(found)]
+        elif not last:
+            text = text.rstrip(_INCOMPLETE).rstrip()
+            text = text[: len(text) - self._started_stop(text)]
+            if not text.startswith(self.text):
+                return ""
+        piece = text[len(self.text) :]
+        self.text = text
+        return piece
+
+    def _started_stop(self, text: str) -> int:
+        """How many characters at the end may be the start of a stop text."""
+        return max(
+            (
+                length
+                for stop in self._stop
+                for length in range(1, len(stop))
+                if text.endswith(stop[:length])
+            ),
+            default=0,
+        )

@@ -1,0 +1,171 @@
+"""Settings beside each other, over the whole config: which have no effect, which no run could use.
+
+What concerns one section alone is said there (`Section.conflict`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import functools
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from l2s_jax.settings.declare import Section, flat, read
+from l2s_jax.settings.search import changed
+from l2s_jax.settings.sections import Settings
+
+SYSTEMS = ("llm", "slm", "l2s")
+
+
+class Idle(NamedTuple):
+    """Settings without effect at some values of another; `keys` is a pattern over their keys."""
+
+    keys: str
+    by: str
+    when: Callable[[Any], bool]
+    why: str
+
+
+def _is_off(value: Any) -> bool:
+    return not value
+
+
+IDLE = (
+    Idle(
+        "task.tfds_name",
+        "task.source",
+        lambda source: source not in ("", "tfds"),
+        "only tensorflow-datasets have such a name",
+    ),
+    *(
+        Idle(f"{where}.model_type", f"{where}.train_vocab_size", _is_off, "no tokenizer is trained")
+        for where in ("tokenizer", "slm.tokenizer")
+    ),
+    *(
+        Idle(f"{name}.model.*", f"{name}.path", bool, "the directory has a geometry of its own")
+        for name in ("llm", "slm")
+    ),
+    Idle("llm.train.*", "llm.train.steps", _is_off, "the LLM is not trained"),
+    *(
+        Idle(
+            f"{name}.train.adam_b2",
+            f"{name}.train.optimizer",
+            lambda optimizer: optimizer != "adamw",
+            "only AdamW looks at it",
+        )
+        for name in SYSTEMS
+    ),
+    *(
+        Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
+        for name in ("slm", "l2s")
+    ),
+    Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
+)
+# Of these, settings/search.py says itself what has no effect.
+_SEARCHES = (("decoding", "search"), ("labels", "search"))
+
+
+def idle_keys(settings: Settings) -> dict[str, Idle]:
+    """The keys of all settings that have no effect beside the others, and the rule that says so."""
+    values = flat(settings)
+    return {
+        key: rule
+        for rule in IDLE
+        if rule.when(values[rule.by])
+        for key in fnmatch.filter(values, rule.keys)
+        if key != rule.by
+    }
+
+
+def settle(values: Mapping[str, Any], given: Collection[str] = ()) -> Settings:
+    """The settings of a config that somebody has written, which must all have an effect.
+
+    Args:
+      values: by section and name.
+      given: keys among them that were set last, on top of a config file. What one of these turns
+        off takes its own settings with it, as far as they are not given too.
+
+    Raises:
+      ValueError: a value that does not fit, or one that has no effect and is not the default.
+    """
+    values = copy.deepcopy(dict(values))
+    for section, name in _SEARCHES:
+        prefix = f"{section}.{name}."
+        search = values[section][name]
+        if changes := {key: search[key] for key in search if f"{prefix}{key}" in given}:
+            try:
+                values[section][name] = dataclasses.asdict(changed(search, changes))
+            except ValueError as error:
+                raise ValueError(f"config.{prefix}{error}") from None
+    settings = read(Settings, values, "config")
+    for key, rule in idle_keys(settings).items():
+        if rule.by in given and key not in given:
+            *path, name = key.split(".")
+            del functools.reduce(operator.getitem, path, values)[name]
+    settings = read(Settings, values, "config")
+    if message := next(_without_effect(settings), ""):
+        raise ValueError(message)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Checks that a run could use all of these settings.
+
+    Raises:
+      ValueError: it could not.
+    """
+    if message := next(_unusable(settings), ""):
+        raise ValueError(message)
+
+
+def _without_effect(settings: Settings) -> Iterator[str]:
+    """One line for each rule that settings other than the defaults meet."""
+    values = flat(settings)
+    # A geometry has the defaults of its family, which is itself one of the settings.
+    defaults = flat(_defaults_of(settings)) | {
+        key: value for key, value in flat(Settings()).items() if key in values
+    }
+    found: dict[Idle, list[str]] = {}
+    for key, rule in idle_keys(settings).items():
+        if values[key] != defaults[key]:
+            found.setdefault(rule, []).append(key)
+    for rule, keys in found.items():
+        shown = ", ".join(f"config.{key}={values[key]!r}" for key in keys)
+        yield (
+            f"{shown}: no effect with config.{rule.by}={values[rule.by]!r}, {rule.why}; expected "
+            f"{'its default' if len(keys) == 1 else 'their defaults'}, "
+            f"{', '.join(repr(defaults[key]) for key in keys)}"
+        )
+
+
+def _defaults_of(section: Section) -> Section:
+    """The section with all at its default, but for families of geometries."""
+    inner = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    changes = {name: _defaults_of(one) for name, one in inner.items() if isinstance(one, Section)}
+    return type(section)(**changes)
+
+
+def _unusable(settings: Settings) -> Iterator[str]:
+    """One line for each way in which no run could use the settings."""
+    s = settings
+    if not s.llm.path and not s.llm.train.steps:
+        yield "config.llm: expected a path (a Hugging Face directory) or train.steps above 0"
+    if not s.llm.path and not s.tokenizer.train_vocab_size:
+        yield (
+            "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
+            "take a tokenizer from"
+        )
+    if s.l2s.fusion == "cross" and not s.slm.path and s.slm.model.family != "t5":
+        yield (
+            f"config.l2s.fusion='cross' with config.slm.model.family={s.slm.model.family!r}: it "
+            "has no cross-attention, expected 'add' or 'replace'"
+        )
+    for split in ("train", "validation", s.evaluation.split):
+        if split not in s.task.splits:
+            yield (
+                f"config.task.splits has {', '.join(s.task.splits) or 'none'}: expected {split!r} "
+                "too"
+            )

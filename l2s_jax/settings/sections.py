@@ -1,0 +1,329 @@
+"""The sections of a config, from the whole, `Settings`, at the end to what each of them holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from l2s_jax.settings.declare import Allowed, Section, setting
+from l2s_jax.settings.geometry import MODELS, Model, T5Model
+from l2s_jax.settings.search import Search
+from l2s_jax.settings.training import Lora, Train, TrainAlways
+
+METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
+
+
+_DTYPES = ("float32", "bfloat16", "auto")
+DTYPE = Allowed(
+    str,
+    fits=lambda name: name in _DTYPES,
+    expected=f"one of {_DTYPES}",
+    refused={"float16": "T5 overflows in it; use 'bfloat16' or 'float32'"},
+)
+
+
+def _axis(default: int, meaning: str) -> Any:
+    return setting(
+        default,
+        meaning,
+        fits=lambda size: size == -1 or size >= 1,
+        expected="an integer >= 1, or -1",
+    )
+
+
+def _are_buckets(buckets: tuple[Any, ...]) -> bool:
+    return bool(buckets) and all(
+        isinstance(bucket, tuple)
+        and len(bucket) == 2
+        and all(isinstance(size, int) and size > 0 for size in bucket)
+        for bucket in buckets
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Section):
+    """The records, and how they become a prompt and a response; see data/tasks.py."""
+
+    name: str = setting("", "What reports call it.")
+    source: str = setting("", "Kind of the data.", one_of=("tfds", "jsonl", "tsv", "text"))
+    data_dir: str = setting("", "Where relative file names start: a folder, or any fsspec URL.")
+    tfds_name: str = setting("", "Name of a dataset of tensorflow-datasets.")
+    splits: dict[str, Any] = setting(
+        {},
+        "`train`, `validation` and `test`: a file each; for `text` a file for each field; for "
+        "`tfds` a TFDS split.",
+    )
+    prompt: str = setting("", "Template over field names, as in `translate to German: {en}`.")
+    response: str = setting("", "Name of the field that holds the response.")
+    references: str = setting("", "Field of further references, if there is one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer(Section):
+    """Where a tokenizer comes from: a directory, or the text of the train split."""
+
+    train_vocab_size: int = setting(
+        0,
+        "Pieces of a tokenizer that is trained on the train split; 0: that of the model's "
+        "directory, or for an SLM without one the LLM's.",
+        at_least=0,
+    )
+    model_type: str = setting("unigram", "Kind of it.", one_of=("unigram", "bpe"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Llm(Section):
+    """The large model."""
+
+    path: str = setting(
+        "", "A Hugging Face directory, or `RUN/llm/model`; without one, it is made here."
+    )
+    model: Model = T5Model()
+    layer: float = setting(
+        0.0,
+        "Of a decoder-only LLM: after how many of its layers, or which fraction of them, H is "
+        "taken; 0: after all.",
+        at_least=0,
+    )
+    encoder_dtype: str = setting(
+        "auto",
+        "As `dtype`, of the LLM where it encodes for L2S. What was trained with one continues and "
+        "is used with the other too.",
+        allowed=DTYPE,
+    )
+    train: Train = Train()
+
+    def conflict(self) -> str:
+        """A layer of a model that has none to choose."""
+        if self.layer and not self.path and self.model.family == "t5":
+            return f"layer={self.layer:g}: expected 0, the encoder of a T5 has one output"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _LikeSlm(Section):
+    """What the SLM alone and L2S have in common."""
+
+    lora: Lora = Lora()
+    train: TrainAlways = TrainAlways()
+
+    def conflict(self) -> str:
+        """LoRA with updates of nothing."""
+        if self.lora.rank and self.train.parameter_scale:
+            return (
+                f"lora.rank={self.lora.rank} with train.parameter_scale=True: expected False, "
+                "LoRA's matrices start at zero and updates relative to their size would be none"
+            )
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slm(_LikeSlm):
+    """The small model, alone and in L2S."""
+
+    path: str = setting("", "A directory to start from; without one, from random parameters.")
+    model: Model = T5Model()
+    tokenizer: Tokenizer = Tokenizer()
+
+    def conflict(self) -> str:
+        """Two tokenizers."""
+        if self.path and self.tokenizer.train_vocab_size:
+            return (
+                f"path={self.path!r} and tokenizer.train_vocab_size="
+                f"{self.tokenizer.train_vocab_size}: two tokenizers, expected one"
+            )
+        return super().conflict()
+
+
+@dataclasses.dataclass(frozen=True)
+class L2s(_LikeSlm):
+    """The SLM with the LLM's representations of the prompt."""
+
+    fusion: str = setting(
+        "add",
+        "How they meet: Z is added to the SLM's embedding of the prompt, takes its place, or is "
+        "what the SLM's decoder attends to, without an SLM encoder.",
+        one_of=("add", "replace", "cross"),
+    )
+    projector_width: int = setting(
+        0, "Hidden units of the projector; 0: the SLM's width.", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Section):
+    """Devices along each axis; one axis may be -1, which takes those that are left."""
+
+    data: int = _axis(-1, "Devices, or groups of them, between which a batch is split.")
+    fsdp: int = _axis(1, "Devices between which parameters, and a batch, are split.")
+    tensor: int = _axis(1, "Devices between which each product is split.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelMesh(Section):
+    """Likewise where the LLM labels; 0: as in `mesh`."""
+
+    data: int = setting(0, "As `mesh.data`; 0: the same.", at_least=-1)
+    fsdp: int = setting(0, "As `mesh.fsdp`; 0: the same.", at_least=-1)
+    tensor: int = setting(0, "As `mesh.tensor`; 0: the same.", at_least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels(Section):
+    """What the SLM and L2S learn to say."""
+
+    source: str = setting(
+        "data",
+        "Whose responses to the train split: those of the data, or the LLM's own.",
+        one_of=("data", "llm"),
+    )
+    search: Search = Search()
+    max_new_tokens: int = setting(
+        0, "Where the LLM's are cut; 0: at `max_response_tokens`.", at_least=0
+    )
+    batch_size: int = setting(32, "Prompts that it answers at a time.", at_least=1)
+    mesh: LabelMesh = LabelMesh()
+
+
+@dataclasses.dataclass(frozen=True)
+class Features(Section):
+    """The frozen LLM's representations of prompts."""
+
+    cache: str = setting(
+        "",
+        "A folder that keeps H of all prompts, computed once; without one, each step computes its "
+        "own.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding(Section):
+    """How outputs are made, in evaluation and generation."""
+
+    max_new_tokens: int = setting(128, "Where an output is cut.", at_least=1)
+    batch_size: int = setting(32, "Prompts that are answered at a time.", at_least=1)
+    search: Search = Search()
+    weights: str = setting(
+        "float",
+        "Of the LLM's encoder and the SLM; int8: quantized.",
+        one_of=("float", "int8"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency(Section):
+    """What is timed, on random prompts."""
+
+    batch_size: int = setting(8, "The larger batch, beside batch 1.", at_least=1)
+    prompt_tokens: int = setting(32, "Tokens of each prompt.", at_least=1)
+    new_tokens: int = setting(32, "Tokens of each response.", at_least=1)
+    repeats: int = setting(20, "How often; the medians are reported.", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Section):
+    """What the report is about."""
+
+    split: str = setting("test", "Split of the task.", one_of=("train", "validation", "test"))
+    max_examples: int = setting(0, "Examples of it; 0: all.", at_least=0)
+    validation_examples: int = setting(
+        2000, "Of the validation split, while training; 0: all.", at_least=0
+    )
+    metrics: tuple[str, ...] = setting(
+        ("bleu", "chrf"),
+        "Measures of quality; the first is the primary one.",
+        fits=lambda names: bool(names) and all(name in METRICS for name in names),
+        expected=f"some of {METRICS}",
+    )
+    latency: Latency = Latency()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Section):
+    """A whole experiment."""
+
+    seed: int = setting(0, "Of all that is random.", at_least=0)
+    dtype: str = setting(
+        "auto", "Of the products; auto: float32 on CPU, bfloat16 elsewhere.", allowed=DTYPE
+    )
+    scan_layers: bool = setting(
+        False,
+        "Layers of the frozen LLM and of what is trained are one loop: the same results, from "
+        "programs that do not grow, nor take longer to compile, with depth.",
+    )
+    task: Task = Task()
+    tokenizer: Tokenizer = Tokenizer()
+    max_prompt_tokens: int = setting(128, "Longer prompts are cut.", at_least=1)
+    max_response_tokens: int = setting(128, "Longer responses are cut.", at_least=1)
+    buckets: tuple[tuple[int, int], ...] = setting(
+        ((128, 128),),
+        "Lengths (prompt, response) that batches are padded to, ascending.",
+        fits=_are_buckets,
+        expected="pairs of prompt tokens and response tokens",
+    )
+    labels: Labels = Labels()
+    features: Features = Features()
+    llm: Llm = Llm()
+    slm: Slm = Slm()
+    l2s: L2s = L2s()
+    decoding: Decoding = Decoding()
+    evaluation: Evaluation = Evaluation()
+    mesh: Mesh = Mesh()
+
+    def conflict(self) -> str:
+        """Buckets out of order, or too small."""
+        for smaller, larger in zip(self.buckets, self.buckets[1:], strict=False):
+            if smaller == larger or smaller[0] > larger[0] or smaller[1] > larger[1]:
+                return f"buckets={self.buckets}: expected both sizes to ascend"
+        prompt, response = self.buckets[-1]
+        if prompt < self.max_prompt_tokens or response < self.max_response_tokens:
+            return (
+                f"buckets={self.buckets}: expected the last to hold "
+                f"max_prompt_tokens={self.max_prompt_tokens} and "
+                f"max_response_tokens={self.max_response_tokens}"
+            )
+        return ""
+
+
+class Key(NamedTuple):
+    """One setting: as in --config.KEY; its type, default, what it may be, and its meaning."""
+
+    key: str
+    type: str
+    default: Any
+    allowed: str
+    meaning: str
+
+
+def describe(section: Section | None = None, prefix: str = "") -> list[Key]:
+    """Every setting of a section, by default of a whole config, as they are declared.
+
+    Of a geometry, those of all families; the meaning says which family has what.
+    """
+    section = Settings() if section is None else section
+    keys = []
+    for field, of_whom in _fields(section):
+        key, default = f"{prefix}{field.name}", field.default
+        if isinstance(default, Section):
+            keys += describe(default, f"{key}.")
+            continue
+        if default is dataclasses.MISSING:
+            default = field.default_factory()
+        allowed = field.metadata["allowed"]
+        meaning = f"{field.metadata['meaning']}{of_whom}"
+        keys.append(Key(key, str(field.type), default, allowed.expected, meaning))
+    return keys
+
+
+def _fields(section: Section) -> list[tuple[Any, str]]:
+    """(field, " (families that have it)") of each; "" where all have it."""
+    if not isinstance(section, Model):
+        return [(field, "") for field in dataclasses.fields(section)]
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for family, kind in MODELS.items():
+        for field in dataclasses.fields(kind):
+            found.setdefault(field.name, (field, []))[1].append(family)
+    return [
+        (field, "" if len(families) == len(MODELS) else f" ({', '.join(families)})")
+        for field, families in found.values()
+    ]

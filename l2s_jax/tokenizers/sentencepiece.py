@@ -1,0 +1,166 @@
+"""SentencePiece models, as T5 has them and as they are trained here.
+
+T5's layout (pad 0, eos 1, unk 2, no bos) turns newlines and runs of spaces into single spaces, so a
+task that needs them must mark them in its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import random
+import re
+from collections.abc import Iterable, Sequence
+
+import sentencepiece as spm
+
+from l2s_jax.files import write_bytes
+
+MODEL_FILE = "spiece.model"
+MODEL_TYPES = ("unigram", "bpe")
+# Work is split between threads by position: a fixed number fixes the order of training's sums.
+_TRAINING_THREADS = 4
+# SentencePiece drops longer texts from training; its default, 4192, is shorter than many documents.
+_MAX_TEXT_BYTES = 1 << 16
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; prompts and responses end with eos, as T5's do.
+
+    Attributes:
+      vocab_size: number of pieces of the model (a network's embedding may have more rows).
+      fingerprint: SHA-256, in hex, of the model's bytes.
+    """
+
+    def __init__(self, model: bytes, *, origin: str = "the SentencePiece model"):
+        self._model = model
+        if not model:
+            raise ValueError(f"{origin}: not a SentencePiece model: the file is empty")
+        try:
+            self._processor = spm.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{origin}: not a SentencePiece model: {_one_line(error)}") from error
+        self.vocab_size = self._processor.get_piece_size()
+        self.pad_id = self._processor.pad_id()
+        self.eos_id = self._processor.eos_id()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        for name, token in (("padding", self.pad_id), ("end of sequence", self.eos_id)):
+            if token < 0:
+                raise ValueError(f"{origin}: the model must have a {name} piece and has none")
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, eos last."""
+        threads = os.cpu_count() or 1
+        return self._processor.encode(list(texts), out_type=int, add_eos=True, num_threads=threads)
+
+    encode_responses = encode_prompts
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` up to the first eos, without padding and ids that stand for no piece."""
+        before_eos = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
+        kept = [i for i in before_eos if i != self.pad_id and 0 <= i < self.vocab_size]
+        return self._processor.decode(kept)
+
+    def save(self, directory: str) -> None:
+        """Writes `spiece.model` into `directory`, which is made if need be."""
+        os.makedirs(directory, exist_ok=True)
+        write_bytes(os.path.join(directory, MODEL_FILE), self._model)
+
+
+def load(file: str) -> SentencePieceTokenizer:
+    """The tokenizer of a SentencePiece model's file.
+
+    Raises:
+      ValueError: it cannot be read, or is no such model.
+    """
+    try:
+        with open(file, "rb") as handle:
+            model = handle.read()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot read the tokenizer: {error.strerror}") from error
+    return SentencePieceTokenizer(model, origin=file)
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    directory: str,
+    model_type: str = "unigram",
+    seed: int = 0,
+    max_texts: int = 2_000_000,
+    character_coverage: float = 0.99999,
+) -> SentencePieceTokenizer:
+    """Trains a model with T5's special ids and saves it as `directory/spiece.model`.
+
+    The same texts, options and seed give the same model.
+
+    Args:
+      texts: the text, one example each.
+      vocab_size: number of pieces, special ones included.
+      directory: where the model goes.
+      model_type: "unigram" (Kudo 2018; T5's kind) or "bpe" (Sennrich et al. 2016), which keeps
+        every word whole where the text has fewer words than the vocabulary has room for.
+      seed: of the choice of texts where there are more than `max_texts`.
+      max_texts: how many texts to train on at most.
+      character_coverage: share of the text's characters that get a piece; the rest is unk.
+
+    Raises:
+      ValueError: an unknown type, the text cannot give exactly `vocab_size` pieces, or there is
+        no text.
+    """
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"tokenizer model_type {model_type!r}: expected one of {MODEL_TYPES}")
+    if vocab_size < 1:
+        raise ValueError(f"a vocabulary of {vocab_size} pieces: expected a positive number")
+    sample = _sample(texts, max_texts, seed)
+    if not any(text.strip() for text in sample):
+        raise ValueError("cannot train a tokenizer: there is no text")
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            max_sentence_length=_MAX_TEXT_BYTES,
+            num_threads=_TRAINING_THREADS,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(_training_error(vocab_size, error)) from error
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def _sample(texts: Iterable[str], size: int, seed: int) -> list[str]:
+    """A uniform sample of at most `size` texts, in one pass (reservoir sampling)."""
+    rng = random.Random(seed)
+    sample: list[str] = []
+    for count, text in enumerate(texts):
+        if count < size:
+            sample.append(text)
+        elif (slot := rng.randrange(count + 1)) < size:
+            sample[slot] = text
+    return sample
+
+
+def _training_error(vocab_size: int, error: Exception) -> str:
+    message = _one_line(error)
+    if found := re.search(r"value <= (\d+)", message):
+        return f"a vocabulary of {vocab_size} pieces is too large: this text gives {found[1]}"
+    if found := re.search(r"required_chars\D+\d+ vs (\d+)", message):
+        return f"a vocabulary of {vocab_size} pieces is too small: this text needs {found[1]}"
+    return f"cannot train a tokenizer of {vocab_size} pieces: {message}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,167 @@
+"""The training of one system: from its newest checkpoint to the last step, and what it logs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from l2s_jax.cluster import distributed, sharding
+from l2s_jax.models.systems import Params, System
+from l2s_jax.training import optim
+from l2s_jax.training.checkpoint import Checkpoints
+from l2s_jax.training.meter import Meter
+from l2s_jax.training.progress import MetricWriter, NoWriter
+from l2s_jax.training.update import (
+    TrainState,
+    abstract_state,
+    batch_loss,
+    init_state,
+    make_step,
+    state_shardings,
+    step_flops,
+)
+
+
+def validation_scores(
+    score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, jax.Array]]
+) -> dict[str, float]:
+    """Mean loss (nats), perplexity and accuracy per response token, over all of `batches`."""
+    sums: list[Any] = []
+    for batch in batches:
+        sums.append(score(params, frozen, batch))
+        # While the device is at one batch the next is put there, and no more than that.
+        sums[-2:-1] = jax.device_get(sums[-2:-1])
+    sums = jax.device_get(sums)
+    loss, tokens, correct = (
+        float(sum(np.float64(batch[name]) for batch in sums))
+        for name in ("loss", "tokens", "correct")
+    )
+    return {
+        "val_loss": loss / tokens,
+        "val_perplexity": math.exp(min(loss / tokens, 50.0)),
+        "val_accuracy": correct / tokens,
+    }
+
+
+def fit(
+    system: System,
+    frozen: Params,
+    params: Params,
+    config: ConfigDict,
+    *,
+    batches: grain.DatasetIterator,
+    validation: Iterable[Mapping[str, np.ndarray]],
+    directory: str,
+    fingerprint: str,
+    seed: int,
+    mesh: Mesh,
+) -> Params:
+    """Trains `params` for `config.steps` and returns the selected ones, on the host.
+
+    Every `evaluate_every` steps and at the end: validation and a checkpoint in
+    `directory/checkpoints`. A run that finds one continues from it exactly, with the same batches;
+    one of another `fingerprint` is an error. Metrics go to `directory` (see progress.py).
+
+    All processes of a job call it alike, but for `batches` and `validation`, which give each its
+    own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
+    through once for each validation.
+    """
+    optimizer = optim.optimizer(config, params)
+    shardings = state_shardings(params, optimizer, config, mesh)
+    replicated = NamedSharding(mesh, P())
+    rows = sharding.batch_rows(mesh, config.batch_size)
+    step_fn = make_step(system, optimizer, config, seed, shardings)
+    score_fn = jax.jit(
+        lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
+        out_shardings=replicated,
+    )
+    best_metric = "val_accuracy" if config.select == "best" else None
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(os.path.join(directory, "checkpoints"), best_metric=best_metric) as checkpoints,
+    ):
+        abstract = abstract_state(params, optimizer, config, shardings)
+        frozen = sharding.put_parameters(frozen, mesh)
+        put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
+        start = checkpoints.latest_step
+        if start is None:
+            start = 0
+            state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
+                jax.device_get(params)
+            )
+        else:
+            saved = checkpoints.config(start)
+            if saved["fingerprint"] != fingerprint:
+                raise ValueError(
+                    f"checkpoints in {directory} come from another configuration: "
+                    "remove them or use another workdir"
+                )
+            state, data_state = _restore(checkpoints, start, abstract)
+            batches.set_state(data_state)
+
+        if start < config.steps:
+            with (MetricWriter if distributed.is_primary() else NoWriter)(
+                directory,
+                total_steps=config.steps,
+                start_step=start + 1,
+                name=os.path.basename(directory),
+            ) as writer:
+                meter = Meter(writer, config, mesh, config.batch_size / len(rows))
+                flops: dict[Any, float] = {}
+                for step in range(start + 1, config.steps + 1):
+                    with meter.waiting():
+                        batch = next(batches)
+                    placed = put(batch)
+                    shapes = tuple((name, value.shape) for name, value in placed.items())
+                    first = shapes not in flops
+                    with meter.compiling(first=first):
+                        if first:
+                            flops[shapes] = step_flops(system, state.params, frozen, placed, config)
+                        state, metrics = step_fn(state, frozen, placed)
+                    meter.dispatched(step, metrics, batch, flops[shapes])
+                    if step % config.evaluate_every == 0 or step == config.steps:
+                        meter.flush()
+                        weights = _weights(state)
+                        scores = validation_scores(score_fn, weights, frozen, map(put, validation))
+                        writer.write(step, scores)
+                        checkpoints.save(
+                            step,
+                            params=state.params,
+                            opt=_optimizer_item(state),
+                            data=batches.get_state(),
+                            config={"fingerprint": fingerprint, **config.to_dict()},
+                            metrics=scores,
+                        )
+                        meter.restart()
+        state, _ = _restore(checkpoints, checkpoints.best_step, abstract)
+    return sharding.gather(_weights(state))
+
+
+def _weights(state: TrainState) -> Params:
+    """What a run evaluates and returns."""
+    return state.params if state.average is None else state.average
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    item = {"step": state.step, "opt_state": state.opt_state}
+    return item if state.average is None else item | {"average": state.average}
+
+
+def _restore(
+    checkpoints: Checkpoints, step: int, abstract: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    params, opt, data = checkpoints.restore(
+        step, params=abstract.params, opt=_optimizer_item(abstract)
+    )
+    state = TrainState(opt["step"], params, opt["opt_state"], opt.get("average"))
+    return state, data

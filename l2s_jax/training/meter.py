@@ -1,0 +1,113 @@
+"""The clock of a training: what its steps take, read without stalling the device."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from l2s_jax.cluster.chips import chip_of
+from l2s_jax.training.progress import MetricWriter, NoWriter
+
+# What metrics.jsonl has of the clock: mean milliseconds of a step; real tokens of prompts and
+# responses per second, over all devices; operations per second and device, in 10**12, as flops.py
+# counts them, and their share of the chip's peak in bfloat16 (model FLOPs utilization), where that
+# is known; share of the time that the loop waited for batches; seconds of compilation so far.
+TIMES = ("step_ms", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "compile_s")
+
+
+class Meter:
+    """Reads a step's metrics only once the next step is on its way, so that no device waits.
+
+    Beside them it writes what a clock says of the steps since it last did (TIMES), compilation,
+    validation and checkpoints left out.
+    """
+
+    def __init__(
+        self, writer: MetricWriter | NoWriter, config: ConfigDict, mesh: Mesh, share: float
+    ):
+        """`config` is a training's, as config.*.train.
+
+        `share`: how many times the rows of this process the whole batch is.
+        """
+        self._writer = writer
+        self._every = config.log_every
+        self._devices = mesh.size
+        self._chip = chip_of(mesh.devices.flat[0])
+        self._share = share
+        self._compile_s = 0.0
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves what happened until now out of the next values."""
+        self._start = time.perf_counter()
+        self._steps, self._tokens, self._flops, self._waited = 0, 0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def compiling(self, *, first: bool) -> Iterator[None]:
+        """Around the dispatch of a step; the first of its shape compiles before it."""
+        began = time.perf_counter()
+        yield
+        if first:
+            seconds = time.perf_counter() - began
+            self._compile_s += seconds
+            self._start += seconds
+
+    def dispatched(
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        batch: Mapping[str, np.ndarray],
+        flops: float,
+    ) -> None:
+        """Takes note of a step that the devices have been given.
+
+        Args:
+          metrics: scalars, which may not be ready yet.
+          batch: the rows of this process; bool [B, ...] under names that end in "_mask".
+          flops: operations of the step, over all devices.
+        """
+        self.flush()
+        masks = (value for key, value in batch.items() if key.endswith("_mask"))
+        self._tokens += sum(int(mask.sum()) for mask in masks)
+        self._steps += 1
+        self._flops += flops / self._devices
+        if step % self._every == 0:
+            self._pending = step, metrics
+        self._writer.advance(step)
+
+    def flush(self) -> None:
+        """Writes the metrics that are due."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        self._writer.write(step, values | self._times())
+        self.restart()
+
+    def _times(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._start
+        times = {
+            "step_ms": seconds / self._steps * 1e3,
+            "tokens_per_s": self._tokens * self._share / seconds,
+            "tflops_per_device": self._flops / seconds / 1e12,
+            "data_wait": self._waited / seconds,
+            "compile_s": self._compile_s,
+        }
+        if self._chip:
+            times["mfu"] = self._flops / seconds / self._chip.flops
+        return times

@@ -1,0 +1,204 @@
+"""Where a run's numbers go: a progress bar, a JSONL file and TensorBoard."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from l2s_jax.files import write_bytes
+
+_FILE = "metrics.jsonl"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_LINE_SECONDS = 30.0
+
+
+class MetricWriter:
+    """Writes the metrics of one run to `directory`, and shows how far the run is on stderr.
+
+    - `metrics.jsonl`, one object {"step": step, name: value, ...} per line, values that are not
+      finite as null. A line is handed to the operating system whole as soon as it is written, so a
+      killed run keeps every line but possibly the last, which is dropped when the file is opened
+      again. So are the lines of `start_step` and later: a resumed run writes them anew.
+    - TensorBoard event files, tags `name/metric`, finite values only, purged in the same way.
+    - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`.
+      Where stderr is no terminal, a line every 30 seconds and one at the end.
+
+    Values must already be on the host (or ready): reading them is what would stall the device.
+    """
+
+    def __init__(
+        self, directory: str, *, total_steps: int, start_step: int = 0, name: str = "train"
+    ):
+        """Opens the files; `start_step` is the first step that this run will write.
+
+        Raises:
+          ValueError: steps out of order, or a line of an existing file other than a torn last one
+            is not an object with an integer "step".
+        """
+        if not 0 <= start_step <= total_steps:
+            raise ValueError(
+                f"start_step {start_step}: expected 0 <= start_step <= total_steps ({total_steps})"
+            )
+        # tensorboardX loads torch wherever that is installed; only runs that write pay for it.
+        from tensorboardX import SummaryWriter
+
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, _FILE)
+        _keep_lines_before(path, start_step)
+        self._jsonl = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = SummaryWriter(directory, purge_step=start_step)
+        self._name = name
+        self._progress = _progress(name, start_step, total_steps)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records `metrics` (Python, NumPy or JAX scalars) as the values at `step`."""
+        if "step" in metrics:
+            raise ValueError("metric name 'step': expected any other, the JSONL file uses this one")
+        values = {key: float(value) for key, value in metrics.items()}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+        for key, value in values.items():
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(f"{self._name}/{key}", value, int(step))
+        self._progress.describe(_postfix(values))
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self._progress.advance(int(step))
+
+    def close(self) -> None:
+        """Closes the files and leaves the bar as it stands."""
+        self._progress.close()
+        self._tensorboard.close()
+        self._jsonl.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class NoWriter:
+    """In the place of a MetricWriter, where another process writes."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class _Bar:
+    """A tqdm bar on a terminal."""
+
+    def __init__(self, name: str, start: int, total: int):
+        self._bar = tqdm(
+            desc=name,
+            initial=start,
+            total=total,
+            bar_format=_BAR,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def describe(self, postfix: str) -> None:
+        self._bar.set_postfix_str(postfix, refresh=False)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """The same facts for a log file: one line now and then."""
+
+    def __init__(self, name: str, start: int, total: int):
+        self._fixed: dict[str, Any] = {"prefix": name, "initial": start, "total": total}
+        self._step, self._printed, self._postfix = start, None, ""
+        self._begun = self._last = time.monotonic()
+
+    def describe(self, postfix: str) -> None:
+        self._postfix = postfix
+
+    def advance(self, step: int) -> None:
+        self._step = step
+        if time.monotonic() - self._last >= _LINE_SECONDS:
+            self._print()
+
+    def close(self) -> None:
+        if self._step != self._printed:
+            self._print()
+
+    def _print(self) -> None:
+        self._last, self._printed = time.monotonic(), self._step
+        line = tqdm.format_meter(
+            self._step,
+            elapsed=self._last - self._begun,
+            bar_format=_LINE,
+            postfix=self._postfix,
+            **self._fixed,
+        )
+        print(line, file=sys.stderr, flush=True)
+
+
+def _progress(name: str, start: int, total: int) -> _Bar | _Lines:
+    return (_Bar if sys.stderr.isatty() else _Lines)(name, start, total)
+
+
+def _postfix(values: Mapping[str, float]) -> str:
+    parts = []
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4g}")
+    if "tokens_per_s" in values:
+        parts.append(f"{_compact(values['tokens_per_s'])} tokens/s")
+    return ", ".join(parts)
+
+
+def _compact(value: float) -> str:
+    return tqdm.format_sizeof(value) if math.isfinite(value) else str(value)
+
+
+def _keep_lines_before(path: str, start_step: int) -> None:
+    """Rewrites the JSONL file without a torn last line and without steps >= start_step."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    # A complete file ends with a newline, so what follows the last one is torn or empty.
+    kept = [
+        line
+        for number, line in enumerate(lines[:-1], start=1)
+        if _step_of(line, f"{path}:{number}") < start_step
+    ]
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
+
+
+def _step_of(line: bytes, where: str) -> int:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    step = record.get("step") if isinstance(record, dict) else None
+    if not isinstance(step, int):
+        raise ValueError(
+            f'{where}: expected a JSON object with an integer "step", got {line[:80]!r}'
+        )
+    return step

@@ -1,0 +1,184 @@
+"""One update of a system: the state that training changes, the loss, the compiled step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from l2s_jax.cluster import sharding
+from l2s_jax.models.systems import Params, System
+from l2s_jax.training import losses, optim
+from l2s_jax.training.flops import training_flops
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes. The frozen LLM is not in it.
+
+    average: exponential moving average of params, which is what a run returns; None without one.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    average: Params | None
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+    )
+
+
+def state_shardings(
+    params: Params, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """Shardings of `init_state(params, ...)`, in its shape."""
+    of_params = sharding.parameter_shardings(params, mesh)
+    return TrainState(
+        step=NamedSharding(mesh, P()),
+        params=of_params,
+        opt_state=sharding.optimizer_shardings(optimizer, params, of_params, mesh),
+        average=of_params if config.ema_decay else None,
+    )
+
+
+def batch_loss(
+    system: System,
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    dropout_key: jax.Array | None,
+    label_smoothing: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sum of the loss over a batch's response tokens, and sums of what is reported."""
+    logits = system.logits(params, frozen, batch, dropout_key)
+    targets, mask = batch["response_ids"], batch["response_mask"]
+    loss, tokens = losses.cross_entropy(logits, targets, mask, label_smoothing)
+    correct = losses.correct_tokens(logits, targets, mask)
+    return loss, {"loss": loss, "tokens": tokens, "correct": correct}
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    system: System,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. The gradient is that of the mean loss over the whole batch's response tokens.
+
+    With `accumulation` A the batch is taken in A parts of every A-th row, one after another.
+    """
+    key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+    trained = optim.trained_mask(config, state.params)
+
+    def loss(params: Params, *args: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        fixed = jax.lax.stop_gradient(params)
+        return batch_loss(system, optim.keep_fixed(trained, params, fixed), *args)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def part(carry: Any, inputs: Any) -> tuple[Any, None]:
+        index, rows = inputs
+        dropout_key = jax.random.fold_in(key, index) if config.dropout_rate else None
+        new = gradient(state.params, frozen, rows, dropout_key, config.label_smoothing)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    sums = {name: jnp.zeros(()) for name in ("loss", "tokens", "correct")}
+    if config.accumulation == 1:
+        (grads, sums), _ = part((zero, sums), (0, batch))
+    else:
+        (grads, sums), _ = jax.lax.scan(
+            part, (zero, sums), (jnp.arange(config.accumulation), parts)
+        )
+
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Adding a zero can change a bit, that of -0.0, and so can the mean of two equal numbers.
+    params = optim.keep_fixed(trained, params, state.params)
+    average = state.average
+    if config.ema_decay:
+        # Early on, the average forgets its random beginning faster.
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = optax.incremental_update(params, average, 1.0 - decay)
+        average = optim.keep_fixed(trained, average, state.average)
+    metrics = {
+        "loss": sums["loss"] / tokens,
+        "accuracy": sums["correct"] / tokens,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": optim.schedule(config)(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state, average), metrics
+
+
+def make_step(
+    system: System,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    seed: int,
+    shardings: TrainState,
+) -> Any:
+    """`train_step` as it is compiled: (state, frozen, batch) -> (state, metrics).
+
+    The state is given away, and comes back in `shardings`; all devices have the metrics, as they
+    have the step's number.
+    """
+    return jax.jit(
+        functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),
+        donate_argnums=0,
+        out_shardings=(shardings, shardings.step),
+    )
+
+
+def step_flops(
+    system: System,
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, Any],
+    config: ConfigDict,
+) -> float:
+    """Operations of the products that one update on `batch` has to make, over all devices."""
+
+    def loss(params: Params, frozen: Params, batch: Mapping[str, Any]) -> jax.Array:
+        return batch_loss(system, params, frozen, batch, None, 0.0)[0]
+
+    return training_flops(loss, params, optim.trained_mask(config, params), frozen, batch)
+
+
+def abstract_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    shardings: TrainState,
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state(params, ...)`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(lambda p: init_state(p, optimizer, config), params),
+        shardings,
+    )
