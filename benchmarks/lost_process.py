@@ -29,7 +29,7 @@ def work(situation: str, coordinator: str, process: int, heartbeat_s: int) -> No
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from l2s_jax import distributed
+    from l2s_jax.cluster import distributed
 
     limits = {"timeout_s": 300, "heartbeat_s": heartbeat_s}
     with distributed.job(coordinator, PROCESSES, process, detect=None, **limits):

@@ -71,9 +71,7 @@ def test_changed_inputs_move_what_was_there_aside_each_time(tmp_path, caplog):
     mended = Made(tmp_path, {"train": {"rate": 3}, "seed": 0})
     mended.version = 2
     assert mended.state() == ("stale", "the code changed")
-    with pytest.raises(
-        ValueError, match=r"other settings of train\.rate; --mode=train makes"
-    ):
+    with pytest.raises(ValueError, match=r"other settings of train\.rate; --mode=train makes"):
         Made(tmp_path, {"train": {"rate": 4}, "seed": 0}, "find").made()
     with pytest.raises(ValueError, match="elsewhere/llm: no such stage; expected the workdir"):
         Made(tmp_path / "elsewhere", {}, "find").made()
