@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from l2s_jax import distributed
+from l2s_jax.cluster import distributed
 
 
 def meet(process):

@@ -371,6 +371,20 @@ def test_what_one_process_finds_wrong_ends_all_with_its_words():
             assert re.fullmatch(f"error: (process [012]: )?{re.escape(words)}", line)
 
 
+def test_processes_with_other_flags_end_before_any_work(tmp_path):
+    config, workdir = tiny.write_task(tmp_path / "data"), tmp_path / "run"
+    command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    job = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    others = (["--config.seed=7"], [])
+    processes = [start([*command, *job, f"--process_id={i}", *others[i]]) for i in (0, 1)]
+    for status, line in ended(processes):
+        assert status == 2
+        assert line.endswith(
+            "config.seed: 0 in process 1, 7 in process 0; expected the same on all processes"
+        )
+    assert not workdir.exists()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_gives_no_sign_of_life_is_lost(victim):
     processes = peers((2, 0), (2, 1), action="wait")
@@ -411,6 +425,7 @@ def test_a_coordinator_that_does_not_answer_is_one_line_and_status_2(tmp_path):
         (["--coordinator=host", "--num_processes=2", "--process_id=0"], "expected HOST:PORT"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "expected a number from 0"),
         (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "expected a number from 0"),
+        (["--distributed"], "cannot join the job: JAX finds none here; expected --coordinator"),
     ],
 )
 def test_impossible_jobs_are_refused(flags, message, capsys):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -33,10 +34,11 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-# Its client has no public name.
+# Its client, with barriers and a store of values, has no public name.
 from jax._src import distributed as runtime
 
 T = TypeVar("T")
+jaxlib: Any = importlib.import_module("jaxlib._jax")  # has no types
 
 HEARTBEAT_SECONDS = 40
 # Process 0 may train a tokenizer or measure for hours while the others wait.
@@ -44,6 +46,7 @@ BARRIER_SECONDS = 7 * 24 * 3600
 LOST = 1
 CONTINUES = "the same command on all processes continues from the last checkpoint"
 
+_SERVICE_LOST = f"process 0 of the job, or the way to it, was lost; {CONTINUES}"
 _FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
 _LINGER_SECONDS = 2.0
 _LAST_WORDS = "l2s_jax/last words"
@@ -78,96 +81,60 @@ def described(environment: Mapping[str, str] = os.environ) -> str:
     return "mpi4py" if several("PMI_SIZE") else ""
 
 
-def join(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    *,
-    detect: bool | None,
-    timeout_s: int,
-    heartbeat_s: int = HEARTBEAT_SECONDS,
-) -> None:
-    """Makes this process part of a job, if it is to be; before JAX is asked for any device.
-
-    Args:
-      coordinator, num_processes, process_id: HOST:PORT of process 0, and the job's size and this
-        process's number in it; all three, or none.
-      detect: without them, whether to take them from the cluster, as
-        `jax.distributed.initialize()` does; None: if the environment describes several processes.
-      timeout_s: how long process 0 waits for the others; they wait twice as long for it.
-      heartbeat_s: how long a process may give no sign of life.
-
-    Raises:
-      ValueError: the numbers fit no job, or not all processes come together.
-    """
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if any(given):
-        if not all(given):
-            raise ValueError(
-                "--coordinator, --num_processes and --process_id: expected all three, or none"
-            )
-        if not re.fullmatch(r".+:\d{1,5}", coordinator):
-            raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT")
-        if not 0 <= process_id < num_processes:
-            raise ValueError(
-                f"--process_id={process_id}, --num_processes={num_processes}: expected a number "
-                "from 0 to one less than that of the processes"
-            )
-        if num_processes == 1:
-            return
-        method = "deactivate"
-    elif detect or (detect is None and described()):
-        method = "mpi4py" if described() == "mpi4py" else None
-        if method and not importlib.util.find_spec(method):
+def _method(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool | None
+) -> str | None:
+    """How JAX finds the job: its name of a cluster, "": by itself. None: this process is alone."""
+    if coordinator is num_processes is process_id is None:
+        found = described()
+        if not (found if detect is None else detect):
+            return None
+        if found == "mpi4py" and not importlib.util.find_spec(found):
             raise ValueError(
                 "mpirun started several processes: expected the package mpi4py, from which JAX "
                 "knows the job, or --coordinator, --num_processes and --process_id"
             )
-    else:
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        with _outspoken(timeout_s):
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                cluster_detection_method=method,
-                initialization_timeout=2 * timeout_s,
-                heartbeat_timeout_seconds=heartbeat_s,
-            )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"cannot join the job: {_reason(error, timeout_s)}") from error
+        return found.replace("jax", "")
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id: expected all three, or none"
+        )
+    if not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id={process_id}, --num_processes={num_processes}: expected a number "
+            "from 0 to one less than that of the processes"
+        )
+    return "deactivate" if num_processes > 1 else None
 
 
-@contextlib.contextmanager
-def _outspoken(timeout_s: int) -> Iterator[None]:
+def _make_outspoken(timeout_s: int) -> None:
     """Has `jax.distributed.initialize` raise an error where it would end the process."""
-    library = runtime._jax
-    serve, attend = library.get_distributed_runtime_service, library.get_distributed_runtime_client
+    serve, attend = jaxlib.get_distributed_runtime_service, jaxlib.get_distributed_runtime_client
 
     def checked(address: str, *arguments: Any, **settings: Any) -> Any:
         # A port in use is a segmentation fault, or shared with the other job.
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         port = int(address.rpartition(":")[2])
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+        try:
+            socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+        except OSError as error:
+            raise ValueError(
+                f"process 0 cannot listen there: {os.strerror(error.errno or 0)}"
+            ) from None
         # By default an hour, after which nobody is left to be told who is missing.
         return serve(address, *arguments, cluster_register_timeout=timeout_s, **settings)
 
     def raises(status: Any) -> NoReturn:
-        # jaxlib 0.10 raises by itself: it has no Python object for the status.
+        # jaxlib (0.10 to 0.12) raises by itself: it has no Python object for the status.
         raise RuntimeError(status)
 
-    library.get_distributed_runtime_service = checked
-    library.get_distributed_runtime_client = functools.partial(
+    jaxlib.get_distributed_runtime_service = checked
+    jaxlib.get_distributed_runtime_client = functools.partial(
         attend, missed_heartbeat_callback=raises
     )
-    try:
-        yield
-    finally:
-        library.get_distributed_runtime_service = serve
-        library.get_distributed_runtime_client = attend
 
 
 def _reason(error: Exception, timeout_s: int) -> str:
@@ -179,9 +146,7 @@ def _reason(error: Exception, timeout_s: int) -> str:
         except RuntimeError as status:  # that with which the client did not connect
             message += f" {status}"
     me = f"--process_id={state.process_id} of --num_processes={state.num_processes}"
-    if isinstance(error, OSError):
-        message = f"process 0 cannot listen there: {os.strerror(error.errno)}"
-    elif found := _MISSING.search(message):
+    if found := _MISSING.search(message):
         came, count, names = int(found[1]), int(found[2]), sorted(found[3].split(), key=int)
         # JAX names two at most.
         who = " and ".join(names) if count - came == len(names) else f"{', '.join(names)}, ..."
@@ -192,32 +157,62 @@ def _reason(error: Exception, timeout_s: int) -> str:
         message = f"{me}: another process has the same"
     elif "Deadline Exceeded" in message:
         message = f"process 0 does not answer within {2 * timeout_s} s"
-    return " ".join(f"{state.coordinator_address}: {message}".split())
+    elif not state.coordinator_address and "defined" in message:
+        message = "JAX finds none here; expected --coordinator, --num_processes and --process_id"
+    where = f"{state.coordinator_address}: " if state.coordinator_address else ""
+    return where + " ".join(message.split())
 
 
 @contextlib.contextmanager
 def job(
-    *arguments: Any,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    detect: bool | None,
+    timeout_s: int,
     heartbeat_s: int = HEARTBEAT_SECONDS,
     barrier_s: int = BARRIER_SECONDS,
-    **settings: Any,
 ) -> Iterator[None]:
-    """`join`s; what is within is done by all processes, or ended on all with one line each.
+    """What is within is done by all processes of a job, or ended on all with one line each.
 
-    An error does not leave this context where there are several processes: the process ends, with
-    the exit status that the command has for the error (1 where another process was lost), because
-    the ordinary way out would wait for the others. `barrier_s` is how long one waits for the others
-    where they come together.
+    Before JAX is asked for any device. An error does not leave this context where there are several
+    processes: the process ends, with the exit status that the command has for the error (1 where
+    another process was lost), because the ordinary way out would wait for the others.
+
+    Args:
+      coordinator, num_processes, process_id: HOST:PORT of process 0, and the job's size and this
+        process's number in it; all three, or none.
+      detect: without them, whether to take them from the cluster, as
+        `jax.distributed.initialize()` does; None: if the environment describes several processes.
+      timeout_s: how long process 0 waits for the others; they wait twice as long for it.
+      heartbeat_s: how long a process may give no sign of life.
+      barrier_s: how long processes wait for one that is late.
+
+    Raises:
+      ValueError: the numbers fit no job, or not all processes come together.
     """
     global _barrier_s, _heartbeat_s
     _barrier_s, _heartbeat_s = barrier_s, heartbeat_s
-    join(*arguments, heartbeat_s=heartbeat_s, **settings)
     state = runtime.global_state
-    if not state.client:
+    method = _method(coordinator, num_processes, process_id, detect)
+    if method is None:
         if jax.process_count() > 1:
             raise ValueError(f"one of {jax.process_count()} processes: expected --distributed")
         yield
         return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _make_outspoken(timeout_s)
+    try:
+        jax.distributed.initialize(
+            *(coordinator, num_processes, process_id),
+            cluster_detection_method=method or None,
+            initialization_timeout=2 * timeout_s,
+            heartbeat_timeout_seconds=heartbeat_s,
+        )
+    except Exception as error:
+        raise ValueError(f"cannot join the job: {_reason(error, timeout_s)}") from error
+    client: Any = state.client
     if state.process_id:
         # The others do the same and would say the same.
         logging.getLogger("l2s_jax").setLevel(logging.ERROR)
@@ -227,17 +222,17 @@ def job(
     # Each waits at one of two barriers from now on, and comes to the other when its work is done.
     gates = ["l2s_jax/gate 0", "l2s_jax/gate 1"]
     own = gates.pop(min(state.process_id, 1))
-    _watch(lambda: state.client.wait_at_barrier(own, _FOREVER_MS))
-    _watch(lambda: state.client.blocking_key_value_get(_LAST_WORDS, _FOREVER_MS))
+    _watch(lambda: client.wait_at_barrier(own, _FOREVER_MS))
+    _watch(lambda: client.blocking_key_value_get(_LAST_WORDS, _FOREVER_MS))
     try:
         check_same({"--num_processes": state.num_processes, "jax": jax.__version__}, "")
         yield
         barrier("end")
-        state.client.wait_at_barrier(gates[0], _FOREVER_MS)
+        client.wait_at_barrier(gates[0], _FOREVER_MS)
+        _leaving.set()
+        jax.distributed.shutdown()
     except BaseException as error:
         _end(*_described(error), tell=True)
-    _leaving.set()
-    jax.distributed.shutdown()
     abort(signal.SIGABRT, None)
 
 
@@ -262,7 +257,7 @@ def _watch(wait: Callable[[], str | None]) -> None:
 def _aborted(_: int) -> None:
     """What SIGABRT does in a job: JAX's client aborts the process from a thread of its own."""
     time.sleep(_LINGER_SECONDS)  # who watches may know which process it was
-    _end(f"process 0 of the job, or the way to it, was lost; {CONTINUES}", LOST)
+    _end(_SERVICE_LOST, LOST)
 
 
 def _described(error: BaseException) -> tuple[str, int]:
@@ -280,7 +275,7 @@ def _described(error: BaseException) -> tuple[str, int]:
     if found := re.search(r"[Tt]ask:? (\d+)", message):
         return f"process {found[1]} of the job was lost; {CONTINUES}", LOST
     if "coordination service" in message:
-        return f"process 0 of the job was lost; {CONTINUES}", LOST
+        return _SERVICE_LOST, LOST
     # A collective failed. Who watches will know which process it was, and end this one.
     time.sleep(_heartbeat_s + 5)
     return f"a process of the job, or the way to it, was lost ({message}); {CONTINUES}", LOST
@@ -295,17 +290,16 @@ def _end(message: str, status: int, *, tell: bool = False) -> NoReturn:
     stderr = os.dup(sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     os.write(stderr, f"error: {message}\n".encode())
-    state = runtime.global_state
-    if tell:
-        words = json.dumps([f"process {state.process_id}: {message}", status])
-        teller = threading.Thread(
-            target=state.client.key_value_set, args=(_LAST_WORDS, words), daemon=True
-        )
-        teller.start()
-        teller.join(_LINGER_SECONDS)
-    if state.service:  # with which the others' processes would end, before they have heard
-        time.sleep(_LINGER_SECONDS)
     sys.stdout.flush()
+    # Whatever hangs, the process ends then.
+    threading.Timer(_LINGER_SECONDS, os._exit, (status,)).start()
+    state = runtime.global_state
+    if tell and state.client:
+        words = json.dumps([f"process {state.process_id}: {message}", status])
+        with contextlib.suppress(RuntimeError):  # another process had its last words first
+            state.client.key_value_set(_LAST_WORDS, words)
+    if state.service:  # with which the others' processes would end, before they have heard
+        time.sleep(2 * _LINGER_SECONDS)
     os._exit(status)
 
 
