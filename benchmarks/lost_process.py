@@ -30,9 +30,10 @@ def work(situation: str, coordinator: str, process: int, heartbeat_s: int) -> No
     from jax.experimental import multihost_utils
 
     from l2s_jax.cluster import distributed
+    from l2s_jax.cluster.job import job
 
     limits = {"timeout_s": 300, "heartbeat_s": heartbeat_s}
-    with distributed.job(coordinator, PROCESSES, process, detect=None, **limits):
+    with job(coordinator, PROCESSES, process, detect=None, **limits):
         multihost_utils.process_allgather(np.ones(1))
         print("working", flush=True)
         if situation == "waiting" and process:

@@ -172,9 +172,9 @@ def _job() -> contextlib.AbstractContextManager[None]:
     if _MODE.value in ("plan", "status"):
         # One process does it; a plan says how many devices it has before JAX asks for them.
         return contextlib.nullcontext()
-    from l2s_jax.cluster import distributed
+    from l2s_jax.cluster.job import job
 
-    return distributed.job(
+    return job(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,

@@ -1,6 +1,7 @@
 """Jobs of several processes: the same results as of one, and an end of all when one ends."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -25,7 +26,8 @@ import train_child
 from safetensors.numpy import load_file
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.cluster import distributed, paths
+from l2s_jax.cluster import paths
+from l2s_jax.cluster.job import described
 from l2s_jax.experiment import feature_cache, feature_files, toy
 from l2s_jax.training import meter
 
@@ -453,12 +455,12 @@ def test_impossible_jobs_are_refused(flags, message, capsys):
     ],
 )
 def test_what_describes_a_job_of_several(variables, finder):
-    assert distributed.described(variables) == finder
+    assert described(variables) == finder
 
 
 def test_a_job_of_mpi_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setenv("PMI_SIZE", "2")
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert tiny.run("--workdir=/nonexistent", "--mode=evaluate") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: mpirun started several processes: expected the package mpi4py")
