@@ -427,7 +427,6 @@ def test_a_coordinator_that_does_not_answer_is_one_line_and_status_2(tmp_path):
         (["--coordinator=host", "--num_processes=2", "--process_id=0"], "expected HOST:PORT"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "expected a number from 0"),
         (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "expected a number from 0"),
-        (["--distributed"], "cannot join the job: JAX finds none here; expected --coordinator"),
     ],
 )
 def test_impossible_jobs_are_refused(flags, message, capsys):
@@ -456,6 +455,15 @@ def test_impossible_jobs_are_refused(flags, message, capsys):
 )
 def test_what_describes_a_job_of_several(variables, finder):
     assert described(variables) == finder
+
+
+def test_no_job_to_be_found_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "l2s_jax.main", "--mode=evaluate", f"--workdir={tmp_path}"]
+    ((status, line),) = ended([start([*command, "--distributed"])])
+    assert status == 2
+    assert line.startswith(
+        "error: cannot join the job: JAX finds none here; expected --coordinator"
+    )
 
 
 def test_a_job_of_mpi_says_what_it_needs(monkeypatch, capsys):

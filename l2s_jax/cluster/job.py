@@ -205,7 +205,10 @@ def job(
             heartbeat_timeout_seconds=heartbeat_s,
         )
     except Exception as error:
-        raise ValueError(f"cannot join the job: {_reason(error, timeout_s)}") from error
+        message = f"cannot join the job: {_reason(error, timeout_s)}"
+        if state.client:
+            _end(message, 2)
+        raise ValueError(message) from error
     client: Any = state.client
     if state.process_id:
         # The others do the same and would say the same.
