@@ -30,7 +30,7 @@ from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.data.tasks import Example
-from l2s_jax.experiment import feature_files
+from l2s_jax.experiment import feature_cache
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.serving import to_serve
@@ -115,13 +115,13 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     system, frozen = make_system(arguments)
     rows = arguments.batch_size * arguments.steps
     data = make_data(arguments, system.llm_config.vocab_size, rows)
-    encoder = feature_files.Encoder(system.llm_config, frozen, mesh)
+    encoder = feature_cache.Encoder(system.llm_config, frozen, mesh)
     # Compiled before the clock starts.
     jax.block_until_ready(
         encoder(*data.padded_prompts(np.arange(arguments.batch_size), arguments.prompt_tokens))
     )
     start = time.perf_counter()
-    kept = feature_files.cached(
+    kept = feature_cache.cached(
         data,
         folder,
         {"llm_hash": ""},

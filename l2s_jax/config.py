@@ -144,7 +144,7 @@ def complaint(error: BaseException) -> str | None:
     while cause is not None:
         frames = traceback.extract_tb(cause.__traceback__)
         starts = [i for i, frame in enumerate(frames) if frame.name == "get_config"]
-        libraries = (os.path.dirname(ml_collections.__file__), os.path.dirname(__file__))
+        libraries = (*ml_collections.__path__, os.path.dirname(__file__))
         for frame in reversed(frames[min(starts, default=len(frames)) :]):
             if not frame.filename.startswith(libraries):
                 return f"{frame.filename}:{frame.lineno}: {_wrong(cause, frame)}"

@@ -81,11 +81,27 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     None,
-    "Whether to join the job that the cluster describes (Slurm, Open MPI, Cloud TPU, GKE); "
-    "default: if the environment has several processes.",
+    "Whether to join the job that the cluster describes (Slurm, Open MPI, Cloud TPU, GKE; with the "
+    "package mpi4py also Open MPI 5, MPICH, Intel MPI); default: if the environment has several "
+    "processes.",
 )
 _JOIN_TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+    "join_timeout",
+    300,
+    "Seconds that process 0 waits for the others; they wait twice as long for it.",
+    lower_bound=1,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    40,
+    "Seconds without a sign of life after which a process counts as lost, and the others end.",
+    lower_bound=2,
+)
+_BARRIER_TIMEOUT = flags.DEFINE_integer(
+    "barrier_timeout",
+    7 * 24 * 3600,
+    "Seconds that processes wait for one that is late; process 0 may work alone for hours.",
+    lower_bound=1,
 )
 
 log = logging.getLogger("l2s_jax")
@@ -112,7 +128,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = config or workdirs.read_config(workdir)
-    distributed.check_same([config.to_dict(), mode, workdir], "config, mode and workdir")
+    distributed.check_same({"config": config.to_dict(), "mode": mode, "workdir": workdir}, "")
     if mode == "generate":
         generate_file(
             config,
@@ -156,6 +172,8 @@ def _job() -> contextlib.AbstractContextManager[None]:
         _PROCESS_ID.value,
         detect=_DISTRIBUTED.value,
         timeout_s=_JOIN_TIMEOUT.value,
+        heartbeat_s=_HEARTBEAT_TIMEOUT.value,
+        barrier_s=_BARRIER_TIMEOUT.value,
     )
 
 

@@ -3,12 +3,14 @@
 import os
 import tempfile
 
+import xla
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests spend their time in compiling small programs, hardly any in running them.
 for flag in (
     "xla_force_host_platform_device_count=8",
     "xla_backend_optimization_level=0",
-    "xla_cpu_use_fusion_emitters=false",
+    *(("xla_cpu_use_fusion_emitters=false",) if xla.CHOICE else ()),
 ):
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.split("=")[0] not in flags:

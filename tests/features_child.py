@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import small
 
-from l2s_jax.experiment import feature_files
+from l2s_jax.experiment import feature_cache
 
 WIDTH = 24
 SHARD = 4
@@ -37,7 +37,7 @@ class Encoder:
 
 
 def cache(directory, seconds=0.0, data=DATA, **facts):
-    return feature_files.cached(
+    return feature_cache.cached(
         data,
         os.path.join(directory, "features"),
         FACTS | facts,
@@ -51,7 +51,7 @@ def cache(directory, seconds=0.0, data=DATA, **facts):
 
 def small_shards():
     """Has a shard hold SHARD prompts of average length."""
-    feature_files.SHARD_BYTES = int(SHARD * 2 * WIDTH * DATA.prompt_lengths.mean()) + 1
+    feature_cache.SHARD_BYTES = int(SHARD * 2 * WIDTH * DATA.prompt_lengths.mean()) + 1
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import transformers
+import xla
 
 # Of programs that are compared with transformers: no optimizations, which take longer to compile
 # than they save, but the code generator that users have and conftest.py turns off.
-COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
+COMPILATION = {"xla_backend_optimization_level": 0} | xla.AS_USERS_HAVE_IT
 
 # model_type -> (class name, a small geometry)
 CAUSAL = {

@@ -18,7 +18,7 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.files import TensorFiles
 from l2s_jax.cluster import distributed
 from l2s_jax.cluster.paths import path_name
-from l2s_jax.experiment import feature_files, label_files
+from l2s_jax.experiment import feature_cache, feature_files, label_files
 
 # Two of four processes hold the same rows of a batch, and parts of the same parameters.
 MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
@@ -58,11 +58,11 @@ def encode(directory, mesh):
         write(store, number, *values)
 
     feature_files.FeatureFiles.write = noted
-    return feature_files.cached(
+    return feature_cache.cached(
         features_child.DATA,
         f"{directory}/features",
         features_child.FACTS,
-        lambda: feature_files.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
+        lambda: feature_cache.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
         split="train",
         width=features_child.WIDTH,
         buckets=[8],
@@ -82,7 +82,8 @@ def label(directory, asked, **settings):
 
 
 def main(directory, seconds, coordinator, processes, process):
-    with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
+    limits = {"timeout_s": 300, "heartbeat_s": 10}
+    with distributed.job(coordinator, processes, process, detect=None, **limits):
         labelled = label(f"{directory}/labels", f"{directory}/labels")
         own = f"{directory}/together/{process}"
         assert labelled == label(f"{directory}/together", own, together=True)

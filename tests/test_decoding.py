@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -418,7 +419,7 @@ def factors(lines):
 
 
 # As users compile programs, not as the tests do.
-COMPILATION = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
+COMPILATION = {"xla_backend_optimization_level": 3} | xla.AS_USERS_HAVE_IT
 
 
 def arguments_of(name, rows, new):

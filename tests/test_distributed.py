@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -25,8 +26,7 @@ from safetensors.numpy import load_file
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import distributed, paths
-from l2s_jax.cluster.peers import Peers
-from l2s_jax.experiment import feature_files, toy
+from l2s_jax.experiment import feature_cache, feature_files, toy
 from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
@@ -187,10 +187,10 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
     where = f"process {victim} killed after {delay} s: {results}"
     assert time.monotonic() - killed < 30, where
     assert results.pop(victim)[0] == -signal.SIGKILL, where
-    lost = f"error: process {victim} of the job ended; the same command on all processes continues"
-    # JAX's own service, which lives in process 0, may be faster to say that process 0 is gone.
     for status, error in results:
-        assert (status == 1 and error.startswith(lost)) or (victim == 0 and status < 0), where
+        assert status == 1, where
+        assert error.startswith(f"error: process {victim} of the job"), where
+        assert "lost; the same command on all processes continues" in error, where
 
     # Half as many continue what four began.
     results = ended(start_children(directory, 0.0, 2))
@@ -218,7 +218,7 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
         int(path.name[9:14]) for path in folder.glob("*.array_record")
     )
     assert all(int(number) % 4 == int(process) for process, number in lines)
-    monkeypatch.setattr(feature_files, "SHARD_BYTES", 0)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 0)
     monkeypatch.setattr(feature_files.FeatureFiles, "write", feature_files.FeatureFiles.write)
     alone = job_child.encode(str(tmp_path), (1, 1, 1))
     together = job_child.encode(str(directory), (1, 1, 1))
@@ -236,6 +236,7 @@ def test_processes_that_slurm_describes_end_when_one_is_killed(tmp_path):
     command = [
         *(sys.executable, "-m", "l2s_jax.main", f"--config={config}"),
         *(f"--workdir={tmp_path / 'run'}", "--config.llm.train.steps=100000"),
+        "--heartbeat_timeout=10",
     ]
     job = {
         "SLURM_JOB_ID": str(random.randrange(1 << 30)),
@@ -252,16 +253,7 @@ def test_processes_that_slurm_describes_end_when_one_is_killed(tmp_path):
     killed = time.monotonic()
     (status, line), _ = ended(children)
     assert time.monotonic() - killed < 30
-    assert (status, line[:38]) == (1, "error: process 1 of the job ended; the")
-
-
-def test_a_job_goes_on_where_processes_cannot_reach_each_other(monkeypatch, caplog):
-    monkeypatch.setattr(distributed, "exchange", lambda value: [value, ""])
-    monkeypatch.setattr(distributed, "_MEET_SECONDS", 0.2)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert distributed._meet() is None
-    assert "cannot watch each other" in caplog.text
-    assert "of 2 processes, 1 did not come within 0.2 s" in caplog.text
+    assert (status, line[:41]) == (1, "error: process 1 of the job was lost; the")
 
 
 def test_an_interrupt_ends_all(tmp_path):
@@ -284,61 +276,122 @@ def test_an_interrupt_ends_all(tmp_path):
         assert text.splitlines()[-1].startswith("error: ") and "interrupted" in text
 
 
-def meet(*arguments, timeout_s=10.0):
-    """What each process of a job hears: "" or an error."""
-    where = f"127.0.0.1:{free_port()}"
-
-    def one(argument):
-        count, number = argument
-        try:
-            Peers(where, count, number, timeout_s).close()
-        except ValueError as error:
-            return str(error).removeprefix(f"{where}: ")
-        return ""
-
-    with ThreadPoolExecutor(len(arguments)) as pool:
-        return list(pool.map(one, arguments))
+def peers(*numbers, action="meet", limits=(60,), where=None):
+    """Processes of a job that has no devices; of each, (how many there are, which it is)."""
+    where = where or f"127.0.0.1:{free_port()}"
+    child = [sys.executable, str(TESTS / "peer_child.py"), where]
+    return [start([*child, *map(str, (*pair, action, *limits))]) for pair in numbers]
 
 
 def test_processes_find_each_other_in_any_order():
-    assert meet((3, 2), (3, 1), (3, 0)) == [""] * 3
+    processes = peers((3, 2), (3, 1), (3, 0))
+    told = [[["from", i] for i in range(3)], {"by": 0}]
+    for process in processes:
+        output, errors = process.communicate(timeout=SECONDS)
+        assert (process.returncode, json.loads(output)) == (0, told), errors
 
 
 def test_who_is_missing_or_wrong_is_told_to_all():
-    missing = "of 4 processes, 2 and 3 did not come within 0.5 s"
-    assert meet((4, 0), (4, 1), timeout_s=0.5) == [missing] * 2
-    (error,) = set(meet((2, 0), (3, 1)))
-    assert error == "process 1 of 2: it was started with --num_processes=3"
-    assert set(meet((3, 0), (3, 1), (3, 1))) == {
-        "process 1 of 3: another one has that --process_id"
-    }
-    (error,) = meet((2, 1), timeout_s=0.3)
-    assert error.startswith("process 0 does not answer within 0.3 s (")
+    missing = peers((4, 0), (4, 1), limits=(15,))
+    other_size = peers((2, 0), (3, 1), (3, 2), limits=(60,))
+    (status, line), other = ended(missing)
+    assert (status, line) == other
+    assert status == 2
+    assert line.startswith("error: cannot join the job: 127.0.0.1:")
+    assert line.endswith(": of 4 processes, 2 and 3 did not come within 15 s")
+    *both, (status, line) = ended(other_size)
+    expected = "--num_processes: 3 in process 1, 2 in process 0; expected the same on all processes"
+    for own in both:
+        assert (own[0], own[1].replace("process 1: --", "--").replace("process 0: --", "--")) == (
+            2,
+            f"error: {expected}",
+        )
+    assert status == 2
+    assert line.endswith(": --process_id=2 of --num_processes=3: process 0 expects fewer processes")
 
 
-def test_a_stranger_is_not_counted():
+def test_two_that_take_the_same_place_are_not_both_in_the_job():
+    first, second, third = peers((3, 0), (3, 1), (3, 1), limits=(15,))
+    results = ended([first, second, third])
+    assert [status for status, _ in results] == [2, 2, 2]
+    assert results[0][1].endswith(": of 3 processes, 2 did not come within 15 s")
+    assert any("--process_id=1 of --num_processes=3: another" in line for _, line in results[1:])
+
+
+STRANGERS = (
+    b"GET / HTTP/1.1\r\n\r\n",
+    b'{"process": 1, "processes": 2}\n{"error": "any text", "status": 0}\n',
+    b"[" * 60000 + b"\n",
+    *[b""] * 3,
+)
+
+
+def test_strangers_take_no_place_and_end_nothing():
     port = free_port()
-
-    def knock():
+    where = f"127.0.0.1:{port}"
+    with contextlib.ExitStack() as stack:
+        (first,) = peers((2, 0), where=where)
         while True:
+            assert first.poll() is None
             with contextlib.suppress(OSError):
-                with socket.create_connection(("127.0.0.1", port), 5) as stranger:
-                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                return
+                socket.create_connection(("127.0.0.1", port), 5).close()
+                break
             time.sleep(0.05)
+        for text in STRANGERS:
+            stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+            stranger.sendall(text)
+        time.sleep(1)
+        assert first.poll() is None
+        (second,) = peers((2, 1), where=where)
+        for process in (first, second):
+            output, errors = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, errors
+            assert json.loads(output) == [[["from", 0], ["from", 1]], {"by": 0}]
 
-    with ThreadPoolExecutor(1) as pool:
-        stranger = pool.submit(knock)
-        with pytest.raises(ValueError, match="2 processes, 1 did not come"):
-            Peers(f"127.0.0.1:{port}", 2, 0, 1.0)
-        stranger.result()
 
-
-def test_a_port_in_use_is_one_line(capfd):
+def test_a_port_in_use_is_one_line():
     with socket.create_server(("", free_port())) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(ValueError, match="process 0 cannot listen there"):
-            Peers(f"127.0.0.1:{port}", 2, 0, 1.0)
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        ((status, line),) = ended(peers((2, 0), where=where))
+    assert status == 2
+    assert line.startswith(f"error: cannot join the job: {where}: process 0 cannot listen there: ")
+
+
+def test_what_one_process_finds_wrong_ends_all_with_its_words():
+    differ, refuse, fail = (
+        peers((3, 0), (3, 1), (3, 2), action=action) for action in ("differ", "refuse", "fail")
+    )
+    for processes, words in (
+        (differ, "config.seed: 1 in process 2, 0 in process 0; expected the same on all processes"),
+        (refuse, "[Errno 2] No such file or directory: '/nonexistent/folder'"),
+        (fail, "no such thing"),
+    ):
+        for status, line in ended(processes):
+            assert status == 2
+            assert re.fullmatch(f"error: (process [012]: )?{re.escape(words)}", line)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_gives_no_sign_of_life_is_lost(victim):
+    processes = peers((2, 0), (2, 1), action="wait")
+    for process in processes:
+        assert process.stdout.readline() == "waiting\n"
+    processes[victim].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    ((status, line),) = ended([processes[1 - victim]])
+    assert time.monotonic() - stopped < 30
+    assert status == 1
+    assert line.startswith(f"error: process {victim} of the job")
+    assert "lost; the same command on all processes continues" in line
+    processes[victim].send_signal(signal.SIGCONT)
+    assert ended([processes[victim]])[0][0] == 1
+
+
+def test_who_is_late_at_a_barrier_ends_all():
+    results = ended(peers((2, 0), (2, 1), action="wait", limits=(60, 5)))
+    assert [status for status, _ in results] == [1, 1]
+    assert results[1][1] == "error: process 0 did not come within 5 s"
+    assert results[0][1] == "error: process 1: process 0 did not come within 5 s"
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line_and_status_2(tmp_path):
@@ -346,8 +399,8 @@ def test_a_coordinator_that_does_not_answer_is_one_line_and_status_2(tmp_path):
     job = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=1"]
     ((status, line),) = ended([start([*command, *job, "--join_timeout=1"])])
     assert status == 2
-    assert line.startswith("error: --coordinator=127.0.0.1:")
-    assert "process 0 does not answer within 1 s" in line
+    assert line.startswith("error: cannot join the job: 127.0.0.1:")
+    assert line.endswith(": process 0 does not answer within 2 s")
 
 
 @pytest.mark.parametrize(
@@ -367,17 +420,30 @@ def test_impossible_jobs_are_refused(flags, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("variables", "several"),
+    ("variables", "finder"),
     [
-        ({}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, False),  # a batch script, outside srun
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a-0.b,a-1.b"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({}, ""),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, ""),  # a batch script, outside srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "jax"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1"}, "jax"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, "mpi4py"),  # Open MPI 5
+        ({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, "mpi4py"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "mpi4py"),  # MPICH, Intel MPI
+        ({"PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, "jax"),  # srun --mpi=pmi2
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a-0.b,a-1.b"}, "jax"),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "jax"),
     ],
 )
-def test_what_describes_a_job_of_several(variables, several):
-    assert distributed.described(variables) == several
+def test_what_describes_a_job_of_several(variables, finder):
+    assert distributed.described(variables) == finder
+
+
+def test_a_job_of_mpi_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    assert tiny.run("--workdir=/nonexistent", "--mode=evaluate") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: mpirun started several processes: expected the package mpi4py")

@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.data.batches import training_batches, validation_batches
-from l2s_jax.experiment import feature_files
+from l2s_jax.experiment import feature_cache, feature_files
 from l2s_jax.models.lora import Lora
 from l2s_jax.training import loop, update
 
@@ -47,11 +47,11 @@ def make_case(name):
 
 
 def encode_with(system, frozen, data, directory, mesh=(1, 1, 1), llm_hash="a" * 64):
-    return feature_files.cached(
+    return feature_cache.cached(
         data,
         str(directory),
         features_child.FACTS | {"llm_hash": llm_hash},
-        lambda: feature_files.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
+        lambda: feature_cache.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
         split="train",
         width=system.llm_config.width,
         buckets=[8],
@@ -177,7 +177,7 @@ def test_a_run_from_the_cache_is_the_run_that_encodes(tmp_path):
 
 
 def test_killed_at_any_moment_it_continues_without_encoding_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_files, "SHARD_BYTES", 0)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 0)
     features_child.small_shards()
     whole = features_child.cache(str(tmp_path / "whole"), data=features_child.DATA)
     directory = tmp_path / "killed"
@@ -230,7 +230,7 @@ def never(*_):
 @pytest.fixture
 def filled(tmp_path, monkeypatch):
     """(directory of a cache of 19 prompts in four shards, its one subfolder, the data)."""
-    monkeypatch.setattr(feature_files, "SHARD_BYTES", 1200)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1200)
     data = small.make_data(PAIRS, (8, 8))
     features_child.cache(str(tmp_path), data=data)
     (folder,) = (tmp_path / "features").iterdir()
@@ -281,11 +281,11 @@ def test_features_of_another_llm_under_this_ones_name_are_refused(filled, tmp_pa
     assert line.startswith(f"{folder}/features.json: another LLM's features, llm_hash is 'bbb")
     assert "expected 'aaa" in line and "remove the folder, and the same command makes it" in line
     with pytest.raises(ValueError, match=r"holds what one LLM \(content hash b{12}\) made of"):
-        feature_files.check_folder(str(folder))
-    feature_files.check_folder(str(directory / "features"))
-    feature_files.check_folder(str(directory / "nothing yet"))
+        feature_cache.check_folder(str(folder))
+    feature_cache.check_folder(str(directory / "features"))
+    feature_cache.check_folder(str(directory / "nothing yet"))
     with pytest.raises(ValueError, match=r"gs://bucket/x': expected a folder, local or mounted"):
-        feature_files.check_folder("gs://bucket/x")
+        feature_cache.check_folder("gs://bucket/x")
 
 
 def test_other_facts_and_none_are_refused(filled):
@@ -367,7 +367,7 @@ def test_what_shows_only_while_training_is_one_line_too(damage, message, filled)
 
 
 def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     data = small.make_data(PAIRS, (8, 8))
     line = refused(tmp_path, data)
     tokens = int(data.prompt_lengths.sum())

@@ -385,3 +385,21 @@ def test_gke_manifest_runs_a_config_on_every_host_of_the_slice() -> None:
         values["--workdir"].startswith(mount["mountPath"] + "/")
         for mount in container["volumeMounts"]
     )
+
+
+def test_dockerfile_makes_the_image_of_the_manifest() -> None:
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    said = {keyword: rest for keyword, rest in steps}
+    _, jobset = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (said["FROM"], said["WORKDIR"]) == ("python:3.11-slim", container["workingDir"])
+    assert said["ARG"] == "JAX=jax[tpu]"
+    installs = [shlex.split(rest) for keyword, rest in steps if keyword == "RUN"]
+    assert [step[-1] for step in installs] == ["$JAX", "."]
+    assert all(step[:2] == ["pip", "install"] for step in installs)
+    # What the image leaves out is nothing that a commit holds.
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert not {path.split("/")[0] for path in listed.split()} & set(ignored)

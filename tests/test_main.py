@@ -148,7 +148,8 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
     )
     assert tiny.run(*arguments) == 0
     (shard,) = (tmp_path / "run/labels").glob("train-*.jsonl")
-    assert len(shard.read_text().splitlines()) == 64
+    prompts = {line for line in (config.parent / "train.jsonl").read_text().splitlines()}
+    assert len(shard.read_text().splitlines()) == len(prompts) > 50
     assert not (tmp_path / "run/llm").exists()
     assert report_of(tmp_path / "run")["task"]["labels"] == "llm"
     # The same LLM in both runs: the same answers.

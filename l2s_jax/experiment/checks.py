@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import typed
-from l2s_jax.experiment import feature_files
+from l2s_jax.experiment import feature_cache
 from l2s_jax.settings import rules
 
 
@@ -20,7 +20,7 @@ def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh, label_mesh
     settings = typed(config)
     rules.check(settings)
     if settings.features.cache:
-        feature_files.check_folder(settings.features.cache)
+        feature_cache.check_folder(settings.features.cache)
     batches = [
         ("decoding", settings.decoding.batch_size, decoding_mesh),
         ("slm.train", settings.slm.train.batch_size, mesh),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
@@ -60,23 +61,24 @@ class FeatureStage(Stage):
     def put_into(self, **splits: TokenizedExamples) -> None:
         """Has the batches of these splits hold H; what is missing is computed first."""
         from l2s_jax.cluster import sharding
-        from l2s_jax.experiment import feature_files
+        from l2s_jax.experiment import feature_cache
 
         context, train = self.context, self.context.config.l2s.train
         llm, _ = self._llm.encoder(entries=())
         encoder = functools.cache(
-            lambda: feature_files.Encoder(
+            lambda: feature_cache.Encoder(
                 llm.config, self._llm.encoder(entries=None)[1], context.mesh
             )
         )
         rows = train.batch_size // train.accumulation
         whole = rows % sharding.batch_ways(context.mesh)
         for split, data in splits.items():
-            data.hidden = feature_files.cached(
+            data.hidden = feature_cache.cached(
                 data,
                 self.cache,
                 {
                     "llm_hash": self._llm.content,
+                    "models": models.VERSION,
                     "layer": context.config.llm.layer,
                     "dtype": str(context.dtypes[1]),
                 },

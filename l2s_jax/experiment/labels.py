@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from l2s_jax import models
 from l2s_jax.config import label_tokens
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment import label_files
@@ -34,6 +35,7 @@ class LabelStage(RecordedStage):
         config = self.context.config
         return {
             "llm_hash": self._llm.content,
+            "models": models.VERSION,
             "tokenizer": self._llm.prompts.tokenizer.fingerprint,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_new_tokens": label_tokens(config),

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
@@ -85,6 +86,7 @@ class TrainedStage(RecordedStage):
         settings = self.section.train.to_dict()
         inputs = {
             "data": {**data, "validation": self.context.content("validation", limit=limit)},
+            "models": models.VERSION,
             "tokenizer": responses.fingerprint,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,

@@ -2,3 +2,7 @@
 
 Imports cluster.
 """
+
+# Of what the modules compute. It is higher where the same parameters give other results than before
+# a change: what was made with an older one is then made anew.
+VERSION = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,19 +14,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
-from l2s_jax.data.batches import evaluation_batches
-from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
-from l2s_jax.models.families import check_positions
-from l2s_jax.models.systems import LlmToSlm, Params, System
+from l2s_jax.models.systems import Params, System
+from l2s_jax.serving.batching import Batch, batches, buckets, check_lengths
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
@@ -81,7 +75,7 @@ class Generator:
           ValueError: the mesh does not divide the batch_size or a parameter, or a model has too few
             positions for the longest prompts and responses.
         """
-        _check_positions(system, prompt_lengths[-1], max_new_tokens)
+        check_lengths(system, prompt_lengths[-1], max_new_tokens)
         self.system = system
         self.mesh = mesh or sharding.one_device()
         sharding.check_rows(batch_size, self.mesh, "batch_size")
@@ -99,12 +93,12 @@ class Generator:
     @property
     def row_buckets(self) -> tuple[int, ...]:
         """Numbers of rows that programs are compiled for, which the mesh splits."""
-        return _buckets(sharding.batch_ways(self.mesh), self.batch_size, 4)
+        return buckets(sharding.batch_ways(self.mesh), self.batch_size, 4)
 
     @property
     def new_token_buckets(self) -> tuple[int, ...]:
         """Numbers of new tokens that programs are compiled for."""
-        return _buckets(2 * CHUNK, self.max_new_tokens, 2)
+        return buckets(2 * CHUNK, self.max_new_tokens, 2)
 
     def warm_up(self, *, stream: bool = False) -> int:
         """Compiles every shape that `generate`, or `stream`, may run; gives their number.
@@ -118,7 +112,7 @@ class Generator:
             ids, mask = np.zeros((rows, length), np.int32), np.ones((rows, length), bool)
             # Two tokens take one chunk; rows that may have none take nothing at all.
             limits = np.full(rows, 2 if in_chunks else 0, np.int32)
-            batch = _Batch(ids, mask, limits, np.zeros(rows, np.uint32))
+            batch = Batch(ids, mask, limits, np.zeros(rows, np.uint32))
             if in_chunks:
                 list(self._chunks(batch, capacity, self.search, False, lambda: []))
             else:
@@ -219,47 +213,22 @@ class Generator:
 
     def _batches(
         self, prompts: Sequence[str], limit: int, seeds: Sequence[int], mismatched: bool
-    ) -> Iterator[tuple[np.ndarray, _Batch]]:
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
         """(indices of the prompts in the first rows, batch)."""
-        data = TokenizedExamples(
-            [Example(prompt, "", ()) for prompt in prompts],
-            prompt_tokenizer=self.prompt_tokenizer,
-            response_tokenizer=self.response_tokenizer,
-            max_prompt_tokens=self.prompt_lengths[-1],
-            max_response_tokens=1,
-        )
-        if data.truncated_prompts:
-            log.warning(
-                "%s: %d of %d prompts were truncated to %d tokens",
-                self.system.name,
-                data.truncated_prompts,
-                len(data),
-                self.prompt_lengths[-1],
-            )
-        if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 2**32:
-            raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
-        seeds = np.asarray(seeds, np.uint32)
-        for indices, batch in evaluation_batches(
-            data,
-            prompt_name="prompt",
-            buckets=tuple((length, i + 1) for i, length in enumerate(self.prompt_lengths)),
+        return batches(
+            prompts,
+            seeds,
+            self.system.name,
+            self.prompt_tokenizer,
+            prompt_lengths=self.prompt_lengths,
+            limit=limit,
             # A batch of one row has no other row to be mismatched with.
             batch_size=max(self.batch_size, 2) if mismatched else self.batch_size,
-        ):
-            indices = indices[indices >= 0]
-            count, rows = len(indices), len(batch["prompt_ids"])
-            if not mismatched:
-                rows = next(b for b in self.row_buckets if b >= count)
-            limits = np.where(np.arange(rows) < count, limit, 0).astype(np.int32)
-            own_seeds = np.zeros(rows, np.uint32)
-            own_seeds[:count] = seeds[indices]
-            yield (
-                indices,
-                _Batch(batch["prompt_ids"][:rows], batch["prompt_mask"][:rows], limits, own_seeds),
-            )
+            row_buckets=None if mismatched else self.row_buckets,
+        )
 
     def _decode(
-        self, batch: _Batch, capacity: int, search: Search, mismatched: bool
+        self, batch: Batch, capacity: int, search: Search, mismatched: bool
     ) -> Decoded | Hypotheses:
         with jax.set_mesh(self.mesh):
             return jitted_decode(
@@ -272,13 +241,13 @@ class Generator:
                 mismatched=mismatched,
             )
 
-    def _put(self, batch: _Batch) -> _Batch:
+    def _put(self, batch: Batch) -> Batch:
         """The batch on the devices, split by rows."""
         return sharding.put(batch, sharding.batch_sharding(self.mesh))
 
     def _chunks(
         self,
-        batch: _Batch,
+        batch: Batch,
         capacity: int,
         search: Search,
         mismatched: bool,
@@ -332,7 +301,7 @@ class Generator:
         return Output(text, len(tokens), not bool(finished), score)
 
     def _decode_until(
-        self, batch: _Batch, capacity: int, search: Search, mismatched: bool
+        self, batch: Batch, capacity: int, search: Search, mismatched: bool
     ) -> Sequence[Output]:
         """The output of each row, decoded in chunks until it holds one of search.stop."""
         texts = [ResponseText(self.response_tokenizer, search.stop) for _ in batch.limits]
@@ -360,43 +329,9 @@ def _output_of(fields: Sequence[Any]) -> Output:
     return Output(*own, tuple(map(_output_of, others)))
 
 
-class _Batch(NamedTuple):
-    """Arguments of `decode`: int32 and bool [B, T], int32 [B], uint32 [B]."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    limits: np.ndarray
-    seeds: np.ndarray
-
-
 class _Progress(NamedTuple):
     """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     done: np.ndarray
-
-
-def _check_positions(system: System, prompt_tokens: int, new_tokens: int) -> None:
-    """Raises a ValueError if a model of the system lacks positions for the longest rows."""
-    joint = isinstance(system, LlmToSlm)
-    longest = "the longest of prompt_lengths (config.buckets)"
-    # What a decoder-only SLM continues has a place per token of the LLM's, whatever the fusion.
-    check_positions(
-        system.decoder,
-        prompt_tokens,
-        new_tokens,
-        where="slm" if joint else system.name,
-        lower=f"max_new_tokens (config.decoding.max_new_tokens) or {longest}",
-    )
-    if joint:
-        check_positions(system.llm_config, prompt_tokens, 0, where="llm", lower=longest)
-
-
-def _buckets(least: int, most: int, factor: int) -> tuple[int, ...]:
-    """`least`, each `factor` times the one before, and `most`."""
-    sizes = []
-    while least < most:
-        sizes.append(least)
-        least *= factor
-    return (*sizes, most)

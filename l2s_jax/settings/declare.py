@@ -52,9 +52,9 @@ class Allowed:
             raise ValueError(f"{name}={value!r}: {self.refused[value]}")
         problem = ""
         try:
-            value = _as(self.kind, value)
-            if self.fits(value):
-                return value
+            converted = _as(self.kind, value)
+            if self.fits(converted):
+                return converted
         except ValueError as error:
             problem = f"{error}; " if str(error) else ""
         raise ValueError(f"{name}={value!r}: {problem}expected {self.expected}")

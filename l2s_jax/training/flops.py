@@ -60,15 +60,27 @@ def _count(jaxpr: Jaxpr, needed: Sequence[bool]) -> tuple[float, list[bool]]:
 
 
 def _count_scan(equation: Any, inputs: Sequence[bool]) -> tuple[float, list[bool]]:
-    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
     body, inputs = equation.params["jaxpr"].jaxpr, list(inputs)
+    # What is neither scanned nor stacked has as many axes within as without: constants and then
+    # what is carried go in, what is carried comes out. (Params say it in each version of JAX's own
+    # way.)
+    carried = _alike(equation.outvars, body.outvars)
+    end = _alike(equation.invars, body.invars)
+    carry = slice(end - carried, end)
     while True:
         flops, outputs = _count(body, inputs)
-        carry = slice(constants, constants + carried)
         joined = [a or b for a, b in zip(inputs[carry], outputs[:carried], strict=True)]
         if joined == inputs[carry]:
             return flops * equation.params["length"], outputs
         inputs[carry] = joined
+
+
+def _alike(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many variables have as many axes outside a loop as inside it."""
+    return sum(
+        len(one.aval.shape) == len(other.aval.shape)
+        for one, other in zip(outer, inner, strict=True)
+    )
 
 
 def _called(equation: Any) -> Jaxpr | None:

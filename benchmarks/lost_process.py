@@ -1,0 +1,93 @@
+"""One of four processes of a job is killed: seconds until the others end, and their last lines.
+
+    python benchmarks/lost_process.py [--heartbeat_timeout=40]
+
+The four are on this machine. Situations: all compute together, in collectives; each computes by
+itself; all wait for process 0, which works alone. Process 2 is killed in each, then process 0,
+in whom JAX's service lives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+PROCESSES = 4
+SITUATIONS = ("together", "by itself", "waiting")
+VICTIMS = (2, 0)
+
+
+def work(situation: str, coordinator: str, process: int, heartbeat_s: int) -> None:
+    """What one process does, until it is ended."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from l2s_jax import distributed
+
+    limits = {"timeout_s": 300, "heartbeat_s": heartbeat_s}
+    with distributed.job(coordinator, PROCESSES, process, detect=None, **limits):
+        multihost_utils.process_allgather(np.ones(1))
+        print("working", flush=True)
+        if situation == "waiting" and process:
+            distributed.barrier("the work of process 0")
+        while True:
+            if situation == "together":
+                multihost_utils.process_allgather(np.ones(1))
+            else:
+                jax.block_until_ready(jax.numpy.ones(8) + 1)
+            time.sleep(0.01)
+
+
+def lose(situation: str, victim: int, heartbeat_s: int) -> None:
+    """Prints one row per process that is left."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+    command = [sys.executable, __file__, situation, where]
+    processes = [
+        subprocess.Popen(
+            [*command, str(process), str(heartbeat_s)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(PROCESSES)
+    ]
+    for process in processes:
+        if process.stdout.readline() != "working\n":
+            sys.exit(process.stderr.read())
+    time.sleep(heartbeat_s)  # whenever it happens
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    for number, process in enumerate(processes):
+        # In order: each has ended by the time that is printed, or before.
+        errors = process.communicate()[1].strip().splitlines()
+        seconds = time.monotonic() - killed
+        if number != victim:
+            row = (situation, victim, number, f"{seconds:.1f}", process.returncode, errors[-1])
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def main() -> None:
+    """All situations and victims."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--heartbeat_timeout", type=int, default=40)
+    flags = parser.parse_args()
+    print("| the processes work | killed | process | seconds | exit status | last line |")
+    print("|---|---|---|---|---|---|")
+    for situation in SITUATIONS:
+        for victim in VICTIMS:
+            lose(situation, victim, flags.heartbeat_timeout)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main()

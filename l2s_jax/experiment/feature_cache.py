@@ -1,0 +1,208 @@
+"""H, the frozen LLM's representations of prompts: computed once, kept in a cache.
+
+A cache is a folder with a subfolder for each LLM that has encoded prompts, named by a hash of all
+that H depends on besides the prompt, which lies in it as `features.json`. In it H is kept by the
+hash of a prompt's ids: every run and split that has the same prompt finds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from l2s_jax.cluster import distributed, sharding
+from l2s_jax.data.batches import LengthGroups
+from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.experiment import shards
+from l2s_jax.experiment.feature_files import FeatureFiles, Features
+from l2s_jax.experiment.workdir import fingerprint
+from l2s_jax.files import atomic_directory, plain, read_json, write_json
+from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.systems import Params, represent
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 1 << 26
+# Each stays open once it has been read from.
+_MOST_SHARDS = 512
+_FACTS = "features.json"
+
+Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
+
+
+class Encoder:
+    """The frozen LLM on a mesh: ids int32, mask bool [B, T] -> H bfloat16 [B, T, D].
+
+    All processes of a job call it alike, with whole batches, and all have the whole of H.
+    """
+
+    def __init__(self, config: ModelConfig, frozen: Params, mesh: Mesh):
+        """The LLM's config, and its parameters that encode."""
+        self._mesh = mesh
+        self._frozen = sharding.put_parameters(frozen, mesh)
+        self._encode = jax.jit(
+            lambda frozen, ids, mask: represent(config, frozen, ids, mask).astype(jnp.bfloat16),
+            out_shardings=NamedSharding(mesh, P()),
+        )
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
+        batch = sharding.put((ids, mask), sharding.batch_sharding(self._mesh))
+        with jax.set_mesh(self._mesh):
+            return self._encode(self._frozen, *batch)
+
+
+def check_folder(folder: str) -> None:
+    """Raises a ValueError where `folder` can be no cache: it is a URL, or a subfolder of one."""
+    if "://" in folder:
+        raise ValueError(f"config.features.cache={folder!r}: expected a folder, local or mounted")
+    path = os.path.join(folder, _FACTS)
+    if os.path.exists(path):
+        raise ValueError(
+            f"config.features.cache={folder!r}: holds what one LLM (content hash "
+            f"{str(read_json(path).get('llm_hash'))[:12]}) made of prompts; expected the folder "
+            f"above it, {os.path.dirname(os.path.abspath(folder))!r}, in which every LLM finds its "
+            "own"
+        )
+
+
+def cached(
+    data: TokenizedExamples,
+    cache: str,
+    facts: Mapping[str, Any],
+    make_encoder: Callable[[], Encode],
+    *,
+    split: str,
+    width: int,
+    buckets: Sequence[int],
+    batch_size: int,
+) -> Features:
+    """H of the prompts of `data`, from a cache; what is missing is computed first.
+
+    The processes of a job, which share the cache, encode together and take turns in writing.
+
+    Args:
+      data: the prompts.
+      cache: the folder.
+      facts: what H depends on besides the prompts; JSON-able, with "llm_hash".
+      make_encoder: gives, only where something is missing, what encodes batches (see `Encoder`).
+      split: whose prompts these are, for messages.
+      width: D, the LLM's width.
+      buckets: lengths that prompts are padded to for the LLM, ascending.
+      batch_size: prompts that it encodes at a time.
+
+    Raises:
+      ValueError: the subfolder was made from other things than its name says, a shard in it is
+        damaged, or the disk is too small.
+    """
+    facts = plain({**facts, "width": width, "numbers": "bfloat16"})
+    directory = os.path.join(cache, fingerprint(facts)[:32])
+    store, lengths = FeatureFiles(directory), data.prompt_lengths
+    mean_bytes = max(2 * width * int(lengths.sum()) // len(data), 1)
+    encoders: list[Encode] = []
+    bar = tqdm(desc=f"features of {split}", disable=True)
+
+    def announce(missing: list[int]) -> None:
+        nonlocal bar
+        tokens = int(lengths[missing].sum())
+        distributed.on_primary(lambda: _check_disk(cache, 2 * width * tokens, tokens, split))
+        distributed.on_primary(lambda: _prepare(directory, facts))
+        log.info(
+            "features: the LLM encodes %d of %d prompts into %s",
+            len(missing),
+            len(set(data.prompt_keys)),
+            directory,
+        )
+        encoders.append(make_encoder())
+        bar = tqdm(
+            total=len(missing),
+            desc=f"features of {split}",
+            disable=not distributed.is_primary(),
+            file=sys.stderr,
+        )
+
+    def make(places: list[int], own: bool) -> list[np.ndarray] | None:
+        rows: dict[int, np.ndarray] = {}
+        for indices, hidden in _encoded(data, np.array(places), encoders[0], buckets, batch_size):
+            bar.update(len(indices))
+            if own:
+                for index, row in zip(indices, np.asarray(hidden), strict=False):
+                    rows[index] = row[: lengths[index]]
+        return [rows[place] for place in places] if own else None
+
+    def check() -> None:
+        if os.path.isdir(directory):
+            _check_facts(directory, facts)
+
+    distributed.on_primary(check)
+    size = max(SHARD_BYTES // mean_bytes, -(-len(data) // _MOST_SHARDS), 1)
+    files = shards.fill(store, data.prompt_keys, make, size=size, together=True, announce=announce)
+    bar.close()
+    distributed.on_primary(store.tidy)
+    return Features(store, files, data, width)
+
+
+def _encoded(
+    data: TokenizedExamples,
+    prompts: np.ndarray,
+    encode: Encode,
+    buckets: Sequence[int],
+    batch_size: int,
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """(indices, H of them in the first rows) of all `prompts`, in order of their lengths."""
+
+    def dispatched() -> Iterator[tuple[np.ndarray, jax.Array]]:
+        for indices, width in LengthGroups(data, prompts, buckets, batch_size):
+            yield indices[indices >= 0], encode(*data.padded_prompts(indices, width))
+
+    # The device is at the next batch while the host takes this one.
+    for (indices, hidden), _ in itertools.pairwise(itertools.chain(dispatched(), [None])):
+        yield indices, jax.block_until_ready(hidden)
+
+
+def _check_disk(cache: str, needed: int, tokens: int, split: str) -> None:
+    os.makedirs(cache, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise ValueError(
+            f"config.features.cache={cache!r}: {free / 1e9:.1f} GB are free there, the features "
+            f"of {tokens:,} prompt tokens of the {split} split take {needed / 1e9:.1f} GB more; "
+            "expected a larger disk, or config.features.cache='' to do without"
+        )
+
+
+def _prepare(directory: str, facts: Mapping[str, Any]) -> None:
+    """Makes the folder of shards, or finds the one that another run has made meanwhile."""
+    if os.path.isdir(directory):
+        return
+    try:
+        with atomic_directory(directory) as temporary:
+            write_json(os.path.join(temporary, _FACTS), facts, sort_keys=True)
+    except OSError:
+        if not os.path.isdir(directory):
+            raise
+
+
+def _check_facts(directory: str, facts: Mapping[str, Any]) -> None:
+    path = os.path.join(directory, _FACTS)
+    found = read_json(path)
+    different = [name for name in sorted(found | facts) if found.get(name) != facts.get(name)]
+    if different:
+        name = "llm_hash" if "llm_hash" in different else different[0]
+        whose = "another LLM's" if name == "llm_hash" else "other"
+        raise ValueError(
+            f"{path}: {whose} features, {name} is {found.get(name)!r}, expected "
+            f"{facts.get(name)!r}; remove the folder, and the same command makes it again, or give "
+            "config.features.cache another one"
+        )

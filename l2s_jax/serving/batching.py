@@ -1,0 +1,115 @@
+"""Prompts in batches of a few fixed shapes, for the programs of a `Generator`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from l2s_jax.data.batches import evaluation_batches
+from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.data.tasks import Example
+from l2s_jax.models.families import check_positions
+from l2s_jax.models.systems import LlmToSlm, System
+from l2s_jax.tokenizers.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Arguments of `decode`: int32 and bool [B, T], int32 [B], uint32 [B]."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    limits: np.ndarray
+    seeds: np.ndarray
+
+
+def batches(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    prompt_lengths: Sequence[int],
+    limit: int,
+    batch_size: int,
+    row_buckets: Sequence[int] | None,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(indices of the prompts in the first rows, int64; batch), in order of their lengths.
+
+    Args:
+      prompts: the texts.
+      seeds: of each prompt.
+      name: of the system, for a warning of how many prompts were cut.
+      tokenizer: of the prompts.
+      prompt_lengths: what prompts are padded to, ascending; the last is where they are cut.
+      limit: the most new tokens; rows without a prompt have 0.
+      batch_size: the most rows.
+      row_buckets: numbers of rows to choose from, ascending; None: always `batch_size`.
+
+    Raises:
+      ValueError: a seed does not fit in 32 bits.
+    """
+    data = TokenizedExamples(
+        [Example(prompt, "", ()) for prompt in prompts],
+        prompt_tokenizer=tokenizer,
+        response_tokenizer=tokenizer,
+        max_prompt_tokens=prompt_lengths[-1],
+        max_response_tokens=1,
+    )
+    if data.truncated_prompts:
+        log.warning(
+            "%s: %d of %d prompts were truncated to %d tokens",
+            name,
+            data.truncated_prompts,
+            len(data),
+            prompt_lengths[-1],
+        )
+    if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 2**32:
+        raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
+    own_seeds = np.asarray(seeds, np.uint32)
+    for places, batch in evaluation_batches(
+        data,
+        prompt_name="prompt",
+        buckets=tuple((length, i + 1) for i, length in enumerate(prompt_lengths)),
+        batch_size=batch_size,
+    ):
+        indices = places[places >= 0]
+        count, rows = len(indices), len(batch["prompt_ids"])
+        if row_buckets:
+            rows = next(bucket for bucket in row_buckets if bucket >= count)
+        limits = np.where(np.arange(rows) < count, limit, 0).astype(np.int32)
+        row_seeds = np.zeros(rows, np.uint32)
+        row_seeds[:count] = own_seeds[indices]
+        yield (
+            indices,
+            Batch(batch["prompt_ids"][:rows], batch["prompt_mask"][:rows], limits, row_seeds),
+        )
+
+
+def buckets(least: int, most: int, factor: int) -> tuple[int, ...]:
+    """`least`, each `factor` times the one before, and `most`."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= factor
+    return (*sizes, most)
+
+
+def check_lengths(system: System, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises a ValueError if a model of the system lacks positions for the longest rows."""
+    joint = isinstance(system, LlmToSlm)
+    longest = "the longest of prompt_lengths (config.buckets)"
+    # What a decoder-only SLM continues has a place per token of the LLM's, whatever the fusion.
+    check_positions(
+        system.decoder,
+        prompt_tokens,
+        new_tokens,
+        where="slm" if joint else system.name,
+        lower=f"max_new_tokens (config.decoding.max_new_tokens) or {longest}",
+    )
+    if joint:
+        check_positions(system.llm_config, prompt_tokens, 0, where="llm", lower=longest)

@@ -1,0 +1,243 @@
+"""Stages: found again where nothing that matters has changed, made anew where something has."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from l2s_jax import main, models
+from l2s_jax.evaluation.stage import EvaluationStage
+from l2s_jax.experiment import toy
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.label_files import LabelFiles, keys_of
+from l2s_jax.experiment.workdir import read_config, write_config
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """(config's path, finished workdir) of a run with labels by an LLM from a directory."""
+    root = tmp_path_factory.mktemp("job")
+    config = tiny.write_task(root / "data")
+    texts = toy.write_task(str(root / "toy"))
+    toy.write_checkpoint(str(root / "llm"), family="t5", texts=texts)
+    arguments = (
+        f"--config.llm.path={root / 'llm'}",
+        "--config.llm.train.steps=0",
+        "--config.tokenizer.train_vocab_size=0",
+        "--config.labels.source=llm",
+        "--config.labels.max_new_tokens=8",
+    )
+    assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}", *arguments) == 0
+    return root
+
+
+@pytest.fixture
+def copy(job, tmp_path):
+    """A copy of all that the job has: its config is in the workdir, with paths of the copy."""
+    root = tmp_path / "copy"
+    shutil.copytree(job, root)
+    path = root / "run/config.json"
+    path.write_text(path.read_text().replace(str(job), str(root)))
+    (root / "run/hashes.json").unlink()
+    return root
+
+
+def states(root, **changes):
+    """{stage: (state, why)} of what is on disk, for a config with other values of some keys."""
+    config = read_config(str(root / "run"))
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    experiment = Experiment(config, str(root / "run"), "look")
+    stages = [*experiment.stages, EvaluationStage(experiment)]
+    return {stage.name: stage.state() for stage in stages if stage.is_used()}
+
+
+def stale(root, **changes):
+    """Names of the stages that are not done."""
+    return [name for name, (state, _) in states(root, **changes).items() if state != "done"]
+
+
+def test_a_finished_run_is_done_and_has_no_stage_that_it_does_not_use(copy):
+    assert states(copy) == dict.fromkeys(("labels", "slm", "l2s", "evaluation"), ("done", ""))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slm.train.log_every": 7},
+        {"slm.train.evaluate_every": 1, "l2s.train.evaluate_every": 1},
+        {"slm.train.accumulation": 2, "l2s.train.remat": True},
+        {"buckets": ((16, 16), (32, 32))},
+        {"dtype": "bfloat16", "llm.encoder_dtype": "float32"},
+        {"labels.batch_size": 4, "decoding.batch_size": 2},
+        {"mesh.data": 1, "scan_layers": True},
+    ],
+)
+def test_what_does_not_define_a_model_leaves_it_valid(copy, changes):
+    assert stale(copy, **changes) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"slm.train.learning_rate": 0.5}, ["slm", "evaluation"]),
+        ({"l2s.fusion": "cross"}, ["l2s", "evaluation"]),
+        ({"slm.model.width": 24}, ["slm", "l2s", "evaluation"]),
+        ({"decoding.search.num_beams": 2}, ["evaluation"]),
+        ({"labels.search.num_beams": 2}, ["labels", "slm", "l2s", "evaluation"]),
+        ({"max_prompt_tokens": 16}, ["labels", "slm", "l2s", "evaluation"]),
+    ],
+)
+def test_what_defines_a_stage_makes_it_and_what_needs_it_stale(copy, changes, expected):
+    assert stale(copy, **changes) == expected
+
+
+def test_a_mended_model_makes_all_that_it_made_stale(copy, monkeypatch):
+    monkeypatch.setattr(models, "VERSION", models.VERSION + 1)
+    assert states(copy)["labels"] == ("stale", "models changed")
+    assert stale(copy) == ["labels", "slm", "l2s", "evaluation"]
+
+
+def test_another_tokenizer_in_the_llms_directory_makes_its_labels_stale(copy):
+    words = [f"repeat: {a} {b}" for a in tiny.WORDS for b in tiny.WORDS]
+    toy.train_sentencepiece(words, vocab_size=46, directory=str(copy / "llm"), model_type="bpe")
+    assert states(copy)["labels"] == ("stale", "tokenizer changed")
+    assert stale(copy) == ["labels", "slm", "l2s", "evaluation"]
+
+
+def rewrite(path, change):
+    """Has the records of a JSON Lines file changed."""
+    records = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
+    train = copy / "data/train.jsonl"
+    rewrite(train, lambda records: [r | {"reversed": "nothing"} for r in records])
+    # The LLM's own answers are learnt.
+    assert stale(copy) == []
+    assert states(copy, **{"labels.source": "data", "labels.max_new_tokens": 0})["slm"] == (
+        "stale",
+        "labels changed",
+    )
+    validation = copy / "data/validation.jsonl"
+    rewrite(validation, lambda records: records[::-1])
+    assert states(copy)["slm"] == ("stale", "data.validation changed")
+
+
+def test_labels_of_data_in_another_order_are_those_of_its_prompts(copy, caplog):
+    caplog.set_level("INFO")
+    (file,) = (copy / "run/labels").glob("*.jsonl")
+    lines = file.read_text().splitlines()
+    rewrite(file, lambda rs: [r | {"response": f"answer {i}"} for i, r in enumerate(rs)])
+    assert len(lines) > 50
+    before = LabelFiles(str(copy / "run/labels"))
+    before = before.read(before.files())
+    rewrite(copy / "data/train.jsonl", lambda records: records[::-1])
+    assert states(copy)["labels"] == ("done", "")
+    assert states(copy)["slm"] == ("stale", "data.train changed")
+    experiment = Experiment(read_config(str(copy / "run")), str(copy / "run"))
+    labelled = experiment.labels.examples()
+    assert "the LLM answers" not in caplog.text
+    keys = keys_of([example.prompt for example in labelled], sampled=False)
+    assert [example.response for example in labelled] == [before[key] for key in keys]
+
+
+def test_a_prompt_that_is_new_is_all_that_the_llm_answers(copy, caplog):
+    caplog.set_level("INFO")
+    rewrite(copy / "data/train.jsonl", lambda r: [{"words": "ten one", "reversed": "x"}, *r])
+    assert states(copy)["labels"][0] == "begun"
+    assert tiny.run(f"--workdir={copy / 'run'}", "--until=labels") == 0
+    assert "labels: the LLM answers 1 of " in caplog.text
+    assert states(copy)["labels"] == ("done", "")
+    assert states(copy)["slm"][0] == "stale"
+
+
+def test_training_can_be_extended_and_goes_on_where_it_was(copy):
+    config = read_config(str(copy / "run"))
+    config.slm.train.steps = 8
+    run = copy / "run"
+    old = load_file(run / "slm/model/model.safetensors")
+    begun = states(copy, **{"slm.train.steps": 8})["slm"]
+    assert begun == ("begun", "goes on from 4 steps")
+    assert states(copy, **{"slm.train.steps": 3})["slm"] == ("stale", "train.steps changed")
+    Experiment(config, str(run)).make(until="slm")
+    steps = [json.loads(line)["step"] for line in (run / "slm/metrics.jsonl").open()]
+    assert sorted(set(steps)) == list(range(1, 9)) and steps.count(4) == 2
+    kept = load_file(run / "slm/model.4/model.safetensors")
+    new = load_file(run / "slm/model/model.safetensors")
+    assert all(np.array_equal(kept[name], old[name]) for name in old)
+    assert any(not np.array_equal(new[name], old[name]) for name in old)
+    assert not list(run.glob("*.old*"))
+    assert Experiment(config, str(run), "look").slm.state() == ("done", "")
+
+
+def test_one_length_cuts_prompts_everywhere(copy):
+    config = read_config(str(copy / "run"))
+    config.max_prompt_tokens = 6
+    experiment = Experiment(config, str(copy / "run"))
+    experiment.make(until="l2s")
+    for stage in experiment.systems:
+        assert experiment.generator(stage).prompt_lengths == (6,)
+    assert experiment.labels._generator().prompt_lengths == (6,)
+    fields = json.loads((copy / "run/l2s/model/config.json").read_text())
+    assert fields["generation"]["prompt_lengths"] == [6]
+
+
+def test_evaluating_otherwise_asks_for_nothing_anew(copy, caplog):
+    caplog.set_level("INFO")
+    shutil.rmtree(copy / "run/labels")
+    (copy / "data/train.jsonl").unlink()
+    config = read_config(str(copy / "run"))
+    config.decoding.search.num_beams = 2
+    write_config(str(copy / "run"), config)
+    assert tiny.run("--mode=evaluate", f"--workdir={copy / 'run'}") == 0
+    assert caplog.text.count("the train split is taken to be the one of the run") == 1
+    assert "training on" not in caplog.text
+    assert not (copy / "run/labels").exists()
+
+
+@pytest.mark.parametrize(
+    ("until", "made"),
+    [("slm_tokenizer", {"slm_tokenizer"}), ("labels", {"labels"}), ("slm", {"labels", "slm"})],
+)
+def test_a_run_stops_after_a_stage_and_the_status_says_what_is_left(job, tmp_path, until, made):
+    workdir = tmp_path / "run"
+    config = read_config(str(job / "run"))
+    config.slm.tokenizer.train_vocab_size = 30 if until == "slm_tokenizer" else 0
+    Experiment(config, str(workdir)).make(until)
+    assert {path.parent.name for path in workdir.glob("*/stage.json")} == made
+    experiment = Experiment(config, str(workdir), "look")
+    for stage in experiment.stages:
+        if stage.is_used():
+            assert (stage.state()[0] == "done") == (stage.name in made), stage.name
+
+
+def test_the_status_is_printed_without_jax(job):
+    code = (
+        "import sys; from l2s_jax import main; status = main.main(sys.argv);"
+        "assert 'jax' not in sys.modules; sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "--mode=status", f"--workdir={job / 'run'}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["labels", "done"],
+        ["slm", "done"],
+        ["l2s", "done"],
+        ["evaluation", "done"],
+    ]
+    assert lines[1][2:] == ["<-", "labels"]
+    assert tuple(main.STAGES) == tuple(
+        stage.name for stage in Experiment(read_config(str(job / "run")), "nowhere").stages
+    )
+
+
+def test_a_stop_belongs_to_training(capfd):
+    assert tiny.run("--workdir=nowhere", "--mode=evaluate", "--until=slm") == 2
+    assert "--until=slm: expected --mode=train, not evaluate" in capfd.readouterr().err
