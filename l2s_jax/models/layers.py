@@ -1,8 +1,8 @@
 """Layers shared by the model families.
 
-B batch, T or S positions, Q queries, K keys, D width, N heads, H head width, F feed-forward,
-V vocabulary. Parameters are float32; `dtype` is the dtype of the products. Sums that feed a
-softmax, a norm or the logits, and the residual stream, are float32.
+B batch, T or S positions, Q queries, K keys, D width, N heads, H head width, F feed-forward or
+features, V vocabulary. Parameters are float32; `dtype` is the dtype of the products. Sums that feed
+a softmax, a norm or the logits, and the residual stream, are float32.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from l2s_jax.cluster.sharding import constrain, split_rows
+from l2s_jax.cluster.sharding import AnyArray, constrain, split_rows
 from l2s_jax.models import products
 from l2s_jax.models.cache import KeyValue
 
-Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 # Those of the decoder-only families, whose feed-forward is not gated.
 ACTIVATIONS = {
@@ -35,16 +37,16 @@ MASKED = -1e10
 
 
 class Linear(nn.Module):
-    """x [..., in] -> [..., features]: `x @ kernel`, and a bias where there is one."""
+    """`x @ kernel`, and a bias where there is one."""
 
     features: int
     initializer: Initializer
-    dtype: jnp.dtype = jnp.float32
-    out_dtype: jnp.dtype | None = None  # accumulate and return in this dtype; None: `dtype`
+    dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None  # accumulate and return in this dtype; None: `dtype`
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
         y = products.by_kernel(x, kernel, self.dtype, self.out_dtype or self.dtype)
         if not self.use_bias:
@@ -59,14 +61,14 @@ class Embedding(nn.Module):
     vocab_size: int
     width: int
     initializer: Initializer
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.width)
         self.embedding = self.param("embedding", self.initializer, shape, jnp.float32)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """int32 [B, ...] -> float32 [B, ..., D]."""
+    def __call__(self, ids: Int[AnyArray, " B *T"]) -> Float32[Array, "B *T D"]:
+        """The rows of the table."""
         table = self.embedding
         # On a mesh a device has some columns of the table: it reads them for the rows of all that
         # have the others, and then they swap. The compiler may gather the table instead.
@@ -79,8 +81,8 @@ class Embedding(nn.Module):
         columns = [None] * (embedded.ndim - 2)
         return split_rows(constrain(embedded, "data", *columns, "fsdp"))
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """[..., T, D] -> float32 logits [..., T, V]."""
+    def attend(self, x: Float[Array, "*B T D"]) -> Float32[Array, "*B T V"]:
+        """Logits."""
         return products.by_table(x, self.embedding, self.dtype)
 
 
@@ -90,7 +92,7 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -103,7 +105,7 @@ class LayerNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -113,23 +115,20 @@ class LayerNorm(nn.Module):
 
 
 def attend(
-    query: jax.Array,
+    query: Float[Array, "B N Q H"],
     key_value: KeyValue,
-    bias: jax.Array,
+    bias: Float32[Array, "#B #N #Q #K"],
     scale: float,
     dropout: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+) -> Float[Array, "B Q N*H"]:
     """Softmax attention of N query heads to G key heads, each of which N/G queries share.
 
     Args:
-      query: [B, N, Q, H].
+      query: in any dtype, which is the result's.
       key_value: [B, G, K, H], in the query's dtype.
-      bias: float32, mask included, broadcastable to [B, N, Q, K].
+      bias: of the scores, mask included.
       scale: of the scores.
       dropout: of the weights.
-
-    Returns:
-      [B, Q, N*H], in the query's dtype.
     """
     scores = products.by_keys(query, key_value.key) * scale + bias
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
@@ -151,7 +150,7 @@ class Attention(nn.Module):
     output_initializer: Initializer
     scale: float = 1.0
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         inner = self.num_heads * self.head_width
@@ -161,19 +160,22 @@ class Attention(nn.Module):
         self.output = Linear(self.width, self.output_initializer, self.dtype, jnp.float32)
         self.dropout = Dropout(self.dropout_rate)
 
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        """[B, T, N*H] -> [B, N, T, H]."""
+    def _split_heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B N T H"]:
         x = x.reshape(*x.shape[:2], self.num_heads, self.head_width)
         return x.transpose(0, 2, 1, 3)
 
-    def key_value(self, x: jax.Array) -> KeyValue:
-        """x [B, K, D] -> keys and values, each [B, N, K, H]."""
+    def key_value(self, x: Float[Array, "B K D"]) -> KeyValue:
+        """Keys and values, each [B, N, K, H]."""
         return KeyValue(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
 
     def __call__(
-        self, x: jax.Array, key_value: KeyValue, bias: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """x [B, Q, D], bias (mask included) broadcastable to [B, N, Q, K] -> float32 [B, Q, D]."""
+        self,
+        x: Float[Array, "B Q D"],
+        key_value: KeyValue,
+        bias: Float32[Array, "#B #N #Q #K"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B Q D"]:
+        """What the positions x take from `key_value`; `bias` has the mask in it."""
         query = self._split_heads(self.query(x))
         mixed = attend(
             query,
@@ -195,6 +197,6 @@ class Dropout(nn.Dropout):
     broadcast_dims: Sequence[int] = (-2,)
 
 
-def mask_bias(mask: jax.Array) -> jax.Array:
-    """bool [...] -> float32 [...]: 0 where true, a large negative number where false."""
+def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
+    """0 where true, a large negative number where false."""
     return jnp.where(mask, 0.0, MASKED)

@@ -7,12 +7,15 @@ there, and G groups of heads.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import qwix
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
 
-from l2s_jax.cluster.sharding import program_mesh
+from l2s_jax.cluster.sharding import AnyArray, program_mesh
 
 # Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if
 # the axis that is summed over is in blocks of so many, whose products are added up. More rows take
@@ -22,11 +25,11 @@ SPLIT_K = 128
 
 def product(
     spec: str,
-    x: jax.Array,
-    y: jax.Array | qwix.QArray,
-    dtype: jnp.dtype,
-    out_dtype: jnp.dtype,
-) -> jax.Array:
+    x: Float[AnyArray, " ..."],
+    y: Float[AnyArray, " ..."] | qwix.QArray,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+) -> Float[Array, " ..."]:
     """`jnp.einsum(spec, x, y)` of both cast to `dtype`, summed and given in `out_dtype`.
 
     The gradient is of products in that one dtype too: by itself JAX would multiply a float32
@@ -39,9 +42,10 @@ def product(
     return _product(spec, x, y.astype(dtype), out_dtype)
 
 
+# JAX hands constants to a function with a gradient of its own as arrays of a kind of its own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    def sum_in(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(spec: str, x: Any, y: Any, out_dtype: DTypeLike) -> jax.Array:
+    def sum_in(dtype: DTypeLike, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x, y, preferred_element_type=dtype).astype(out_dtype)
 
     if x.dtype == out_dtype == jnp.float32:
@@ -56,13 +60,13 @@ def _product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax
 
 
 def _product_forward(
-    spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    spec: str, x: Any, y: Any, out_dtype: DTypeLike
+) -> tuple[jax.Array, tuple[Any, Any]]:
     return _product(spec, x, y, out_dtype), (x, y)
 
 
 def _product_backward(
-    spec: str, out_dtype: jnp.dtype, factors: tuple[jax.Array, jax.Array], gradient: jax.Array
+    spec: str, out_dtype: DTypeLike, factors: tuple[Any, Any], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
     _, transpose = jax.vjp(functools.partial(jnp.einsum, spec), *factors)
     return transpose(gradient.astype(factors[0].dtype))
@@ -72,14 +76,17 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def by_kernel(
-    x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: jnp.dtype, out_dtype: jnp.dtype
-) -> jax.Array:
-    """x [..., D] @ kernel [D, F] -> [..., F], as `product`.
+    x: Float[Array, "*rows D"],
+    kernel: Float[AnyArray, "D F"] | qwix.QArray,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+) -> Float[Array, "*rows F"]:
+    """`x @ kernel`, as `product`.
 
     One float32 row is summed in blocks on a CPU (`SPLIT_K`).
     """
 
-    def whole(x: jax.Array, kernel: jax.Array | qwix.QArray) -> jax.Array:
+    def whole(x: jax.Array, kernel: AnyArray | qwix.QArray) -> jax.Array:
         return product("...d,df->...f", x, kernel, dtype, out_dtype)
 
     def split_k(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -93,7 +100,7 @@ def by_kernel(
     return whole(x, kernel)
 
 
-def _has_split_k(x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: jnp.dtype) -> bool:
+def _has_split_k(x: jax.Array, kernel: AnyArray | qwix.QArray, dtype: DTypeLike) -> bool:
     return (
         jnp.dtype(dtype) == jnp.float32
         and not isinstance(kernel, qwix.QArray)
@@ -105,10 +112,12 @@ def _has_split_k(x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: jnp.dtype
     )
 
 
-def by_table(x: jax.Array, table: jax.Array | qwix.QArray, dtype: jnp.dtype) -> jax.Array:
-    """x [..., T, D] @ table [V, D] transposed -> float32 [..., T, V], as `product`."""
+def by_table(
+    x: Float[Array, "*B T D"], table: Float[AnyArray, "V D"] | qwix.QArray, dtype: DTypeLike
+) -> Float32[Array, "*B T V"]:
+    """`x @ table.T`, as `product`."""
 
-    def rows_first(x: jax.Array, table: jax.Array | qwix.QArray) -> jax.Array:
+    def rows_first(x: jax.Array, table: AnyArray | qwix.QArray) -> jax.Array:
         return product("...d,vd->...v", x, table, dtype, jnp.float32)
 
     def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -121,8 +130,10 @@ def by_table(x: jax.Array, table: jax.Array | qwix.QArray, dtype: jnp.dtype) -> 
     return jax.lax.platform_dependent(x, table, cpu=table_first, default=rows_first)
 
 
-def by_keys(query: jax.Array, key: jax.Array) -> jax.Array:
-    """query [B, N, Q, H] by key [B, G, K, H], each for N/G heads -> float32 scores [B, N, Q, K]."""
+def by_keys(
+    query: Float[Array, "B N Q H"], key: Float[Array, "B G K H"]
+) -> Float32[Array, "B N Q K"]:
+    """Scores; each of the keys is for N/G heads."""
     rows, heads, queries, _ = query.shape
     query = _in_groups(query, key.shape[1])
     # XLA's CPU backend multiplies [M, K] by [K, N] and first transposes what comes otherwise: for
@@ -137,14 +148,15 @@ def by_keys(query: jax.Array, key: jax.Array) -> jax.Array:
     return scores.reshape(rows, heads, queries, -1)
 
 
-def by_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """weights [B, N, Q, K] by value [B, G, K, H], each for N/G heads -> [B, Q, N*H]."""
+def by_values(
+    weights: Float[Array, "B N Q K"], value: Float[Array, "B G K H"]
+) -> Float[Array, "B Q N*H"]:
+    """What the weights make of the values, each of which is for N/G heads."""
     rows, _, queries, _ = weights.shape
     weights = _in_groups(weights, value.shape[1])
     mixed = jnp.einsum("bgrqk,bgkh->bgrqh", weights, value).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(rows, queries, -1)
 
 
-def _in_groups(x: jax.Array, groups: int) -> jax.Array:
-    """[B, N, Q, X] -> [B, G, N/G, Q, X]."""
+def _in_groups(x: Float[Array, "B N Q X"], groups: int) -> Float[Array, "B G N//G Q X"]:
     return x.reshape(x.shape[0], groups, -1, *x.shape[2:])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float32, Int, Int32
 
 from l2s_jax.models.layers import Initializer
 
 
-def bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each distance 0..max_distance (farther ones share the last): int32 [max+1].
+def bucket_table(num_buckets: int, max_distance: int) -> Int32[np.ndarray, " {max_distance}+1"]:
+    """Bucket of each distance 0..max_distance; farther ones share the last.
 
     Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`
     (section 2.1 of the T5 paper). Computed in float32, as the reference implementations do.
@@ -35,8 +35,10 @@ class RelativeBias(nn.Module):
     initializer: Initializer
 
     @nn.compact
-    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """int32 [Q], int32 [K] -> float32 [1, N, Q, K]."""
+    def __call__(
+        self, query_positions: Int[Array, " Q"], key_positions: Int[Array, " K"]
+    ) -> Float32[Array, "1 N Q K"]:
+        """The bias of all rows."""
         shape = (self.num_buckets, self.num_heads)
         embedding = self.param("embedding", self.initializer, shape, jnp.float32)
         ahead = key_positions[None, :] - query_positions[:, None]

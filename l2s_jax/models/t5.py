@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from l2s_jax.cluster.sharding import split_rows
+from l2s_jax.cluster.sharding import AnyArray, split_rows
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
@@ -33,8 +34,9 @@ class Encoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_epsilon)
         self.dropout = Dropout(c.dropout_rate)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
-        """x [B, T, D], bool mask [B, T] -> float32 [B, T, D]."""
+    def __call__(
+        self, x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], deterministic: bool
+    ) -> Float32[Array, "B T D"]:
         positions = jnp.arange(x.shape[1])
         bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
 
@@ -58,15 +60,19 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_epsilon)
         self.dropout = Dropout(c.dropout_rate)
 
-    def cross_key_value(self, hidden: jax.Array) -> tuple[KeyValue, ...]:
-        """Encoder output [B, T, D] -> each layer's cross-attention keys and values."""
+    def cross_key_value(self, hidden: Float32[Array, "B T D"]) -> tuple[KeyValue, ...]:
+        """Encoder output -> each layer's cross-attention keys and values."""
         layers = each_layer(self.layers)
         return tuple(layer.cross_attention.key_value(hidden) for layer in layers)
 
     def __call__(
-        self, x: jax.Array, hidden: jax.Array, mask: jax.Array, deterministic: bool
-    ) -> jax.Array:
-        """x [B, S, D], encoder output [B, T, D] under bool mask [B, T] -> [B, S, D]."""
+        self,
+        x: Float32[Array, "B S D"],
+        hidden: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool,
+    ) -> Float32[Array, "B S D"]:
+        """A whole response x, after the encoder's output under the prompt's mask."""
         positions = jnp.arange(x.shape[1])
         causal = positions[None, :] <= positions[:, None]
         bias = self.relative_bias(positions, positions) + mask_bias(causal)[None, None]
@@ -81,8 +87,10 @@ class Decoder(nn.Module):
         x, _ = run_layers(run, self.layers, self.config, x, range(self.config.num_decoder_layers))
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
-    def step(self, x: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
-        """One position x [B, 1, D] -> ([B, 1, D], the cache with that position in it)."""
+    def step(
+        self, x: Float32[Array, "B 1 D"], cache: DecoderCache
+    ) -> tuple[Float32[Array, "B 1 D"], DecoderCache]:
+        """One position x -> (its state, the cache with that position in it)."""
         keys = jnp.arange(cache.self_attention[0].key.shape[2])
         bias = self.relative_bias(cache.index[None], keys)
         bias = bias + mask_bias(keys <= cache.index)[None, None, None, :]
@@ -117,19 +125,26 @@ class T5(nn.Module):
             initializer = nn.initializers.normal(c.width**-0.5)
             self.head = Linear(c.vocab_size, initializer, c.dtype, jnp.float32)
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """int32 [B, T] -> float32 [B, T, D]."""
+    def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
+        """Embedded tokens."""
         return self.token_embedding(ids)
 
-    def encode(self, embedded: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Embedded prompt [B, T, D] under bool mask [B, T] -> encoder output, float32 [B, T, D]."""
+    def encode(
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B T D"]:
+        """Embedded prompt -> the encoder's output."""
         return self.encoder(embedded, mask, deterministic)
 
-    def represent(self, embedded: jax.Array, mask: jax.Array) -> jax.Array:
+    def represent(
+        self, embedded: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
+    ) -> Float32[Array, "B T D"]:
         """What LLM-to-SLM takes from an LLM of this family: the encoder's output."""
         return self.encode(embedded, mask)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
         if self.config.tied_head:
             scale = self.config.width**-0.5 if self.config.scaled_head else 1.0
             return self.token_embedding.attend(x * scale)
@@ -137,39 +152,41 @@ class T5(nn.Module):
 
     def decode(
         self,
-        decoder_ids: jax.Array,
-        hidden: jax.Array,
-        mask: jax.Array,
+        decoder_ids: Int[AnyArray, "B S"],
+        hidden: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """decoder_ids int32 [B, S] (already shifted right), encoder output -> logits [B, S, V]."""
+    ) -> Float32[Array, "B S V"]:
+        """Logits, from decoder_ids that are already shifted right and the encoder's output."""
         return self._logits(self.decoder(self.embed(decoder_ids), hidden, mask, deterministic))
 
     def __call__(
         self,
-        prompt_ids: jax.Array,
-        prompt_mask: jax.Array,
-        decoder_ids: jax.Array,
+        prompt_ids: Int[AnyArray, "B T"],
+        prompt_mask: Bool[AnyArray, "B T"],
+        decoder_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """int32 [B, T], bool [B, T], int32 [B, S] (shifted right) -> float32 logits [B, S, V]."""
+    ) -> Float32[Array, "B S V"]:
+        """Logits; decoder_ids are already shifted right."""
         hidden = self.encode(self.embed(prompt_ids), prompt_mask, deterministic)
         return self.decode(decoder_ids, hidden, prompt_mask, deterministic)
 
     def score(
         self,
-        hidden: jax.Array,
-        mask: jax.Array,
-        response_ids: jax.Array,
+        hidden: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        response_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """As `decode`, of response_ids int32 [B, S] that are not shifted yet."""
+    ) -> Float32[Array, "B S V"]:
+        """As `decode`, of response_ids that are not shifted yet."""
         start = jnp.full_like(response_ids[:, :1], self.config.decoder_start_id)
         decoder_ids = jnp.concatenate([start, response_ids[:, :-1]], axis=1)
         return self.decode(decoder_ids, hidden, mask, deterministic)
 
-    def empty_cache(self, hidden: jax.Array, mask: jax.Array, length: int) -> DecoderCache:
-        """Encoder output [B, T, D] under bool mask [B, T] -> a cache for `length` tokens."""
+    def empty_cache(
+        self, hidden: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], length: int
+    ) -> DecoderCache:
+        """Encoder output -> a cache for `length` tokens."""
         c = self.config
         empty = empty_key_value(hidden.shape[0], c.num_heads, length, c.head_width, c.dtype)
         return place(
@@ -182,14 +199,16 @@ class T5(nn.Module):
         )
 
     def prefill(
-        self, hidden: jax.Array, mask: jax.Array, max_steps: int
-    ) -> tuple[jax.Array, DecoderCache]:
-        """Encoder output -> (float32 logits [B, V] of the first token, cache for more steps)."""
+        self, hidden: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], max_steps: int
+    ) -> tuple[Float32[Array, "B V"], DecoderCache]:
+        """Encoder output -> (logits of the first token, cache for `max_steps` more)."""
         start = jnp.full(mask.shape[:1], self.config.decoder_start_id, jnp.int32)
         return self.step(start, self.empty_cache(hidden, mask, max_steps + 1))
 
-    def step(self, token: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
-        """int32 [B] -> (float32 logits [B, V] of the next token, the cache with this one in)."""
+    def step(
+        self, token: Int32[Array, " B"], cache: DecoderCache
+    ) -> tuple[Float32[Array, "B V"], DecoderCache]:
+        """(logits of the next token, the cache with this one in)."""
         x, cache = self.decoder.step(self.embed(token[:, None]), cache)
         return self._logits(x)[:, 0], cache
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Int32
 
 from l2s_jax.models.cache import KeyValue, write_position
 from l2s_jax.models.layers import Attention, Dropout, Linear, RMSNorm
@@ -40,7 +41,7 @@ class T5Config:
     pad_id: int = 0
     eos_id: int = 1
     decoder_start_id: int = 0
-    dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
+    dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
     # How a program is made of the layers, with the same results; see models/stacking.py.
     scan_layers: bool = False
     remat: bool = False
@@ -55,7 +56,7 @@ class T5Config:
 
 
 class FeedForward(nn.Module):
-    """[B, T, D] -> float32 [B, T, D], by ReLU (v1.0) or a gated unit (v1.1; Shazeer 2020)."""
+    """By ReLU (v1.0) or a gated unit (v1.1; Shazeer 2020)."""
 
     config: T5Config
 
@@ -70,7 +71,7 @@ class FeedForward(nn.Module):
         self.wo = Linear(c.width, outward, c.dtype, jnp.float32)
         self.dropout = Dropout(c.dropout_rate)
 
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: Float32[Array, "B T D"], deterministic: bool) -> Float32[Array, "B T D"]:
         hidden = self.wi(x)
         hidden = self.activate(self.wi_gate(x)) * hidden if self.gated else self.activate(hidden)
         return self.wo(self.dropout(hidden, deterministic=deterministic))
@@ -103,8 +104,9 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(c)
         self.dropout = Dropout(c.dropout_rate)
 
-    def __call__(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
-        """x [B, T, D], bias [B, N, T, T] -> [B, T, D]."""
+    def __call__(
+        self, x: Float32[Array, "B T D"], bias: Float32[Array, "B N T T"], deterministic: bool
+    ) -> Float32[Array, "B T D"]:
         y = self.attention_norm(x)
         y = self.attention(y, self.attention.key_value(y), bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
@@ -129,15 +131,15 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        bias: jax.Array,
+        x: Float32[Array, "B Q D"],
+        bias: Float32[Array, "1 N Q K"],
         cross: KeyValue,
-        cross_bias: jax.Array,
+        cross_bias: Float32[Array, "B 1 1 T"],
         cache: KeyValue | None = None,
-        index: jax.Array | None = None,
+        index: Int32[Array, ""] | None = None,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, KeyValue]:
-        """x [B, Q, D] -> ([B, Q, D], keys and values attended to).
+    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
+        """x and what the layer adds to it, and the keys and values attended to.
 
         Without `cache`, the Q positions attend to each other under `bias`; with it, Q is 1, its
         key and value go to `index` of the cache, and the query attends to the cache.
