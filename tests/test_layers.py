@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import qwix
 
-from l2s_jax.models.layers import SPLIT_K, Linear, product
+from l2s_jax.models.layers import Linear
+from l2s_jax.models.products import SPLIT_K, product
 
 SPEC = "...d,df->...f"
 

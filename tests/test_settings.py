@@ -31,7 +31,7 @@ from l2s_jax.config import (
 from l2s_jax.data.tasks import SOURCES, SPLITS
 from l2s_jax.evaluation import metrics
 from l2s_jax.experiment.workdir import read_config, write_config
-from l2s_jax.models import t5
+from l2s_jax.models import t5_layers
 from l2s_jax.models.families import CONFIGS, make_config
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.serving import WEIGHTS
@@ -98,7 +98,7 @@ def test_choices_are_those_that_the_code_offers():
         "l2s.train.optimizer": tuple(optim.OPTIMIZERS),
         "l2s.train.schedule": tuple(optim.SCHEDULES),
         "tokenizer.model_type": sentencepiece.MODEL_TYPES,
-        "llm.model.activation": tuple(t5.ACTIVATIONS),
+        "llm.model.activation": tuple(t5_layers.ACTIVATIONS),
         "llm.model.family": tuple(CONFIGS),
     }.items():
         assert KEYS[key].allowed.endswith(f" of {choices}"), key

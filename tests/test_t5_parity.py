@@ -11,8 +11,8 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from l2s_jax.checkpoints.pretrained import load_hf
-from l2s_jax.models.layers import SPLIT_K
-from l2s_jax.models.t5 import bucket_table
+from l2s_jax.models.products import SPLIT_K
+from l2s_jax.models.relative import bucket_table
 
 TOLERANCE = 1e-4  # of the largest logit
 BUCKETS, DISTANCE = "relative_attention_num_buckets", "relative_attention_max_distance"

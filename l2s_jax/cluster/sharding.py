@@ -23,6 +23,9 @@ from l2s_jax.cluster.paths import is_stacked, path_name
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 
+# On devices or on the host, as what a caller has may be.
+AnyArray = jax.Array | np.ndarray
+
 # Path pattern (the whole path must match) -> axes of the parameter's dimensions.
 RULES: tuple[tuple[str, P], ...] = (
     # The vocabulary over `tensor`. Over `fsdp` too, whose devices have different rows of a batch,

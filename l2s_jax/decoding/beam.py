@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from l2s_jax.cluster.sharding import top_k
+from l2s_jax.cluster.sharding import AnyArray, top_k
 from l2s_jax.decoding.logits import History, constrain
 from l2s_jax.settings.search import Search
 
@@ -28,50 +29,50 @@ _OUT = -1e9
 class Hypotheses:
     """What a beam search gives back, N = search.num_return per row, best first.
 
-    tokens: int32 [B, N, S], the eos included, pad_id after it.
-    lengths: int32 [B, N], tokens of each hypothesis, the eos included.
-    finished: bool [B, N], whether it ended with an eos; if not, its limit cut it. True too of rows
-      with a limit of 0, which nothing cuts.
-    scores: float32 [B, N], log p / length**length_penalty.
+    tokens: the eos included, pad_id after it.
+    lengths: tokens of each hypothesis, the eos included.
+    finished: whether it ended with an eos; if not, its limit cut it. True too of rows with a limit
+      of 0, which nothing cuts.
+    scores: log p / length**length_penalty.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    finished: jax.Array
-    scores: jax.Array
+    tokens: Int32[Array, "B N S"]
+    lengths: Int32[Array, "B N"]
+    finished: Bool[Array, "B N"]
+    scores: Float32[Array, "B N"]
 
 
 @struct.dataclass
 class _Finished(Hypotheses):
-    """`there` bool [B, K] says which of them exist; the other fields as in Hypotheses."""
+    """`there` says which of them exist; the other fields as in Hypotheses."""
 
-    there: jax.Array
+    there: Bool[Array, "B N"]
 
 
 @struct.dataclass
 class _State:
-    """Running hypotheses are `tokens` int32 [B, K, S] with `scores` float32 [B, K] = log p."""
+    """Running hypotheses are `tokens` with `scores`, log p; in `open` rows they may go on."""
 
-    count: jax.Array
-    open: jax.Array  # bool [B]
-    tokens: jax.Array
-    scores: jax.Array
+    count: Int32[Array, ""]
+    open: Bool[Array, " B"]
+    tokens: Int32[Array, "B K S"]
+    scores: Float32[Array, "B K"]
     history: History | None
     best: _Finished
     cache: Any
 
 
-# With the last token of each running hypothesis, int32 [B * K], and the place in its row of the one
-# that it continues, int32 [B, K], of which the cache still is.
-_Carry = tuple[_State, jax.Array, jax.Array]
+# With the last token of each running hypothesis, and the place in its row of the one that it
+# continues, of which the cache still is.
+_Carry = tuple[_State, Int32[Array, " BK"], Int32[Array, "B K"]]
 
 
 def beam_search(
     step: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
     params: Any,
-    logits: jax.Array,
+    logits: Float32[Array, "B V"],
     cache: Any,
-    limits: jax.Array,
+    limits: Int[AnyArray, " B"],
     *,
     take: Callable[[Any, jax.Array], Any],
     search: Search,
@@ -84,11 +85,11 @@ def beam_search(
 
     Args:
       step: (params, token int32 [R], cache) -> (logits float32 [R, V], cache).
-      logits: float32 [B, V] of the first token.
+      logits: of the first token.
       cache: with room for `capacity` - 1 steps, one row per prompt; leaves with a row axis carry it
         first.
-      limits: int32 [B], tokens that a hypothesis of each row may have, at most `capacity`; rows
-        with 0 give padding only.
+      limits: tokens that a hypothesis of each row may have, at most `capacity`; rows with 0 give
+        padding only.
       take: (cache of rows B * K, parents int32 [B, K]) -> the cache with hypothesis parents[b, k]
         of prompt b in place of its k-th.
     """

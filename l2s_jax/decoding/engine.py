@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.beam import Hypotheses, beam_search
 from l2s_jax.decoding.logits import History, history_of
 from l2s_jax.decoding.loop import Decoded, Loop, State, decoding_steps
@@ -27,14 +29,14 @@ def prefill(
     system: System,
     trained: Params,
     frozen: Params,
-    ids: jax.Array,
-    mask: jax.Array,
-    hidden: jax.Array,
+    ids: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+    hidden: Float[AnyArray, "B T D"],
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
-) -> tuple[jax.Array, Any, History | None]:
-    """(logits [B, V] of the first token, cache, history), from what `system.encode` gave."""
+) -> tuple[Float32[Array, "B V"], Any, History | None]:
+    """(logits of the first token, cache, history), from what `system.encode` gave."""
     steps = decoding_steps(max_new_tokens)
     logits, cache = system.prefill(trained, frozen, ids, mask, hidden, steps)
     history = None
@@ -47,12 +49,12 @@ def _read(
     system: System,
     trained: Params,
     frozen: Params,
-    ids: jax.Array,
-    mask: jax.Array,
+    ids: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
     mismatched: bool,
     **settings: Any,
-) -> tuple[jax.Array, Any, History | None]:
-    """`prefill` of prompts ids and mask [B, T]."""
+) -> tuple[Float32[Array, "B V"], Any, History | None]:
+    """`prefill` of prompts."""
     hidden = system.encode(trained, frozen, ids, mask)
     if mismatched:
         hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
@@ -62,10 +64,10 @@ def _read(
 def decode_cache(
     system: System,
     trained: Params,
-    logits: jax.Array,
+    logits: Float32[Array, "B V"],
     cache: Any,
-    limits: jax.Array,
-    seeds: jax.Array | None = None,
+    limits: Int[AnyArray, " B"],
+    seeds: UInt32[AnyArray, " B"] | None = None,
     history: History | None = None,
     *,
     max_new_tokens: int,
@@ -104,10 +106,10 @@ def decode(
     system: System,
     trained: Params,
     frozen: Params,
-    ids: jax.Array,
-    mask: jax.Array,
-    limits: jax.Array,
-    seeds: jax.Array | None = None,
+    ids: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+    limits: Int[AnyArray, " B"],
+    seeds: UInt32[AnyArray, " B"] | None = None,
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
@@ -117,10 +119,10 @@ def decode(
     """A whole batch, from prompt to response, as one program. Call it through `jitted_decode`.
 
     Args:
-      ids, mask: int32 and bool [B, T], the prompts.
-      limits: int32 [B], at most max_new_tokens: how many tokens each row may have. Rows with 0 are
-        padding, and are not waited for.
-      seeds: uint32 [B], what each row is sampled by.
+      ids, mask: the prompts.
+      limits: at most max_new_tokens: how many tokens each row may have. Rows with 0 are padding,
+        and are not waited for.
+      seeds: what each row is sampled by.
       max_new_tokens: what the program has room for.
       search: how tokens are chosen; its `stop` is not looked at, texts are the caller's.
       mismatched: the control, every row gets the encoded prompt of the row before it.
@@ -146,10 +148,10 @@ def start(
     system: System,
     trained: Params,
     frozen: Params,
-    ids: jax.Array,
-    mask: jax.Array,
-    limits: jax.Array,
-    seeds: jax.Array | None = None,
+    ids: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+    limits: Int[AnyArray, " B"],
+    seeds: UInt32[AnyArray, " B"] | None = None,
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
@@ -168,11 +170,11 @@ def advance(
     system: System,
     trained: Params,
     state: State,
-    ended: jax.Array,
+    ended: Bool[Array, " B"],
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
 ) -> State:
-    """A chunk of tokens more, where rows with bool [B] `ended` have no more to say."""
+    """A chunk of tokens more, where `ended` rows have no more to say."""
     state = state.replace(done=state.done | ended)
     return make_loop(system, max_new_tokens, search).advance(trained, state)

@@ -1,6 +1,6 @@
 """Logits to tokens: penalties, bans, and the truncations of sampling, then the choice of one.
 
-All are pure functions of float32 logits [B, V]; a token that is ruled out has -inf.
+All are pure functions of logits; a token that is ruled out has -inf.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
-from l2s_jax.cluster.sharding import top_k
+from l2s_jax.cluster.sharding import AnyArray, top_k
 from l2s_jax.settings.search import Search
 
 
@@ -17,18 +18,18 @@ from l2s_jax.settings.search import Search
 class History:
     """The tokens so far: what a response continues, then the response itself.
 
-    tokens: int32 [P + S, B], step-major, so that one more token of every row is one contiguous
-      write. What the response continues ends at P, whatever its length.
-    start: int32 [B], where each row's first token is.
-    end: int32 [], how many positions are filled, the same for every row.
+    tokens: step-major, so that one more token of every row is one contiguous write. What the
+      response continues ends at P, whatever its length, and L is P + S.
+    start: where each row's first token is.
+    end: how many positions are filled, the same for every row.
     """
 
-    tokens: jax.Array
-    start: jax.Array
-    end: jax.Array
+    tokens: Int32[Array, "L B"]
+    start: Int32[Array, " B"]
+    end: Int32[Array, ""]
 
-    def append(self, token: jax.Array) -> History:
-        """One more token, int32 [B], in every row."""
+    def append(self, token: Int32[Array, " B"]) -> History:
+        """One more token in every row."""
         tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, token[None], self.end, axis=0)
         return self.replace(tokens=tokens, end=self.end + 1)
 
@@ -38,21 +39,21 @@ class History:
             tokens=jnp.repeat(self.tokens, times, axis=1), start=jnp.repeat(self.start, times)
         )
 
-    def take(self, parents: jax.Array) -> History:
-        """Of rows B * K, the one parents[b, k] of the K in the place of the k-th, int32 [B, K]."""
+    def take(self, parents: Int32[Array, "prompts beams"]) -> History:
+        """Each of a prompt's rows, one for each beam, as the one among them that `parents` says."""
         own = self.tokens.reshape(-1, *parents.shape)
         tokens = jnp.take_along_axis(own, parents[None], axis=2)
         return self.replace(tokens=tokens.reshape(self.tokens.shape))
 
     @property
-    def valid(self) -> jax.Array:
-        """Bool [P + S, B], where tokens are."""
+    def valid(self) -> Bool[Array, "L B"]:
+        """Where tokens are."""
         positions = jnp.arange(self.tokens.shape[0])[:, None]
         return (positions >= self.start) & (positions < self.end)
 
 
-def history_of(ids: jax.Array, mask: jax.Array, capacity: int) -> History:
-    """A history that starts with ids int32 [B, P] where mask bool [B, P] is true."""
+def history_of(ids: Int[AnyArray, "B P"], mask: Bool[AnyArray, "B P"], capacity: int) -> History:
+    """A history that starts with the ids where the mask is true."""
     batch_size, length = ids.shape
     order = jnp.argsort(mask, axis=1, stable=True)  # padding first, tokens in their order
     tokens = jnp.zeros((length + capacity, batch_size), jnp.int32)
@@ -61,11 +62,15 @@ def history_of(ids: jax.Array, mask: jax.Array, capacity: int) -> History:
 
 
 def constrain(
-    search: Search, logits: jax.Array, history: History, count: jax.Array, eos_id: int
-) -> jax.Array:
+    search: Search,
+    logits: Float32[Array, "B V"],
+    history: History | None,
+    count: Int32[Array, ""],
+    eos_id: int,
+) -> Float32[Array, "B V"]:
     """Repetition penalty, n-gram bans and the minimum length, in transformers' order.
 
-    count int32 []: tokens of the response so far.
+    history: where search.needs_history. count: tokens of the response so far.
     """
     if search.repetition_penalty != 1:
         logits = _penalize_repetition(logits, history, search.repetition_penalty)
@@ -77,19 +82,25 @@ def constrain(
     return logits
 
 
-def _mark(tokens: jax.Array, chosen: jax.Array, vocab_size: int) -> jax.Array:
-    """Bool [B, V]: the tokens int32 [L, B] of each row where chosen bool [L, B] is true."""
+def _mark(
+    tokens: Int32[Array, "L B"], chosen: Bool[Array, "L B"], vocab_size: int
+) -> Bool[Array, "B {vocab_size}"]:
+    """The tokens of each row where `chosen` is true."""
     outside = jnp.where(chosen, tokens, vocab_size)
     none = jnp.zeros(vocab_size, bool)
     return jax.vmap(lambda row: none.at[row].set(True, mode="drop"), in_axes=1)(outside)
 
 
-def _penalize_repetition(logits: jax.Array, history: History, penalty: float) -> jax.Array:
+def _penalize_repetition(
+    logits: Float32[Array, "B V"], history: History, penalty: float
+) -> Float32[Array, "B V"]:
     seen = _mark(history.tokens, history.valid, logits.shape[1])
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _ban_repeated_ngrams(logits: jax.Array, history: History, size: int) -> jax.Array:
+def _ban_repeated_ngrams(
+    logits: Float32[Array, "B V"], history: History, size: int
+) -> Float32[Array, "B V"]:
     tokens, valid = history.tokens, history.valid
     windows = tokens.shape[0] - size + 1
     if windows < 1:
@@ -103,7 +114,7 @@ def _ban_repeated_ngrams(logits: jax.Array, history: History, size: int) -> jax.
     return jnp.where(_mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
 
 
-def truncate(search: Search, logits: jax.Array) -> jax.Array:
+def truncate(search: Search, logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
     """Temperature, then top-k, top-p and min-p, in transformers' order; for sampling."""
     logits = logits / search.temperature
     if 0 < search.top_k < logits.shape[1]:
@@ -123,14 +134,14 @@ def truncate(search: Search, logits: jax.Array) -> jax.Array:
     return logits
 
 
-def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """int32 [B], one token of each row's distribution, by that row's own key only."""
+def sample(logits: Float32[Array, "B V"], keys: Key[Array, " B"]) -> Int32[Array, " B"]:
+    """One token of each row's distribution, by that row's own key only."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     return jnp.argmax(logits + noise, axis=1).astype(jnp.int32)
 
 
-def greatest(logits: jax.Array) -> jax.Array:
-    """int32 [B], the token of each row's greatest logit, the first of several: greedy decoding.
+def greatest(logits: Float32[Array, "B V"]) -> Int32[Array, " B"]:
+    """The token of each row's greatest logit, the first of several: greedy decoding.
 
     Equal to `jnp.argmax` where no logit is NaN.
     """

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.logits import History, constrain, greatest, sample, truncate
 from l2s_jax.settings.search import Search
 
@@ -28,37 +30,37 @@ CHUNK = 8
 class Decoded:
     """What a decoding loop gives back.
 
-    tokens: int32 [B, S], the eos included, pad_id after it.
-    lengths: int32 [B], tokens of each row, the eos included.
-    finished: bool [B], whether the row ended with an eos; if not, its limit cut it. True too of
-      rows with a limit of 0, which nothing cuts.
+    tokens: the eos included, pad_id after it.
+    lengths: tokens of each row, the eos included.
+    finished: whether the row ended with an eos; if not, its limit cut it. True too of rows with a
+      limit of 0, which nothing cuts.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    finished: jax.Array
+    tokens: Int32[Array, "B S"]
+    lengths: Int32[Array, " B"]
+    finished: Bool[Array, " B"]
 
 
 @struct.dataclass
 class State:
     """Where a loop stands.
 
-    count: int32 [], tokens so far, the same for every row.
-    tokens: int32 [steps + 1, B], step-major, so that a step's tokens are one contiguous write.
-    token: int32 [B], the last one.
-    done, finished, lengths, limits: [B], of each row; `finished` as in Decoded.
-    keys: a PRNG key per row for sampling, or None.
+    count: tokens so far, the same for every row.
+    tokens: [steps + 1, B], step-major, so that a step's tokens are one contiguous write.
+    token: the last one of each row.
+    finished: as in Decoded.
+    keys: for sampling, or None.
     history: for the penalties that need it, or None.
     """
 
-    count: jax.Array
-    tokens: jax.Array
-    token: jax.Array
-    done: jax.Array
-    finished: jax.Array
-    lengths: jax.Array
-    limits: jax.Array
-    keys: jax.Array | None
+    count: Int32[Array, ""]
+    tokens: Int32[Array, "_ B"]
+    token: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    finished: Bool[Array, " B"]
+    lengths: Int32[Array, " B"]
+    limits: Int32[Array, " B"]
+    keys: Key[Array, " B"] | None
     history: History | None
     cache: Any
 
@@ -79,19 +81,19 @@ class Loop:
 
     def start(
         self,
-        logits: jax.Array,
+        logits: Float32[Array, "B V"],
         cache: Any,
-        limits: jax.Array,
-        seeds: jax.Array | None = None,
+        limits: Int[AnyArray, " B"],
+        seeds: UInt32[AnyArray, " B"] | None = None,
         history: History | None = None,
     ) -> State:
         """The state after the first token.
 
         Args:
-          logits: float32 [B, V] of the first token.
+          logits: of the first token.
           cache: with room for `decoding_steps(capacity)` tokens.
-          limits: int32 [B], tokens that each row may have; rows with 0 give padding only.
-          seeds: uint32 [B], for sampling: what a row says depends on its own only.
+          limits: tokens that each row may have; rows with 0 give padding only.
+          seeds: for sampling: what a row says depends on its own only.
           history: what the response continues, where search.needs_history.
         """
         rows = logits.shape[0]
@@ -144,10 +146,10 @@ class Loop:
     def run(
         self,
         params: Any,
-        logits: jax.Array,
+        logits: Float32[Array, "B V"],
         cache: Any,
-        limits: jax.Array,
-        seeds: jax.Array | None = None,
+        limits: Int[AnyArray, " B"],
+        seeds: UInt32[AnyArray, " B"] | None = None,
         history: History | None = None,
     ) -> Decoded:
         """From the first logits to the end of every row; arguments as of `start`."""
@@ -158,7 +160,7 @@ class Loop:
             )
         return self.finish(state)
 
-    def _choose(self, state: State, logits: jax.Array) -> State:
+    def _choose(self, state: State, logits: Float32[Array, "B V"]) -> State:
         search = self.search
         logits = constrain(search, logits, state.history, state.count, self.eos_id)
         if search.temperature:

@@ -10,50 +10,52 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32
 
-from l2s_jax.cluster.sharding import ROWS, constrain
+from l2s_jax.cluster.sharding import ROWS, AnyArray, constrain
 
 
 @struct.dataclass
 class KeyValue:
-    """Keys and values of one attention, each [B, N, K, H] in the compute dtype."""
+    """Keys and values of one attention, in the compute dtype."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Float[Array, "B G K H"]
+    value: Float[Array, "B G K H"]
 
 
 @struct.dataclass
 class DecoderCache:
     """State of an encoder-decoder's decoder between two steps.
 
-    index: int32 [], tokens decoded so far, the same for every row.
+    index: tokens decoded so far, the same for every row.
     self_attention: one KeyValue [B, N, S, H] per layer; positions >= index are not yet written.
     cross_attention: one KeyValue [B, N, T, H] per layer, computed once from the encoder's output.
-    prompt_mask: bool [B, T], true at real prompt positions.
+    prompt_mask: true at real prompt positions.
     """
 
-    index: jax.Array
+    index: Int32[Array, ""]
     self_attention: tuple[KeyValue, ...]
     cross_attention: tuple[KeyValue, ...]
-    prompt_mask: jax.Array
+    prompt_mask: Bool[AnyArray, "B T"]
 
 
 @struct.dataclass
 class CausalCache:
     """State of a decoder-only model between two steps: the prompt's slots, then the response's.
 
-    index: int32 [], the slot that the next token goes to, the same for every row.
-    next_position: int32 [B], the next token's position, which padding does not count in.
-    positions: int32 [B, K], of the token in each slot.
-    mask: bool [B, K], true where a slot holds a real token.
+    index: the slot that the next token goes to, the same for every row.
+    next_position: the next token's position, which padding does not count in.
+    positions: of the token in each slot.
+    mask: true where a slot holds a real token.
     layers: one KeyValue [B, G, K, H] per layer.
     prompt_slots: how many slots, the first ones, are the prompt's.
     """
 
-    index: jax.Array
-    next_position: jax.Array
-    positions: jax.Array
-    mask: jax.Array
+    index: Int32[Array, ""]
+    next_position: Int32[Array, " B"]
+    positions: Int32[Array, "B K"]
+    mask: Bool[Array, "B K"]
     layers: tuple[KeyValue, ...]
     prompt_slots: int = struct.field(pytree_node=False)
 
@@ -67,14 +69,14 @@ def place(cache: DecoderCache | CausalCache) -> DecoderCache | CausalCache:
 
 
 def empty_key_value(
-    batch_size: int, num_heads: int, length: int, head_width: int, dtype: jnp.dtype
+    batch_size: int, num_heads: int, length: int, head_width: int, dtype: DTypeLike
 ) -> KeyValue:
     """A zeroed KeyValue for `length` positions."""
     zeros = jnp.zeros((batch_size, num_heads, length, head_width), dtype)
     return KeyValue(zeros, zeros)
 
 
-def write_position(cache: KeyValue, new: KeyValue, index: jax.Array) -> KeyValue:
+def write_position(cache: KeyValue, new: KeyValue, index: Int32[Array, ""]) -> KeyValue:
     """Puts the one position of `new` [B, N, 1, H] at `index` of `cache` [B, N, S, H]."""
 
     def write(old: jax.Array, one: jax.Array) -> jax.Array:
@@ -89,10 +91,10 @@ def write_position(cache: KeyValue, new: KeyValue, index: jax.Array) -> KeyValue
 
 
 def take_hypotheses(
-    cache: DecoderCache | CausalCache, parents: jax.Array
+    cache: DecoderCache | CausalCache, parents: Int32[Array, "prompts beams"]
 ) -> DecoderCache | CausalCache:
-    """The cache of rows B * K with what hypothesis parents[b, k] of prompt b has decoded in place
-    of what its k-th has; int32 [B, K].
+    """The cache, with what hypothesis parents[b, k] of prompt b has decoded in place of what its
+    k-th has.
 
     What the prompt left stays where it is: it is the same for all hypotheses of a prompt.
     """

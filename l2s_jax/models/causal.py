@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from l2s_jax.cluster.sharding import split_rows
+from l2s_jax.cluster.sharding import AnyArray, split_rows
 from l2s_jax.models.cache import CausalCache, KeyValue, place, write_position
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
@@ -40,7 +42,7 @@ class CausalAttention(nn.Module):
     output_bias: bool = False
     norm_epsilon: float | None = None
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         def inward(heads: int) -> Linear:
@@ -63,21 +65,20 @@ class CausalAttention(nn.Module):
             self.key_norm = RMSNorm(self.norm_epsilon)
         self.dropout = Dropout(self.dropout_rate)
 
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        """[B, T, N*H] -> [B, N, T, H]."""
+    def _split_heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B N T H"]:
         return x.reshape(*x.shape[:2], -1, self.head_width).transpose(0, 2, 1, 3)
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        bias: jax.Array,
+        x: Float[Array, "B Q D"],
+        positions: Int32[Array, "B Q"],
+        bias: Float32[Array, "B 1 Q K"],
         cache: KeyValue | None = None,
-        index: jax.Array | None = None,
+        index: Int32[Array, ""] | None = None,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, KeyValue]:
-        """x [B, Q, D], positions int32 [B, Q], bias [B, 1, Q, K] -> (float32 [B, Q, D], keys and
-        values attended to).
+    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
+        """What the positions x take from each other or from the cache, and the keys and values
+        attended to.
 
         With `cache`, Q is 1 and its key and value go to slot `index` of the cache.
         """
@@ -113,26 +114,26 @@ class CausalModel(nn.Module):
 
     has_encoder: ClassVar[bool] = False
 
-    def enter(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """The residual stream's start, from embedded tokens [B, T, D]; learned positions go in
-        here.
-        """
+    def enter(
+        self, x: Float32[Array, "B T D"], positions: Int32[Array, "B T"]
+    ) -> Float32[Array, "B T D"]:
+        """The residual stream's start, from embedded tokens; learned positions go in here."""
         return x
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T V"]:
         x = self.final_norm(x)
         return self.token_embedding.attend(x) if self.config.tied_head else self.head(x)
 
     def _run(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        x: Float32[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        mask: Bool[AnyArray, "B T"],
         deterministic: bool,
         num_layers: int | None = None,
         keep: bool = False,
-    ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
-        """All of [B, T, D] at once, slots in order under bool mask [B, T].
+    ) -> tuple[Float32[Array, "B T D"], tuple[KeyValue, ...]]:
+        """All positions at once, slots in order under the mask.
 
         The layers' keys and values come with `keep` only, which prefill needs.
         """
@@ -155,26 +156,36 @@ class CausalModel(nn.Module):
         x, held = run_layers(run, layers, c, x, which[:num_layers])
         return x, tuple(held) if keep else ()
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """int32 [B, T] -> float32 [B, T, D]."""
+    def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
+        """Embedded tokens."""
         return self.token_embedding(ids)
 
     def hidden_states(
-        self, embedded: jax.Array, mask: jax.Array, num_layers: int | None = None
-    ) -> jax.Array:
-        """Embedded tokens under bool mask [B, T] -> float32 [B, T, D] after `num_layers` layers.
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        num_layers: int | None = None,
+    ) -> Float32[Array, "B T D"]:
+        """Embedded tokens after `num_layers` layers.
 
         No final norm is applied; None runs all layers, which `scan_layers` needs.
         """
         return self._run(embedded, token_positions(mask), mask, True, num_layers)[0]
 
-    def __call__(self, ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        """int32 [B, T], bool [B, T] -> float32 logits [B, T, V] of each next token."""
+    def __call__(
+        self,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B T V"]:
+        """Logits of each next token."""
         x, _ = self._run(self.embed(ids), token_positions(mask), mask, deterministic)
         return self._logits(x)
 
-    def represent(self, embedded: jax.Array, mask: jax.Array) -> jax.Array:
-        """What LLM-to-SLM takes from an LLM of this family: float32 [B, T, D].
+    def represent(
+        self, embedded: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
+    ) -> Float32[Array, "B T D"]:
+        """What LLM-to-SLM takes from an LLM of this family.
 
         The residual stream after the layers that the config has, at unit root mean square: it grows
         with depth, and at a few tokens by orders of magnitude (Sun et al. 2024, arXiv 2402.17762),
@@ -184,21 +195,23 @@ class CausalModel(nn.Module):
         mean_square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
         return hidden * jax.lax.rsqrt(mean_square + 1e-6)
 
-    def encode(self, embedded: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
+    def encode(
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B T D"]:
         """There is no encoder: a prompt is the prefix of what the model continues."""
         return embedded
 
     def score(
         self,
-        prompt: jax.Array,
-        prompt_mask: jax.Array,
-        response_ids: jax.Array,
+        prompt: Float32[Array, "B T D"],
+        prompt_mask: Bool[AnyArray, "B T"],
+        response_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """Embedded prompt [B, T, D] under its mask, int32 [B, S] -> float32 [B, S, V].
-
-        Logits of each response token, given the prompt and the response tokens before it.
-        """
+    ) -> Float32[Array, "B S V"]:
+        """Logits of each response token, given the embedded prompt and the tokens before it."""
         before = response_ids[:, :-1]
         x = jnp.concatenate([prompt, self.embed(before)], axis=1)
         mask = jnp.concatenate([prompt_mask, jnp.ones(before.shape, bool)], axis=1)
@@ -209,11 +222,9 @@ class CausalModel(nn.Module):
         return self._logits(states)
 
     def prefill(
-        self, prompt: jax.Array, mask: jax.Array, max_steps: int
-    ) -> tuple[jax.Array, CausalCache]:
-        """Embedded prompt [B, T, D] -> (float32 logits [B, V] of the first token, cache for
-        `max_steps` more).
-        """
+        self, prompt: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], max_steps: int
+    ) -> tuple[Float32[Array, "B V"], CausalCache]:
+        """Embedded prompt -> (logits of the first token, cache for `max_steps` more)."""
         positions = token_positions(mask)
         x, held = self._run(prompt, positions, mask, True, keep=True)
 
@@ -234,8 +245,10 @@ class CausalModel(nn.Module):
         )
         return self._logits(_last_real(x, mask))[:, 0], cache
 
-    def step(self, token: jax.Array, cache: CausalCache) -> tuple[jax.Array, CausalCache]:
-        """int32 [B] -> (float32 logits [B, V] of the next token, the cache with this one in)."""
+    def step(
+        self, token: Int32[Array, " B"], cache: CausalCache
+    ) -> tuple[Float32[Array, "B V"], CausalCache]:
+        """(logits of the next token, the cache with this one in)."""
         position = cache.next_position[:, None]
         update = jax.lax.dynamic_update_slice_in_dim
         positions = update(cache.positions, position, cache.index, axis=1)
@@ -271,13 +284,13 @@ class CausalModel(nn.Module):
         )
 
 
-def token_positions(mask: jax.Array) -> jax.Array:
-    """bool [B, T] -> int32 [B, T]: how many real tokens come before each slot."""
+def token_positions(mask: Bool[AnyArray, "B T"]) -> Int32[Array, "B T"]:
+    """How many real tokens come before each slot."""
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def _last_real(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, 1, D]: the state at each row's last real token."""
+def _last_real(x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]) -> Float32[Array, "B 1 D"]:
+    """The state at each row's last real token."""
     slots = jnp.arange(mask.shape[1])
     last = jnp.max(jnp.where(mask, slots, 0), axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -285,11 +298,11 @@ def _last_real(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _biases(
     windows: Sequence[int | None],
-    visible: jax.Array,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-) -> tuple[list[jax.Array], list[int]]:
-    """The biases [B, 1, Q, K] that differ, and which of them each layer has: that of its window."""
+    visible: Bool[AnyArray, "B Q K"],
+    query_positions: Int32[Array, "B Q"],
+    key_positions: Int32[Array, "B K"],
+) -> tuple[list[Float32[Array, "B 1 Q K"]], list[int]]:
+    """The biases that differ, and which of them each layer has: that of its window."""
 
     def bias(window: int | None) -> jax.Array:
         if window is None:

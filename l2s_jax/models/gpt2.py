@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Int32
 
 from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
@@ -34,7 +35,7 @@ class GPT2Config:
     dropout_rate: float = 0.1
     pad_id: int = 50256
     eos_id: int = 50256
-    dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
+    dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
     # How a program is made of the layers, with the same results; see models/stacking.py.
     scan_layers: bool = False
     remat: bool = False
@@ -54,7 +55,7 @@ class GPT2Config:
 
 
 class FeedForward(nn.Module):
-    """[B, T, D] -> float32 [B, T, D]."""
+    """Two products with an activation between them."""
 
     config: GPT2Config
 
@@ -63,7 +64,7 @@ class FeedForward(nn.Module):
         self.wi = Linear(c.feed_forward_width, nn.initializers.normal(0.02), c.dtype, use_bias=True)
         self.wo = Linear(c.width, _residual(c), c.dtype, jnp.float32, use_bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
         return self.wo(ACTIVATIONS[self.config.activation](self.wi(x)))
 
 
@@ -98,13 +99,13 @@ class Layer(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        bias: jax.Array,
+        x: Float32[Array, "B Q D"],
+        positions: Int32[Array, "B Q"],
+        bias: Float32[Array, "B 1 Q K"],
         cache: KeyValue | None = None,
-        index: jax.Array | None = None,
+        index: Int32[Array, ""] | None = None,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, KeyValue]:
+    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """As CausalAttention, on the residual stream."""
         y, held = self.attention(
             self.attention_norm(x), positions, bias, cache, index, deterministic
@@ -132,6 +133,8 @@ class GPT2(CausalModel):
         if not c.tied_head:
             self.head = Linear(c.vocab_size, normal, c.dtype, jnp.float32)
 
-    def enter(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def enter(
+        self, x: Float32[Array, "B T D"], positions: Int32[Array, "B T"]
+    ) -> Float32[Array, "B T D"]:
         """Adds the learned embedding of each position."""
         return x + self.position_embedding(positions)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.families import make_module
 from l2s_jax.models.layers import Linear
 from l2s_jax.models.projector import Projector
@@ -52,16 +53,15 @@ class L2S(nn.Module):
 
     def encode(
         self,
-        llm_ids: jax.Array,
-        llm_mask: jax.Array,
-        hidden: jax.Array,
-        llm_embedded: jax.Array | None = None,
+        llm_ids: Int[AnyArray, "B T"],
+        llm_mask: Bool[AnyArray, "B T"],
+        hidden: Float[AnyArray, "B T D_llm"],
+        llm_embedded: Float32[Array, "B T D_llm"] | None = None,
         deterministic: bool = True,
-    ) -> jax.Array:
-        """What the SLM's decoder attends to, or is the prefix of its input: float32 [B, T, D_slm].
+    ) -> Float32[Array, "B T D_slm"]:
+        """What the SLM's decoder attends to, or is the prefix of its input; hidden is the LLM's H.
 
-        llm_ids int32 [B, T], llm_mask bool [B, T], hidden (the LLM's H) [B, T, D_llm]. Without a
-        shared vocabulary, llm_embedded [B, T, D_llm] is the LLM's embedding of llm_ids.
+        Without a shared vocabulary, llm_embedded is the LLM's embedding of llm_ids.
         """
         projected = self.projector(hidden) * llm_mask[..., None]
         if self.fusion == "cross":
@@ -74,29 +74,29 @@ class L2S(nn.Module):
 
     def __call__(
         self,
-        llm_ids: jax.Array,
-        llm_mask: jax.Array,
-        hidden: jax.Array,
-        response_ids: jax.Array,
-        llm_embedded: jax.Array | None = None,
+        llm_ids: Int[AnyArray, "B T"],
+        llm_mask: Bool[AnyArray, "B T"],
+        hidden: Float[AnyArray, "B T D_llm"],
+        response_ids: Int[AnyArray, "B S"],
+        llm_embedded: Float32[Array, "B T D_llm"] | None = None,
         deterministic: bool = True,
-    ) -> jax.Array:
-        """As `encode`, and response_ids int32 [B, S] -> logits of them, float32 [B, S, V_slm]."""
+    ) -> Float32[Array, "B S V_slm"]:
+        """Logits of the response, to a prompt as `encode` takes it."""
         encoded = self.encode(llm_ids, llm_mask, hidden, llm_embedded, deterministic)
         return self.slm.score(encoded, llm_mask, response_ids, deterministic)
 
     def prefill(
         self,
-        llm_ids: jax.Array,
-        llm_mask: jax.Array,
-        hidden: jax.Array,
-        llm_embedded: jax.Array | None,
+        llm_ids: Int[AnyArray, "B T"],
+        llm_mask: Bool[AnyArray, "B T"],
+        hidden: Float[AnyArray, "B T D_llm"],
+        llm_embedded: Float32[Array, "B T D_llm"] | None,
         max_steps: int,
-    ) -> tuple[jax.Array, Any]:
-        """As `encode` -> (float32 logits [B, V_slm] of the first token, the SLM's cache)."""
+    ) -> tuple[Float32[Array, "B V_slm"], Any]:
+        """A prompt as `encode` takes it -> (logits of the first token, the SLM's cache)."""
         encoded = self.encode(llm_ids, llm_mask, hidden, llm_embedded)
         return self.slm.prefill(encoded, llm_mask, max_steps)
 
-    def step(self, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """int32 [B] -> (float32 logits [B, V_slm], cache)."""
+    def step(self, token: Int32[Array, " B"], cache: Any) -> tuple[Float32[Array, "B V_slm"], Any]:
+        """(logits of the next token, the cache with this one in)."""
         return self.slm.step(token, cache)

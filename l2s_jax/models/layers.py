@@ -1,8 +1,8 @@
 """Layers shared by the model families.
 
-B batch, T or S positions, Q queries, K keys, D width, N heads, H head width, F feed-forward,
-V vocabulary. Parameters are float32; `dtype` is the dtype of the products. Sums that feed a
-softmax, a norm or the logits, and the residual stream, are float32.
+B batch, T or S positions, Q queries, K keys, D width, N heads, H head width, F feed-forward or
+features, V vocabulary. Parameters are float32; `dtype` is the dtype of the products. Sums that feed
+a softmax, a norm or the logits, and the residual stream, are float32.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from l2s_jax.cluster.sharding import constrain, program_mesh, split_rows
+from l2s_jax.cluster.sharding import AnyArray, constrain, split_rows
+from l2s_jax.models import products
 from l2s_jax.models.cache import KeyValue
 
-Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 # Those of the decoder-only families, whose feed-forward is not gated.
 ACTIVATIONS = {
@@ -32,104 +35,20 @@ ACTIVATIONS = {
 # gives uniform weights and not NaN.
 MASKED = -1e10
 
-# Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if
-# the axis that is summed over is in blocks of so many, whose products are added up. More rows take
-# longer so.
-SPLIT_K = 128
-
-
-def product(
-    spec: str,
-    x: jax.Array,
-    y: jax.Array | qwix.QArray,
-    dtype: jnp.dtype,
-    out_dtype: jnp.dtype,
-) -> jax.Array:
-    """`jnp.einsum(spec, x, y)` of both cast to `dtype`, summed and given in `out_dtype`.
-
-    The gradient is of products in that one dtype too: by itself JAX would multiply a float32
-    gradient by bfloat16 weights, for which GPUs have no fast product. A quantized `y` stays as it
-    is, and its scales are multiplied in afterwards.
-    """
-    x = x.astype(dtype)
-    if isinstance(y, qwix.QArray):
-        return qwix.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(out_dtype)
-    return _product(spec, x, y.astype(dtype), out_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _product(spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    def sum_in(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, x, y, preferred_element_type=dtype).astype(out_dtype)
-
-    if x.dtype == out_dtype == jnp.float32:
-        return sum_in(jnp.float32, x, y)
-    # XLA's CPU backend has no fast product that gives bfloat16.
-    return jax.lax.platform_dependent(
-        x,
-        y,
-        cpu=functools.partial(sum_in, jnp.float32),
-        default=functools.partial(sum_in, out_dtype),
-    )
-
-
-def _product_forward(
-    spec: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(spec, x, y, out_dtype), (x, y)
-
-
-def _product_backward(
-    spec: str, out_dtype: jnp.dtype, factors: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, ...]:
-    _, transpose = jax.vjp(functools.partial(jnp.einsum, spec), *factors)
-    return transpose(gradient.astype(factors[0].dtype))
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def _has_split_k(x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: jnp.dtype) -> bool:
-    return (
-        jnp.dtype(dtype) == jnp.float32
-        and not isinstance(kernel, qwix.QArray)
-        and x.size == x.shape[-1]
-        and x.size > SPLIT_K
-        and x.size % SPLIT_K == 0
-        # The blocks need not be where a mesh splits the kernel.
-        and program_mesh() is None
-    )
-
 
 class Linear(nn.Module):
-    """x [..., in] -> [..., features]: `x @ kernel`, and a bias where there is one.
-
-    One float32 row is summed in blocks on a CPU (`SPLIT_K`).
-    """
+    """`x @ kernel`, and a bias where there is one."""
 
     features: int
     initializer: Initializer
-    dtype: jnp.dtype = jnp.float32
-    out_dtype: jnp.dtype | None = None  # accumulate and return in this dtype; None: `dtype`
+    dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None  # accumulate and return in this dtype; None: `dtype`
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
-        out_dtype = self.out_dtype or self.dtype
-
-        def whole(x: jax.Array, kernel: jax.Array | qwix.QArray) -> jax.Array:
-            return product("...d,df->...f", x, kernel, self.dtype, out_dtype)
-
-        def split_k(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            blocks = x.reshape(-1, SPLIT_K), kernel.reshape(-1, SPLIT_K, self.features)
-            sums = product("kd,kdf->kf", *blocks, jnp.float32, jnp.float32)
-            return sums.sum(0).astype(out_dtype).reshape(*x.shape[:-1], self.features)
-
-        if _has_split_k(x, kernel, self.dtype):
-            y = jax.lax.platform_dependent(x, kernel, cpu=split_k, default=whole)
-        else:
-            y = whole(x, kernel)
+        y = products.by_kernel(x, kernel, self.dtype, self.out_dtype or self.dtype)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -142,14 +61,14 @@ class Embedding(nn.Module):
     vocab_size: int
     width: int
     initializer: Initializer
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.width)
         self.embedding = self.param("embedding", self.initializer, shape, jnp.float32)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """int32 [B, ...] -> float32 [B, ..., D]."""
+    def __call__(self, ids: Int[AnyArray, " B *T"]) -> Float32[Array, "B *T D"]:
+        """The rows of the table."""
         table = self.embedding
         # On a mesh a device has some columns of the table: it reads them for the rows of all that
         # have the others, and then they swap. The compiler may gather the table instead.
@@ -162,20 +81,9 @@ class Embedding(nn.Module):
         columns = [None] * (embedded.ndim - 2)
         return split_rows(constrain(embedded, "data", *columns, "fsdp"))
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """[..., T, D] -> float32 logits [..., T, V]."""
-
-        def rows_first(x: jax.Array, table: jax.Array | qwix.QArray) -> jax.Array:
-            return product("...d,vd->...v", x, table, self.dtype, jnp.float32)
-
-        def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
-            return jnp.moveaxis(product("vd,...d->v...", table, x, self.dtype, jnp.float32), 0, -1)
-
-        if x.shape[-2] > 1 or isinstance(self.embedding, qwix.QArray):
-            return rows_first(x, self.embedding)
-        # XLA's CPU backend takes up to twice as long for one step of several rows by a table that
-        # is the second factor and has the summed axis last.
-        return jax.lax.platform_dependent(x, self.embedding, cpu=table_first, default=rows_first)
+    def attend(self, x: Float[Array, "*B T D"]) -> Float32[Array, "*B T V"]:
+        """Logits."""
+        return products.by_table(x, self.embedding, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -184,7 +92,7 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -197,7 +105,7 @@ class LayerNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -207,43 +115,24 @@ class LayerNorm(nn.Module):
 
 
 def attend(
-    query: jax.Array,
+    query: Float[Array, "B N Q H"],
     key_value: KeyValue,
-    bias: jax.Array,
+    bias: Float32[Array, "#B #N #Q #K"],
     scale: float,
     dropout: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+) -> Float[Array, "B Q N*H"]:
     """Softmax attention of N query heads to G key heads, each of which N/G queries share.
 
     Args:
-      query: [B, N, Q, H].
+      query: in any dtype, which is the result's.
       key_value: [B, G, K, H], in the query's dtype.
-      bias: float32, mask included, broadcastable to [B, N, Q, K].
+      bias: of the scores, mask included.
       scale: of the scores.
       dropout: of the weights.
-
-    Returns:
-      [B, Q, N*H], in the query's dtype.
     """
-    rows, num_heads, queries, _ = query.shape
-    num_groups = key_value.key.shape[1]
-    query = query.reshape(rows, num_groups, -1, *query.shape[2:])
-    # XLA's CPU backend multiplies [M, K] by [K, N] and first transposes what comes otherwise: for
-    # one query, the cache at every step. So the keys are the first factor then, the values always
-    # the second. `einsum` keeps that order only if the result's letters have it too.
-    if queries == 1:
-        scores = jnp.einsum(
-            "bgkh,bgrqh->bgkrq", key_value.key, query, preferred_element_type=jnp.float32
-        ).transpose(0, 1, 3, 4, 2)
-    else:
-        scores = jnp.einsum(
-            "bgrqh,bgkh->bgrqk", query, key_value.key, preferred_element_type=jnp.float32
-        )
-    scores = scores.reshape(rows, num_heads, queries, -1) * scale + bias
+    scores = products.by_keys(query, key_value.key) * scale + bias
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
-    weights = weights.reshape(rows, num_groups, -1, *weights.shape[2:])
-    mixed = jnp.einsum("bgrqk,bgkh->bgrqh", weights, key_value.value).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(rows, queries, -1)
+    return products.by_values(weights, key_value.value)
 
 
 class Attention(nn.Module):
@@ -261,7 +150,7 @@ class Attention(nn.Module):
     output_initializer: Initializer
     scale: float = 1.0
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         inner = self.num_heads * self.head_width
@@ -271,19 +160,22 @@ class Attention(nn.Module):
         self.output = Linear(self.width, self.output_initializer, self.dtype, jnp.float32)
         self.dropout = Dropout(self.dropout_rate)
 
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        """[B, T, N*H] -> [B, N, T, H]."""
+    def _split_heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B N T H"]:
         x = x.reshape(*x.shape[:2], self.num_heads, self.head_width)
         return x.transpose(0, 2, 1, 3)
 
-    def key_value(self, x: jax.Array) -> KeyValue:
-        """x [B, K, D] -> keys and values, each [B, N, K, H]."""
+    def key_value(self, x: Float[Array, "B K D"]) -> KeyValue:
+        """Keys and values, each [B, N, K, H]."""
         return KeyValue(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
 
     def __call__(
-        self, x: jax.Array, key_value: KeyValue, bias: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """x [B, Q, D], bias (mask included) broadcastable to [B, N, Q, K] -> float32 [B, Q, D]."""
+        self,
+        x: Float[Array, "B Q D"],
+        key_value: KeyValue,
+        bias: Float32[Array, "#B #N #Q #K"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B Q D"]:
+        """What the positions x take from `key_value`; `bias` has the mask in it."""
         query = self._split_heads(self.query(x))
         mixed = attend(
             query,
@@ -305,6 +197,6 @@ class Dropout(nn.Dropout):
     broadcast_dims: Sequence[int] = (-2,)
 
 
-def mask_bias(mask: jax.Array) -> jax.Array:
-    """bool [...] -> float32 [...]: 0 where true, a large negative number where false."""
+def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
+    """0 where true, a large negative number where false."""
     return jnp.where(mask, 0.0, MASKED)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float32, Key
 
 from l2s_jax.cluster.paths import matching
 from l2s_jax.models.families import ModelConfig
@@ -68,7 +69,7 @@ class Lora:
         ]
         return sorted(matching(self.pattern, kernels, "lora.pattern", what="kernel"))
 
-    def init(self, key: jax.Array, base: Params) -> dict[str, Any]:
+    def init(self, key: Key[Array, ""], base: Params) -> dict[str, Any]:
         """The tree of a and b for a model's parameters: a normal, b zero.
 
         Raises:
@@ -86,7 +87,7 @@ class Lora:
             adapters[f"{module}b"] = jnp.zeros((self.rank, outward), jnp.float32)
         return unflatten_dict(adapters, sep="/")
 
-    def split(self, params: Params, key: jax.Array) -> tuple[dict[str, Any], Params]:
+    def split(self, params: Params, key: Key[Array, ""]) -> tuple[dict[str, Any], Params]:
         """The system's parameters -> (trained, base), at which `merge` gives them back."""
         base = params[self._model]
         rest = {name: tree for name, tree in params.items() if name != self._model}
@@ -113,8 +114,8 @@ class Lora:
         trained: Params,
         frozen: Mapping[str, Params],
         batch: Batch,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Teacher-forced logits of the response, float32 [B, S, V]."""
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "B S V"]:
+        """Teacher-forced logits of the response."""
         params = self.merge(trained, frozen["base"])
         return self.system.logits(params, frozen["inner"], batch, dropout_key)

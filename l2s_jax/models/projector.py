@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
 
 from l2s_jax.models.layers import Linear
 
 
 class Projector(nn.Module):
-    """Linear, ReLU, Linear: H [B, T, D_llm] -> Z float32 [B, T, D_slm]."""
+    """Linear, ReLU, Linear: H -> Z."""
 
     hidden_width: int
     width: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         initializer = nn.initializers.lecun_normal()
         self.inward = Linear(self.hidden_width, initializer, self.dtype)
         self.outward = Linear(self.width, initializer, self.dtype, jnp.float32)
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: Float[Array, "B T D_llm"]) -> Float32[Array, "B T D_slm"]:
         return self.outward(nn.relu(self.inward(hidden)))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
 
 KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -49,8 +49,8 @@ class Rotary:
         if self.width < 2 or self.width % 2:
             raise ValueError(f"rotary width {self.width}: expected an even number above 0")
 
-    def frequencies(self) -> np.ndarray:
-        """Radians per position of each plane, float32 [width / 2]."""
+    def frequencies(self) -> Float32[np.ndarray, " {self.width}//2"]:
+        """Radians per position of each plane."""
         plain = self.base ** -(np.arange(0, self.width, 2) / self.width)
         if self.kind == "default":
             return plain.astype(np.float32)
@@ -72,8 +72,10 @@ class Rotary:
         wavelength = self.original_length / (turns * 2 * math.pi)
         return self.width * math.log(wavelength) / (2 * math.log(self.base))
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """x [B, N, T, H], positions int32 [B, T] -> float32 [B, N, T, H]."""
+    def __call__(
+        self, x: Float[Array, "B N T H"], positions: Int32[Array, "B T"]
+    ) -> Float32[Array, "B N T H"]:
+        """x, each of its planes turned as far as its position says."""
         angles = positions[:, None, :, None].astype(jnp.float32) * self.frequencies()
         scale = self.attention_factor
         cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float32
 
 from l2s_jax.cluster.paths import STACKED
 
@@ -95,9 +96,9 @@ def run_layers(
     run: Callable[[nn.Module, jax.Array, Any], tuple[jax.Array, Any]],
     layers: Any,
     config: Any,
-    x: jax.Array,
+    x: Float32[Array, "B T D"],
     own: Sequence[int],
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float32[Array, "B T D"], Any]:
     """`run(layer, x, own[i]) -> (x, out)` for each layer i of `make_layers`, as `config` says.
 
     With `scan_layers`, own[i] is a traced number. Returns x and each layer's `out`: a list of them,

@@ -24,9 +24,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
-from l2s_jax.cluster.sharding import split_parameters
+from l2s_jax.cluster.sharding import AnyArray, split_parameters
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.serving import to_serve
@@ -34,7 +34,7 @@ from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
 
 Params = Mapping[str, Any]
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, AnyArray]
 
 
 def parameter_count(params: Any) -> int:
@@ -42,11 +42,13 @@ def parameter_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _rngs(dropout_key: jax.Array | None) -> dict[str, jax.Array]:
+def _rngs(dropout_key: Key[Array, ""] | None) -> dict[str, jax.Array]:
     return {} if dropout_key is None else {"dropout": dropout_key}
 
 
-def _start_token(config: T5Config, rows: int) -> tuple[jax.Array, jax.Array]:
+def _start_token(
+    config: T5Config, rows: int
+) -> tuple[Int32[Array, "{rows} 1"], Bool[Array, "{rows} 1"]]:
     ids = jnp.full((rows, 1), config.decoder_start_id, jnp.int32)
     return ids, jnp.ones_like(ids, bool)
 
@@ -65,8 +67,12 @@ def _as_trained(params: Params, config: ModelConfig) -> Params:
 
 
 def _respond(
-    module: nn.Module, ids: jax.Array, mask: jax.Array, response_ids: jax.Array, deterministic: bool
-) -> jax.Array:
+    module: Any,
+    ids: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+    response_ids: Int[AnyArray, "B S"],
+    deterministic: bool,
+) -> Float32[Array, "B S V"]:
     """Logits of a response to a prompt, by a model of any family."""
     encoded = module.encode(module.embed(ids), mask, deterministic)
     return module.score(encoded, mask, response_ids, deterministic)
@@ -89,7 +95,7 @@ class LanguageModel:
         """Config of the model that decodes."""
         return self.config
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: Key[Array, ""]) -> Params:
         """Random float32 parameters."""
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
@@ -101,9 +107,13 @@ class LanguageModel:
         return module.apply({"params": trained[self.name]}, *args, **kwargs)
 
     def logits(
-        self, trained: Params, frozen: Params, batch: Batch, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """Teacher-forced logits of the response, float32 [B, S, V]."""
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "B S V"]:
+        """Teacher-forced logits of the response."""
         return make_module(self.config).apply(
             {"params": _as_trained(trained, self.config)[self.name]},
             batch[f"{self.prompt_name}_ids"],
@@ -114,8 +124,14 @@ class LanguageModel:
             method=_respond,
         )
 
-    def encode(self, trained: Params, frozen: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Encoder output, float32 [B, T, D]; a decoder-only model's embedded prompt."""
+    def encode(
+        self,
+        trained: Params,
+        frozen: Params,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+    ) -> Float32[Array, "B T D"]:
+        """Encoder output; a decoder-only model's embedded prompt."""
         return self._apply(
             trained, self._apply(trained, ids, method="embed"), mask, method="encode"
         )
@@ -124,19 +140,23 @@ class LanguageModel:
         self,
         trained: Params,
         frozen: Params,
-        ids: jax.Array,
-        mask: jax.Array,
-        hidden: jax.Array,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+        hidden: Float[AnyArray, "B T D"],
         max_steps: int,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float32[Array, "B V"], Any]:
         """Logits of the first token, and a cache for `max_steps` calls of `step`."""
         return self._apply(trained, hidden, mask, max_steps, method="prefill")
 
-    def step(self, trained: Params, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    def step(
+        self, trained: Params, token: Int32[Array, " B"], cache: Any
+    ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
 
-    def continued(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def continued(
+        self, ids: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]
+    ) -> tuple[Int[AnyArray, "B P"], Bool[AnyArray, "B P"]]:
         """As transformers counts them: a decoder-only model's prompt, else the start token."""
         if isinstance(self.config, T5Config):
             return _start_token(self.config, len(ids))
@@ -153,11 +173,13 @@ class LanguageModel:
         return make_module(self.config).parameters_read_per_step(trained[self.name])
 
 
-def represent(config: ModelConfig, frozen: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """H of prompts, float32 [B, T, D], by an LLM of which `frozen` is what encodes.
-
-    ids int32 and mask bool, [B, T].
-    """
+def represent(
+    config: ModelConfig,
+    frozen: Params,
+    ids: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+) -> Float32[Array, "B T D"]:
+    """H of prompts, by an LLM of which `frozen` is what encodes."""
     llm = make_module(config)
     embedded = llm.apply({"params": frozen}, ids, method="embed")
     return llm.apply({"params": frozen}, embedded, mask, method="represent")
@@ -197,13 +219,15 @@ class LlmToSlm:
         """The entries of `frozen` that are read even where a batch holds H."""
         return ("token_embedding",) if self.fusion == "add" and not self.shared_vocabulary else ()
 
-    def _embedded(self, frozen: Params, ids: jax.Array) -> jax.Array | None:
+    def _embedded(
+        self, frozen: Params, ids: Int[AnyArray, "B T"]
+    ) -> Float32[Array, "B T D_llm"] | None:
         """The LLM's embedding of the prompt, where L2S needs it."""
         if not self.beside_hidden:
             return None
         return make_module(self.llm_config).apply({"params": frozen}, ids, method="embed")
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: Key[Array, ""]) -> Params:
         """Random float32 projector and SLM."""
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
@@ -212,9 +236,13 @@ class LlmToSlm:
         return module.init(key, ids, mask, hidden, ids, hidden)["params"]
 
     def logits(
-        self, trained: Params, frozen: Params, batch: Batch, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """Teacher-forced logits of the response, float32 [B, S, V].
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "B S V"]:
+        """Teacher-forced logits of the response.
 
         Where the batch holds H, as "llm_hidden" [B, T, D_llm], it is not computed.
         """
@@ -234,28 +262,38 @@ class LlmToSlm:
             rngs=_rngs(dropout_key),
         )
 
-    def encode(self, trained: Params, frozen: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """The frozen LLM's H, float32 [B, T, D_llm]; never with dropout."""
+    def encode(
+        self,
+        trained: Params,
+        frozen: Params,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+    ) -> Float32[Array, "B T D_llm"]:
+        """The frozen LLM's H; never with dropout."""
         return represent(self.llm_config, frozen, ids, mask)
 
     def prefill(
         self,
         trained: Params,
         frozen: Params,
-        ids: jax.Array,
-        mask: jax.Array,
-        hidden: jax.Array,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+        hidden: Float[AnyArray, "B T D"],
         max_steps: int,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float32[Array, "B V"], Any]:
         """Projector, fusion, SLM prompt: logits of the first token, and the SLM's cache."""
         embedded = self._embedded(frozen, ids)
         return self._apply(trained, ids, mask, hidden, embedded, max_steps, method="prefill")
 
-    def step(self, trained: Params, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    def step(
+        self, trained: Params, token: Int32[Array, " B"], cache: Any
+    ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
 
-    def continued(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def continued(
+        self, ids: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]
+    ) -> tuple[Int[AnyArray, "B P"], Bool[AnyArray, "B P"]]:
         """The start token of an encoder-decoder; nothing else, the prompt is the LLM's."""
         if isinstance(self.slm_config, T5Config):
             return _start_token(self.slm_config, len(ids))

@@ -7,201 +7,19 @@ Letters as in layers.py.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from l2s_jax.cluster.sharding import split_rows
-from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place, write_position
-from l2s_jax.models.layers import Attention, Dropout, Embedding, Linear, RMSNorm, mask_bias
+from l2s_jax.cluster.sharding import AnyArray, split_rows
+from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
+from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
-
-ACTIVATIONS = {
-    "relu": (nn.relu, False),
-    "gated_gelu": (nn.gelu, True),  # Flax's default is the tanh form, which T5 v1.1 uses
-    "gated_silu": (nn.silu, True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Geometry of a T5 model; defaults are T5-small (v1.0)."""
-
-    vocab_size: int = 32128
-    width: int = 512
-    num_heads: int = 8
-    head_width: int = 64
-    feed_forward_width: int = 2048
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    activation: str = "relu"  # a key of ACTIVATIONS
-    tied_head: bool = True  # logits from the token embedding (v1.0)
-    scaled_head: bool = True  # a tied head's input is scaled by width^-0.5 (v1.0); else no effect
-    num_buckets: int = 32
-    max_distance: int = 128
-    norm_epsilon: float = 1e-6
-    dropout_rate: float = 0.1
-    pad_id: int = 0
-    eos_id: int = 1
-    decoder_start_id: int = 0
-    dtype: jnp.dtype = jnp.float32  # of the products; see the dtype policy in layers.py
-    # How a program is made of the layers, with the same results; see models/stacking.py.
-    scan_layers: bool = False
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"T5 activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}"
-            )
-        if jnp.dtype(self.dtype) == jnp.float16:
-            raise ValueError("T5 dtype float16: T5 overflows in it; use bfloat16 or float32")
-
-
-def bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each distance 0..max_distance (farther ones share the last): int32 [max+1].
-
-    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`
-    (section 2.1 of the paper). Computed in float32, as the reference implementations do.
-    """
-    exact = num_buckets // 2
-    distance = np.arange(max_distance + 1)
-    with np.errstate(divide="ignore"):
-        position = np.log(distance.astype(np.float32) / np.float32(exact))
-    position = position / np.float32(np.log(max_distance / exact)) * np.float32(num_buckets - exact)
-    far = exact + np.maximum(position, 0).astype(np.int32)
-    return np.where(distance < exact, distance, np.minimum(far, num_buckets - 1)).astype(np.int32)
-
-
-class RelativeBias(nn.Module):
-    """Attention bias from the distance between key and query, one number per bucket and head."""
-
-    config: T5Config
-    bidirectional: bool
-
-    @nn.compact
-    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """int32 [Q], int32 [K] -> float32 [1, N, Q, K]."""
-        c = self.config
-        embedding = self.param(
-            "embedding",
-            nn.initializers.normal(c.width**-0.5),
-            (c.num_buckets, c.num_heads),
-            jnp.float32,
-        )
-        ahead = key_positions[None, :] - query_positions[:, None]
-        one_sided = c.num_buckets // 2 if self.bidirectional else c.num_buckets
-        distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
-        table = jnp.asarray(bucket_table(one_sided, c.max_distance))
-        bucket = table[jnp.minimum(distance, c.max_distance)]
-        if self.bidirectional:
-            bucket = bucket + one_sided * (ahead > 0)
-        return jnp.take(embedding, bucket, axis=0).astype(jnp.float32).transpose(2, 0, 1)[None]
-
-
-class FeedForward(nn.Module):
-    """[B, T, D] -> float32 [B, T, D], by ReLU (v1.0) or a gated unit (v1.1; Shazeer 2020)."""
-
-    config: T5Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.activate, self.gated = ACTIVATIONS[c.activation]
-        inward = nn.initializers.normal(c.width**-0.5)
-        self.wi = Linear(c.feed_forward_width, inward, c.dtype)
-        if self.gated:
-            self.wi_gate = Linear(c.feed_forward_width, inward, c.dtype)
-        outward = nn.initializers.normal(c.feed_forward_width**-0.5)
-        self.wo = Linear(c.width, outward, c.dtype, jnp.float32)
-        self.dropout = Dropout(c.dropout_rate)
-
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        hidden = self.wi(x)
-        hidden = self.activate(self.wi_gate(x)) * hidden if self.gated else self.activate(hidden)
-        return self.wo(self.dropout(hidden, deterministic=deterministic))
-
-
-def _attention(c: T5Config) -> Attention:
-    # T5 does not divide scores by sqrt(H): the query's smaller initialization stands in for it.
-    return Attention(
-        width=c.width,
-        num_heads=c.num_heads,
-        head_width=c.head_width,
-        query_initializer=nn.initializers.normal((c.width * c.head_width) ** -0.5),
-        key_initializer=nn.initializers.normal(c.width**-0.5),
-        output_initializer=nn.initializers.normal((c.num_heads * c.head_width) ** -0.5),
-        dropout_rate=c.dropout_rate,
-        dtype=c.dtype,
-    )
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each with a norm before and a residual around it."""
-
-    config: T5Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.attention_norm = RMSNorm(c.norm_epsilon)
-        self.attention = _attention(c)
-        self.feed_forward_norm = RMSNorm(c.norm_epsilon)
-        self.feed_forward = FeedForward(c)
-        self.dropout = Dropout(c.dropout_rate)
-
-    def __call__(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
-        """x [B, T, D], bias [B, N, T, T] -> [B, T, D]."""
-        y = self.attention_norm(x)
-        y = self.attention(y, self.attention.key_value(y), bias, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.feed_forward(self.feed_forward_norm(x), deterministic)
-        return x + self.dropout(y, deterministic=deterministic)
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, pre-norm with residuals."""
-
-    config: T5Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.attention_norm = RMSNorm(c.norm_epsilon)
-        self.attention = _attention(c)
-        self.cross_attention_norm = RMSNorm(c.norm_epsilon)
-        self.cross_attention = _attention(c)
-        self.feed_forward_norm = RMSNorm(c.norm_epsilon)
-        self.feed_forward = FeedForward(c)
-        self.dropout = Dropout(c.dropout_rate)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array,
-        cross: KeyValue,
-        cross_bias: jax.Array,
-        cache: KeyValue | None = None,
-        index: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, KeyValue]:
-        """x [B, Q, D] -> ([B, Q, D], keys and values attended to).
-
-        Without `cache`, the Q positions attend to each other under `bias`; with it, Q is 1, its
-        key and value go to `index` of the cache, and the query attends to the cache.
-        """
-        y = self.attention_norm(x)
-        key_value = self.attention.key_value(y)
-        if cache is not None:
-            key_value = write_position(cache, key_value, index)
-        y = self.attention(y, key_value, bias, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.cross_attention(self.cross_attention_norm(x), cross, cross_bias, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.feed_forward(self.feed_forward_norm(x), deterministic)
-        return x + self.dropout(y, deterministic=deterministic), key_value
+from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
 
 
 class Encoder(nn.Module):
@@ -211,13 +29,14 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.relative_bias = RelativeBias(c, bidirectional=True)
+        self.relative_bias = relative_bias(c, bidirectional=True)
         self.layers = make_layers(lambda: EncoderLayer(c), c, c.num_encoder_layers)
         self.final_norm = RMSNorm(c.norm_epsilon)
         self.dropout = Dropout(c.dropout_rate)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
-        """x [B, T, D], bool mask [B, T] -> float32 [B, T, D]."""
+    def __call__(
+        self, x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], deterministic: bool
+    ) -> Float32[Array, "B T D"]:
         positions = jnp.arange(x.shape[1])
         bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
 
@@ -236,20 +55,24 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.relative_bias = RelativeBias(c, bidirectional=False)
+        self.relative_bias = relative_bias(c, bidirectional=False)
         self.layers = make_layers(lambda: DecoderLayer(c), c, c.num_decoder_layers)
         self.final_norm = RMSNorm(c.norm_epsilon)
         self.dropout = Dropout(c.dropout_rate)
 
-    def cross_key_value(self, hidden: jax.Array) -> tuple[KeyValue, ...]:
-        """Encoder output [B, T, D] -> each layer's cross-attention keys and values."""
+    def cross_key_value(self, hidden: Float32[Array, "B T D"]) -> tuple[KeyValue, ...]:
+        """Encoder output -> each layer's cross-attention keys and values."""
         layers = each_layer(self.layers)
         return tuple(layer.cross_attention.key_value(hidden) for layer in layers)
 
     def __call__(
-        self, x: jax.Array, hidden: jax.Array, mask: jax.Array, deterministic: bool
-    ) -> jax.Array:
-        """x [B, S, D], encoder output [B, T, D] under bool mask [B, T] -> [B, S, D]."""
+        self,
+        x: Float32[Array, "B S D"],
+        hidden: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool,
+    ) -> Float32[Array, "B S D"]:
+        """A whole response x, after the encoder's output under the prompt's mask."""
         positions = jnp.arange(x.shape[1])
         causal = positions[None, :] <= positions[:, None]
         bias = self.relative_bias(positions, positions) + mask_bias(causal)[None, None]
@@ -264,8 +87,10 @@ class Decoder(nn.Module):
         x, _ = run_layers(run, self.layers, self.config, x, range(self.config.num_decoder_layers))
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
-    def step(self, x: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
-        """One position x [B, 1, D] -> ([B, 1, D], the cache with that position in it)."""
+    def step(
+        self, x: Float32[Array, "B 1 D"], cache: DecoderCache
+    ) -> tuple[Float32[Array, "B 1 D"], DecoderCache]:
+        """One position x -> (its state, the cache with that position in it)."""
         keys = jnp.arange(cache.self_attention[0].key.shape[2])
         bias = self.relative_bias(cache.index[None], keys)
         bias = bias + mask_bias(keys <= cache.index)[None, None, None, :]
@@ -300,19 +125,26 @@ class T5(nn.Module):
             initializer = nn.initializers.normal(c.width**-0.5)
             self.head = Linear(c.vocab_size, initializer, c.dtype, jnp.float32)
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """int32 [B, T] -> float32 [B, T, D]."""
+    def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
+        """Embedded tokens."""
         return self.token_embedding(ids)
 
-    def encode(self, embedded: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Embedded prompt [B, T, D] under bool mask [B, T] -> encoder output, float32 [B, T, D]."""
+    def encode(
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B T D"]:
+        """Embedded prompt -> the encoder's output."""
         return self.encoder(embedded, mask, deterministic)
 
-    def represent(self, embedded: jax.Array, mask: jax.Array) -> jax.Array:
+    def represent(
+        self, embedded: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
+    ) -> Float32[Array, "B T D"]:
         """What LLM-to-SLM takes from an LLM of this family: the encoder's output."""
         return self.encode(embedded, mask)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
         if self.config.tied_head:
             scale = self.config.width**-0.5 if self.config.scaled_head else 1.0
             return self.token_embedding.attend(x * scale)
@@ -320,39 +152,41 @@ class T5(nn.Module):
 
     def decode(
         self,
-        decoder_ids: jax.Array,
-        hidden: jax.Array,
-        mask: jax.Array,
+        decoder_ids: Int[AnyArray, "B S"],
+        hidden: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """decoder_ids int32 [B, S] (already shifted right), encoder output -> logits [B, S, V]."""
+    ) -> Float32[Array, "B S V"]:
+        """Logits, from decoder_ids that are already shifted right and the encoder's output."""
         return self._logits(self.decoder(self.embed(decoder_ids), hidden, mask, deterministic))
 
     def __call__(
         self,
-        prompt_ids: jax.Array,
-        prompt_mask: jax.Array,
-        decoder_ids: jax.Array,
+        prompt_ids: Int[AnyArray, "B T"],
+        prompt_mask: Bool[AnyArray, "B T"],
+        decoder_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """int32 [B, T], bool [B, T], int32 [B, S] (shifted right) -> float32 logits [B, S, V]."""
+    ) -> Float32[Array, "B S V"]:
+        """Logits; decoder_ids are already shifted right."""
         hidden = self.encode(self.embed(prompt_ids), prompt_mask, deterministic)
         return self.decode(decoder_ids, hidden, prompt_mask, deterministic)
 
     def score(
         self,
-        hidden: jax.Array,
-        mask: jax.Array,
-        response_ids: jax.Array,
+        hidden: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        response_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> jax.Array:
-        """As `decode`, of response_ids int32 [B, S] that are not shifted yet."""
+    ) -> Float32[Array, "B S V"]:
+        """As `decode`, of response_ids that are not shifted yet."""
         start = jnp.full_like(response_ids[:, :1], self.config.decoder_start_id)
         decoder_ids = jnp.concatenate([start, response_ids[:, :-1]], axis=1)
         return self.decode(decoder_ids, hidden, mask, deterministic)
 
-    def empty_cache(self, hidden: jax.Array, mask: jax.Array, length: int) -> DecoderCache:
-        """Encoder output [B, T, D] under bool mask [B, T] -> a cache for `length` tokens."""
+    def empty_cache(
+        self, hidden: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], length: int
+    ) -> DecoderCache:
+        """Encoder output -> a cache for `length` tokens."""
         c = self.config
         empty = empty_key_value(hidden.shape[0], c.num_heads, length, c.head_width, c.dtype)
         return place(
@@ -365,14 +199,16 @@ class T5(nn.Module):
         )
 
     def prefill(
-        self, hidden: jax.Array, mask: jax.Array, max_steps: int
-    ) -> tuple[jax.Array, DecoderCache]:
-        """Encoder output -> (float32 logits [B, V] of the first token, cache for more steps)."""
+        self, hidden: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], max_steps: int
+    ) -> tuple[Float32[Array, "B V"], DecoderCache]:
+        """Encoder output -> (logits of the first token, cache for `max_steps` more)."""
         start = jnp.full(mask.shape[:1], self.config.decoder_start_id, jnp.int32)
         return self.step(start, self.empty_cache(hidden, mask, max_steps + 1))
 
-    def step(self, token: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
-        """int32 [B] -> (float32 logits [B, V] of the next token, the cache with this one in)."""
+    def step(
+        self, token: Int32[Array, " B"], cache: DecoderCache
+    ) -> tuple[Float32[Array, "B V"], DecoderCache]:
+        """(logits of the next token, the cache with this one in)."""
         x, cache = self.decoder.step(self.embed(token[:, None]), cache)
         return self._logits(x)[:, 0], cache
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float32, Int
+
+from l2s_jax.cluster.sharding import AnyArray
 
 
 def cross_entropy(
-    logits: jax.Array, targets: jax.Array, mask: jax.Array, label_smoothing: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
+    logits: Float32[AnyArray, "B S V"],
+    targets: Int[AnyArray, "B S"],
+    mask: Bool[AnyArray, "B S"],
+    label_smoothing: float = 0.0,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of the loss in nats over the tokens where `mask` is true, and their number.
 
-    logits float32 [B, S, V], targets int32 [B, S], mask bool [B, S] -> two float32 scalars. Sums,
-    so that a caller adds them over devices and microbatches and divides once. Label smoothing puts
-    that share of the target on the uniform distribution (Szegedy et al. 2016).
+    Sums, so that a caller adds them over devices and microbatches and divides once. Label smoothing
+    puts that share of the target on the uniform distribution (Szegedy et al. 2016).
     """
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
     if label_smoothing:
@@ -23,8 +28,12 @@ def cross_entropy(
     return jnp.sum(loss * mask), jnp.sum(mask, dtype=jnp.float32)
 
 
-def correct_tokens(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """How many tokens where `mask` is true have the largest logit: float32 scalar."""
+def correct_tokens(
+    logits: Float32[AnyArray, "B S V"],
+    targets: Int[AnyArray, "B S"],
+    mask: Bool[AnyArray, "B S"],
+) -> Float32[Array, ""]:
+    """How many tokens where `mask` is true have the largest logit."""
     # Comparing with the maximum is several times faster on CPU than an argmax.
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum((target_logits >= jnp.max(logits, axis=-1)) & mask, dtype=jnp.float32)

@@ -12,22 +12,23 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.models.systems import Params, System
+from l2s_jax.models.systems import Batch, Params, System
 from l2s_jax.training import losses, optim
 from l2s_jax.training.flops import training_flops
 
 
 @struct.dataclass
 class TrainState:
-    """All that training changes. The frozen LLM is not in it.
+    """All that training changes, in arrays or their shapes or shardings; the frozen LLM is not.
 
     average: exponential moving average of params, which is what a run returns; None without one.
     """
 
-    step: jax.Array
+    step: Any
     params: Params
     opt_state: optax.OptState
     average: Params | None
@@ -62,10 +63,10 @@ def batch_loss(
     system: System,
     params: Params,
     frozen: Params,
-    batch: Mapping[str, jax.Array],
-    dropout_key: jax.Array | None,
+    batch: Batch,
+    dropout_key: Key[Array, ""] | None,
     label_smoothing: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Sum of the loss over a batch's response tokens, and sums of what is reported."""
     logits = system.logits(params, frozen, batch, dropout_key)
     targets, mask = batch["response_ids"], batch["response_mask"]
@@ -77,13 +78,13 @@ def batch_loss(
 def train_step(
     state: TrainState,
     frozen: Params,
-    batch: Mapping[str, jax.Array],
+    batch: Batch,
     *,
     system: System,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     seed: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update. The gradient is that of the mean loss over the whole batch's response tokens.
 
     With `accumulation` A the batch is taken in A parts of every A-th row, one after another.

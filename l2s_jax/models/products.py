@@ -1,0 +1,162 @@
+"""Products, in the dtypes, orders and layouts that each backend wants.
+
+What they compute is plain; layers.py calls them where its mathematics has a product. Letters as
+there, and G groups of heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from l2s_jax.cluster.sharding import AnyArray, program_mesh
+
+# Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if
+# the axis that is summed over is in blocks of so many, whose products are added up. More rows take
+# longer so.
+SPLIT_K = 128
+
+
+def product(
+    spec: str,
+    x: Float[AnyArray, " ..."],
+    y: Float[AnyArray, " ..."] | qwix.QArray,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+) -> Float[Array, " ..."]:
+    """`jnp.einsum(spec, x, y)` of both cast to `dtype`, summed and given in `out_dtype`.
+
+    The gradient is of products in that one dtype too: by itself JAX would multiply a float32
+    gradient by bfloat16 weights, for which GPUs have no fast product. A quantized `y` stays as it
+    is, and its scales are multiplied in afterwards.
+    """
+    x = x.astype(dtype)
+    if isinstance(y, qwix.QArray):
+        return qwix.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(out_dtype)
+    return _product(spec, x, y.astype(dtype), out_dtype)
+
+
+# JAX hands constants to a function with a gradient of its own as arrays of a kind of its own.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(spec: str, x: Any, y: Any, out_dtype: DTypeLike) -> jax.Array:
+    def sum_in(dtype: DTypeLike, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x, y, preferred_element_type=dtype).astype(out_dtype)
+
+    if x.dtype == out_dtype == jnp.float32:
+        return sum_in(jnp.float32, x, y)
+    # XLA's CPU backend has no fast product that gives bfloat16.
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        cpu=functools.partial(sum_in, jnp.float32),
+        default=functools.partial(sum_in, out_dtype),
+    )
+
+
+def _product_forward(
+    spec: str, x: Any, y: Any, out_dtype: DTypeLike
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    return _product(spec, x, y, out_dtype), (x, y)
+
+
+def _product_backward(
+    spec: str, out_dtype: DTypeLike, factors: tuple[Any, Any], gradient: jax.Array
+) -> tuple[jax.Array, ...]:
+    _, transpose = jax.vjp(functools.partial(jnp.einsum, spec), *factors)
+    return transpose(gradient.astype(factors[0].dtype))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def by_kernel(
+    x: Float[Array, "*rows D"],
+    kernel: Float[AnyArray, "D F"] | qwix.QArray,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+) -> Float[Array, "*rows F"]:
+    """`x @ kernel`, as `product`.
+
+    One float32 row is summed in blocks on a CPU (`SPLIT_K`).
+    """
+
+    def whole(x: jax.Array, kernel: AnyArray | qwix.QArray) -> jax.Array:
+        return product("...d,df->...f", x, kernel, dtype, out_dtype)
+
+    def split_k(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        features = kernel.shape[1]
+        blocks = x.reshape(-1, SPLIT_K), kernel.reshape(-1, SPLIT_K, features)
+        sums = product("kd,kdf->kf", *blocks, jnp.float32, jnp.float32)
+        return sums.sum(0).astype(out_dtype).reshape(*x.shape[:-1], features)
+
+    if _has_split_k(x, kernel, dtype):
+        return jax.lax.platform_dependent(x, kernel, cpu=split_k, default=whole)
+    return whole(x, kernel)
+
+
+def _has_split_k(x: jax.Array, kernel: AnyArray | qwix.QArray, dtype: DTypeLike) -> bool:
+    return (
+        jnp.dtype(dtype) == jnp.float32
+        and not isinstance(kernel, qwix.QArray)
+        and x.size == x.shape[-1]
+        and x.size > SPLIT_K
+        and x.size % SPLIT_K == 0
+        # The blocks need not be where a mesh splits the kernel.
+        and program_mesh() is None
+    )
+
+
+def by_table(
+    x: Float[Array, "*B T D"], table: Float[AnyArray, "V D"] | qwix.QArray, dtype: DTypeLike
+) -> Float32[Array, "*B T V"]:
+    """`x @ table.T`, as `product`."""
+
+    def rows_first(x: jax.Array, table: AnyArray | qwix.QArray) -> jax.Array:
+        return product("...d,vd->...v", x, table, dtype, jnp.float32)
+
+    def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
+        return jnp.moveaxis(product("vd,...d->v...", table, x, dtype, jnp.float32), 0, -1)
+
+    if x.shape[-2] > 1 or isinstance(table, qwix.QArray):
+        return rows_first(x, table)
+    # XLA's CPU backend takes up to twice as long for one step of several rows by a table that is
+    # the second factor and has the summed axis last.
+    return jax.lax.platform_dependent(x, table, cpu=table_first, default=rows_first)
+
+
+def by_keys(
+    query: Float[Array, "B N Q H"], key: Float[Array, "B G K H"]
+) -> Float32[Array, "B N Q K"]:
+    """Scores; each of the keys is for N/G heads."""
+    rows, heads, queries, _ = query.shape
+    query = _in_groups(query, key.shape[1])
+    # XLA's CPU backend multiplies [M, K] by [K, N] and first transposes what comes otherwise: for
+    # one query, the cache at every step. So the keys are the first factor then, the values always
+    # the second. `einsum` keeps that order only if the result's letters have it too.
+    if queries == 1:
+        scores = jnp.einsum(
+            "bgkh,bgrqh->bgkrq", key, query, preferred_element_type=jnp.float32
+        ).transpose(0, 1, 3, 4, 2)
+    else:
+        scores = jnp.einsum("bgrqh,bgkh->bgrqk", query, key, preferred_element_type=jnp.float32)
+    return scores.reshape(rows, heads, queries, -1)
+
+
+def by_values(
+    weights: Float[Array, "B N Q K"], value: Float[Array, "B G K H"]
+) -> Float[Array, "B Q N*H"]:
+    """What the weights make of the values, each of which is for N/G heads."""
+    rows, _, queries, _ = weights.shape
+    weights = _in_groups(weights, value.shape[1])
+    mixed = jnp.einsum("bgrqk,bgkh->bgrqh", weights, value).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(rows, queries, -1)
+
+
+def _in_groups(x: Float[Array, "B N Q X"], groups: int) -> Float[Array, "B G N//G Q X"]:
+    return x.reshape(x.shape[0], groups, -1, *x.shape[2:])

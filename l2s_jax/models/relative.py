@@ -1,0 +1,51 @@
+"""Relative positions (Raffel et al. 2020, arXiv 1910.10683). Letters as in layers.py."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float32, Int, Int32
+
+from l2s_jax.models.layers import Initializer
+
+
+def bucket_table(num_buckets: int, max_distance: int) -> Int32[np.ndarray, " {max_distance}+1"]:
+    """Bucket of each distance 0..max_distance; farther ones share the last.
+
+    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`
+    (section 2.1 of the T5 paper). Computed in float32, as the reference implementations do.
+    """
+    exact = num_buckets // 2
+    distance = np.arange(max_distance + 1)
+    with np.errstate(divide="ignore"):
+        position = np.log(distance.astype(np.float32) / np.float32(exact))
+    position = position / np.float32(np.log(max_distance / exact)) * np.float32(num_buckets - exact)
+    far = exact + np.maximum(position, 0).astype(np.int32)
+    return np.where(distance < exact, distance, np.minimum(far, num_buckets - 1)).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    """Attention bias from the distance between key and query, one number per bucket and head."""
+
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
+    initializer: Initializer
+
+    @nn.compact
+    def __call__(
+        self, query_positions: Int[Array, " Q"], key_positions: Int[Array, " K"]
+    ) -> Float32[Array, "1 N Q K"]:
+        """The bias of all rows."""
+        shape = (self.num_buckets, self.num_heads)
+        embedding = self.param("embedding", self.initializer, shape, jnp.float32)
+        ahead = key_positions[None, :] - query_positions[:, None]
+        one_sided = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
+        table = jnp.asarray(bucket_table(one_sided, self.max_distance))
+        bucket = table[jnp.minimum(distance, self.max_distance)]
+        if self.bidirectional:
+            bucket = bucket + one_sided * (ahead > 0)
+        return jnp.take(embedding, bucket, axis=0).astype(jnp.float32).transpose(2, 0, 1)[None]
