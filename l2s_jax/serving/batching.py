@@ -27,6 +27,14 @@ class Batch(NamedTuple):
     seeds: np.ndarray
 
 
+class Progress(NamedTuple):
+    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    done: np.ndarray
+
+
 def batches(
     prompts: Sequence[str],
     seeds: Sequence[int],

@@ -18,7 +18,7 @@ from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.systems import Params, System
-from l2s_jax.serving.batching import Batch, batches, buckets, check_lengths
+from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -270,7 +270,7 @@ class Generator:
         search: Search,
         mismatched: bool,
         ended: Callable[[], Sequence[bool]],
-    ) -> Iterator[_Progress]:
+    ) -> Iterator[Progress]:
         """What has been decoded after each chunk; `ended` says which of the first rows have said
         enough.
         """
@@ -281,7 +281,7 @@ class Generator:
                 self.system, *weights, *self._put(batch), mismatched=mismatched, **settings
             )
         while True:
-            progress = _Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
+            progress = Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
             yield progress
             told = ended()
             stopped = np.zeros(len(batch.limits), bool)
@@ -345,11 +345,3 @@ def _output_of(fields: Sequence[Any]) -> Output:
     """An Output from what JSON made of it."""
     *own, others = fields
     return Output(*own, tuple(map(_output_of, others)))
-
-
-class _Progress(NamedTuple):
-    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    done: np.ndarray
