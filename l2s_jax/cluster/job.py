@@ -269,10 +269,10 @@ def _described(error: BaseException) -> tuple[str, int]:
         return f"{type(error).__name__}: {message}", 1
     if late := _MISSING.search(str(error)):
         return f"process {late[3].split()[0]} did not come within {_barrier_s} s", LOST
-    if found := re.search(r"[Tt]ask:? (\d+)", message):
-        return f"process {found[1]} of the job was lost; {CONTINUES}", LOST
-    if "coordination service" in message:
+    if "RPC to coordination service" in message:
         return _SERVICE_LOST, LOST
+    if found := re.search(r"Task:? (\d+)", message):
+        return f"process {found[1]} of the job was lost; {CONTINUES}", LOST
     # A collective failed. Who watches will know which process it was, and end this one.
     time.sleep(_heartbeat_s + 5)
     return f"a process of the job, or the way to it, was lost ({message}); {CONTINUES}", LOST
