@@ -55,15 +55,17 @@ def test_a_finished_workdir_evaluates_as_it_did(old, capfd):
     assert not list(workdir.glob("*.old*"))
 
 
-def test_a_finished_workdir_is_found_again_by_its_config(old, capfd):
+def test_a_finished_workdir_is_found_again_by_its_config(old, caplog):
+    caplog.set_level("INFO")
     models = state_of(old / "finished", "*/model/*.safetensors", "*/metrics.jsonl")
     assert tiny.run("--config=config.py", "--workdir=finished") == 0
-    assert "training on" not in capfd.readouterr().err
+    assert "training on" not in caplog.text
     assert state_of(old / "finished", "*/model/*.safetensors", "*/metrics.jsonl") == models
     assert not list((old / "finished").glob("*.old*"))
 
 
-def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd):
+def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd, caplog):
+    caplog.set_level("INFO")
     done = ("llm/model/*.safetensors", "slm/model/*.safetensors", "llm/metrics*")
     before = state_of(old / "interrupted", *done)
     labels = lines_of(old / "interrupted/labels/train-00000.jsonl")
@@ -74,7 +76,7 @@ def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd):
     assert states[5:] == [["l2s", "begun"], ["evaluation", "waiting"]]
     assert tiny.run("--config=config.py", "--workdir=interrupted", *OWN) == 0
     assert state_of(old / "interrupted", *done) == before
-    told = capfd.readouterr().err
+    told = caplog.text
     assert "labels: of version 0.1, which did not record the content of its data" in told
     keyed = lines_of(old / "interrupted/labels/train-00000.jsonl")
     assert [line["response"] for line in keyed] == [line["response"] for line in labels]
