@@ -26,13 +26,8 @@ BARRIER_SECONDS = 7 * 24 * 3600
 
 _numbers = itertools.count()
 _exchanges = itertools.count()
-_barrier_s = BARRIER_SECONDS
-
-
-def wait_at_most(seconds: int) -> None:
-    """How long this process waits, from now on, for one that is late."""
-    global _barrier_s
-    _barrier_s = seconds
+# How long this process waits for one that is late; a job may say otherwise.
+barrier_s = BARRIER_SECONDS
 
 
 def is_primary() -> bool:
@@ -43,7 +38,7 @@ def is_primary() -> bool:
 def barrier(name: str) -> None:
     """Waits until all processes are here; needs no device."""
     if client := runtime.global_state.client:
-        client.wait_at_barrier(f"l2s_jax/{next(_numbers)} {name}", _barrier_s * 1000)
+        client.wait_at_barrier(f"l2s_jax/{next(_numbers)} {name}", barrier_s * 1000)
 
 
 def exchange(value: Any) -> list[Any]:

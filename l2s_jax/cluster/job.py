@@ -27,13 +27,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from l2s_jax.cluster.distributed import (
-    BARRIER_SECONDS,
-    barrier,
-    check_same,
-    runtime,
-    wait_at_most,
-)
+from l2s_jax.cluster import distributed
+from l2s_jax.cluster.distributed import BARRIER_SECONDS, barrier, check_same, runtime
 
 jaxlib: Any = importlib.import_module("jaxlib._jax")  # has no types
 
@@ -50,7 +45,7 @@ _LOST_PEER = re.compile(
     r"(UNKNOWN: Gloo|INTERNAL: (NCCL|Barrier)|(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):)"
 )
 _MISSING = re.compile(r"barrier: (\d+)/(\d+).*task names:\s+([\d\s]+)", re.DOTALL)
-_barrier_s, _heartbeat_s = BARRIER_SECONDS, HEARTBEAT_SECONDS
+_heartbeat_s = HEARTBEAT_SECONDS
 _ending, _leaving = threading.Lock(), threading.Event()
 
 
@@ -185,9 +180,8 @@ def job(
     Raises:
       ValueError: the numbers fit no job, or not all processes come together.
     """
-    global _barrier_s, _heartbeat_s
-    _barrier_s, _heartbeat_s = barrier_s, heartbeat_s
-    wait_at_most(barrier_s)
+    global _heartbeat_s
+    _heartbeat_s, distributed.barrier_s = heartbeat_s, barrier_s
     state = runtime.global_state
     method = _method(coordinator, num_processes, process_id, detect)
     if method is None:
@@ -268,7 +262,7 @@ def _described(error: BaseException) -> tuple[str, int]:
         traceback.print_exception(error)
         return f"{type(error).__name__}: {message}", 1
     if late := _MISSING.search(str(error)):
-        return f"process {late[3].split()[0]} did not come within {_barrier_s} s", LOST
+        return f"process {late[3].split()[0]} did not come within {distributed.barrier_s} s", LOST
     if "RPC to coordination service" in message:
         return _SERVICE_LOST, LOST
     if found := re.search(r"Task:? (\d+)", message):
