@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints.files import content_hash, hashed_files
 from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
+from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
+from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -65,11 +67,24 @@ class Context:
         """All examples of a split."""
         return self.task.examples(split)
 
+    def tokenized(
+        self, examples: Sequence[Example], prompts: Tokenizer, responses: Tokenizer
+    ) -> TokenizedExamples:
+        """Token ids of examples, by the tokenizers of their prompts and responses."""
+        return TokenizedExamples(
+            examples,
+            prompt_tokenizer=prompts,
+            response_tokenizer=responses,
+            max_prompt_tokens=self.config.max_prompt_tokens,
+            max_response_tokens=self.config.max_response_tokens,
+        )
+
     def first(self, split: str, limit: int) -> Sequence[Example]:
         """The first `limit` examples of a split; all of them where it is 0."""
         examples = self.examples(split)
         return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
 
+    @functools.cache  # noqa: B019  every stage asks; TFDS takes a while to say where its files are
     def content(self, split: str, *, responses: bool = True, limit: int = 0) -> str | None:
         """Hash of a split's prompts, and responses, as read; None where that is not known.
 

@@ -7,6 +7,7 @@ hash of a prompt's ids: every run and split that has the same prompt finds it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -110,7 +111,7 @@ def cached(
     directory = os.path.join(cache, fingerprint(facts)[:32])
     store, lengths = FeatureFiles(directory), data.prompt_lengths
     mean_bytes = max(2 * width * int(lengths.sum()) // len(data), 1)
-    encoders: list[Encode] = []
+    encoder = functools.cache(make_encoder)
     bar = tqdm(desc=f"features of {split}", disable=True)
 
     def announce(missing: list[int]) -> None:
@@ -124,7 +125,6 @@ def cached(
             len(set(data.prompt_keys)),
             directory,
         )
-        encoders.append(make_encoder())
         bar = tqdm(
             total=len(missing),
             desc=f"features of {split}",
@@ -134,7 +134,7 @@ def cached(
 
     def make(places: list[int], own: bool) -> list[np.ndarray] | None:
         rows: dict[int, np.ndarray] = {}
-        for indices, hidden in _encoded(data, np.array(places), encoders[0], buckets, batch_size):
+        for indices, hidden in _encoded(data, np.array(places), encoder(), buckets, batch_size):
             bar.update(len(indices))
             if own:
                 for index, row in zip(indices, np.asarray(hidden), strict=False):

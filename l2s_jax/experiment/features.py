@@ -49,14 +49,8 @@ class FeatureStage(Stage):
         return self.cache
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
-        config, tokenizer = self.context.config, self._llm.prompts.tokenizer
-        return TokenizedExamples(
-            examples,
-            prompt_tokenizer=tokenizer,
-            response_tokenizer=tokenizer,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_response_tokens=config.max_response_tokens,
-        )
+        tokenizer = self._llm.prompts.tokenizer
+        return self.context.tokenized(examples, tokenizer, tokenizer)
 
     def put_into(self, **splits: TokenizedExamples) -> None:
         """Has the batches of these splits hold H; what is missing is computed first."""

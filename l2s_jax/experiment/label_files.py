@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import glob
 import hashlib
 import json
@@ -126,15 +127,13 @@ def label(
     prompts = [example.prompt for example in examples]
     keys = keys_of(prompts, sampled=seed is not None)
     store = LabelFiles(directory)
-    generators: list[Any] = []
+    generator = functools.cache(lambda: make_generator())
 
     def make(places: list[int], own: bool) -> list[str]:
-        if not generators:
-            generators.append(make_generator())
         settings: dict[str, Any] = {"description": f"labels {places[0]} to {places[-1]}"}
         if seed is not None:
             settings["seeds"] = [seed_of(seed, place) for place in places]
-        outputs = generators[0].generate([prompts[i] for i in places], **settings)
+        outputs = generator().generate([prompts[i] for i in places], **settings)
         return [output.text for output in outputs]
 
     def announce(missing: list[int]) -> None:

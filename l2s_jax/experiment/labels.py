@@ -13,6 +13,7 @@ from l2s_jax.experiment import label_files
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.experiment.workdir import is_old
 
 
 class LabelStage(RecordedStage):
@@ -62,7 +63,7 @@ class LabelStage(RecordedStage):
     def _labelled(self) -> tuple[int, int]:
         """(prompts that have a label, prompts)."""
         store, keys = label_files.LabelFiles(self.record.directory), self._keys()
-        if self.record.is_old():
+        if is_old(self.record.read() or {}):
             return min(store.count(), len(keys)), len(keys)
         return len(set(keys) & store.keys(store.files())), len(set(keys))
 

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from l2s_jax.experiment.context import Context
-from l2s_jax.experiment.workdir import Record, only_longer
+from l2s_jax.experiment.workdir import Record, changes, is_old, only_longer
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class RecordedStage(Stage):
             self.make()
         return directory
 
+    @functools.cache  # noqa: B019  stages that need this one ask too
     def state(self) -> tuple[str, str]:
         """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
         found = self.record.read()
@@ -123,20 +124,22 @@ class RecordedStage(Stage):
         if found is None:
             return "missing", ""
         inputs = self.inputs()
-        changed = self.record.changes(inputs, self.old_inputs(), self.version)
+        changed = self._changes(found, inputs)
         if only_longer(found, inputs, changed):
             return "begun", f"goes on from {found['train']['steps']} steps"
         if changed:
             return "stale", f"{', '.join(changed)} changed"
         return ("done", "") if self.is_made() else ("begun", self.progress())
 
+    def _changes(self, found: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+        return changes(found, inputs, self.old_inputs(), self.version)
+
     def _open(self, inputs: dict[str, Any]) -> None:
         found = self.record.read()
         if found is None:
             self.record.write(inputs, self.version)
             return
-        changed = self.record.changes(inputs, self.old_inputs(), self.version)
-        old = self.record.is_old()
+        changed, old = self._changes(found, inputs), is_old(found)
         if changed and not only_longer(found, inputs, changed):
             log.info(
                 "stage %s: %s changed; what was there is kept in %s",
@@ -161,10 +164,10 @@ class RecordedStage(Stage):
 
     def _find(self, inputs: dict[str, Any]) -> None:
         directory = self.record.directory
-        if self.record.read() is None:
+        found = self.record.read()
+        if found is None:
             raise ValueError(f"{directory}: no such stage; expected the workdir of a finished run")
-        changed = self.record.changes(inputs, self.old_inputs(), self.version)
-        if changed:
+        if changed := self._changes(found, inputs):
             raise ValueError(
                 f"{directory}: made with other settings of {', '.join(changed)}; "
                 "--mode=train makes it anew"

@@ -229,13 +229,8 @@ class TrainedStage(RecordedStage):
         return lora.to_dict() if lora and lora.rank else None
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
-        return TokenizedExamples(
-            examples,
-            prompt_tokenizer=self.prompts.tokenizer,
-            response_tokenizer=self.responses.tokenizer,
-            max_prompt_tokens=self.context.config.max_prompt_tokens,
-            max_response_tokens=self.context.config.max_response_tokens,
-        )
+        tokenizers = self.prompts.tokenizer, self.responses.tokenizer
+        return self.context.tokenized(examples, *tokenizers)
 
     def _tell_of_losses(self, data: TokenizedExamples, examples: Sequence[Example]) -> None:
         """What the text loses on its way to the model."""

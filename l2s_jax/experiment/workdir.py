@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -21,8 +20,6 @@ from l2s_jax.files import plain, read_json, write_json
 from l2s_jax.settings.declare import read
 from l2s_jax.settings.moved import upgraded
 from l2s_jax.settings.sections import Settings
-
-log = logging.getLogger(__name__)
 
 _RECORD = "stage.json"
 # Keys of a record that are no inputs.
@@ -44,7 +41,6 @@ class Record:
     """
 
     def __init__(self, workdir: str, name: str):
-        self.name = name
         self.directory = os.path.join(workdir, name)
         self._path = os.path.join(self.directory, _RECORD)
 
@@ -57,40 +53,15 @@ class Record:
         """The name of the run, hex."""
         return str(read_json(self._path)[_RUN])
 
-    def changes(self, inputs: Mapping[str, Any], old: Mapping[str, Any], version: int) -> list[str]:
-        """Names of what is recorded otherwise; all of it where there is no record.
-
-        Inputs that are None are unknown here, and are taken as found.
-
-        Args:
-          inputs: of the stage, as they are now.
-          old: inputs that only version 0.1 recorded.
-          version: of the stage's code.
-        """
-        found = self.read()
-        if found is None:
-            return ["no record"]
-        if _VERSION not in found:
-            return _differences(found, plain({**inputs, **old}), common=True)
-        changed = _differences(
-            {k: v for k, v in found.items() if k not in (_VERSION, _RUN)}, plain(inputs)
-        )
-        return changed if found[_VERSION] == version else ["the code", *changed]
-
-    def is_old(self) -> bool:
-        """Whether version 0.1 wrote it."""
-        found = self.read()
-        return found is not None and _VERSION not in found
-
     def write(self, inputs: Mapping[str, Any], version: int) -> None:
         """Records inputs; the run stays the one that it was."""
         found = self.read()
         if found is None:
             run = uuid.uuid4().hex
-        elif _VERSION in found:
-            run = found[_RUN]
-        else:
+        elif is_old(found):
             run = fingerprint(found)  # what the checkpoints of version 0.1 say
+        else:
+            run = found[_RUN]
         os.makedirs(self.directory, exist_ok=True)
         content = {**plain(inputs), _VERSION: version, _RUN: run}
         write_json(self._path, content, sort_keys=True)
@@ -102,6 +73,32 @@ class Record:
             number += 1
         os.rename(self.directory, f"{self.directory}.old{number}")
         return f"{self.directory}.old{number}"
+
+
+def is_old(found: Mapping[str, Any]) -> bool:
+    """Whether version 0.1 wrote what a record holds."""
+    return _VERSION not in found
+
+
+def changes(
+    found: Mapping[str, Any], inputs: Mapping[str, Any], old: Mapping[str, Any], version: int
+) -> list[str]:
+    """Names of what a record holds otherwise.
+
+    Inputs that are None are unknown here, and are taken as found.
+
+    Args:
+      found: what the record holds.
+      inputs: of the stage, as they are now.
+      old: inputs that only version 0.1 recorded.
+      version: of the stage's code.
+    """
+    if is_old(found):
+        return _differences(found, plain({**inputs, **old}), common=True)
+    changed = _differences(
+        {k: v for k, v in found.items() if k not in (_VERSION, _RUN)}, plain(inputs)
+    )
+    return changed if found[_VERSION] == version else ["the code", *changed]
 
 
 def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: list[str]) -> bool:
