@@ -376,7 +376,8 @@ def test_decoding_compiles_once_per_shape():
         seen = len(Traced.traces)
         make().generate([prompt.replace("5", "4") for prompt in prompts])
         assert len(Traced.traces) == seen
-    assert set(Traced.traces) == {(1, 6), (1, LONGEST), (2, 6), (2, LONGEST)}
+    # A batch that is not full is filled up: it takes the program of whole batches.
+    assert set(Traced.traces) == {(2, 6), (2, LONGEST)}
 
 
 def computations_per_token(hlo):
