@@ -21,5 +21,8 @@ for flag in (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l2s_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Nobody means a [D] to be added to a [B, D] by leaving out an axis.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
 # Before a test imports them.
 install_import_hook(["l2s_jax.models", "l2s_jax.decoding", "l2s_jax.training"], "shapes.checked")

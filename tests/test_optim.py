@@ -153,7 +153,7 @@ def test_clipping_is_by_the_global_norm():
     clip = optimizer(config_of(clip_norm=1.0, schedule="constant"), PARAMS)
     first_moments = clip.update(gradients, clip.init(PARAMS), PARAMS)[1]
     mu = optax.tree_utils.tree_get(first_moments, "mu")
-    assert float(optax.global_norm(mu)) == pytest.approx(0.1, rel=1e-5)
+    assert float(optax.tree.norm(mu)) == pytest.approx(0.1, rel=1e-5)
 
 
 def test_patterns_match_whole_paths():

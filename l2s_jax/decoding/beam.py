@@ -115,7 +115,7 @@ def beam_search(
         at_limit = (count >= limits)[:, None]
         eos = token == eos_id
         ends = eos | at_limit
-        ended = ends & (jnp.arange(2 * beams) < beams) & state.open[:, None]
+        ended = ends & (jnp.arange(2 * beams) < beams)[None] & state.open[:, None]
         shape = token.shape
         best = _best(
             state.best,
@@ -162,7 +162,7 @@ def beam_search(
         open=limits > 0,
         tokens=none,
         # All beams of a row are the same as yet: only the first may be continued.
-        scores=jnp.where(jnp.arange(beams) == 0, 0.0, _OUT) + jnp.zeros((rows, 1)),
+        scores=jnp.where(jnp.arange(beams) == 0, 0.0, _OUT)[None] + jnp.zeros((rows, 1)),
         history=None if history is None else history.repeat(beams),
         best=_Finished(
             tokens=none,

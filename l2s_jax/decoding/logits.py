@@ -49,7 +49,7 @@ class History:
     def valid(self) -> Bool[Array, "L B"]:
         """Where tokens are."""
         positions = jnp.arange(self.tokens.shape[0])[:, None]
-        return (positions >= self.start) & (positions < self.end)
+        return (positions >= self.start[None]) & (positions < self.end)
 
 
 def history_of(ids: Int[AnyArray, "B P"], mask: Bool[AnyArray, "B P"], capacity: int) -> History:
@@ -110,7 +110,7 @@ def _ban_repeated_ngrams(
     suffix = jnp.clip(history.end - (size - 1) + jnp.arange(size - 1), 0)
     matches = valid[:windows] & valid[size - 1 :]
     for offset in range(size - 1):
-        matches &= tokens[offset : offset + windows] == tokens[suffix[offset]]
+        matches &= tokens[offset : offset + windows] == tokens[suffix[offset]][None]
     return jnp.where(_mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
 
 

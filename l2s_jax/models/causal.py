@@ -141,7 +141,7 @@ class CausalModel(nn.Module):
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
         x = split_rows(x)
         slots = jnp.arange(x.shape[1])
-        visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])
+        visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])[None]
         biases, which = _biases(c.windows, visible, positions, positions)
         if c.scan_layers and len(biases) > 1:
             biases = jnp.stack(biases)
@@ -246,7 +246,7 @@ class CausalModel(nn.Module):
         return self._logits(_last_real(x, mask))[:, 0], cache
 
     def step(
-        self, token: Int32[Array, " B"], cache: CausalCache
+        self, token: Int[AnyArray, " B"], cache: CausalCache
     ) -> tuple[Float32[Array, "B V"], CausalCache]:
         """(logits of the next token, the cache with this one in)."""
         position = cache.next_position[:, None]

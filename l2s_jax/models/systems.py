@@ -149,7 +149,7 @@ class LanguageModel:
         return self._apply(trained, hidden, mask, max_steps, method="prefill")
 
     def step(
-        self, trained: Params, token: Int32[Array, " B"], cache: Any
+        self, trained: Params, token: Int[AnyArray, " B"], cache: Any
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
@@ -286,7 +286,7 @@ class LlmToSlm:
         return self._apply(trained, ids, mask, hidden, embedded, max_steps, method="prefill")
 
     def step(
-        self, trained: Params, token: Int32[Array, " B"], cache: Any
+        self, trained: Params, token: Int[AnyArray, " B"], cache: Any
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")

@@ -6,9 +6,8 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -16,12 +15,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed, sharding
-from l2s_jax.models.systems import Params, System
+from l2s_jax.models.systems import Params
 from l2s_jax.training import optim
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.meter import Meter
 from l2s_jax.training.progress import MetricWriter, NoWriter
 from l2s_jax.training.update import (
+    Trainable,
     TrainState,
     abstract_state,
     batch_loss,
@@ -30,6 +30,23 @@ from l2s_jax.training.update import (
     state_shardings,
     step_flops,
 )
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Endless batches, and where in them a run is."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        """The next batch, of the rows of this process."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `get_state` was called."""
+        ...
 
 
 def validation_scores(
@@ -54,12 +71,12 @@ def validation_scores(
 
 
 def fit(
-    system: System,
+    system: Trainable,
     frozen: Params,
     params: Params,
     config: ConfigDict,
     *,
-    batches: grain.DatasetIterator,
+    batches: Batches,
     validation: Iterable[Mapping[str, np.ndarray]],
     directory: str,
     fingerprint: str,

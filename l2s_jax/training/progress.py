@@ -1,12 +1,14 @@
 """Where a run's numbers go: a progress bar, a JSONL file and TensorBoard."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -78,7 +80,7 @@ class MetricWriter:
         self._tensorboard.close()
         self._jsonl.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -97,7 +99,7 @@ class NoWriter:
     def advance(self, step: int) -> None:
         """Nothing."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> NoWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:

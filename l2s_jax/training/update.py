@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,24 @@ from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.models.systems import Batch, Params, System
+from l2s_jax.models.systems import Batch, Params
 from l2s_jax.training import losses, optim
 from l2s_jax.training.flops import training_flops
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What training asks of a system, LoRA's among them."""
+
+    def logits(
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "B S V"]:
+        """Teacher-forced logits of the response."""
+        ...
 
 
 @struct.dataclass
@@ -60,7 +75,7 @@ def state_shardings(
 
 
 def batch_loss(
-    system: System,
+    system: Trainable,
     params: Params,
     frozen: Params,
     batch: Batch,
@@ -80,7 +95,7 @@ def train_step(
     frozen: Params,
     batch: Batch,
     *,
-    system: System,
+    system: Trainable,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     seed: int,
@@ -138,7 +153,7 @@ def train_step(
 
 
 def make_step(
-    system: System,
+    system: Trainable,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     seed: int,
@@ -157,7 +172,7 @@ def make_step(
 
 
 def step_flops(
-    system: System,
+    system: Trainable,
     params: Params,
     frozen: Params,
     batch: Mapping[str, Any],
