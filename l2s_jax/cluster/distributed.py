@@ -100,9 +100,9 @@ def join(
     Raises:
       ValueError: the numbers fit no job, or not all processes come together.
     """
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if any(given):
-        if not all(given):
+    given = (coordinator, num_processes, process_id)
+    if any(value is not None for value in given):
+        if coordinator is None or num_processes is None or process_id is None:
             raise ValueError(
                 "--coordinator, --num_processes and --process_id: expected all three, or none"
             )
@@ -143,7 +143,7 @@ def join(
 @contextlib.contextmanager
 def _outspoken(timeout_s: int) -> Iterator[None]:
     """Has `jax.distributed.initialize` raise an error where it would end the process."""
-    library = runtime._jax
+    library = runtime._jax  # pyright: ignore[reportPrivateImportUsage]
     serve, attend = library.get_distributed_runtime_service, library.get_distributed_runtime_client
 
     def checked(address: str, *arguments: Any, **settings: Any) -> Any:
@@ -180,7 +180,7 @@ def _reason(error: Exception, timeout_s: int) -> str:
             message += f" {status}"
     me = f"--process_id={state.process_id} of --num_processes={state.num_processes}"
     if isinstance(error, OSError):
-        message = f"process 0 cannot listen there: {os.strerror(error.errno)}"
+        message = f"process 0 cannot listen there: {os.strerror(error.errno or 0)}"
     elif found := _MISSING.search(message):
         came, count, names = int(found[1]), int(found[2]), sorted(found[3].split(), key=int)
         # JAX names two at most.
@@ -213,7 +213,8 @@ def job(
     _barrier_s, _heartbeat_s = barrier_s, heartbeat_s
     join(*arguments, heartbeat_s=heartbeat_s, **settings)
     state = runtime.global_state
-    if not state.client:
+    client = state.client
+    if not client:
         if jax.process_count() > 1:
             raise ValueError(f"one of {jax.process_count()} processes: expected --distributed")
         yield
@@ -227,13 +228,13 @@ def job(
     # Each waits at one of two barriers from now on, and comes to the other when its work is done.
     gates = ["l2s_jax/gate 0", "l2s_jax/gate 1"]
     own = gates.pop(min(state.process_id, 1))
-    _watch(lambda: state.client.wait_at_barrier(own, _FOREVER_MS))
-    _watch(lambda: state.client.blocking_key_value_get(_LAST_WORDS, _FOREVER_MS))
+    _watch(lambda: client.wait_at_barrier(own, _FOREVER_MS))
+    _watch(lambda: client.blocking_key_value_get(_LAST_WORDS, _FOREVER_MS))
     try:
         check_same({"--num_processes": state.num_processes, "jax": jax.__version__}, "")
         yield
         barrier("end")
-        state.client.wait_at_barrier(gates[0], _FOREVER_MS)
+        client.wait_at_barrier(gates[0], _FOREVER_MS)
     except BaseException as error:
         _end(*_described(error), tell=True)
     _leaving.set()
@@ -296,7 +297,7 @@ def _end(message: str, status: int, *, tell: bool = False) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     os.write(stderr, f"error: {message}\n".encode())
     state = runtime.global_state
-    if tell:
+    if tell and state.client:
         words = json.dumps([f"process {state.process_id}: {message}", status])
         teller = threading.Thread(
             target=state.client.key_value_set, args=(_LAST_WORDS, words), daemon=True

@@ -25,8 +25,7 @@ from l2s_jax.settings.search import Search
 _OUT = -1e9
 
 
-@struct.dataclass
-class Hypotheses:
+class Hypotheses(struct.PyTreeNode):
     """What a beam search gives back, N = search.num_return per row, best first.
 
     tokens: the eos included, pad_id after it.
@@ -42,15 +41,13 @@ class Hypotheses:
     scores: Float32[Array, "B N"]
 
 
-@struct.dataclass
 class _Finished(Hypotheses):
     """`there` says which of them exist; the other fields as in Hypotheses."""
 
     there: Bool[Array, "B N"]
 
 
-@struct.dataclass
-class _State:
+class _State(struct.PyTreeNode):
     """Running hypotheses are `tokens` with `scores`, log p; in `open` rows they may go on."""
 
     count: Int32[Array, ""]

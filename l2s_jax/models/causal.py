@@ -88,7 +88,7 @@ class CausalAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
-        held = new if cache is None else write_position(cache, new, index)
+        held = new if cache is None or index is None else write_position(cache, new, index)
 
         mixed = attend(
             query.astype(self.dtype),
@@ -228,7 +228,7 @@ class CausalModel(nn.Module):
         positions = token_positions(mask)
         x, held = self._run(prompt, positions, mask, True, keep=True)
 
-        def extend(slots: jax.Array, axis: int) -> jax.Array:
+        def extend(slots: AnyArray, axis: int) -> jax.Array:
             padding = [(0, 0)] * slots.ndim
             padding[axis] = (0, max_steps)
             return jnp.pad(slots, padding)

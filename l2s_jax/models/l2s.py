@@ -69,6 +69,8 @@ class L2S(nn.Module):
         if self.fusion == "add" and self.shared_vocabulary:
             projected = projected + self.slm.embed(llm_ids)
         elif self.fusion == "add":
+            if llm_embedded is None:
+                raise ValueError("fusion 'add' of two vocabularies: expected llm_embedded")
             projected = projected + self.prompt_map(llm_embedded)
         return self.slm.encode(projected, llm_mask, deterministic)
 

@@ -77,7 +77,7 @@ class Embedding(nn.Module):
         table = self.embedding
         # On a mesh a device has some columns of the table: it reads them for the rows of all that
         # have the others, and then they swap. The compiler may gather the table instead.
-        ids = constrain(ids, "data")
+        ids = constrain(jnp.asarray(ids), "data")
         if isinstance(table, qwix.QArray):
             rows, scales = (jnp.take(part, ids, axis=0) for part in (table.qvalue, table.scale))
             embedded = rows * scales.astype(jnp.float32)
