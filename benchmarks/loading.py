@@ -141,10 +141,11 @@ def load_part(directory: str, coordinator: str, processes: int, process: int) ->
     import jax.numpy as jnp
 
     from l2s_jax.checkpoints.pretrained import load_encoder
-    from l2s_jax.cluster import distributed, sharding
+    from l2s_jax.cluster import sharding
+    from l2s_jax.cluster.job import job
 
     found: dict[str, float] = {}
-    with distributed.job(coordinator, processes, process, detect=None, timeout_s=300):
+    with job(coordinator, processes, process, detect=None, timeout_s=300):
         mesh = sharding.make_mesh({"data": 1, "fsdp": processes, "tensor": 1})
 
         def run() -> object:

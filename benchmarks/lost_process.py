@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 PROCESSES = 4
 SITUATIONS = ("together", "by itself", "waiting")
@@ -28,10 +29,11 @@ def work(situation: str, coordinator: str, process: int, heartbeat_s: int) -> No
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from l2s_jax import distributed
+    from l2s_jax.cluster import distributed
+    from l2s_jax.cluster.job import job
 
     limits = {"timeout_s": 300, "heartbeat_s": heartbeat_s}
-    with distributed.job(coordinator, PROCESSES, process, detect=None, **limits):
+    with job(coordinator, PROCESSES, process, detect=None, **limits):
         multihost_utils.process_allgather(np.ones(1))
         print("working", flush=True)
         if situation == "waiting" and process:
@@ -60,18 +62,22 @@ def lose(situation: str, victim: int, heartbeat_s: int) -> None:
         for process in range(PROCESSES)
     ]
     for process in processes:
-        if process.stdout.readline() != "working\n":
-            sys.exit(process.stderr.read())
+        while process.stdout.readline() != "working\n":  # Gloo has lines of its own
+            if process.poll() is not None:
+                sys.exit(process.stderr.read())
     time.sleep(heartbeat_s)  # whenever it happens
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    for number, process in enumerate(processes):
-        # In order: each has ended by the time that is printed, or before.
+
+    def end(process: subprocess.Popen) -> tuple[float, int, str]:
         errors = process.communicate()[1].strip().splitlines()
-        seconds = time.monotonic() - killed
+        return time.monotonic() - killed, process.returncode, (errors or [""])[-1]
+
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(end, processes))
+    for number, (seconds, status, line) in enumerate(ends):
         if number != victim:
-            row = (situation, victim, number, f"{seconds:.1f}", process.returncode, errors[-1])
-            print(f"| {' | '.join(map(str, row))} |", flush=True)
+            print(f"| {situation} | {victim} | {number} | {seconds:.1f} | {status} | {line} |")
 
 
 def main() -> None:

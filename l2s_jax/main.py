@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -128,7 +129,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = config or workdirs.read_config(workdir)
-    distributed.check_same({"config": config.to_dict(), "mode": mode, "workdir": workdir}, "")
+    distributed.check_same({"config": config.to_dict(), **_given()}, "")
     if mode == "generate":
         generate_file(
             config,
@@ -160,13 +161,20 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             print(file.read())
 
 
+def _given() -> dict[str, Any]:
+    """The flags that all processes of a job have in common, but for the config."""
+    own = ("config", "process_id", "compilation_cache")
+    ours = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    return {f"--{flag.name}": flag.value for flag in ours if flag.name not in own}
+
+
 def _job() -> contextlib.AbstractContextManager[None]:
     if _MODE.value in ("plan", "status"):
         # One process does it; a plan says how many devices it has before JAX asks for them.
         return contextlib.nullcontext()
-    from l2s_jax.cluster import distributed
+    from l2s_jax.cluster.job import job
 
-    return distributed.job(
+    return job(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,

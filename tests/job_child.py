@@ -17,6 +17,7 @@ import train_child
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.files import TensorFiles
 from l2s_jax.cluster import distributed
+from l2s_jax.cluster.job import job
 from l2s_jax.cluster.paths import path_name
 from l2s_jax.experiment import feature_cache, feature_files, label_files
 
@@ -83,7 +84,7 @@ def label(directory, asked, **settings):
 
 def main(directory, seconds, coordinator, processes, process):
     limits = {"timeout_s": 300, "heartbeat_s": 10}
-    with distributed.job(coordinator, processes, process, detect=None, **limits):
+    with job(coordinator, processes, process, detect=None, **limits):
         labelled = label(f"{directory}/labels", f"{directory}/labels")
         own = f"{directory}/together/{process}"
         assert labelled == label(f"{directory}/together", own, together=True)

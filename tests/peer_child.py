@@ -8,7 +8,8 @@ import os
 import sys
 import time
 
-from l2s_jax import distributed
+from l2s_jax.cluster import distributed
+from l2s_jax.cluster.job import job
 
 
 def meet(process):
@@ -49,7 +50,7 @@ ACTIONS = {action.__name__: action for action in (meet, differ, refuse, fail, wa
 def main(coordinator, processes, process, action, join_s="60", barrier_s="600"):
     limits = {"timeout_s": int(join_s), "heartbeat_s": 6, "barrier_s": int(barrier_s)}
     try:
-        with distributed.job(coordinator, int(processes), int(process), detect=None, **limits):
+        with job(coordinator, int(processes), int(process), detect=None, **limits):
             ACTIONS[action](int(process))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

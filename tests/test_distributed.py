@@ -1,6 +1,7 @@
 """Jobs of several processes: the same results as of one, and an end of all when one ends."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -25,7 +26,8 @@ import train_child
 from safetensors.numpy import load_file
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.cluster import distributed, paths
+from l2s_jax.cluster import paths
+from l2s_jax.cluster.job import described
 from l2s_jax.experiment import feature_cache, feature_files, toy
 from l2s_jax.training import meter
 
@@ -283,39 +285,28 @@ def peers(*numbers, action="meet", limits=(60,), where=None):
     return [start([*child, *map(str, (*pair, action, *limits))]) for pair in numbers]
 
 
-def test_processes_find_each_other_in_any_order():
-    processes = peers((3, 2), (3, 1), (3, 0))
-    told = [[["from", i] for i in range(3)], {"by": 0}]
-    for process in processes:
-        output, errors = process.communicate(timeout=SECONDS)
-        assert (process.returncode, json.loads(output)) == (0, told), errors
-
-
 def test_who_is_missing_or_wrong_is_told_to_all():
-    missing = peers((4, 0), (4, 1), limits=(15,))
-    other_size = peers((2, 0), (3, 1), (3, 2), limits=(60,))
+    missing = peers((4, 0), (4, 1), limits=(20,))
+    other_size = peers((2, 0), (3, 1), (3, 2))
+    same_place = peers((3, 0), (3, 1), (3, 1), limits=(20,))
     (status, line), other = ended(missing)
     assert (status, line) == other
     assert status == 2
     assert line.startswith("error: cannot join the job: 127.0.0.1:")
-    assert line.endswith(": of 4 processes, 2 and 3 did not come within 15 s")
+    assert line.endswith(": of 4 processes, 2 and 3 did not come within 20 s")
+
     *both, (status, line) = ended(other_size)
-    expected = "--num_processes: 3 in process 1, 2 in process 0; expected the same on all processes"
+    words = "--num_processes: 3 in process 1, 2 in process 0; expected the same on all processes"
     for own in both:
-        assert (own[0], own[1].replace("process 1: --", "--").replace("process 0: --", "--")) == (
-            2,
-            f"error: {expected}",
-        )
+        assert own[0] == 2
+        assert re.fullmatch(f"error: (process [01]: )?{words}", own[1])
     assert status == 2
     assert line.endswith(": --process_id=2 of --num_processes=3: process 0 expects fewer processes")
 
-
-def test_two_that_take_the_same_place_are_not_both_in_the_job():
-    first, second, third = peers((3, 0), (3, 1), (3, 1), limits=(15,))
-    results = ended([first, second, third])
-    assert [status for status, _ in results] == [2, 2, 2]
-    assert results[0][1].endswith(": of 3 processes, 2 did not come within 15 s")
-    assert any("--process_id=1 of --num_processes=3: another" in line for _, line in results[1:])
+    (status, line), *rivals = ended(same_place)
+    assert {status, *(status for status, _ in rivals)} == {2}
+    assert line.endswith(": of 3 processes, 2 did not come within 20 s")
+    assert any("--process_id=1 of --num_processes=3: another" in line for _, line in rivals)
 
 
 STRANGERS = (
@@ -326,13 +317,13 @@ STRANGERS = (
 )
 
 
-def test_strangers_take_no_place_and_end_nothing():
+def test_processes_find_each_other_in_any_order_and_strangers_take_no_place():
     port = free_port()
     where = f"127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
-        (first,) = peers((2, 0), where=where)
+        processes = peers((3, 2), (3, 0), where=where)
         while True:
-            assert first.poll() is None
+            assert processes[1].poll() is None
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), 5).close()
                 break
@@ -341,12 +332,13 @@ def test_strangers_take_no_place_and_end_nothing():
             stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
             stranger.sendall(text)
         time.sleep(1)
-        assert first.poll() is None
-        (second,) = peers((2, 1), where=where)
-        for process in (first, second):
+        assert [process.poll() for process in processes] == [None, None]
+        processes += peers((3, 1), where=where)
+        told = [[["from", i] for i in range(3)], {"by": 0}]
+        for process in processes:
             output, errors = process.communicate(timeout=SECONDS)
             assert process.returncode == 0, errors
-            assert json.loads(output) == [[["from", 0], ["from", 1]], {"by": 0}]
+            assert json.loads(output) == told
 
 
 def test_a_port_in_use_is_one_line():
@@ -371,20 +363,35 @@ def test_what_one_process_finds_wrong_ends_all_with_its_words():
             assert re.fullmatch(f"error: (process [012]: )?{re.escape(words)}", line)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_gives_no_sign_of_life_is_lost(victim):
-    processes = peers((2, 0), (2, 1), action="wait")
-    for process in processes:
+def test_processes_with_other_flags_end_before_any_work(tmp_path):
+    config, workdir = tiny.write_task(tmp_path / "data"), tmp_path / "run"
+    command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    job = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    others = (["--config.seed=7"], [])
+    processes = [start([*command, *job, f"--process_id={i}", *others[i]]) for i in (0, 1)]
+    for status, line in ended(processes):
+        assert status == 2
+        assert line.endswith(
+            "config.seed: 0 in process 1, 7 in process 0; expected the same on all processes"
+        )
+    assert not workdir.exists()
+
+
+def test_a_process_that_gives_no_sign_of_life_is_lost():
+    jobs = [peers((2, 0), (2, 1), action="wait") for _ in range(2)]
+    for process in (*jobs[0], *jobs[1]):
         assert process.stdout.readline() == "waiting\n"
-    processes[victim].send_signal(signal.SIGSTOP)
+    for victim, job in enumerate(jobs):
+        job[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    ((status, line),) = ended([processes[1 - victim]])
-    assert time.monotonic() - stopped < 30
-    assert status == 1
-    assert line.startswith(f"error: process {victim} of the job")
-    assert "lost; the same command on all processes continues" in line
-    processes[victim].send_signal(signal.SIGCONT)
-    assert ended([processes[victim]])[0][0] == 1
+    for victim, job in enumerate(jobs):
+        ((status, line),) = ended([job[1 - victim]])
+        assert time.monotonic() - stopped < 30
+        assert status == 1
+        assert line.startswith(f"error: process {victim} of the job")
+        assert "lost; the same command on all processes continues" in line
+        job[victim].send_signal(signal.SIGCONT)
+        assert ended([job[victim]])[0][0] == 1
 
 
 def test_who_is_late_at_a_barrier_ends_all():
@@ -438,12 +445,21 @@ def test_impossible_jobs_are_refused(flags, message, capsys):
     ],
 )
 def test_what_describes_a_job_of_several(variables, finder):
-    assert distributed.described(variables) == finder
+    assert described(variables) == finder
+
+
+def test_no_job_to_be_found_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "l2s_jax.main", "--mode=evaluate", f"--workdir={tmp_path}"]
+    ((status, line),) = ended([start([*command, "--distributed"])])
+    assert status == 2
+    assert line.startswith(
+        "error: cannot join the job: JAX finds none here; expected --coordinator"
+    )
 
 
 def test_a_job_of_mpi_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setenv("PMI_SIZE", "2")
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert tiny.run("--workdir=/nonexistent", "--mode=evaluate") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: mpirun started several processes: expected the package mpi4py")

@@ -67,6 +67,11 @@ def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd):
     done = ("llm/model/*.safetensors", "slm/model/*.safetensors", "llm/metrics*")
     before = state_of(old / "interrupted", *done)
     labels = lines_of(old / "interrupted/labels/train-00000.jsonl")
+    assert tiny.run("--mode=status", "--workdir=interrupted") == 0
+    states = [line.split()[:2] for line in capfd.readouterr().out.splitlines()]
+    names = ("tokenizer", "slm_tokenizer", "llm", "labels", "slm")
+    assert states[:5] == [[name, "done"] for name in names]
+    assert states[5:] == [["l2s", "begun"], ["evaluation", "waiting"]]
     assert tiny.run("--config=config.py", "--workdir=interrupted", *OWN) == 0
     assert state_of(old / "interrupted", *done) == before
     told = capfd.readouterr().err

@@ -123,7 +123,7 @@ def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
     assert stale(copy) == []
     assert states(copy, **{"labels.source": "data", "labels.max_new_tokens": 0})["slm"] == (
         "stale",
-        "labels changed",
+        "data.train, labels changed",
     )
     validation = copy / "data/validation.jsonl"
     rewrite(validation, lambda records: records[::-1])
@@ -238,6 +238,8 @@ def test_the_status_is_printed_without_jax(job):
     )
 
 
-def test_a_stop_belongs_to_training(capfd):
+def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, capfd):
+    assert tiny.run(f"--workdir={job / 'run'}", "--until=features") == 2
+    assert "--until=features: the config has no such stage, but labels" in capfd.readouterr().err
     assert tiny.run("--workdir=nowhere", "--mode=evaluate", "--until=slm") == 2
     assert "--until=slm: expected --mode=train, not evaluate" in capfd.readouterr().err

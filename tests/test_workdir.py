@@ -2,34 +2,111 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from l2s_jax import files
 from l2s_jax.config import default, model_config
 from l2s_jax.experiment import workdir
+from l2s_jax.experiment.stage import RecordedStage
+
+
+class Made(RecordedStage):
+    """A stage whose result is its inputs."""
+
+    def __init__(self, directory, inputs, mode="make"):
+        super().__init__(SimpleNamespace(workdir=str(directory), mode=mode), "llm")
+        self.given, self.asked_to_go_on = inputs, []
+
+    def inputs(self):
+        return self.given
+
+    def old_inputs(self):
+        return {"task": "t"}
+
+    @property
+    def result(self):
+        return Path(self.record.directory, "result")
+
+    def is_made(self):
+        return self.result.exists()
+
+    def make(self):
+        self.result.write_text(json.dumps(self.given))
+
+    def progress(self):
+        return "half"
+
+    def reopen(self, steps):
+        self.asked_to_go_on.append(steps)
+        self.result.unlink()
 
 
 def test_a_stage_with_the_same_inputs_is_found_again(tmp_path):
     inputs = {"train": {"steps": 3, "buckets": ((8, 8), (16, 16))}, "seed": 0}
-    directory = workdir.open_stage(str(tmp_path), "llm", inputs)
-    (tmp_path / "llm/result").write_text("kept")
+    directory = Made(tmp_path, inputs).made()
+    run = Made(tmp_path, inputs).record.run
     again = {"seed": 0, "train": {"buckets": [[8, 8], [16, 16]], "steps": 3}}
-    assert workdir.open_stage(str(tmp_path), "llm", again) == directory
-    assert (tmp_path / "llm/result").read_text() == "kept"
+    for mode in ("make", "find"):
+        assert Made(tmp_path, again, mode).made() == directory
+    assert Made(tmp_path, again).state() == ("done", "")
+    assert Made(tmp_path, again).record.run == run
+    # What is not known here is taken as found.
+    assert Made(tmp_path, {**again, "seed": None}, "find").made() == directory
 
 
 def test_changed_inputs_move_what_was_there_aside_each_time(tmp_path, caplog):
     caplog.set_level("INFO")
-    for steps in (1, 2, 3):
-        workdir.open_stage(str(tmp_path), "llm", {"train": {"steps": steps}, "seed": 0})
+    for rate in (1, 2, 3):
+        stage = Made(tmp_path, {"train": {"rate": rate}, "seed": 0})
+        stage.open()
         assert list((tmp_path / "llm").iterdir()) == [tmp_path / "llm/stage.json"]
-        (tmp_path / "llm/result").write_text(str(steps))
-    assert (tmp_path / "llm.old1/result").read_text() == "1"
-    assert (tmp_path / "llm.old2/result").read_text() == "2"
-    assert (tmp_path / "llm/result").read_text() == "3"
-    assert "train.steps changed" in caplog.text
+        assert stage.state() == ("begun", "half")
+        stage.make()
+    for name, rate in (("llm.old1", 1), ("llm.old2", 2), ("llm", 3)):
+        assert json.loads((tmp_path / name / "result").read_text())["train"]["rate"] == rate
+    assert "train.rate changed" in caplog.text
     assert "seed" not in caplog.text
+    mended = Made(tmp_path, {"train": {"rate": 3}, "seed": 0})
+    mended.version = 2
+    assert mended.state() == ("stale", "the code changed")
+    with pytest.raises(ValueError, match=r"other settings of train\.rate; --mode=train makes"):
+        Made(tmp_path, {"train": {"rate": 4}, "seed": 0}, "find").made()
+    with pytest.raises(ValueError, match="elsewhere/llm: no such stage; expected the workdir"):
+        Made(tmp_path / "elsewhere", {}, "find").made()
+
+
+def test_more_steps_are_the_same_run_and_fewer_are_another(tmp_path):
+    run = Made(tmp_path, {"train": {"steps": 3}}).made() and Made(tmp_path, {}).record.run
+    longer = Made(tmp_path, {"train": {"steps": 5}})
+    longer.made()
+    assert longer.asked_to_go_on == [3] and longer.record.run == run
+    assert json.loads(longer.result.read_text()) == {"train": {"steps": 5}}
+    shorter = Made(tmp_path, {"train": {"steps": 4}})
+    shorter.made()
+    assert shorter.asked_to_go_on == [] and shorter.record.run != run
+    assert (tmp_path / "llm.old1/result").exists()
+
+
+def test_a_record_of_version_0_1_stays_where_all_that_it_holds_agrees(tmp_path):
+    old = {"seed": 0, "task": "t", "buckets": [8], "train": {"rate": 1, "log_every": 10}}
+    inputs = {"seed": 0, "data": "hash", "train": {"rate": 1}}
+    (tmp_path / "llm").mkdir()
+    path = tmp_path / "llm/stage.json"
+    path.write_text(json.dumps(old))
+    (tmp_path / "llm/result").write_text("{}")
+    for other in ({**inputs, "seed": 1}, {**inputs, "train": {"rate": 2}}):
+        assert Made(tmp_path, other, "look").state()[0] == "stale"
+    Made(tmp_path, inputs, "find").made()
+    assert json.loads(path.read_text()) == old
+    stage = Made(tmp_path, inputs)
+    stage.made()
+    # Its checkpoints have the name that they had.
+    assert stage.record.run == workdir.fingerprint(old)
+    assert Made(tmp_path, {**inputs, "data": "other"}).state() == ("stale", "data changed")
+    path.write_text(json.dumps(old | {"task": "another"}))
+    assert Made(tmp_path, inputs).state() == ("stale", "task changed")
 
 
 def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):

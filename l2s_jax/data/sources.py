@@ -8,6 +8,7 @@ separators such as U+2028 or a lone "\\r" would shift the lines of aligned files
 import gzip
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -210,6 +211,16 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
                 f"TFDS cannot prepare {name!r} in {builder.data_dir}: {reason}"
             ) from error
     return builder
+
+
+def tfds_files(name: str, data_dir: str = "") -> list[str]:
+    """The files in which TFDS keeps a dataset, which is prepared if it is not.
+
+    Raises:
+      ValueError: as `TfdsRecords`.
+    """
+    folder = str(_tfds_builder(name, data_dir).data_dir)
+    return sorted(os.path.join(folder, file) for file in os.listdir(folder))
 
 
 def _to_python(value: Any) -> Any:

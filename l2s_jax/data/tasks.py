@@ -69,11 +69,11 @@ class Task:
         source = [self._source, self._tfds_name, self._splits.get(split)]
         return [*source, self._prompt, self._response, references]
 
-    def files(self, split: str) -> list[str]:
-        """The files of a split; none where TFDS has them."""
-        value = self._splits.get(split)
-        if self._source == "tfds" or not value:
-            return []
+    def files(self, split: str, *, prepare: bool) -> list[str]:
+        """The files of a split; those of a TFDS dataset only if it may be prepared."""
+        if self._source == "tfds":
+            return sources.tfds_files(self._tfds_name, self._data_dir) if prepare else []
+        value = self._splits.get(split, {})
         names = value.values() if isinstance(value, Mapping) else [value]
         return [sources.resolve(self._data_dir, name) for name in names]
 

@@ -76,7 +76,7 @@ class Context:
         Unless something may be made, data is not known that is gone, or that TFDS has, which takes
         minutes to read.
         """
-        files = self.task.files(split)
+        files = self.task.files(split, prepare=self.mode == "make")
         if not files and self.mode != "make":
             return None
         what = [self.task.settings(split), split, responses, limit]

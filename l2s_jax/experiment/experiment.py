@@ -87,7 +87,13 @@ class Experiment:
         """Makes what is missing of the models and what they need, or of all up to one stage.
 
         No model stays in memory.
+
+        Raises:
+          ValueError: the experiment has no such stage.
         """
+        if any(stage.name == until and not stage.is_used() for stage in self.stages):
+            used = ", ".join(stage.name for stage in self.stages if stage.is_used())
+            raise ValueError(f"--until={until}: the config has no such stage, but {used}")
         for stage in self.stages:
             # Tokenizers, labels and features are made when a model needs them.
             if stage.is_used() and (stage in self.systems or stage.name == until):

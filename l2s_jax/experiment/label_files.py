@@ -60,6 +60,10 @@ class LabelFiles:
         records = ({"prompt": k, "response": v} for k, v in zip(keys, values, strict=True))
         write_json_lines(path, records)
 
+    def count(self) -> int:
+        """Lines of all files, with keys or without."""
+        return sum(len(_records(path)) for path in self.files())
+
     def give_keys(self, keys: Sequence[str]) -> None:
         """Rewrites files that hold labels by their places in the split, as version 0.1 wrote them.
 

@@ -59,15 +59,22 @@ class LabelStage(RecordedStage):
         prompts = [example.prompt for example in self.context.examples("train")]
         return label_files.keys_of(prompts, sampled=self._sampled)
 
+    def _labelled(self) -> tuple[int, int]:
+        """(prompts that have a label, prompts)."""
+        store, keys = label_files.LabelFiles(self.record.directory), self._keys()
+        if self.record.is_old():
+            return min(store.count(), len(keys)), len(keys)
+        return len(set(keys) & store.keys(store.files())), len(set(keys))
+
     def is_made(self) -> bool:
         """Whether every prompt has a label."""
-        store = label_files.LabelFiles(self.record.directory)
-        return not set(self._keys()) - set(store.read(store.files()))
+        labelled, prompts = self._labelled()
+        return labelled == prompts
 
     def progress(self) -> str:
         """How many prompts have a label."""
-        store, keys = label_files.LabelFiles(self.record.directory), set(self._keys())
-        return f"{len(keys & set(store.read(store.files())))} of {len(keys)} prompts"
+        labelled, prompts = self._labelled()
+        return f"{labelled} of {prompts} prompts"
 
     def adopt(self) -> None:
         """Version 0.1 kept labels by the places of their prompts."""

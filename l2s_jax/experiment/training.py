@@ -151,7 +151,10 @@ class TrainedStage(RecordedStage):
         """Parameters to start from where there are none."""
         import jax
 
-        return jax.jit(system.init)(jax.random.key(self.context.config.seed))
+        # On a CPU, to optimize a program that runs once takes longer than the program.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = jax.jit(system.init, compiler_options=quick)
+        return init(jax.random.key(self.context.config.seed))
 
     def fit(
         self,

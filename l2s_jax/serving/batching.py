@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,14 @@ class Batch(NamedTuple):
     seeds: np.ndarray
 
 
+class Progress(NamedTuple):
+    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    done: np.ndarray
+
+
 def batches(
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -36,7 +44,7 @@ def batches(
     prompt_lengths: Sequence[int],
     limit: int,
     batch_size: int,
-    row_buckets: Sequence[int] | None,
+    rows: Callable[[int, int], int] | None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """(indices of the prompts in the first rows, int64; batch), in order of their lengths.
 
@@ -47,8 +55,8 @@ def batches(
       tokenizer: of the prompts.
       prompt_lengths: what prompts are padded to, ascending; the last is where they are cut.
       limit: the most new tokens; rows without a prompt have 0.
-      batch_size: the most rows.
-      row_buckets: numbers of rows to choose from, ascending; None: always `batch_size`.
+      batch_size: the most prompts in a batch.
+      rows: (prompts in a batch, what they are padded to) -> its rows; None: always `batch_size`.
 
     Raises:
       ValueError: a seed does not fit in 32 bits.
@@ -78,16 +86,14 @@ def batches(
         batch_size=batch_size,
     ):
         indices = places[places >= 0]
-        count, rows = len(indices), len(batch["prompt_ids"])
-        if row_buckets:
-            rows = next(bucket for bucket in row_buckets if bucket >= count)
-        limits = np.where(np.arange(rows) < count, limit, 0).astype(np.int32)
-        row_seeds = np.zeros(rows, np.uint32)
+        ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+        count, size = len(indices), len(ids)
+        if rows:
+            size = rows(count, ids.shape[1])
+        limits = np.where(np.arange(size) < count, limit, 0).astype(np.int32)
+        row_seeds = np.zeros(size, np.uint32)
         row_seeds[:count] = own_seeds[indices]
-        yield (
-            indices,
-            Batch(batch["prompt_ids"][:rows], batch["prompt_mask"][:rows], limits, row_seeds),
-        )
+        yield indices, Batch(ids[:size], mask[:size], limits, row_seeds)
 
 
 def buckets(least: int, most: int, factor: int) -> tuple[int, ...]:

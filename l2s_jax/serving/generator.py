@@ -18,7 +18,7 @@ from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.systems import Params, System
-from l2s_jax.serving.batching import Batch, batches, buckets, check_lengths
+from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -89,6 +89,8 @@ class Generator:
         self.batch_size = batch_size
         self.search = search if isinstance(search, Search) else Search(**search)
         self.prompt_lengths = tuple(prompt_lengths)
+        # (rows, prompt tokens, kind of program) that have been compiled.
+        self._ready: set[tuple[int, int, Any]] = set()
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
@@ -113,6 +115,7 @@ class Generator:
             # Two tokens take one chunk; rows that may have none take nothing at all.
             limits = np.full(rows, 2 if in_chunks else 0, np.int32)
             batch = Batch(ids, mask, limits, np.zeros(rows, np.uint32))
+            self._ready.add((rows, length, (capacity, self.search, stream)))
             if in_chunks:
                 list(self._chunks(batch, capacity, self.search, False, lambda: []))
             else:
@@ -159,7 +162,7 @@ class Generator:
         outputs: dict[int, Output] = {}
         with tqdm(total=len(prompts), desc=description, disable=silent, file=sys.stderr) as bar:
             for number, (indices, batch) in enumerate(
-                self._batches(prompts, limit, seeds, mismatched)
+                self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
             ):
                 if number % processes == me:
                     if search.stop:
@@ -193,7 +196,8 @@ class Generator:
                 "its end"
             )
         limit, capacity = self._limit(max_new_tokens)
-        ((_, batch),) = self._batches([prompt], limit, [seed], False)
+        kind = (capacity, search, True)
+        ((_, batch),) = self._batches([prompt], limit, [seed], False, kind)
         text = ResponseText(self.response_tokenizer, search.stop)
         for decoded in self._chunks(batch, capacity, search, False, lambda: [text.stopped]):
             tokens = decoded.tokens[: decoded.lengths[0], 0]
@@ -212,9 +216,23 @@ class Generator:
         return max_new_tokens, next(b for b in self.new_token_buckets if b >= max_new_tokens)
 
     def _batches(
-        self, prompts: Sequence[str], limit: int, seeds: Sequence[int], mismatched: bool
+        self,
+        prompts: Sequence[str],
+        limit: int,
+        seeds: Sequence[int],
+        mismatched: bool,
+        kind: Any,
     ) -> Iterator[tuple[np.ndarray, Batch]]:
-        """(indices of the prompts in the first rows, batch)."""
+        """(indices of the prompts in the first rows, batch); `kind` is that of their programs."""
+
+        def rows(count: int, length: int) -> int:
+            fits = [rows for rows in self.row_buckets if rows >= count]
+            ready = [rows for rows in fits if (rows, length, kind) in self._ready]
+            # For the rest after whole batches, no program is compiled.
+            chosen = (ready if ready and len(prompts) > self.batch_size else fits)[0]
+            self._ready.add((chosen, length, kind))
+            return chosen
+
         return batches(
             prompts,
             seeds,
@@ -224,7 +242,7 @@ class Generator:
             limit=limit,
             # A batch of one row has no other row to be mismatched with.
             batch_size=max(self.batch_size, 2) if mismatched else self.batch_size,
-            row_buckets=None if mismatched else self.row_buckets,
+            rows=None if mismatched else rows,
         )
 
     def _decode(
@@ -252,7 +270,7 @@ class Generator:
         search: Search,
         mismatched: bool,
         ended: Callable[[], Sequence[bool]],
-    ) -> Iterator[_Progress]:
+    ) -> Iterator[Progress]:
         """What has been decoded after each chunk; `ended` says which of the first rows have said
         enough.
         """
@@ -263,7 +281,7 @@ class Generator:
                 self.system, *weights, *self._put(batch), mismatched=mismatched, **settings
             )
         while True:
-            progress = _Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
+            progress = Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
             yield progress
             told = ended()
             stopped = np.zeros(len(batch.limits), bool)
@@ -327,11 +345,3 @@ def _output_of(fields: Sequence[Any]) -> Output:
     """An Output from what JSON made of it."""
     *own, others = fields
     return Output(*own, others=tuple(map(_output_of, others)))
-
-
-class _Progress(NamedTuple):
-    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    done: np.ndarray
