@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from l2s_jax.checkpoints.engine import Params
 from l2s_jax.checkpoints.pretrained import (
@@ -154,7 +154,7 @@ def _convert(flags: argparse.Namespace) -> None:
         _verify(flags, module, params)
 
 
-def _verify(flags: argparse.Namespace, module: object, params: Params) -> None:
+def _verify(flags: argparse.Namespace, module: Any, params: Params) -> None:
     if flags.to == "hf":
         theirs = flags.output
     else:

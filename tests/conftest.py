@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, so that meshes can be tested on any machine."""
+"""Eight fake CPU devices for every test, and checks of the shapes that signatures say."""
 
 import os
 import tempfile
@@ -19,3 +19,11 @@ for flag in (
 # Many tests compile the same programs; each is compiled once per test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l2s_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Nobody means a [D] to be added to a [B, D] by leaving out an axis.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+# JAX reads all that when it is imported.
+import shapes  # noqa: E402
+
+shapes.check(["l2s_jax.models", "l2s_jax.decoding", "l2s_jax.training"])

@@ -10,6 +10,7 @@ import sys
 import types
 
 import pytest
+import shapes
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
@@ -46,6 +47,7 @@ def test_each_kind_of_part_has_an_example() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "enabled", False)
     # What an example registers is gone when it ends.
     monkeypatch.setattr(families, "CONFIGS", dict(families.CONFIGS))
     monkeypatch.setattr(families, "_MODULES", dict(families._MODULES))

@@ -65,11 +65,12 @@ def float_or_int8(layer, x, weights):
     params = layer.init(jax.random.key(1), x)["params"]
     if "bias" in params:
         params["bias"] = jax.random.normal(jax.random.key(2), params["bias"].shape)
+    bias = np.asarray(params.get("bias", 0.0))
     if weights == "float":
-        return params, np.asarray(params["kernel"], np.float64), params.get("bias", 0.0)
+        return params, np.asarray(params["kernel"], np.float64), bias
     kernel = qwix.quantize(params["kernel"], jnp.int8, channelwise_axes=(1,))
     params["kernel"] = kernel
-    return params, np.asarray(qwix.dequantize(kernel), np.float64), params.get("bias", 0.0)
+    return params, np.asarray(qwix.dequantize(kernel), np.float64), bias
 
 
 @pytest.mark.parametrize("rows", [1, 2])

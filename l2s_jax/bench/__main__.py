@@ -149,7 +149,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
     """What all share, and what the weights are."""
-    paths, weights, configs = {}, {}, {}
+    paths: dict[str, str] = {}
+    weights: dict[str, str] = {}
+    configs: dict[str, Any] = {}
     written = any(CONTESTANTS[name].module in _CONVERTERS for name in options.peers)
     for name in ("llm", "slm"):
         given = getattr(options, name)
@@ -160,7 +162,8 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
             write_random(given, paths[name], weights=written)
         configs[name] = pretrained.read_config(paths[name])
     setup = Setup(
-        **paths,
+        llm=paths["llm"],
+        slm=paths["slm"],
         dtype=options.dtype,
         threads=options.threads,
         folder=folder,

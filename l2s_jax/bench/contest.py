@@ -74,7 +74,7 @@ class Contest:
 
     def _open(self, name: str, variant: Variant) -> dict[str, Any]:
         """Makes a contestant in a process of its own; what it says of itself."""
-        python = self._peer_python if name in ELSEWHERE else sys.executable
+        python = (self._peer_python if name in ELSEWHERE else None) or sys.executable
         remote = self._remotes[name] = Remote(variant.environment, python)
         self._stack.callback(remote.close)
         setup = dataclasses.replace(
@@ -145,7 +145,7 @@ class Contest:
                 failure = failure or error
             finally:
                 self._close(name)
-        if not times:
+        if failure and not times:
             raise failure
         self._variants[name] = choices[min(times, key=times.__getitem__)]
 

@@ -52,9 +52,11 @@ class Contestant(Protocol):
 
     def prepare(self, case: Case) -> dict[str, float]:
         """Compiles and warms up; facts about the case, compile_s among them."""
+        ...
 
     def measure(self) -> dict[str, float]:
         """One run: encode_ms, first_token_ms (from the start), decode_ms_per_token, total_ms."""
+        ...
 
     def reset_peak(self) -> None:
         """What `peak_bytes` gives starts anew, where the library lets it."""
@@ -190,11 +192,11 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
             return "assisted generation takes one prompt at a time"
     whole = case.prompt_tokens + case.new_tokens
     arguments = CONTESTANTS[name].arguments
-    needed = {
+    needed: dict[str, int] = {
         "l2s": {"llm": case.prompt_tokens, "slm": whole},
         "llm": {"llm": whole},
         "slm": {"slm": whole},
-    }.get(arguments.get("name"), {})
+    }.get(arguments.get("name", ""), {})
     if arguments.get("assisted"):
         needed["slm"] = whole  # it writes drafts of the same row
     for model, tokens in needed.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class _Transformers:
 
     def _load(self, directory: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(directory)
-        kind = (
+        kind: Any = (
             transformers.AutoModelForSeq2SeqLM
             if config.is_encoder_decoder
             else transformers.AutoModelForCausalLM
@@ -46,7 +47,8 @@ class _Transformers:
         # Without it, who is compiled too often goes on uncompiled, and does not say so.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         if self._device == "cpu" and mode == "max-autotune":
-            torch._inductor.config.freezing = True
+            inductor: Any = importlib.import_module("torch._inductor.config")
+            inductor.freezing = True
         self._settings["cache_implementation"] = "static"
         if self._model.config.is_encoder_decoder:
             encoder = self._model.get_encoder()
@@ -55,7 +57,7 @@ class _Transformers:
             self._settings["disable_compile"] = True
             self._model.forward = torch.compile(self._model.forward, mode=mode)
             return
-        config = transformers.CompileConfig(mode=mode)
+        config: Any = transformers.CompileConfig(mode=mode)
         config._compile_all_devices = True
         self._settings["compile_config"] = config
 

@@ -23,7 +23,7 @@ _BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 def cores() -> int:
     """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpuinfo(*keys: str) -> str:

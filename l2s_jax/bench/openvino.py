@@ -5,6 +5,9 @@ pip install torch==2.13.0 "optimum-intel[openvino]==2.1.0" transformers==5.5.4 n
     openvino==2026.4.1 openvino-genai==2026.4.1.0
 """
 
+# Those libraries are in another environment than this package.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json
@@ -44,6 +47,7 @@ class _Model(Protocol):
 
     def generate(self, new_tokens: int) -> set[int]:
         """Decodes greedily; how many tokens, of each row."""
+        ...
 
 
 class _EncoderDecoder:

@@ -28,7 +28,7 @@ class _Ours:
         self._trained, self._frozen = map(_put_away, params)
 
     def prepare(self, case: Case) -> dict[str, float]:
-        self._stopwatch = None  # Its programs and cache go before the next ones come.
+        self._stopwatch: Any = None  # Its programs and cache go before the next ones come.
         self._stopwatch = Stopwatch(
             self._system, self._trained, self._frozen, self._setup.vocab_size, **case._asdict()
         )
@@ -118,7 +118,7 @@ def _random(shapes: Any, config: ModelConfig) -> Params:
     return random_like(jax.eval_shape(lambda params: to_serve(params, config, "float"), shapes))
 
 
-def _put_away(params: dict[str, Any]) -> dict[str, Any]:
+def _put_away(params: Any) -> Any:
     """Moves parameters to the device one by one, so that they are never in memory twice."""
     for name, part in params.items():
         params[name] = (

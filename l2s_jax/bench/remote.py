@@ -12,9 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from l2s_jax.bench.contestants import CONTESTANTS, Case, Contestant, Setup, make
+
+if TYPE_CHECKING:
+    from l2s_jax.bench.bandwidth import Bandwidth
 
 BANDWIDTH = "bandwidth"  # in the place of a contestant's name
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -63,10 +66,10 @@ def end_with_parent() -> None:
 
 
 def _start(
-    name: str, setup: dict[str, Any], arguments: dict[str, Any]
-) -> tuple[Contestant, dict[str, Any]]:
+    name: str, shared: dict[str, Any], arguments: dict[str, Any]
+) -> tuple[Contestant | Bandwidth, dict[str, Any]]:
     """(who is measured, what there is to say of it)."""
-    setup = Setup(**setup)
+    setup = Setup(**shared)
     # Before the libraries are there, whose threads have the cores that the process has.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setup.threads])
@@ -117,6 +120,8 @@ class Remote:
             text=True,
             env=variables,
         )
+        self._requests = cast(IO[str], self._process.stdin)
+        self._answers = cast(IO[str], self._process.stdout)
 
     def ask(self, *request: Any) -> Any:
         """The answer to a request.
@@ -126,11 +131,11 @@ class Remote:
         """
         self._signal("SIGCONT")
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            self._requests.write(json.dumps(request) + "\n")
+            self._requests.flush()
         except BrokenPipeError:
             raise RuntimeError(f"its process ended ({self._process.wait()})") from None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise RuntimeError(f"its process ended ({self._process.wait()})")
         self._signal("SIGSTOP")
@@ -147,5 +152,5 @@ class Remote:
         """Ends the process, if it has not ended."""
         self._signal("SIGCONT")
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._requests.close()
         self._process.wait()

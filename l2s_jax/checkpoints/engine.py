@@ -92,7 +92,7 @@ def first_layers(*shared: str) -> Callable[[Any, float], tuple[Any, tuple[str, .
 
     def chosen(config: Any, layer: float) -> tuple[Any, tuple[str, ...]]:
         count = chosen_layer(layer, config.num_layers)
-        changes = {"num_layers": count}
+        changes: dict[str, Any] = {"num_layers": count}
         if pattern := getattr(config, "window_pattern", ""):
             changes["window_pattern"] = pattern[:count]
         prefixes = (*shared, *(f"layers_{i}/" for i in range(count)))
@@ -176,7 +176,8 @@ def own_entries(shapes: Mapping[str, Shape]) -> list[Entry]:
 
 def param_shapes(params: Params) -> dict[str, Shape]:
     """Our '/'-joined paths -> shapes, of arrays or ShapeDtypeStructs."""
-    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(params, sep="/").items()}
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
 def _chosen(entries: Sequence[Entry], prefixes: Sequence[str] | None) -> list[Entry]:
@@ -224,7 +225,7 @@ def write_tensors(
     params: Params, entries: Sequence[Entry], shapes: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
     """Hugging Face's (or the entries') names -> float32 arrays, from a whole parameter tree."""
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     marked = [f"- {path}" for path in sorted(shapes.keys() - flat.keys())]
     marked += [f"+ {path}" for path in sorted(flat.keys() - shapes.keys())]
     if marked:

@@ -30,7 +30,7 @@ class _Part(NamedTuple):
 
     index: Index
     array: np.ndarray
-    devices: list[jax.Device]
+    devices: list[Any]
 
     def of_layer(self, layer: int) -> _Part:
         """Of a stacked parameter; no axis of a mesh splits the layers."""
@@ -89,8 +89,8 @@ def read_params(
         groups.setdefault(paths, []).append(_Tensor(entry, names, layer))
     if stacked:
         tree = stack_layers(tree)
-    leaves = flatten_dict(tree, sep="/")
-    where: Mapping[str, Sharding | None] = dict.fromkeys(leaves)
+    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    where: dict[str, Any] = dict.fromkeys(leaves)
     if mesh is not None:
         where = flatten_dict(sharding.parameter_shardings(tree, mesh), sep="/")
     flat: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def read_params(
 def _parts(leaf: jax.ShapeDtypeStruct, where: Sharding | None) -> list[_Part]:
     """What this process holds of a parameter, each part once, with arrays to fill."""
     if where is None:
-        indices: Mapping[Any, Index] = {None: (slice(None),) * len(leaf.shape)}
+        indices: Mapping[Any, Any] = {None: (slice(None),) * len(leaf.shape)}
     else:
         indices = where.addressable_devices_indices_map(leaf.shape)
     parts: dict[Shape, _Part] = {}
@@ -177,7 +177,8 @@ def _read_same(files: TensorFiles, names: Sequence[str], index: Index | None = N
     first, *others = names
     tensor = files.read(first, index)
     for other in others:
-        if not np.array_equal(*(x.astype(np.float32) for x in (files.read(other, index), tensor))):
+        found = files.read(other, index)
+        if not np.array_equal(found.astype(np.float32), tensor.astype(np.float32)):
             raise ValueError(f"{files.file(other)}: {other} differs from {first}")
     return tensor
 

@@ -88,7 +88,7 @@ def _nearest(sizes: Sequence[int], count: int) -> list[int]:
     return [count, *shape]
 
 
-def mesh_name(mesh: Mesh) -> str:
+def mesh_name(mesh: Mesh | AbstractMesh) -> str:
     """As in the command line: mesh data=4, fsdp=2, tensor=1."""
     return f"mesh {axes_name([mesh.shape[axis] for axis in AXES])}"
 
@@ -128,7 +128,7 @@ def check_rows(rows: int, mesh: Mesh, what: str) -> None:
         )
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A tree like `params` of NamedShardings; every parameter must match exactly one rule.
 
     No axis splits the layers of a stacked parameter (models/stacking.py). The parts of a quantized
@@ -208,7 +208,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     mesh = program_mesh()
     if mesh is None:
         return x
-    spec = [P.UNCONSTRAINED] * x.ndim
+    spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
     for i, (size, axis) in enumerate(zip(x.shape, axes, strict=False)):
         names = (axis,) if isinstance(axis, str) else axis or ()
         if size % math.prod(mesh.shape[name] for name in names) == 0:
@@ -261,11 +261,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a global batch the devices of this process hold, ascending, int64."""
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.unique([np.arange(batch_size)[rows] for (rows,) in held.values()])
+    return np.unique([np.arange(batch_size)[rows] for rows in held.values()])
 
 
 def put_batch(
-    batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+    batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
 ) -> dict[str, jax.Array]:
     """This process's `batch_rows` of a batch of `batch_size` rows (None: all) -> global arrays."""
     sharding = batch_sharding(mesh)

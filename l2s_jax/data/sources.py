@@ -32,7 +32,8 @@ class Record(NamedTuple):
             return str(self.files)
         if isinstance(self.files, str):
             return f"{self.files}:{self.line}"
-        files = [self.files[field]] if field in self.files else self.files.values()
+        own = self.files.get(field or "")
+        files = [own] if own else self.files.values()
         return ", ".join(f"{file}:{self.line}" for file in files)
 
 

@@ -25,8 +25,7 @@ from l2s_jax.settings.search import Search
 _OUT = -1e9
 
 
-@struct.dataclass
-class Hypotheses:
+class Hypotheses(struct.PyTreeNode):
     """What a beam search gives back, N = search.num_return per row, best first.
 
     tokens: the eos included, pad_id after it.
@@ -42,15 +41,13 @@ class Hypotheses:
     scores: Float32[Array, "B N"]
 
 
-@struct.dataclass
 class _Finished(Hypotheses):
     """`there` says which of them exist; the other fields as in Hypotheses."""
 
     there: Bool[Array, "B N"]
 
 
-@struct.dataclass
-class _State:
+class _State(struct.PyTreeNode):
     """Running hypotheses are `tokens` with `scores`, log p; in `open` rows they may go on."""
 
     count: Int32[Array, ""]
@@ -115,7 +112,7 @@ def beam_search(
         at_limit = (count >= limits)[:, None]
         eos = token == eos_id
         ends = eos | at_limit
-        ended = ends & (jnp.arange(2 * beams) < beams) & state.open[:, None]
+        ended = ends & (jnp.arange(2 * beams) < beams)[None] & state.open[:, None]
         shape = token.shape
         best = _best(
             state.best,
@@ -162,7 +159,7 @@ def beam_search(
         open=limits > 0,
         tokens=none,
         # All beams of a row are the same as yet: only the first may be continued.
-        scores=jnp.where(jnp.arange(beams) == 0, 0.0, _OUT) + jnp.zeros((rows, 1)),
+        scores=jnp.where(jnp.arange(beams) == 0, 0.0, _OUT)[None] + jnp.zeros((rows, 1)),
         history=None if history is None else history.repeat(beams),
         best=_Finished(
             tokens=none,

@@ -14,8 +14,7 @@ from l2s_jax.cluster.sharding import AnyArray, top_k
 from l2s_jax.settings.search import Search
 
 
-@struct.dataclass
-class History:
+class History(struct.PyTreeNode):
     """The tokens so far: what a response continues, then the response itself.
 
     tokens: step-major, so that one more token of every row is one contiguous write. What the
@@ -49,7 +48,7 @@ class History:
     def valid(self) -> Bool[Array, "L B"]:
         """Where tokens are."""
         positions = jnp.arange(self.tokens.shape[0])[:, None]
-        return (positions >= self.start) & (positions < self.end)
+        return (positions >= self.start[None]) & (positions < self.end)
 
 
 def history_of(ids: Int[AnyArray, "B P"], mask: Bool[AnyArray, "B P"], capacity: int) -> History:
@@ -72,10 +71,13 @@ def constrain(
 
     history: where search.needs_history. count: tokens of the response so far.
     """
-    if search.repetition_penalty != 1:
-        logits = _penalize_repetition(logits, history, search.repetition_penalty)
-    if search.no_repeat_ngram_size:
-        logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
+    if search.needs_history:
+        if history is None:
+            raise ValueError("penalties and bans of repetition: expected a history")
+        if search.repetition_penalty != 1:
+            logits = _penalize_repetition(logits, history, search.repetition_penalty)
+        if search.no_repeat_ngram_size:
+            logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
     if search.min_new_tokens and eos_id >= 0:
         early = count < search.min_new_tokens
         logits = logits.at[:, eos_id].set(jnp.where(early, -jnp.inf, logits[:, eos_id]))
@@ -110,7 +112,7 @@ def _ban_repeated_ngrams(
     suffix = jnp.clip(history.end - (size - 1) + jnp.arange(size - 1), 0)
     matches = valid[:windows] & valid[size - 1 :]
     for offset in range(size - 1):
-        matches &= tokens[offset : offset + windows] == tokens[suffix[offset]]
+        matches &= tokens[offset : offset + windows] == tokens[suffix[offset]][None]
     return jnp.where(_mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
 
 

@@ -26,8 +26,7 @@ Step = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 CHUNK = 8
 
 
-@struct.dataclass
-class Decoded:
+class Decoded(struct.PyTreeNode):
     """What a decoding loop gives back.
 
     tokens: the eos included, pad_id after it.
@@ -41,8 +40,7 @@ class Decoded:
     finished: Bool[Array, " B"]
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """Where a loop stands.
 
     count: tokens so far, the same for every row.
@@ -96,9 +94,11 @@ class Loop:
           seeds: for sampling: what a row says depends on its own only.
           history: what the response continues, where search.needs_history.
         """
-        rows = logits.shape[0]
+        rows, limits = logits.shape[0], jnp.asarray(limits)
         keys = None
         if self.search.temperature:
+            if seeds is None:
+                raise ValueError("sampling: expected seeds")
             keys = jax.vmap(jax.random.key)(seeds)
         state = State(
             count=jnp.int32(0),
@@ -163,7 +163,7 @@ class Loop:
     def _choose(self, state: State, logits: Float32[Array, "B V"]) -> State:
         search = self.search
         logits = constrain(search, logits, state.history, state.count, self.eos_id)
-        if search.temperature:
+        if state.keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
             token = sample(truncate(search, logits), keys)
         else:

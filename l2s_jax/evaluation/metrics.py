@@ -8,8 +8,10 @@ import importlib.metadata
 import re
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
 
@@ -102,7 +104,7 @@ def _rouge(
     return {name: 100.0 * statistics.fmean(r[name].fmeasure for r in results) for name in names}
 
 
-def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
     """Transposes references for sacreBLEU: stream k holds every example's k-th, None if absent."""
     width = max(len(group) for group in references)
     return [[group[k] if k < len(group) else None for group in references] for k in range(width)]

@@ -78,23 +78,24 @@ def _style_axes(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _write_title(figure: Figure, title: str, subtitle: str, renderer: Any) -> None:
-    style = {"x": 0.02, "ha": "left", "va": "baseline", "parse_math": False}
+    style: dict[str, Any] = {"x": 0.02, "ha": "left", "va": "baseline", "parse_math": False}
     lines = (
         figure.text(y=0.915, s=title, fontsize=20, weight="bold", **style),
         figure.text(y=0.855, s=subtitle, fontsize=14, color="#666666", **style),
     )
     for line in lines:
         excess = line.get_window_extent(renderer).width / (0.96 * figure.bbox.width)
-        line.set_fontsize(line.get_fontsize() / max(1.0, excess))
+        line.set_fontsize(float(line.get_fontsize()) / max(1.0, excess))
 
 
 def _place_labels(axes: Axes, points: Sequence[Point], renderer: Any) -> None:
     """Puts the labels near their points, where they overlap no marker and no other label."""
-    pixels = axes.figure.dpi / 72
+    figure: Any = axes.figure
+    pixels = figure.dpi / 72
     centers = axes.transData.transform([(p.x, p.y) for p in points])
-    sizes = [_label(p, "left", axes.figure).get_bbox(renderer).size for p in points]
+    sizes = [_label(p, "left", figure).get_bbox(renderer).size for p in points]
     left, bottom, _, top = axes.bbox.extents
-    allowed = Bbox.from_extents(left, bottom, axes.figure.bbox.x1, top).padded(-3 * pixels)
+    allowed = Bbox.from_extents(left, bottom, figure.bbox.x1, top).padded(-3 * pixels)
     # Who is placed first decides who must move away: take the order that suits all best.
     orders = itertools.islice(itertools.permutations(range(len(points))), 24)
     plans = (_arrange(order, centers, sizes, allowed, pixels) for order in orders)
@@ -105,7 +106,7 @@ def _place_labels(axes: Axes, points: Sequence[Point], renderer: Any) -> None:
             ends = axes.transData.inverted().transform(leader.vertices)
             axes.plot(*ends.T, color=point.color, linewidth=1, alpha=0.6, zorder=1, clip_on=False)
         artist = AnnotationBbox(
-            _label(point, place.align, axes.figure), (point.x, point.y),
+            _label(point, place.align, figure), (point.x, point.y),
             xybox=tuple((place.box.p0 - center) / pixels), boxcoords="offset points",
             box_alignment=(0, 0), frameon=False, pad=0, annotation_clip=False,
         )  # fmt: skip
@@ -115,7 +116,7 @@ def _place_labels(axes: Axes, points: Sequence[Point], renderer: Any) -> None:
 
 class _Place(NamedTuple):
     box: Bbox
-    align: str
+    align: Any  # of the lines: left, center or right
     cost: int
 
 
@@ -130,9 +131,9 @@ def _arrange(
     return places
 
 
-def _label(point: Point, align: str, figure: Figure) -> VPacker:
-    style = {"color": point.color, "parse_math": False}
-    lines = [
+def _label(point: Point, align: Any, figure: Figure) -> VPacker:
+    style: dict[str, Any] = {"color": point.color, "parse_math": False}
+    lines: list[Any] = [
         TextArea(point.name, textprops={"fontsize": 16, "weight": "bold", **style}),
         TextArea(point.label, textprops={"fontsize": 14, **style}),
     ]
@@ -152,7 +153,7 @@ def _free_place(
     second = None
     for place in _places(center, size, pixels):
         box = place.box
-        inside = (box.p0 >= allowed.p0).all() and (box.p1 <= allowed.p1).all()
+        inside = np.all(box.p0 >= allowed.p0) and np.all(box.p1 <= allowed.p1)
         if not inside or box.count_overlaps(taken):
             continue
         if not any(_leader(center, box).intersects_bbox(other) for other in others):

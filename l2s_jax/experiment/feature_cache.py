@@ -167,7 +167,8 @@ def _encoded(
             yield indices[indices >= 0], encode(*data.padded_prompts(indices, width))
 
     # The device is at the next batch while the host takes this one.
-    for (indices, hidden), _ in itertools.pairwise(itertools.chain(dispatched(), [None])):
+    batches: Iterator[Any] = itertools.chain(dispatched(), [None])
+    for (indices, hidden), _ in itertools.pairwise(batches):
         yield indices, jax.block_until_ready(hidden)
 
 
@@ -197,7 +198,7 @@ def _prepare(directory: str, facts: Mapping[str, Any]) -> None:
 def _check_facts(directory: str, facts: Mapping[str, Any]) -> None:
     path = os.path.join(directory, _FACTS)
     found = read_json(path)
-    different = [name for name in sorted(found | facts) if found.get(name) != facts.get(name)]
+    different = [name for name in sorted({**found, **facts}) if found.get(name) != facts.get(name)]
     if different:
         name = "llm_hash" if "llm_hash" in different else different[0]
         whose = "another LLM's" if name == "llm_hash" else "other"

@@ -17,9 +17,11 @@ class Store(Protocol):
 
     def files(self) -> list[str]:
         """Paths STEM-NUMBER... of the shards that are there, in order of their numbers."""
+        ...
 
     def keys(self, files: Sequence[str]) -> Collection[Any]:
         """Keys of all values in some shards."""
+        ...
 
     def write(self, number: int, keys: Sequence[Any], values: Sequence[Any]) -> None:
         """Adds the `number`-th shard."""
@@ -64,14 +66,14 @@ def fill(
     if not missing:
         return files
     announce(missing)
-    numbers = [int(re.search(r"-(\d{5})", os.path.basename(path))[1]) for path in files]
+    numbers = [int(re.findall(r"-(\d{5})", os.path.basename(path))[0]) for path in files]
     next_number = max(numbers, default=-1) + 1
     for turn, start in enumerate(range(0, len(missing), size)):
         places = missing[start : start + size]
         own = turn % jax.process_count() == jax.process_index()
         if own or together:
             values = make(places, own)
-            if own:
+            if own and values is not None:
                 store.write(next_number + turn, [keys[i] for i in places], values)
     distributed.barrier("shards")
     return distributed.on_primary(store.files)

@@ -7,6 +7,8 @@ and values also by heads, where these divide: see `place`.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,16 +18,14 @@ from jaxtyping import Array, Bool, Float, Int32
 from l2s_jax.cluster.sharding import ROWS, AnyArray, constrain
 
 
-@struct.dataclass
-class KeyValue:
+class KeyValue(struct.PyTreeNode):
     """Keys and values of one attention, in the compute dtype."""
 
     key: Float[Array, "B G K H"]
     value: Float[Array, "B G K H"]
 
 
-@struct.dataclass
-class DecoderCache:
+class DecoderCache(struct.PyTreeNode):
     """State of an encoder-decoder's decoder between two steps.
 
     index: tokens decoded so far, the same for every row.
@@ -40,8 +40,7 @@ class DecoderCache:
     prompt_mask: Bool[AnyArray, "B T"]
 
 
-@struct.dataclass
-class CausalCache:
+class CausalCache(struct.PyTreeNode):
     """State of a decoder-only model between two steps: the prompt's slots, then the response's.
 
     index: the slot that the next token goes to, the same for every row.
@@ -60,7 +59,10 @@ class CausalCache:
     prompt_slots: int = struct.field(pytree_node=False)
 
 
-def place(cache: DecoderCache | CausalCache) -> DecoderCache | CausalCache:
+Cache = TypeVar("Cache", bound=DecoderCache | CausalCache)
+
+
+def place(cache: Cache) -> Cache:
     """The cache, where its axes say: what a program for a mesh makes of `prefill`."""
     # B, N, K, H of keys and values; B, K of all else.
     return jax.tree.map(
@@ -90,9 +92,7 @@ def write_position(cache: KeyValue, new: KeyValue, index: Int32[Array, ""]) -> K
     return KeyValue(write(cache.key, new.key), write(cache.value, new.value))
 
 
-def take_hypotheses(
-    cache: DecoderCache | CausalCache, parents: Int32[Array, "prompts beams"]
-) -> DecoderCache | CausalCache:
+def take_hypotheses(cache: Cache, parents: Int32[Array, "prompts beams"]) -> Cache:
     """The cache, with what hypothesis parents[b, k] of prompt b has decoded in place of what its
     k-th has.
 

@@ -88,7 +88,7 @@ class CausalAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
-        held = new if cache is None else write_position(cache, new, index)
+        held = new if cache is None or index is None else write_position(cache, new, index)
 
         mixed = attend(
             query.astype(self.dtype),
@@ -141,7 +141,7 @@ class CausalModel(nn.Module):
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
         x = split_rows(x)
         slots = jnp.arange(x.shape[1])
-        visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])
+        visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])[None]
         biases, which = _biases(c.windows, visible, positions, positions)
         if c.scan_layers and len(biases) > 1:
             biases = jnp.stack(biases)
@@ -228,7 +228,7 @@ class CausalModel(nn.Module):
         positions = token_positions(mask)
         x, held = self._run(prompt, positions, mask, True, keep=True)
 
-        def extend(slots: jax.Array, axis: int) -> jax.Array:
+        def extend(slots: AnyArray, axis: int) -> jax.Array:
             padding = [(0, 0)] * slots.ndim
             padding[axis] = (0, max_steps)
             return jnp.pad(slots, padding)
@@ -246,7 +246,7 @@ class CausalModel(nn.Module):
         return self._logits(_last_real(x, mask))[:, 0], cache
 
     def step(
-        self, token: Int32[Array, " B"], cache: CausalCache
+        self, token: Int[AnyArray, " B"], cache: CausalCache
     ) -> tuple[Float32[Array, "B V"], CausalCache]:
         """(logits of the next token, the cache with this one in)."""
         position = cache.next_position[:, None]

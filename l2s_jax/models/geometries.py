@@ -6,6 +6,8 @@ meta-llama/Meta-Llama-3-70B.
 
 from __future__ import annotations
 
+from typing import Any
+
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
@@ -16,7 +18,7 @@ from l2s_jax.models.t5 import T5Config
 _FLAN = {"activation": "gated_gelu", "tied_head": False}
 
 
-def _t5(width: int, heads: int, hidden: int, layers: int, **others: object) -> T5Config:
+def _t5(width: int, heads: int, hidden: int, layers: int, **others: Any) -> T5Config:
     return T5Config(
         width=width,
         num_heads=heads,

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.families import make_module
@@ -56,7 +56,7 @@ class L2S(nn.Module):
         llm_ids: Int[AnyArray, "B T"],
         llm_mask: Bool[AnyArray, "B T"],
         hidden: Float[AnyArray, "B T D_llm"],
-        llm_embedded: Float32[Array, "B T D_llm"] | None = None,
+        llm_embedded: Float32[AnyArray, "B T D_llm"] | None = None,
         deterministic: bool = True,
     ) -> Float32[Array, "B T D_slm"]:
         """What the SLM's decoder attends to, or is the prefix of its input; hidden is the LLM's H.
@@ -69,6 +69,8 @@ class L2S(nn.Module):
         if self.fusion == "add" and self.shared_vocabulary:
             projected = projected + self.slm.embed(llm_ids)
         elif self.fusion == "add":
+            if llm_embedded is None:
+                raise ValueError("fusion 'add' of two vocabularies: expected llm_embedded")
             projected = projected + self.prompt_map(llm_embedded)
         return self.slm.encode(projected, llm_mask, deterministic)
 
@@ -78,7 +80,7 @@ class L2S(nn.Module):
         llm_mask: Bool[AnyArray, "B T"],
         hidden: Float[AnyArray, "B T D_llm"],
         response_ids: Int[AnyArray, "B S"],
-        llm_embedded: Float32[Array, "B T D_llm"] | None = None,
+        llm_embedded: Float32[AnyArray, "B T D_llm"] | None = None,
         deterministic: bool = True,
     ) -> Float32[Array, "B S V_slm"]:
         """Logits of the response, to a prompt as `encode` takes it."""
@@ -90,13 +92,13 @@ class L2S(nn.Module):
         llm_ids: Int[AnyArray, "B T"],
         llm_mask: Bool[AnyArray, "B T"],
         hidden: Float[AnyArray, "B T D_llm"],
-        llm_embedded: Float32[Array, "B T D_llm"] | None,
+        llm_embedded: Float32[AnyArray, "B T D_llm"] | None,
         max_steps: int,
     ) -> tuple[Float32[Array, "B V_slm"], Any]:
         """A prompt as `encode` takes it -> (logits of the first token, the SLM's cache)."""
         encoded = self.encode(llm_ids, llm_mask, hidden, llm_embedded)
         return self.slm.prefill(encoded, llm_mask, max_steps)
 
-    def step(self, token: Int32[Array, " B"], cache: Any) -> tuple[Float32[Array, "B V_slm"], Any]:
+    def step(self, token: Int[AnyArray, " B"], cache: Any) -> tuple[Float32[Array, "B V_slm"], Any]:
         """(logits of the next token, the cache with this one in)."""
         return self.slm.step(token, cache)

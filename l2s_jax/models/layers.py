@@ -36,6 +36,11 @@ ACTIVATIONS = {
 MASKED = -1e10
 
 
+def _of_features(x: AnyArray, rank: int) -> jax.Array:
+    """[D] -> [1, ..., D]: one number for each feature of an array of this rank."""
+    return jnp.expand_dims(x, range(rank - 1))
+
+
 class Linear(nn.Module):
     """`x @ kernel`, and a bias where there is one."""
 
@@ -46,13 +51,13 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+    def __call__(self, x: Float[AnyArray, "*rows D"]) -> Float[Array, "*rows F"]:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
         y = products.by_kernel(x, kernel, self.dtype, self.out_dtype or self.dtype)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + bias.astype(y.dtype)
+        return y + _of_features(bias.astype(y.dtype), y.ndim)
 
 
 class Embedding(nn.Module):
@@ -72,7 +77,7 @@ class Embedding(nn.Module):
         table = self.embedding
         # On a mesh a device has some columns of the table: it reads them for the rows of all that
         # have the others, and then they swap. The compiler may gather the table instead.
-        ids = constrain(ids, "data")
+        ids = constrain(jnp.asarray(ids), "data")
         if isinstance(table, qwix.QArray):
             rows, scales = (jnp.take(part, ids, axis=0) for part in (table.qvalue, table.scale))
             embedded = rows * scales.astype(jnp.float32)
@@ -96,7 +101,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale
+        return x * jax.lax.rsqrt(mean_square + self.epsilon) * _of_features(scale, x.ndim)
 
 
 class LayerNorm(nn.Module):
@@ -111,7 +116,8 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        x = x * jax.lax.rsqrt(variance + self.epsilon) * _of_features(scale, x.ndim)
+        return x + _of_features(bias, x.ndim)
 
 
 def attend(

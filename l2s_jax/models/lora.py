@@ -62,9 +62,10 @@ class Lora:
 
     def _kernels(self, base: Params) -> list[str]:
         """Paths of the kernels in `base` that are adapted, in order."""
+        flat: dict[str, Any] = flatten_dict(base, sep="/")
         kernels = [
             path
-            for path, leaf in flatten_dict(base, sep="/").items()
+            for path, leaf in flat.items()
             if re.fullmatch("(.*/)?kernel", path) and leaf.ndim == 2
         ]
         return sorted(matching(self.pattern, kernels, "lora.pattern", what="kernel"))
@@ -75,7 +76,7 @@ class Lora:
         Raises:
           ValueError: the pattern matches no kernel.
         """
-        flat = flatten_dict(base, sep="/")
+        flat: dict[str, Any] = flatten_dict(base, sep="/")
         paths = self._kernels(base)
         adapters = {}
         for path, own_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
@@ -95,8 +96,8 @@ class Lora:
 
     def merge(self, trained: Params, base: Params) -> dict[str, Any]:
         """(trained, base) -> parameters of the system itself; no gradient goes to `base`."""
-        adapters = flatten_dict(trained["lora"], sep="/")
-        flat = flatten_dict(jax.lax.stop_gradient(base), sep="/")
+        adapters: dict[str, Any] = flatten_dict(trained["lora"], sep="/")
+        flat: dict[str, Any] = flatten_dict(jax.lax.stop_gradient(base), sep="/")
         for path in self._kernels(base):
             module = path.removesuffix("kernel")
             change = jnp.matmul(

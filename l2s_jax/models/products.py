@@ -76,7 +76,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def by_kernel(
-    x: Float[Array, "*rows D"],
+    x: Float[AnyArray, "*rows D"],
     kernel: Float[AnyArray, "D F"] | qwix.QArray,
     dtype: DTypeLike,
     out_dtype: DTypeLike,
@@ -86,7 +86,7 @@ def by_kernel(
     One float32 row is summed in blocks on a CPU (`SPLIT_K`).
     """
 
-    def whole(x: jax.Array, kernel: AnyArray | qwix.QArray) -> jax.Array:
+    def whole(x: AnyArray, kernel: AnyArray | qwix.QArray) -> jax.Array:
         return product("...d,df->...f", x, kernel, dtype, out_dtype)
 
     def split_k(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -100,7 +100,7 @@ def by_kernel(
     return whole(x, kernel)
 
 
-def _has_split_k(x: jax.Array, kernel: AnyArray | qwix.QArray, dtype: DTypeLike) -> bool:
+def _has_split_k(x: AnyArray, kernel: AnyArray | qwix.QArray, dtype: DTypeLike) -> bool:
     return (
         jnp.dtype(dtype) == jnp.float32
         and not isinstance(kernel, qwix.QArray)

@@ -7,6 +7,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.layers import Linear
 
 
@@ -22,5 +23,5 @@ class Projector(nn.Module):
         self.inward = Linear(self.hidden_width, initializer, self.dtype)
         self.outward = Linear(self.width, initializer, self.dtype, jnp.float32)
 
-    def __call__(self, hidden: Float[Array, "B T D_llm"]) -> Float32[Array, "B T D_slm"]:
+    def __call__(self, hidden: Float[AnyArray, "B T D_llm"]) -> Float32[Array, "B T D_slm"]:
         return self.outward(nn.relu(self.inward(hidden)))

@@ -76,7 +76,8 @@ class Rotary:
         self, x: Float[Array, "B N T H"], positions: Int32[Array, "B T"]
     ) -> Float32[Array, "B N T H"]:
         """x, each of its planes turned as far as its position says."""
-        angles = positions[:, None, :, None].astype(jnp.float32) * self.frequencies()
+        frequencies = jnp.expand_dims(self.frequencies(), (0, 1, 2))
+        angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
         scale = self.attention_factor
         cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
         x = x.astype(jnp.float32)

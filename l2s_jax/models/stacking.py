@@ -93,7 +93,7 @@ def each_layer(layers: Any) -> list[nn.Module]:
 
 
 def run_layers(
-    run: Callable[[nn.Module, jax.Array, Any], tuple[jax.Array, Any]],
+    run: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
     layers: Any,
     config: Any,
     x: Float32[Array, "B T D"],

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from l2s_jax.cluster.sharding import AnyArray, split_parameters
@@ -66,6 +67,10 @@ def _as_trained(params: Params, config: ModelConfig) -> Params:
     return split_parameters(stack_layers(to_serve(params, config, "float")))
 
 
+def _apply(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    return module.apply({"params": params}, *args, **kwargs)
+
+
 def _respond(
     module: Any,
     ids: Int[AnyArray, "B T"],
@@ -104,7 +109,7 @@ class LanguageModel:
 
     def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
         module = make_module(_one_by_one(self.config))
-        return module.apply({"params": trained[self.name]}, *args, **kwargs)
+        return _apply(module, trained[self.name], *args, **kwargs)
 
     def logits(
         self,
@@ -114,8 +119,9 @@ class LanguageModel:
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float32[Array, "B S V"]:
         """Teacher-forced logits of the response."""
-        return make_module(self.config).apply(
-            {"params": _as_trained(trained, self.config)[self.name]},
+        return _apply(
+            make_module(self.config),
+            _as_trained(trained, self.config)[self.name],
             batch[f"{self.prompt_name}_ids"],
             batch[f"{self.prompt_name}_mask"],
             batch["response_ids"],
@@ -149,7 +155,7 @@ class LanguageModel:
         return self._apply(trained, hidden, mask, max_steps, method="prefill")
 
     def step(
-        self, trained: Params, token: Int32[Array, " B"], cache: Any
+        self, trained: Params, token: Int[AnyArray, " B"], cache: Any
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
@@ -181,8 +187,8 @@ def represent(
 ) -> Float32[Array, "B T D"]:
     """H of prompts, by an LLM of which `frozen` is what encodes."""
     llm = make_module(config)
-    embedded = llm.apply({"params": frozen}, ids, method="embed")
-    return llm.apply({"params": frozen}, embedded, mask, method="represent")
+    embedded = _apply(llm, frozen, ids, method="embed")
+    return _apply(llm, frozen, embedded, mask, method="represent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +216,7 @@ class LlmToSlm:
         return L2S(slm_config, self.projector_width, self.fusion, self.shared_vocabulary)
 
     def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
-        return self._module(_one_by_one(self.slm_config)).apply(
-            {"params": trained}, *args, **kwargs
-        )
+        return _apply(self._module(_one_by_one(self.slm_config)), trained, *args, **kwargs)
 
     @property
     def beside_hidden(self) -> tuple[str, ...]:
@@ -225,7 +229,7 @@ class LlmToSlm:
         """The LLM's embedding of the prompt, where L2S needs it."""
         if not self.beside_hidden:
             return None
-        return make_module(self.llm_config).apply({"params": frozen}, ids, method="embed")
+        return _apply(make_module(self.llm_config), frozen, ids, method="embed")
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Random float32 projector and SLM."""
@@ -251,8 +255,9 @@ class LlmToSlm:
             hidden = batch["llm_hidden"].astype(jnp.float32)
         else:
             hidden = self.encode(trained, frozen, ids, mask)
-        return self._module(self.slm_config).apply(
-            {"params": _as_trained(trained, self.slm_config)},
+        return _apply(
+            self._module(self.slm_config),
+            _as_trained(trained, self.slm_config),
             ids,
             mask,
             hidden,
@@ -286,7 +291,7 @@ class LlmToSlm:
         return self._apply(trained, ids, mask, hidden, embedded, max_steps, method="prefill")
 
     def step(
-        self, trained: Params, token: Int32[Array, " B"], cache: Any
+        self, trained: Params, token: Int[AnyArray, " B"], cache: Any
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")

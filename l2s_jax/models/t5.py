@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
@@ -206,7 +206,7 @@ class T5(nn.Module):
         return self.step(start, self.empty_cache(hidden, mask, max_steps + 1))
 
     def step(
-        self, token: Int32[Array, " B"], cache: DecoderCache
+        self, token: Int[AnyArray, " B"], cache: DecoderCache
     ) -> tuple[Float32[Array, "B V"], DecoderCache]:
         """(logits of the next token, the cache with this one in)."""
         x, cache = self.decoder.step(self.embed(token[:, None]), cache)

@@ -146,7 +146,7 @@ class DecoderLayer(nn.Module):
         """
         y = self.attention_norm(x)
         key_value = self.attention.key_value(y)
-        if cache is not None:
+        if cache is not None and index is not None:
             key_value = write_position(cache, key_value, index)
         y = self.attention(y, key_value, bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)

@@ -177,7 +177,7 @@ def _sweep(
                         "mesh": dict(mesh.shape),
                         "batch_size": batch_size,
                         "tokens_per_s": rate and rate["tokens_per_s"],
-                        "peak": max(program.peak for program in compiled.values()),
+                        "peak": max(program.peak or 0 for program in compiled.values()),
                     }
                 )
         ranked[name] = sorted(rows, key=lambda row: (-(row["tokens_per_s"] or 0), row["peak"]))

@@ -168,7 +168,7 @@ def parts_of(shape: str) -> list[str]:
 
 def _width(dtype: str) -> int:
     """Bits of a number."""
-    return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
 
 
 def _numbers(text: str) -> list[int]:

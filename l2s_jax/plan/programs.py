@@ -178,14 +178,15 @@ class Compiler:
 
         arguments = (self._trained, state)
         program, compiled = self._program(chunk(1), arguments, rows, steps=CHUNK)
-        if compiled is None:
+        once = program.costs
+        if compiled is None or once is None:
             return program
         twice, _ = self._program(chunk(2), arguments, rows)
-        once, more = program.costs, twice.costs
+        more = twice.costs
         if more is None:
             return program
         # The compiler may make several steps of one turn; their collectives are the same ones.
-        turns = [n for n in loop_turns(compiled.as_text()) if n > 1 and CHUNK % n == 0]
+        turns = [n for n in loop_turns(compiled.as_text() or "") if n > 1 and CHUNK % n == 0]
         if len(turns) != 1:  # no telling what a step costs
             return dataclasses.replace(program, costs=None)
         per_token = tuple(
@@ -258,7 +259,7 @@ class Compiler:
         which it counts one.
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-        whole = jax.jit(function.__wrapped__).lower(*shapes).cost_analysis()
+        whole = jax.jit(function.__wrapped__).lower(*shapes).cost_analysis() or {}
         return whole.get("flops", 0.0) / self.mesh.size
 
     def _placed(self, params: Any) -> Any:

@@ -80,10 +80,10 @@ def throughput(
     if step := milliseconds("train"):
         tokens = config.l2s.train.batch_size * sum(buckets_of(config)[-1])
         rates["train"] = tokens / step * 1e3
-    parts = [milliseconds(name) for name in ("encode", "prefill", "decode")]
-    if all(parts):
+    encode, prefill, decode = (milliseconds(name) for name in ("encode", "prefill", "decode"))
+    if encode and prefill and decode:
         new = config.decoding.max_new_tokens
-        total = parts[0] + parts[1] + parts[2] * (new - 1)
+        total = encode + prefill + decode * (new - 1)
         rates["generate"] = config.decoding.batch_size * new / total * 1e3
     result = {}
     for name, rate in rates.items():

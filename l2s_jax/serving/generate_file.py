@@ -95,7 +95,7 @@ def generate_file(
             description="generating",
             shared=True,
         )
-        if not writes:
+        if file is None:
             return
         with _writing(target):
             for (_, record), output in zip(records, outputs, strict=True):

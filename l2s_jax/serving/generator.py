@@ -344,4 +344,4 @@ class Generator:
 def _output_of(fields: Sequence[Any]) -> Output:
     """An Output from what JSON made of it."""
     *own, others = fields
-    return Output(*own, tuple(map(_output_of, others)))
+    return Output(*own, others=tuple(map(_output_of, others)))

@@ -26,12 +26,15 @@ class Tokenizer(Protocol):
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the special tokens that its family puts around a prompt."""
+        ...
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, eos last."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` up to the first eos, without padding and ids that stand for no piece."""
+        ...
 
     def save(self, directory: str) -> None:
         """Writes the files from which `load_tokenizer(directory)` restores this tokenizer."""

@@ -25,7 +25,7 @@ class Checkpoints:
         """`best_metric`: which of the metrics given to `save` ranks checkpoints, higher is better;
         None: the latest is the best.
         """
-        keep = [preservation_policy.LatestN(1)]
+        keep: list[Any] = [preservation_policy.LatestN(1)]
         if best_metric:
             keep.append(
                 preservation_policy.BestN(get_metric_fn=lambda metrics: metrics[best_metric], n=1)
@@ -86,7 +86,7 @@ class Checkpoints:
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that `step` was saved with."""
-        restored = self._manager.restore(
+        restored: Any = self._manager.restore(
             step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
         )
         return restored.config
@@ -96,7 +96,7 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         """(params, opt, data) of `step`, placed as the abstract arrays given."""
         items = {name: ocp.args.StandardRestore(tree) for name, tree in params.items()}
-        restored = self._manager.restore(
+        restored: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 **items, opt=ocp.args.StandardRestore(opt), data=ocp.args.JsonRestore()

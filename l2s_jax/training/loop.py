@@ -160,7 +160,7 @@ def fit(
                             metrics=scores,
                         )
                         meter.restart()
-        state, _ = _restore(checkpoints, checkpoints.best_step, abstract)
+        state, _ = _restore(checkpoints, checkpoints.best_step or config.steps, abstract)
     return sharding.gather(_weights(state))
 
 

@@ -36,8 +36,7 @@ class Trainable(Protocol):
         ...
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that training changes, in arrays or their shapes or shardings; the frozen LLM is not.
 
     average: exponential moving average of params, which is what a run returns; None without one.
@@ -138,7 +137,7 @@ def train_step(
     # Adding a zero can change a bit, that of -0.0, and so can the mean of two equal numbers.
     params = optim.keep_fixed(trained, params, state.params)
     average = state.average
-    if config.ema_decay:
+    if average is not None:
         # Early on, the average forgets its random beginning faster.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = optax.incremental_update(params, average, 1.0 - decay)
