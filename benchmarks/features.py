@@ -41,7 +41,9 @@ from l2s_jax.training import loop
 class Numbers:
     """The tokenizer of texts that are token ids."""
 
-    pad_id, eos_id, fingerprint = 0, 1, "numbers"
+    pad_id, eos_id, end_ids = 0, 1, (1,)
+    is_chat = False
+    fingerprint = identity = "numbers"
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; nothing ends it."""

@@ -97,7 +97,7 @@ class Decoding:
         where = jax.sharding.SingleDeviceSharding(device)
 
         def loop(trained: Any, logits: jax.Array, cache: Any, limits: jax.Array) -> Any:
-            settings = {"max_new_tokens": self.new_tokens, "ignore_eos": True}
+            settings = {"max_new_tokens": self.new_tokens, "end_ids": ()}
             return decode_cache(self.system, trained, logits, cache, limits, **settings)
 
         limits = jax.ShapeDtypeStruct((self.rows,), jnp.int32)

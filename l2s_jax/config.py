@@ -62,9 +62,10 @@ def _locked(section: Section) -> ConfigDict:
 
 
 def of_settings(settings: Settings) -> ConfigDict:
-    """Settings as a ConfigDict, which takes no other keys but the names of a task's splits."""
+    """Settings as a ConfigDict, which takes no other keys but a task's splits and fields."""
     config = _locked(settings)
     config.task.splits.unlock()
+    config.task.truncate.unlock()
     return config
 
 

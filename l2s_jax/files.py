@@ -107,3 +107,8 @@ def read_json(path: str) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """What `value` becomes on its way through JSON."""
     return json.loads(json.dumps(value))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -105,7 +105,9 @@ def make_batch(
 class NumberTokenizer:
     """Space-separated numbers, each its own id, then eos."""
 
-    vocab_size, pad_id, eos_id, fingerprint = VOCABULARY, 0, 1, "numbers"
+    vocab_size, pad_id, eos_id, end_ids = VOCABULARY, 0, 1, (1,)
+    is_chat = False
+    fingerprint = identity = "numbers"
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [[*map(int, text.split()), self.eos_id] for text in texts]

@@ -22,7 +22,7 @@ class NumberTokenizer:
 
     def __init__(self, pad_id):
         self.pad_id = pad_id
-        self.eos_id = EOS
+        self.eos_id, self.is_chat = EOS, False
         self.texts_encoded = 0
 
     def encode_prompts(self, texts):
@@ -284,13 +284,13 @@ def test_prompt_name_is_in_the_keys():
     assert list(evaluation_batches(data, **options)[0][1]) == keys
 
 
-def test_long_sequences_are_cut_before_eos_and_counted():
+def test_long_prompts_end_with_eos_and_long_responses_do_not():
     data = make_data([(3, 9), (4, 3), (5, 5), (12, 2)], limits=(4, 6))
     assert data.prompt_lengths.tolist() == [3, 4, 4, 4]
     assert data.response_lengths.tolist() == [6, 3, 5, 2]
-    assert (data.truncated_prompts, data.truncated_responses) == (2, 1)
+    assert (data.loss.prompts, data.loss.responses) == (2, 1)
     assert [ids.tolist() for ids in data[3]] == [[3, 0, 7, EOS], [3, EOS]]
-    assert [ids.tolist() for ids in data[0]] == [[0, 0, EOS], [0, 0, 7, 3, 0, EOS]]
+    assert [ids.tolist() for ids in data[0]] == [[0, 0, EOS], [0, 0, 7, 3, 0, 7]]
     assert all(ids.dtype == np.int32 for ids in data[0])
     assert data.prompt_lengths.dtype == data.response_lengths.dtype == np.int32
 
@@ -301,7 +301,7 @@ def test_a_sequence_without_eos_is_only_cut():
             return [ids[:-1] for ids in super().encode_prompts(texts)]
 
     data = make_data([(6, 6)], limits=(3, 3), tokenizers=(Bare(0), NumberTokenizer(0)))
-    assert [ids.tolist() for ids in data[0]] == [[0, 0, 7], [0, 0, EOS]]
+    assert [ids.tolist() for ids in data[0]] == [[0, 0, 7], [0, 0, 7]]
 
 
 def test_examples_are_tokenized_once(monkeypatch):

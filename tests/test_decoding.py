@@ -96,7 +96,7 @@ def test_greedy_equals_recomputation_of_every_step(name):
     expected = recomputed(name)
     assert len(np.unique(expected, axis=0)) == 5 and len(np.unique(expected)) > 5
 
-    endless = decode(system, trained, frozen, batch, ignore_eos=True)
+    endless = decode(system, trained, frozen, batch, end_ids=())
     np.testing.assert_array_equal(endless.tokens, expected)
     assert endless.lengths.tolist() == [NEW] * 5
     assert not endless.finished.any()
@@ -136,7 +136,7 @@ def run_script(script, *, max_new_tokens, eos_id=SCRIPT_EOS, active=None):
     limits = np.full(rows, max_new_tokens)
     if active is not None:
         limits = np.where(active, limits, 0)
-    loop = Loop(step, eos_id, SCRIPT_PAD, max_new_tokens, GREEDY)
+    loop = Loop(step, (eos_id,), SCRIPT_PAD, max_new_tokens, GREEDY)
     decode = jax.jit(
         lambda script: loop.run(script, jax.nn.one_hot(script[:, 0], 10), jnp.int32(0), limits)
     )
@@ -223,9 +223,9 @@ def test_no_active_row_takes_no_step():
 @pytest.mark.parametrize("name", ["slm", "add", "cross"])
 def test_inactive_rows_change_nothing_for_the_others(name):
     system, trained, frozen, batch = case(name)
-    whole = decode(system, trained, frozen, batch, ignore_eos=True)
+    whole = decode(system, trained, frozen, batch, end_ids=())
     active = np.array([True, False, True, False, True])
-    some = decode(system, trained, frozen, batch, active=active, ignore_eos=True)
+    some = decode(system, trained, frozen, batch, active=active, end_ids=())
     np.testing.assert_array_equal(some.tokens[active], whole.tokens[active])
     assert (some.tokens[~active] == 0).all()
     assert some.lengths.tolist() == [NEW, 0, NEW, 0, NEW]
@@ -339,11 +339,11 @@ def test_mismatched_takes_the_hidden_states_of_the_row_before():
         other = hidden[jnp.array([4, 0, 1, 2, 3])]
         return system.prefill(trained, frozen, ids, mask, other, 0)[0]
 
-    decoded = decode(system, trained, frozen, batch, mismatched=True, ignore_eos=True)
+    decoded = decode(system, trained, frozen, batch, mismatched=True, end_ids=())
     np.testing.assert_array_equal(
         decoded.tokens[:, 0], np.argmax(first_logits(trained, frozen), -1)
     )
-    matched = decode(system, trained, frozen, batch, ignore_eos=True)
+    matched = decode(system, trained, frozen, batch, end_ids=())
     assert (decoded.tokens != matched.tokens).any(1).sum() >= 3
 
 

@@ -159,9 +159,9 @@ def test_a_call_tells_once_how_many_prompts_it_truncates(systems, caplog):
     # With its eos, a prompt of 8 numbers has one token too many.
     long, fits = "3 4 5 6 7 8 9 10", "3 4 5 6 7 8 9"
     loaded.generate([long, fits, "3", long, long])
-    assert told() == ["l2s: 3 of 5 prompts were truncated to 8 tokens"]
+    assert told() == ["l2s: 3 of 5 prompts were longer than 8 tokens and lost text: 11% of text"]
     "".join(loaded.stream(long))
-    assert told() == ["l2s: 1 of 1 prompts were truncated to 8 tokens"]
+    assert told() == ["l2s: 1 of 1 prompts were longer than 8 tokens and lost text: 11% of text"]
     loaded.generate([fits, "3"])
     assert told() == []
 

@@ -27,6 +27,7 @@ from l2s_jax.settings.search import Search
 
 ROWS, PROMPT, NEW = 200, 6, 12
 FAMILIES = ("t5", "gpt2", "gpt_neox", "llama")
+ONE_END = ("t5", "gpt2")  # the others have two tokens that end a response
 SEARCHES = {
     "greedy": Search(),
     "greedy with penalties": Search(
@@ -49,7 +50,7 @@ SEARCHES = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """family -> (transformers' model, ours as a system, its parameters)."""
+    """family -> (transformers' model, ours as a system, its parameters, its end_ids)."""
 
     @functools.cache
     def make(family):
@@ -62,11 +63,14 @@ def checkpoints(tmp_path_factory):
         module, params = load_hf(directory)
         system, trained = LanguageModel("llm", module.config), {"llm": params}
         # A random model hardly ever says its eos: a token that many responses have serves as it.
-        said = run(system, trained, GREEDY, ignore_eos=True).tokens
+        said = run(system, trained, GREEDY, end_ids=()).tokens
         shares = [(said[:, 1:] == token).any(1).mean() for token in range(module.config.vocab_size)]
-        eos_id = int(np.argmin(np.abs(np.array(shares) - 0.5)))
-        config = dataclasses.replace(module.config, eos_id=eos_id)
-        return reference, LanguageModel("llm", config), trained
+        ends = tuple(
+            int(np.argmin(np.abs(np.array(shares) - share)))
+            for share in ((0.5,) if family in ONE_END else (0.4, 0.2))
+        )
+        assert len(set(ends)) == len(ends)
+        return reference, LanguageModel("llm", module.config), trained, ends
 
     return make
 
@@ -95,7 +99,7 @@ def run(system, trained, search, rows=ROWS, seeds=None, **options):
         )
 
 
-def of_transformers(reference, config, search, ids, **options):
+def of_transformers(reference, pad_id, ends, search, ids, **options):
     """(tokens [B, N, NEW], scores [B, N] or None)."""
     fields = dataclasses.asdict(search)
     fields["num_return_sequences"] = fields.pop("num_return")
@@ -107,18 +111,18 @@ def of_transformers(reference, config, search, ids, **options):
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW,
         do_sample=False,
-        eos_token_id=config.eos_id,
-        pad_token_id=config.pad_id,
+        eos_token_id=list(ends),
+        pad_token_id=pad_id,
         return_dict_in_generate=True,
         output_scores=True,
         **fields,
         **options,
     )
     tokens = found.sequences.numpy()[:, 1 if reference.config.is_encoder_decoder else PROMPT :]
-    tokens = np.pad(tokens, [(0, 0), (0, NEW - tokens.shape[1])], constant_values=config.pad_id)
+    tokens = np.pad(tokens, [(0, 0), (0, NEW - tokens.shape[1])], constant_values=pad_id)
     # Its beam search fills up with eos where the padding id is 0.
-    ends = np.cumsum(tokens == config.eos_id, axis=1) - (tokens == config.eos_id)
-    tokens = np.where(ends > 0, config.pad_id, tokens)
+    is_end = np.isin(tokens, ends)
+    tokens = np.where(np.cumsum(is_end, axis=1) - is_end > 0, pad_id, tokens)
     scores = None
     if search.num_beams > 1:
         scores = found.sequences_scores.numpy().reshape(len(ids), search.num_return)
@@ -136,31 +140,31 @@ class Rounding(transformers.LogitsProcessor):
         return scores + 5e-6 * scale * (2 * torch.rand(scores.shape, generator=self.generator) - 1)
 
 
-def is_tie(reference, config, search, ids, tokens):
+def is_tie(reference, pad_id, ends, search, ids, tokens):
     """Whether transformers says tokens [N, NEW] too, in some draw of what rounding may do.
 
     Of beams, the tie may be of two hypotheses that later ones replaced: the scores of what comes of
     them are then far apart, so that no comparison of outputs would tell it from a bug.
     """
     draws = np.repeat(ids[None], 64, axis=0)
-    said, _ = of_transformers(reference, config, search, draws, logits_processor=[Rounding()])
+    said, _ = of_transformers(reference, pad_id, ends, search, draws, logits_processor=[Rounding()])
     return (said == tokens).all((1, 2)).any()
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_transformers(family, name, checkpoints):
-    reference, system, trained = checkpoints(family)
-    search = SEARCHES[name]
-    decoded = run(system, trained, search)
-    expected, scores = of_transformers(reference, system.config, search, prompts())
+    reference, system, trained, ends = checkpoints(family)
+    search, pad_id = SEARCHES[name], system.config.pad_id
+    decoded = run(system, trained, search, end_ids=ends)
+    expected, scores = of_transformers(reference, pad_id, ends, search, prompts())
     tokens = decoded.tokens.reshape(expected.shape)
     same = (tokens == expected).all((1, 2))
     # Two tokens may be as likely as each other to the last bit: in one row of 200, not in more.
     ties = np.flatnonzero(~same)
     assert len(ties) <= 1, f"{len(ties)} rows differ: {ties}"
     for row in ties:
-        assert is_tie(reference, system.config, search, prompts()[row], tokens[row]), (
+        assert is_tie(reference, pad_id, ends, search, prompts()[row], tokens[row]), (
             f"row {row} differs, and not by a tie: {tokens[row]}, expected {expected[row]}"
         )
     assert 0.05 < (decoded.lengths < NEW).mean() < 1, "no test of what ends early"
@@ -170,7 +174,7 @@ def test_equals_transformers(family, name, checkpoints):
 
 
 def test_searches_differ_from_each_other(checkpoints):
-    _, system, trained = checkpoints("t5")
+    _, system, trained, _ = checkpoints("t5")
     best = [
         run(system, trained, search).tokens.reshape(ROWS, -1, NEW)[:, 0]
         for search in SEARCHES.values()
@@ -253,7 +257,7 @@ def search_languages(tables, limit, search):
                     ).reshape(-1),
                 },
                 search=search,
-                eos_id=EOS,
+                end_ids=(EOS,),
                 pad_id=PAD,
                 capacity=LONGEST,
             )
@@ -293,7 +297,7 @@ def test_a_row_that_has_its_hypotheses_takes_no_more_while_others_run():
 
 
 def test_rows_have_limits_of_their_own(checkpoints):
-    _, system, trained = checkpoints("gpt2")
+    _, system, trained, _ = checkpoints("gpt2")
     limits = np.array([0, 1, 5, NEW], np.int32)
     ids = np.repeat(prompts()[:1], 4, axis=0)
     for search in (GREEDY, Search(num_beams=3), Search(temperature=0.8)):
@@ -308,7 +312,7 @@ def test_rows_have_limits_of_their_own(checkpoints):
                 np.full(4, 3, np.uint32),
                 max_new_tokens=NEW,
                 search=search,
-                ignore_eos=True,
+                end_ids=(),
             )
         )
         assert decoded.lengths.reshape(-1).tolist() == limits.tolist()
@@ -349,7 +353,7 @@ def test_penalties_are_those_of_transformers(logits, penalty, size, tokens, padd
     )
     for token in tokens[prompt:]:
         history = history.append(jnp.full(rows, token))
-    found = processing.constrain(search, jnp.asarray(logits), history, jnp.int32(9), -1)
+    found = processing.constrain(search, jnp.asarray(logits), history, jnp.int32(9), ())
 
     expected, sofar = torch_of(logits), torch.tensor([tokens] * rows)
     if penalty != 1:
@@ -397,7 +401,7 @@ def test_the_greatest_is_found_in_a_program_with_all_that_comes_before_it():
         logits = jnp.einsum("bd,vd->bv", hidden, table)
         starts = jnp.zeros(rows, jnp.int32)
         history = processing.History(tokens, starts, jnp.int32(size))
-        return processing.constrain(search, logits, history, jnp.int32(9), 1)
+        return processing.constrain(search, logits, history, jnp.int32(9), (1,))
 
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = (
@@ -440,7 +444,7 @@ def assert_drawn(counts, expected):
 
 
 def test_first_tokens_are_sampled_from_the_models_distribution(checkpoints):
-    _, system, trained = checkpoints("llama")
+    _, system, trained, _ = checkpoints("llama")
     draws = 4000
     ids = np.repeat(prompts()[:1], draws, axis=0)
     decoded = jax.device_get(
@@ -482,7 +486,7 @@ def test_the_tokens_of_a_response_are_sampled_from_their_joint_distribution(sear
     def step(table, token, cache):
         return table[token], cache
 
-    loop = Loop(step, NEVER, PAD, steps, search)
+    loop = Loop(step, (NEVER,), PAD, steps, search)
     logits = np.broadcast_to(table[-1], (draws, VOCABULARY))
     limits, seeds = np.full(draws, steps), np.arange(draws, dtype=np.uint32)
     decoded = jax.jit(loop.run)(jnp.asarray(table), logits, jnp.int32(0), limits, seeds)
@@ -501,7 +505,7 @@ def test_the_tokens_of_a_response_are_sampled_from_their_joint_distribution(sear
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 def test_a_sampled_row_depends_on_its_seed_only(family, checkpoints):
-    _, system, trained = checkpoints(family)
+    _, system, trained, _ = checkpoints(family)
     search = Search(temperature=0.9, top_p=0.9, repetition_penalty=1.2)
     seeds = np.arange(100, 100 + ROWS, dtype=np.uint32)
     whole = run(system, trained, search, seeds=seeds)

@@ -47,7 +47,7 @@ def run(system, trained, frozen, ids, mask):
     hidden = system.encode(trained, frozen, ids, mask)
     logits, cache, _ = prefill(system, trained, frozen, ids, mask, hidden, **settings)
     limits = jnp.full(len(ids), NEW)
-    decoded = decode_cache(system, trained, logits, cache, limits, ignore_eos=True, **settings)
+    decoded = decode_cache(system, trained, logits, cache, limits, end_ids=(), **settings)
     return hidden, logits, decoded.tokens
 
 

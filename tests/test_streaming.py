@@ -34,7 +34,9 @@ NEW = 21
 class Bytes:
     """A byte-level tokenizer, as GPT-2's: most characters of TEXTS are several tokens."""
 
-    pad_id, eos_id, fingerprint = 0, 1, "bytes"
+    pad_id, eos_id, end_ids = 0, 1, (1,)
+    is_chat = False
+    fingerprint = identity = "bytes"
 
     def __init__(self):
         hub = HubTokenizer(models.BPE())
@@ -243,8 +245,8 @@ def host_events(directory, call):
 
 
 def test_the_host_executes_one_program_however_many_tokens_there_are(tmp_path):
-    config = dataclasses.replace(small.t5_config(), eos_id=-1)
-    system, tokenizer = LanguageModel("llm", config), small.NumberTokenizer()
+    system, tokenizer = LanguageModel("llm", small.t5_config()), small.NumberTokenizer()
+    tokenizer.end_ids = ()
     settings = {"prompt_lengths": (8,), "max_new_tokens": 400, "batch_size": 1}
     model = Generator(system, *small.make_params(system), tokenizer, tokenizer, **settings)
 

@@ -185,7 +185,9 @@ def refused(path, *fragments):
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     refused(tmp_path, str(tmp_path), "no tokenizer", "spiece.model")
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    refused(tmp_path, "tokenizer.model alone is not enough")
+    refused(tmp_path, "no tokenizer.json", "model_type")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refused(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', '{"version": "1.0"}'])

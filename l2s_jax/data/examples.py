@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from l2s_jax.data import fitting
 from l2s_jax.data.tasks import Example
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
@@ -45,18 +46,55 @@ class Hidden(Protocol):
         ...
 
 
+class Loss(NamedTuple):
+    """What texts lost because they were too long.
+
+    prompts, responses: how many were cut, of `examples`.
+    hopeless: prompts that were too long without any text of their fields.
+    fields: of the prompts that were cut, by field: characters lost, and of how many.
+    left_out: examples that are not there because their response was cut.
+    """
+
+    examples: int
+    prompts: int
+    responses: int
+    hopeless: int
+    fields: dict[str, fitting.Loss]
+    left_out: int
+
+    def describe(self, most: int) -> list[str]:
+        """A line about prompts and one about responses, where some were cut; `most`: tokens."""
+        lines = []
+        if self.prompts:
+            shares = {field: lost / of for field, (lost, of) in self.fields.items() if lost}
+            lost = ", ".join(f"{share:.0%} of {field}" for field, share in shares.items())
+            lines.append(
+                f"{self.prompts} of {self.examples} prompts were longer than {most} tokens and "
+                f"lost text: {lost or 'none of a field'}"
+            )
+        if self.hopeless:
+            lines.append(
+                f"{self.hopeless} of {self.examples} prompts are longer than {most} tokens even "
+                "without their fields: the end of the template is lost"
+            )
+        if self.responses:
+            what = "are left out" if self.left_out else "teach no end"
+            lines.append(f"{self.responses} of {self.examples} responses were cut, and {what}")
+        return lines
+
+
 class _Tokens(NamedTuple):
     prompts: _Ragged
     responses: _Ragged
-    truncated_prompts: int
-    truncated_responses: int
+    loss: Loss
 
 
 class TokenizedExamples:
     """Token ids of examples, computed on first use, all at once, and kept as two flat arrays.
 
-    A sequence over its maximum is cut; where the tokenizer ended it with eos, so does the cut one.
-    Once `hidden` is set, batches hold what it reads too.
+    A prompt over its maximum loses text of its fields (fitting.py). A response over its maximum
+    is cut, and one that was cut before stays so: no eos follows it. Once `hidden` is set, batches
+    hold what it reads too.
 
     Args:
       examples: what to tokenize; references are not used.
@@ -64,6 +102,7 @@ class TokenizedExamples:
       response_tokenizer: tokenizer of the responses.
       max_prompt_tokens: longest prompt kept, eos included.
       max_response_tokens: longest response kept, eos included.
+      keep_cut: whether examples whose response is cut are there.
 
     Raises:
       ValueError: a maximum is below 1.
@@ -77,6 +116,7 @@ class TokenizedExamples:
         response_tokenizer: Tokenizer,
         max_prompt_tokens: int,
         max_response_tokens: int,
+        keep_cut: bool = True,
     ):
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens),
@@ -92,9 +132,10 @@ class TokenizedExamples:
         self.prompt_pad_id = prompt_tokenizer.pad_id
         self.response_pad_id = response_tokenizer.pad_id
         self.hidden: Hidden | None = None
+        self._keep_cut = keep_cut
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._examples) - (0 if self._keep_cut else self.loss.left_out)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of prompt and response `index`, int32 [t] and [s]."""
@@ -102,14 +143,9 @@ class TokenizedExamples:
         return self._tokens.prompts[index], self._tokens.responses[index]
 
     @property
-    def truncated_prompts(self) -> int:
-        """How many prompts were cut."""
-        return self._tokens.truncated_prompts
-
-    @property
-    def truncated_responses(self) -> int:
-        """How many responses were cut."""
-        return self._tokens.truncated_responses
+    def loss(self) -> Loss:
+        """What was lost because it was too long."""
+        return self._tokens.loss
 
     @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:
@@ -159,33 +195,37 @@ class TokenizedExamples:
 
     @functools.cached_property
     def _tokens(self) -> _Tokens:
-        truncated = [0, 0]
-
-        def cut(side: int, encoded: list[list[int]], limit: int, eos_id: int) -> list[list[int]]:
-            truncated[side] += sum(len(ids) > limit for ids in encoded)
-            return [_cut(ids, limit, eos_id) for ids in encoded]
-
         prompts, responses = [], []
+        too_long = cut_responses = hopeless = 0
+        fields: dict[str, fitting.Loss] = {}
         for chunk in _chunks(self._examples, _TOKENIZE_AT_ONCE):
-            tokenizer = self.prompt_tokenizer
-            ids = tokenizer.encode_prompts([example.prompt for example in chunk])
-            prompts.append(cut(0, ids, self.max_prompt_tokens, tokenizer.eos_id))
-            tokenizer = self.response_tokenizer
-            ids = tokenizer.encode_responses([example.response for example in chunk])
-            responses.append(cut(1, ids, self.max_response_tokens, tokenizer.eos_id))
-        return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), *truncated)
+            fitted = fitting.fit(
+                [example.prompt for example in chunk], self.prompt_tokenizer, self.max_prompt_tokens
+            )
+            too_long, hopeless = too_long + fitted.cut, hopeless + fitted.hopeless
+            for field, (lost, of) in fitted.losses.items():
+                before = fields.get(field, fitting.Loss(0, 0))
+                fields[field] = fitting.Loss(before.lost + lost, before.of + of)
+            whole = self.response_tokenizer.encode_responses([e.response for e in chunk])
+            is_cut = [
+                example.cut or len(ids) > self.max_response_tokens
+                for example, ids in zip(chunk, whole, strict=True)
+            ]
+            cut_responses += sum(is_cut)
+            kept = [i for i, cut in enumerate(is_cut) if self._keep_cut or not cut]
+            prompts.append([fitted.ids[i] for i in kept])
+            responses.append(
+                [whole[i][:-1][: self.max_response_tokens] if is_cut[i] else whole[i] for i in kept]
+            )
+        left_out = 0 if self._keep_cut else cut_responses
+        loss = Loss(len(self._examples), too_long, cut_responses, hopeless, fields, left_out)
+        return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), loss)
 
 
 def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
     remaining = iter(examples)
     while chunk := list(itertools.islice(remaining, size)):
         yield chunk
-
-
-def _cut(ids: list[int], limit: int, eos_id: int) -> list[int]:
-    if len(ids) <= limit:
-        return ids
-    return [*ids[: limit - 1], eos_id] if ids[-1] == eos_id else ids[:limit]
 
 
 def _pad(

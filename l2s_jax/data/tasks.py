@@ -7,17 +7,22 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from l2s_jax.data import sources
+from l2s_jax.data.fitting import Prompt, Span
 
 SOURCES = ("tfds", "jsonl", "tsv", "text")
 SPLITS = ("train", "validation", "test")
 
 
 class Example(NamedTuple):
-    """A prompt, its response and all accepted responses, the first of which is `response`."""
+    """A prompt, its response and all accepted responses, the first of which is `response`.
+
+    cut: whether the response has no end, since whoever wrote it was stopped.
+    """
 
     prompt: str
     response: str
     references: tuple[str, ...]
+    cut: bool = False
 
 
 class Task:
@@ -32,8 +37,21 @@ class Task:
             split: value.to_dict() if isinstance(value, ConfigDict) else value
             for split, value in config.splits.items()
         }
-        self._prompt: str = config.prompt
-        self.prompt_fields = _template_fields(config.prompt)
+        self._prompt = _template_of(config)
+        self.prompt_fields = _template_fields(self._prompt)
+        self._sides: dict[str, str] = dict(config.get("truncate") or {}) or dict.fromkeys(
+            self.prompt_fields, "end"
+        )
+        # Where a config sets it: how prompts are cut, and a chat's system.
+        chat = config.get("chat") or {}
+        self._wrapping = [
+            {name: value}
+            for name, value in (
+                ("truncate", dict(config.get("truncate") or {})),
+                ("chat", dict(chat) if chat.get("user") else {}),
+            )
+            if value
+        ]
         self._response: str = config.response
         self._references: str = config.get("references", "")
 
@@ -67,7 +85,7 @@ class Task:
         """What decides, beside the content of its files, which examples a split has; JSON-able."""
         references = self._references if split != "train" else ""
         source = [self._source, self._tfds_name, self._splits.get(split)]
-        return [*source, self._prompt, self._response, references]
+        return [*source, self._prompt, self._response, references, *self._wrapping]
 
     def files(self, split: str, *, prepare: bool) -> list[str]:
         """The files of a split; those of a TFDS dataset only if it may be prepared."""
@@ -77,8 +95,8 @@ class Task:
         names = value.values() if isinstance(value, Mapping) else [value]
         return [sources.resolve(self._data_dir, name) for name in names]
 
-    def render_prompt(self, record: Mapping[str, Any], where: str = "the record") -> str:
-        """The prompt of a record that holds the template's fields.
+    def render_prompt(self, record: Mapping[str, Any], where: str = "the record") -> Prompt:
+        """The prompt of a record that holds the template's fields; of a chat, what the user says.
 
         Args:
           record: text by field name.
@@ -89,14 +107,22 @@ class Task:
         """
         return self._render(sources.Record(record, where, None))
 
-    def _render(self, record: sources.Record) -> str:
+    def _render(self, record: sources.Record) -> Prompt:
         values = {field: _text_field(record, field) for field in self.prompt_fields}
         if not any(value.strip() for value in values.values()):
             raise ValueError(
                 f"{record.where(self.prompt_fields[0])}: empty prompt: "
                 f"nothing in {', '.join(map(repr, values))}"
             )
-        return self._prompt.format_map(values)
+        text, spans = "", []
+        for literal, field, _, _ in string.Formatter().parse(self._prompt):
+            text += literal
+            if field is not None:
+                value = values[field]
+                if field in self._sides:
+                    spans.append(Span(field, len(text), len(text) + len(value), self._sides[field]))
+                text += value
+        return Prompt(text, spans)
 
     def _example(self, record: sources.Record, references: str) -> Example:
         prompt = self._render(record)
@@ -147,18 +173,26 @@ def load_task(config: ConfigDict) -> Task:
     Raises:
       ValueError: a value is missing, unknown or contradicts another.
     """
-    required = ["name", "source", "splits", "prompt", "response"]
+    required = ["name", "source", "splits", "response"]
     if config.get("source") == "tfds":
         required.append("tfds_name")
     if missing := [key for key in required if not config.get(key)]:
         raise ValueError(f"config.task.{missing[0]} is not set")
+    if not _template_of(config):
+        raise ValueError("config.task.prompt is not set, nor is config.task.chat.user")
     if config.source not in SOURCES:
         raise ValueError(
             f"config.task.source is {config.source!r}, expected one of {', '.join(SOURCES)}"
         )
     for split, value in config.splits.items():
         _check_split(config.source, split, value)
-    fields = _template_fields(config.prompt)
+    fields = _template_fields(_template_of(config))
+    for field in config.get("truncate") or {}:
+        if field not in fields:
+            raise ValueError(
+                f"config.task.truncate has {field!r}, which is no field of the prompt "
+                f"(it has: {', '.join(fields)})"
+            )
     if config.source == "text":
         for split, files in config.splits.items():
             _check_text_fields(config, split, files, fields)
@@ -193,6 +227,12 @@ def _check_text_fields(
                 f"config.task.{key} uses field {field!r}, "
                 f"which config.task.splits.{split} does not have (it has: {', '.join(files)})"
             )
+
+
+def _template_of(config: ConfigDict) -> str:
+    """The template of a prompt, or of what the user says in a chat."""
+    chat = config.get("chat") or {}
+    return chat.get("user", "") or config.get("prompt", "")
 
 
 def _template_fields(template: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, top_k
-from l2s_jax.decoding.logits import History, constrain
+from l2s_jax.decoding.logits import History, among, constrain
 from l2s_jax.settings.search import Search
 
 # Not -inf: differences between hypotheses that are out must not be NaN.
@@ -73,7 +73,7 @@ def beam_search(
     *,
     take: Callable[[Any, jax.Array], Any],
     search: Search,
-    eos_id: int,
+    end_ids: tuple[int, ...],
     pad_id: int,
     capacity: int,
     history: History | None = None,
@@ -87,11 +87,13 @@ def beam_search(
         first.
       limits: tokens that a hypothesis of each row may have, at most `capacity`; rows with 0 give
         padding only.
+      end_ids: what ends a hypothesis.
       take: (cache of rows B * K, parents int32 [B, K]) -> the cache with hypothesis parents[b, k]
         of prompt b in place of its k-th.
     """
     rows, vocab_size = logits.shape
     beams = search.num_beams
+    candidates = max(2, 1 + len(end_ids)) * beams
     limits = jnp.minimum(limits, capacity)
 
     def each(leaf: jax.Array) -> jax.Array:
@@ -101,18 +103,18 @@ def beam_search(
     def choose(state: _State, logits: jax.Array) -> _Carry:
         """One more token in every running hypothesis; the cache stays that of the ones before."""
         count = state.count + 1
-        log_p = constrain(search, jax.nn.log_softmax(logits), state.history, state.count, eos_id)
+        log_p = constrain(search, jax.nn.log_softmax(logits), state.history, state.count, end_ids)
         log_p = log_p.reshape(rows, beams, vocab_size) + state.scores[..., None]
-        # Twice as many as run on, so that enough are left if the best all end.
-        scores, flat = top_k(log_p.reshape(rows, -1), 2 * beams)
+        # So many more than run on that enough are left if the best all end.
+        scores, flat = top_k(log_p.reshape(rows, -1), candidates)
         parents, token = flat // vocab_size, (flat % vocab_size).astype(jnp.int32)
         tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
         tokens = tokens.at[:, :, state.count].set(token)
 
         at_limit = (count >= limits)[:, None]
-        eos = token == eos_id
+        eos = among(token, end_ids)
         ends = eos | at_limit
-        ended = ends & (jnp.arange(2 * beams) < beams)[None] & state.open[:, None]
+        ended = ends & (jnp.arange(candidates) < beams)[None] & state.open[:, None]
         shape = token.shape
         best = _best(
             state.best,

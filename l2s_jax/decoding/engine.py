@@ -72,7 +72,7 @@ def decode_cache(
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
-    ignore_eos: bool = False,
+    end_ids: tuple[int, ...] | None = None,
 ) -> Decoded | Hypotheses:
     """What `decode` does after `prefill`, with its arguments."""
     if search.num_beams > 1:
@@ -84,22 +84,25 @@ def decode_cache(
             limits,
             take=take_hypotheses,
             search=search,
-            eos_id=-1 if ignore_eos else system.decoder.eos_id,
+            end_ids=_end_ids(system, end_ids),
             pad_id=system.decoder.pad_id,
             capacity=max_new_tokens,
             history=history,
         )
-    loop = make_loop(system, max_new_tokens, search, ignore_eos)
+    loop = make_loop(system, max_new_tokens, search, end_ids)
     return loop.run(trained, logits, cache, limits, seeds, history)
 
 
 def make_loop(
-    system: System, max_new_tokens: int, search: Search, ignore_eos: bool = False
+    system: System, max_new_tokens: int, search: Search, end_ids: tuple[int, ...] | None = None
 ) -> Loop:
     """The loop of a system's step."""
-    decoder = system.decoder
-    eos_id = -1 if ignore_eos else decoder.eos_id
-    return Loop(system.step, eos_id, decoder.pad_id, max_new_tokens, search)
+    ends = _end_ids(system, end_ids)
+    return Loop(system.step, ends, system.decoder.pad_id, max_new_tokens, search)
+
+
+def _end_ids(system: System, end_ids: tuple[int, ...] | None) -> tuple[int, ...]:
+    return (system.decoder.eos_id,) if end_ids is None else end_ids
 
 
 def decode(
@@ -114,7 +117,7 @@ def decode(
     max_new_tokens: int,
     search: Search = GREEDY,
     mismatched: bool = False,
-    ignore_eos: bool = False,
+    end_ids: tuple[int, ...] | None = None,
 ) -> Decoded | Hypotheses:
     """A whole batch, from prompt to response, as one program. Call it through `jitted_decode`.
 
@@ -126,7 +129,8 @@ def decode(
       max_new_tokens: what the program has room for.
       search: how tokens are chosen; its `stop` is not looked at, texts are the caller's.
       mismatched: the control, every row gets the encoded prompt of the row before it.
-      ignore_eos: every row decodes up to its limit: what a measurement wants.
+      end_ids: what ends a response; None: the model's eos_id. Without any, every row decodes up to
+        its limit: what a measurement wants.
 
     Returns:
       Hypotheses of a beam search, else Decoded.
@@ -134,16 +138,18 @@ def decode(
     settings = {"max_new_tokens": max_new_tokens, "search": search}
     logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     return decode_cache(
-        system, trained, logits, cache, limits, seeds, history, ignore_eos=ignore_eos, **settings
+        system, trained, logits, cache, limits, seeds, history, end_ids=end_ids, **settings
     )
 
 
 jitted_decode = jax.jit(
-    decode, static_argnames=("system", "max_new_tokens", "search", "mismatched", "ignore_eos")
+    decode, static_argnames=("system", "max_new_tokens", "search", "mismatched", "end_ids")
 )
 
 
-@functools.partial(jax.jit, static_argnames=("system", "max_new_tokens", "search", "mismatched"))
+@functools.partial(
+    jax.jit, static_argnames=("system", "max_new_tokens", "search", "mismatched", "end_ids")
+)
 def start(
     system: System,
     trained: Params,
@@ -156,15 +162,19 @@ def start(
     max_new_tokens: int,
     search: Search = GREEDY,
     mismatched: bool = False,
+    end_ids: tuple[int, ...] | None = None,
 ) -> State:
     """The state after the first token; arguments as of `decode`, no beam search."""
     settings = {"max_new_tokens": max_new_tokens, "search": search}
     logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
-    return make_loop(system, max_new_tokens, search).start(logits, cache, limits, seeds, history)
+    loop = make_loop(system, max_new_tokens, search, end_ids)
+    return loop.start(logits, cache, limits, seeds, history)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("system", "max_new_tokens", "search"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("system", "max_new_tokens", "search", "end_ids"),
+    donate_argnames="state",
 )
 def advance(
     system: System,
@@ -174,7 +184,8 @@ def advance(
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
+    end_ids: tuple[int, ...] | None = None,
 ) -> State:
     """A chunk of tokens more, where `ended` rows have no more to say."""
     state = state.replace(done=state.done | ended)
-    return make_loop(system, max_new_tokens, search).advance(trained, state)
+    return make_loop(system, max_new_tokens, search, end_ids).advance(trained, state)

@@ -65,7 +65,7 @@ def constrain(
     logits: Float32[Array, "B V"],
     history: History | None,
     count: Int32[Array, ""],
-    eos_id: int,
+    end_ids: tuple[int, ...],
 ) -> Float32[Array, "B V"]:
     """Repetition penalty, n-gram bans and the minimum length, in transformers' order.
 
@@ -78,10 +78,19 @@ def constrain(
             logits = _penalize_repetition(logits, history, search.repetition_penalty)
         if search.no_repeat_ngram_size:
             logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
-    if search.min_new_tokens and eos_id >= 0:
+    if search.min_new_tokens and end_ids:
         early = count < search.min_new_tokens
-        logits = logits.at[:, eos_id].set(jnp.where(early, -jnp.inf, logits[:, eos_id]))
+        ends = jnp.array(end_ids)
+        logits = logits.at[:, ends].set(jnp.where(early, -jnp.inf, logits[:, ends]))
     return logits
+
+
+def among(tokens: Int32[Array, "*shape"], ids: tuple[int, ...]) -> Bool[Array, "*shape"]:
+    """Which tokens are one of `ids`."""
+    found = jnp.zeros(tokens.shape, bool)
+    for one in ids:
+        found |= tokens == one
+    return found
 
 
 def _mark(

@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
-from l2s_jax.decoding.logits import History, constrain, greatest, sample, truncate
+from l2s_jax.decoding.logits import History, among, constrain, greatest, sample, truncate
 from l2s_jax.settings.search import Search
 
 Cache = TypeVar("Cache")
@@ -29,10 +29,10 @@ CHUNK = 8
 class Decoded(struct.PyTreeNode):
     """What a decoding loop gives back.
 
-    tokens: the eos included, pad_id after it.
-    lengths: tokens of each row, the eos included.
-    finished: whether the row ended with an eos; if not, its limit cut it. True too of rows with a
-      limit of 0, which nothing cuts.
+    tokens: what ended the row included, pad_id after it.
+    lengths: tokens of each row, what ended it included.
+    finished: whether one of the end_ids ended the row; if not, its limit cut it. True too of rows
+      with a limit of 0, which nothing cuts.
     """
 
     tokens: Int32[Array, "B S"]
@@ -67,12 +67,12 @@ class State(struct.PyTreeNode):
 class Loop:
     """One way to decode, hashable so that it can be static in `jax.jit`.
 
-    `capacity` is the most tokens that any row may have; its limit may be lower. A negative eos_id
-    never ends a row.
+    `capacity` is the most tokens that any row may have; its limit may be lower. Any of `end_ids`
+    ends a row.
     """
 
     step: Step
-    eos_id: int
+    end_ids: tuple[int, ...]
     pad_id: int
     capacity: int
     search: Search
@@ -162,7 +162,7 @@ class Loop:
 
     def _choose(self, state: State, logits: Float32[Array, "B V"]) -> State:
         search = self.search
-        logits = constrain(search, logits, state.history, state.count, self.eos_id)
+        logits = constrain(search, logits, state.history, state.count, self.end_ids)
         if state.keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
             token = sample(truncate(search, logits), keys)
@@ -170,7 +170,7 @@ class Loop:
             token = greatest(logits)
         token = jnp.where(state.done, self.pad_id, token)
         count = state.count + 1
-        ended = ~state.done & (token == self.eos_id)
+        ended = ~state.done & (among(token, self.end_ids))
         return state.replace(
             count=count,
             tokens=jax.lax.dynamic_update_slice_in_dim(

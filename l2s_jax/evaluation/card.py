@@ -57,7 +57,8 @@ def write_card(
         f"  {_FUSIONS[system.fusion]}",
         f"- Vocabulary: {'shared' if system.shared_vocabulary else 'one of each model'}",
         f"- Trained on: the `train` split of {task['name']}, {labels}",
-        f"- Prompt: `{json.dumps(config.task.prompt, ensure_ascii=False)}`",
+        f"- Prompt: `{json.dumps(config.task.chat.user or config.task.prompt, ensure_ascii=False)}`"
+        + (", in the LLM's chat format" if config.task.chat.user else ""),
         "",
         "## Figures",
         "",

@@ -65,7 +65,7 @@ class Stopwatch:
         began = time.perf_counter()
         whole = _compiled(
             mesh,
-            lambda *arguments: decode(system, *arguments, ignore_eos=True, **settings),
+            lambda *arguments: decode(system, *arguments, end_ids=(), **settings),
             *(trained, frozen, ids, mask, of_all, seeds),
         )
         self.compile_s = time.perf_counter() - began

@@ -77,6 +77,7 @@ class Context:
             response_tokenizer=responses,
             max_prompt_tokens=self.config.max_prompt_tokens,
             max_response_tokens=self.config.max_response_tokens,
+            keep_cut=self.config.task.cut_responses == "keep",
         )
 
     def first(self, split: str, limit: int) -> Sequence[Example]:

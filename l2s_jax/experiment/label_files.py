@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,18 @@ log = logging.getLogger(__name__)
 SHARD = 2048
 
 
+class Label(NamedTuple):
+    """What the LLM said, and whether it was stopped before its end."""
+
+    response: str
+    cut: bool
+
+
 class LabelFiles:
-    """train-NUMBER.jsonl, with the hash of a prompt and its response in each line."""
+    """train-NUMBER.jsonl, with the hash of a prompt and its response in each line.
+
+    Lines of version 0.1 do not say whether the LLM was stopped: these count as whole.
+    """
 
     def __init__(self, directory: str):
         self._directory = directory
@@ -37,7 +47,7 @@ class LabelFiles:
         """Keys of all labels in some files."""
         return set(self.read(files))
 
-    def read(self, files: Sequence[str]) -> dict[str, str]:
+    def read(self, files: Sequence[str]) -> dict[str, Label]:
         """Labels by key.
 
         Raises:
@@ -47,18 +57,22 @@ class LabelFiles:
         for path in files:
             for number, record in enumerate(_records(path), 1):
                 try:
-                    labels[record["prompt"]] = record["response"]
-                except (KeyError, TypeError):
+                    cut = record.get("cut", False)
+                    labels[record["prompt"]] = Label(record["response"], cut)
+                except (KeyError, TypeError, AttributeError):
                     raise ValueError(
                         f"{path}:{number}: no label; expected the keys 'prompt' and 'response': "
                         "remove the file, and the same command makes it again"
                     ) from None
         return labels
 
-    def write(self, number: int, keys: Sequence[str], values: Sequence[str]) -> None:
+    def write(self, number: int, keys: Sequence[str], values: Sequence[Label]) -> None:
         """Adds a file."""
         path = os.path.join(self._directory, f"train-{number:05d}.jsonl")
-        records = ({"prompt": k, "response": v} for k, v in zip(keys, values, strict=True))
+        records = (
+            {"prompt": key, "response": response, **({"cut": True} if cut else {})}
+            for key, (response, cut) in zip(keys, values, strict=True)
+        )
         write_json_lines(path, records)
 
     def count(self) -> int:
@@ -80,7 +94,7 @@ class LabelFiles:
                     f"{path}: labels of more than the {len(keys)} prompts of the train split; "
                     "expected the data that they were made of"
                 )
-            self.write(number, own, [record["response"] for record in records])
+            self.write(number, own, [Label(r["response"], False) for r in records])
             start += len(records)
 
 
@@ -129,22 +143,23 @@ def label(
     store = LabelFiles(directory)
     generator = functools.cache(lambda: make_generator())
 
-    def make(places: list[int], own: bool) -> list[str]:
+    def make(places: list[int], own: bool) -> list[Label]:
         settings: dict[str, Any] = {"description": f"labels {places[0]} to {places[-1]}"}
         if seed is not None:
             settings["seeds"] = [seed_of(seed, place) for place in places]
         outputs = generator().generate([prompts[i] for i in places], **settings)
-        return [output.text for output in outputs]
+        return [Label(output.text, output.cut) for output in outputs]
 
     def announce(missing: list[int]) -> None:
         log.info("labels: the LLM answers %d of %d prompts", len(missing), len(set(keys)))
 
     files = shards.fill(store, keys, make, size=SHARD, together=together, announce=announce)
     labels = store.read(files)
-    return [
-        Example(example.prompt, labels[key], (labels[key],))
-        for example, key in zip(examples, keys, strict=True)
-    ]
+    labelled = []
+    for example, key in zip(examples, keys, strict=True):
+        response, cut = labels[key]
+        labelled.append(Example(example.prompt, response, (response,), cut))
+    return labelled
 
 
 def _records(path: str) -> list[Any]:

@@ -37,10 +37,11 @@ class LabelStage(RecordedStage):
         return {
             "llm_hash": self._llm.content,
             "models": models.VERSION,
-            "tokenizer": self._llm.prompts.tokenizer.fingerprint,
+            "tokenizer": self._llm.prompts.tokenizer.identity,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_new_tokens": label_tokens(config),
             "search": self._settings.search.to_dict(),
+            **({"truncate": config.task.truncate.to_dict()} if config.task.truncate else {}),
             **({"seed": config.seed} if self._sampled else {}),
         }
 

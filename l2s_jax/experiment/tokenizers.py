@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage
-from l2s_jax.tokenizers import Tokenizer, load_tokenizer
+from l2s_jax.tokenizers import Tokenizer, for_chat, load_tokenizer
 from l2s_jax.tokenizers.sentencepiece import MODEL_FILE, train_sentencepiece
 
 log = logging.getLogger(__name__)
@@ -73,15 +73,32 @@ class TokenizerStage(RecordedStage):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """The tokenizer, for chats where the task has some and the checkpoint says how.
 
         Raises:
-          ValueError: it differs from the one in the directory of the model.
+          ValueError: it differs from the one in the directory of the model, or the LLM's has no
+            chat template.
         """
-        if not self.is_used():
-            if self._path or not self._otherwise:
-                return load_tokenizer(self._path)
+        if self._otherwise and not self.is_used() and not self._path:
             return self._otherwise.tokenizer
+        plain, chat = self._plain, self.context.config.task.chat
+        if not chat.user:
+            return plain
+        try:
+            for_chats = for_chat(plain, chat.system)
+        except ValueError as error:
+            raise ValueError(f"config.task.chat: {self._path or self.name}: {error}") from None
+        if not for_chats and not self._otherwise:
+            raise ValueError(
+                f"config.task.chat.user={chat.user!r}: {self._path or self.name} has no chat "
+                "template; expected config.task.prompt instead"
+            )
+        return for_chats or plain
+
+    @functools.cached_property
+    def _plain(self) -> Tokenizer:
+        if not self.is_used():
+            return load_tokenizer(self._path)
         trained = load_tokenizer(self.made())
         if self._path and load_tokenizer(self._path).fingerprint != trained.fingerprint:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.data.fitting import fields_of
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
@@ -87,14 +88,14 @@ class TrainedStage(RecordedStage):
         inputs = {
             "data": {**data, "validation": self.context.content("validation", limit=limit)},
             "models": models.VERSION,
-            "tokenizer": responses.fingerprint,
+            "tokenizer": responses.identity,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,
             "seed": config.seed,
             "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
         }
-        if prompts.fingerprint != responses.fingerprint:
-            inputs["prompt_tokenizer"] = prompts.fingerprint
+        if prompts.identity != responses.identity:
+            inputs["prompt_tokenizer"] = prompts.identity
         return inputs
 
     def starting_point(self, model: str) -> tuple[ModelConfig, Params | None]:
@@ -235,14 +236,11 @@ class TrainedStage(RecordedStage):
     def _tell_of_losses(self, data: TokenizedExamples, examples: Sequence[Example]) -> None:
         """What the text loses on its way to the model."""
         if self.context.is_first("losses"):
-            warn_if_lossy(data.prompt_tokenizer, (e.prompt for e in examples), "prompts")
+            fields = (fields_of(example.prompt) for example in examples)
+            warn_if_lossy(data.prompt_tokenizer, fields, "prompts")
             warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
-        for what, cut in (
-            ("prompts", data.truncated_prompts),
-            ("responses", data.truncated_responses),
-        ):
-            if cut:
-                log.warning("%s: %d of %d %s were truncated", self.name, cut, len(data), what)
+        for line in data.loss.describe(data.max_prompt_tokens):
+            log.warning("%s: %s", self.name, line)
 
 
 class LanguageModelStage(TrainedStage):

@@ -68,14 +68,8 @@ def batches(
         max_prompt_tokens=prompt_lengths[-1],
         max_response_tokens=1,
     )
-    if data.truncated_prompts:
-        log.warning(
-            "%s: %d of %d prompts were truncated to %d tokens",
-            name,
-            data.truncated_prompts,
-            len(data),
-            prompt_lengths[-1],
-        )
+    for line in data.loss.describe(prompt_lengths[-1]):
+        log.warning("%s: %s", name, line)
     if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 2**32:
         raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
     own_seeds = np.asarray(seeds, np.uint32)

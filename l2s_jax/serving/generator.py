@@ -27,7 +27,7 @@ from l2s_jax.tokenizers.tokenizer import Tokenizer
 class Output(NamedTuple):
     """One generated response; `cut` says that the limit on new tokens ended it.
 
-    `tokens` is how many were decoded, the eos included. After a stop text these are more than
+    `tokens` is how many were decoded, what ended it included. After a stop text these are more than
     `text` has: the stop's own, and the rest of the chunk that it was found in.
 
     Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
@@ -85,6 +85,7 @@ class Generator:
         )
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
+        self._end_ids = response_tokenizer.end_ids
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.search = search if isinstance(search, Search) else Search(**search)
@@ -257,6 +258,7 @@ class Generator:
                 max_new_tokens=capacity,
                 search=search,
                 mismatched=mismatched,
+                end_ids=self._end_ids,
             )
 
     def _put(self, batch: Batch) -> Batch:
@@ -274,7 +276,8 @@ class Generator:
         """What has been decoded after each chunk; `ended` says which of the first rows have said
         enough.
         """
-        settings = {"max_new_tokens": capacity, "search": dataclasses.replace(search, stop=())}
+        search = dataclasses.replace(search, stop=())
+        settings = {"max_new_tokens": capacity, "search": search, "end_ids": self._end_ids}
         weights = (self.trained, self.frozen)
         with jax.set_mesh(self.mesh):
             state = start(
@@ -330,12 +333,11 @@ class Generator:
                 if not text.stopped:
                     tokens = progress.tokens[: progress.lengths[row], row]
                     text.extend(tokens, last=bool(progress.done[row]))
-        eos_id = self.system.decoder.eos_id
         return [
             Output(
                 text.text,
                 len(text.tokens),
-                not text.stopped and bool(limit) and text.tokens[-1] != eos_id,
+                not text.stopped and bool(limit) and text.tokens[-1] not in self._end_ids,
             )
             for text, limit in zip(texts, batch.limits, strict=True)
         ]

@@ -40,6 +40,22 @@ def _are_buckets(buckets: tuple[Any, ...]) -> bool:
     )
 
 
+def _are_sides(sides: dict[str, Any]) -> bool:
+    return all(side in ("start", "end") for side in sides.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(Section):
+    """Prompts in the format of a chat model: by the chat template of its own checkpoint."""
+
+    user: str = setting(
+        "",
+        "What the user says: a template over field names, in the place of `task.prompt`. A "
+        "tokenizer without a chat template gets it as it is.",
+    )
+    system: str = setting("", "What the system says before; for some models there is none.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Task(Section):
     """The records, and how they become a prompt and a response; see data/tasks.py."""
@@ -54,8 +70,28 @@ class Task(Section):
         "`tfds` a TFDS split.",
     )
     prompt: str = setting("", "Template over field names, as in `translate to German: {en}`.")
+    chat: Chat = Chat()
+    truncate: dict[str, Any] = setting(
+        {},
+        "Which fields lose text where a prompt is too long, and on which side: `start` or `end`, "
+        "as in `{'mail': 'end'}`; without any: all of them, at their end.",
+        fits=_are_sides,
+        expected="'start' or 'end' for each field",
+    )
+    cut_responses: str = setting(
+        "keep",
+        "Responses to learn that are cut, by `max_response_tokens` or where the LLM was stopped: "
+        "keep: they teach no end; drop: their examples are left out.",
+        one_of=("keep", "drop"),
+    )
     response: str = setting("", "Name of the field that holds the response.")
     references: str = setting("", "Field of further references, if there is one.")
+
+    def conflict(self) -> str:
+        """Two templates."""
+        if self.prompt and self.chat.user:
+            return f"prompt={self.prompt!r} and chat.user={self.chat.user!r}: expected one of them"
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,6 @@
 Imports no other room.
 """
 
-from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from l2s_jax.tokenizers.tokenizer import Tokenizer, for_chat, load_tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "for_chat", "load_tokenizer"]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece as spm
 
-from l2s_jax.files import write_bytes
+from l2s_jax.files import one_line, write_bytes
 
 MODEL_FILE = "spiece.model"
 MODEL_TYPES = ("unigram", "bpe")
@@ -31,7 +31,9 @@ class SentencePieceTokenizer:
 
     Attributes:
       vocab_size: number of pieces of the model (a network's embedding may have more rows).
-      fingerprint: SHA-256, in hex, of the model's bytes.
+      end_ids: what ends a response: eos_id.
+      is_chat: it has no chat template.
+      fingerprint, identity: SHA-256, in hex, of the model's bytes.
     """
 
     def __init__(self, model: bytes, *, origin: str = "the SentencePiece model"):
@@ -41,11 +43,13 @@ class SentencePieceTokenizer:
         try:
             self._processor = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"{origin}: not a SentencePiece model: {_one_line(error)}") from error
+            raise ValueError(f"{origin}: not a SentencePiece model: {one_line(error)}") from error
         self.vocab_size = self._processor.get_piece_size()
         self.pad_id = self._processor.pad_id()
         self.eos_id = self._processor.eos_id()
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.end_ids = (self.eos_id,)
+        self.is_chat = False
+        self.fingerprint = self.identity = hashlib.sha256(model).hexdigest()
         for name, token in (("padding", self.pad_id), ("end of sequence", self.eos_id)):
             if token < 0:
                 raise ValueError(f"{origin}: the model must have a {name} piece and has none")
@@ -58,9 +62,10 @@ class SentencePieceTokenizer:
     encode_responses = encode_prompts
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` up to the first eos, without padding and ids that stand for no piece."""
+        """Text of `ids` up to the first eos, without padding and ids that stand for no text."""
         before_eos = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
-        kept = [i for i in before_eos if i != self.pad_id and 0 <= i < self.vocab_size]
+        left_out = (self.pad_id, self._processor.unk_id())
+        kept = [i for i in before_eos if i not in left_out and 0 <= i < self.vocab_size]
         return self._processor.decode(kept)
 
     def save(self, directory: str) -> None:
@@ -154,13 +159,9 @@ def _sample(texts: Iterable[str], size: int, seed: int) -> list[str]:
 
 
 def _training_error(vocab_size: int, error: Exception) -> str:
-    message = _one_line(error)
+    message = one_line(error)
     if found := re.search(r"value <= (\d+)", message):
         return f"a vocabulary of {vocab_size} pieces is too large: this text gives {found[1]}"
     if found := re.search(r"required_chars\D+\d+ vs (\d+)", message):
         return f"a vocabulary of {vocab_size} pieces is too small: this text needs {found[1]}"
     return f"cannot train a tokenizer of {vocab_size} pieces: {message}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -9,20 +9,42 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from l2s_jax.files import read_json
 from l2s_jax.tokenizers import huggingface, sentencepiece
 
 log = logging.getLogger(__name__)
 
 _CHECKED_TEXTS = 1000
+# What a tokenizer may be made from.
+_FILES = {
+    sentencepiece.MODEL_FILE,
+    huggingface.TOKENIZER_FILE,
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+}
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package needs from a tokenizer; ids are in [0, vocab_size)."""
+    """What the rest of the package needs from a tokenizer; ids are in [0, vocab_size).
+
+    eos_id: what a response ends with; end_ids: all that end one, ascending, eos_id among them.
+    is_chat: whether a prompt is what a user says, around which a chat is written.
+    fingerprint: a hash of what decides the ids of a text: of those with the same one, an embedding
+      may be shared. identity: a hash of all that decides the ids of prompts and responses.
+    """
 
     vocab_size: int
     pad_id: int
     eos_id: int
-    fingerprint: str
+    end_ids: tuple[int, ...]
+    is_chat: bool
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the special tokens that its family puts around a prompt."""
@@ -33,7 +55,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` up to the first eos, without padding and ids that stand for no piece."""
+        """Text of `ids` up to the first that ends a response, without what stands for no text."""
         ...
 
     def save(self, directory: str) -> None:
@@ -44,8 +66,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      path: a SentencePiece model, a tokenizer.json, or a directory that holds a spiece.model, a
-        tokenizer.json, or GPT-2's vocab.json and merges.txt, taken in this order.
+      path: a SentencePiece model, a tokenizer.json, or the directory of a checkpoint. One of
+        Hugging Face's is read by transformers. One of ours holds a spiece.model that was trained
+        here, or what `HuggingFaceTokenizer.save` has written.
 
     Raises:
       ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
@@ -54,17 +77,31 @@ def load_tokenizer(path: str) -> Tokenizer:
     if not os.path.isdir(path):
         return huggingface.load(path) if path.endswith(".json") else sentencepiece.load(path)
     names = set(os.listdir(path))
-    if sentencepiece.MODEL_FILE in names:
+    if not names & _FILES:
+        raise ValueError(
+            f"{path}: no tokenizer; expected {sentencepiece.MODEL_FILE}, "
+            f"{huggingface.TOKENIZER_FILE} or another file that transformers reads"
+        )
+    model = os.path.join(path, huggingface.MODEL_FILE)
+    is_theirs = os.path.exists(model) and "model_type" in read_json(model)
+    # To transformers, the pieces that were trained here are a T5's that has no sentinels.
+    is_ours = not is_theirs or (huggingface.is_bare(path) and not huggingface.sentinels(path))
+    if sentencepiece.MODEL_FILE in names and is_ours:
         return sentencepiece.load(os.path.join(path, sentencepiece.MODEL_FILE))
-    if huggingface.TOKENIZER_FILE in names:
-        return huggingface.load(os.path.join(path, huggingface.TOKENIZER_FILE))
-    if {"vocab.json", "merges.txt"} <= names:
-        return huggingface.load_gpt2(path)
-    found = ": tokenizer.model alone is not enough" if "tokenizer.model" in names else ""
-    raise ValueError(
-        f"{path}: no tokenizer{found}; expected {sentencepiece.MODEL_FILE} or "
-        f"{huggingface.TOKENIZER_FILE} (save_pretrained of a fast tokenizer writes it)"
-    )
+    return huggingface.load(path)
+
+
+def for_chat(tokenizer: Tokenizer, system: str) -> Tokenizer | None:
+    """The tokenizer for prompts that are what a user says, after what the system says.
+
+    The chat is written by the template of the tokenizer's checkpoint; None where it has none.
+
+    Raises:
+      ValueError: the template takes no such messages.
+    """
+    if isinstance(tokenizer, huggingface.HuggingFaceTokenizer) and tokenizer.has_chat_template:
+        return tokenizer.for_chat(system)
+    return None
 
 
 def warn_if_lossy(tokenizer: Tokenizer, texts: Iterable[str], what: str) -> None:
