@@ -22,6 +22,7 @@ from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
 from l2s_jax.checkpoints.files import TensorFiles, content_hash, write_directory
 from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import read_json
+from l2s_jax.hub import is_name
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,8 +49,8 @@ def save(
 ) -> None:
     """Writes projector, SLM and tokenizers.
 
-    A relative `llm_path` is relative to the bundle's directory; `layer` is config.llm.layer;
-    `generation` are the settings that `l2s_jax.load` starts from.
+    A relative `llm_path` is relative to the bundle's directory, or a name on the hub; `layer` is
+    config.llm.layer; `generation` are the settings that `l2s_jax.load` starts from.
     """
     fields = {
         "format": pretrained.FORMAT,
@@ -89,8 +90,8 @@ def copy(source: str, target: str, *, include_llm: bool) -> None:
         # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
         reference = {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
     else:
-        path = os.path.normpath(os.path.join(source, reference["path"]))
-        reference = {**reference, "path": os.path.abspath(path)}
+        path = _llm_path(source, reference["path"])
+        reference = {**reference, "path": path if is_name(path) else os.path.abspath(path)}
     llm_tokenizer, slm_tokenizer = load_tokenizers(source)
     save(
         system,
@@ -106,6 +107,12 @@ def copy(source: str, target: str, *, include_llm: bool) -> None:
     card = os.path.join(source, CARD)
     if os.path.exists(card):
         shutil.copyfile(card, os.path.join(target, CARD))
+
+
+def _llm_path(directory: str, path: str) -> str:
+    """Where the LLM of the bundle in a directory is: a place here, or a name on the hub."""
+    inside = os.path.normpath(os.path.join(directory, path))
+    return path if not os.path.exists(inside) and is_name(path) else inside
 
 
 def is_bundle(directory: str) -> bool:
@@ -160,7 +167,7 @@ def load(
     """
     fields, path = _read_fields(directory)
     try:
-        llm_path = os.path.normpath(os.path.join(directory, fields["llm"]["path"]))
+        llm_path = _llm_path(directory, fields["llm"]["path"])
         expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
         slm_config = pretrained.config_from_native(fields["slm"], path)
         slm_config = dataclasses.replace(slm_config, dtype=dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from l2s_jax.files import write_json, write_text
+from l2s_jax.tokenizers import gguf
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -99,6 +100,8 @@ class HuggingFaceTokenizer:
         for name in ("bos", "eos"):
             if settings[f"prompt_{name}"] is not None:
                 fields[f"add_{name}_token"] = settings[f"prompt_{name}"]
+        if settings.get("chat_template"):
+            fields["chat_template"] = settings["chat_template"]
         write_json(os.path.join(directory, SETTINGS_FILE), fields)
         write_text(os.path.join(directory, TOKENIZER_FILE), self._content)
 
@@ -121,6 +124,18 @@ def load(file: str) -> HuggingFaceTokenizer:
       ValueError: it cannot be read, or no file names an end-of-sequence token.
     """
     return _with_settings(_read(file), os.path.dirname(file), file)
+
+
+def load_gguf(file: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a GGUF file.
+
+    Raises:
+      ValueError: it holds none, or one of an unknown kind.
+    """
+    tokenizer, found = gguf.read(file)
+    settings = {name: found[name] for name in ("eos_id", "pad_id", "bos_id", "chat_template")}
+    settings |= {"prompt_bos": found["add_bos"], "prompt_eos": False}
+    return HuggingFaceTokenizer(tokenizer.to_str(), settings, origin=file)
 
 
 def load_gpt2(directory: str) -> HuggingFaceTokenizer:

@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from l2s_jax.gguf_file import is_gguf
+from l2s_jax.hub import find, is_name
 from l2s_jax.tokenizers import huggingface, sentencepiece
 
 log = logging.getLogger(__name__)
@@ -44,13 +46,16 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      path: a SentencePiece model, a tokenizer.json, or a directory that holds a spiece.model, a
-        tokenizer.json, or GPT-2's vocab.json and merges.txt, taken in this order.
+      path: a SentencePiece model, a tokenizer.json, a GGUF file, or a directory that holds a
+        spiece.model, a tokenizer.json, or GPT-2's vocab.json and merges.txt, taken in this order.
+        Or the name of a repository on the hub that holds such files.
 
     Raises:
       ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
     """
-    path = os.path.expanduser(path)
+    path = find(path, "tokenizer") if is_name(path) else os.path.expanduser(path)
+    if is_gguf(path):
+        return huggingface.load_gguf(path)
     if not os.path.isdir(path):
         return huggingface.load(path) if path.endswith(".json") else sentencepiece.load(path)
     names = set(os.listdir(path))
