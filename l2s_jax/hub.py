@@ -37,7 +37,7 @@ _FOLDERS = ("llm/*.json", "llm/params.safetensors", "llm_tokenizer/*")
 PARTS = {
     "config": _CONFIGS,
     "tokenizer": (*_CONFIGS, *TOKENIZER_FILES, "llm_tokenizer/*"),
-    "all": (*_CONFIGS, *TOKENIZER_FILES, *_WEIGHTS, *_FOLDERS),
+    "all": (*_CONFIGS, *TOKENIZER_FILES, *_WEIGHTS, *_FOLDERS, "README.md"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -116,6 +116,31 @@ def _download(path: str, part: str) -> str:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
         raise ValueError(f"{path}: {_reason(error, name, revision)}") from None
+
+
+def check_name(name: str) -> None:
+    """Raises a ValueError unless a model can be published under that name."""
+    if not _NAME.fullmatch(name) or "@" in name:
+        raise ValueError(f"{name!r}: not a name on the hub, expected one like 'org/name'")
+
+
+def push(folder: str, name: str, *, private: bool) -> str:
+    """Publishes a folder as a repository, which is made if need be; gives "org/name@commit".
+
+    Raises:
+      ValueError: the hub refuses it, or can't be reached.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="An L2S model, by l2s_jax"
+        )
+    except Exception as error:
+        raise ValueError(f"{name}: not published: {_reason(error, name, 'main')}") from None
+    return f"{name}@{commit.oid}"
 
 
 def _raise_without_weights(path: str, name: str, commit: str) -> None:

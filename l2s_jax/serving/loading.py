@@ -18,6 +18,7 @@ from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.model import Model
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -53,7 +54,7 @@ def load(
     encoder_dtype: str = "auto",
     mesh: Mesh | Mapping[str, int] | None = None,
     **settings: Any,
-) -> Generator:
+) -> Model:
     """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
 
     Args:
@@ -80,7 +81,8 @@ def load(
     placed = where_to_read(mesh, settings.get("weights", "float"))
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
     loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
-    return Generator(*loaded, *bundle.load_tokenizers(directory), mesh=mesh, **settings)
+    tokenizers = bundle.load_tokenizers(directory)
+    return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
 
 
 def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
