@@ -19,7 +19,9 @@ import pytest
 import tiny
 import yaml
 
-from l2s_jax.checkpoints.pretrained import content_hash, save_hf
+from l2s_jax.checkpoints.files import content_hash
+from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,8 +35,6 @@ def hub():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A T5 with a tokenizer, with pickles and a card beside it."""
-    from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
-
     folder = tmp_path_factory.mktemp("checkpoint") / "t5"
     hf.make_t5(str(folder), vocab_size=30)
     train_sentencepiece(
@@ -59,11 +59,23 @@ def run(hub, home, *arguments, module="l2s_jax.convert", **changes):
     )
 
 
-def python(hub, home, program, **changes):
-    command = [sys.executable, "-c", program]
+def python(hub, home, program, *arguments, **changes):
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
         command, env=environment(hub, home, **changes), capture_output=True, text=True
     )
+
+
+HASHES = """
+import sys
+from l2s_jax.checkpoints.files import content_hash
+from l2s_jax.tokenizers import load_tokenizer
+for name in sys.argv[1:]:
+    try:
+        print(content_hash(name), load_tokenizer(name).fingerprint)
+    except ValueError as error:
+        print(error)
+"""
 
 
 def test_a_name_is_enough(hub, checkpoint, tmp_path):
@@ -73,30 +85,24 @@ def test_a_name_is_enough(hub, checkpoint, tmp_path):
     second = hub["org/t5"].add(changed, "main")
     hub["org/t5"].refs["v1.0"] = first
     home = tmp_path / "home"
-    for name, folder in (
-        ("org/t5", changed),
-        ("org/t5@v1.0", checkpoint),
-        (f"org/t5@{first}", checkpoint),
-    ):
-        output = tmp_path / name.replace("/", "-")
-        done = run(hub, home, f"--input={name}", f"--output={output}", "--to=hf")
-        assert done.returncode == 0, done.stderr
-        assert (output / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
-        expected = tmp_path / f"expected-{output.name}"
-        assert (
-            run(hub, home, f"--input={folder}", f"--output={expected}", "--to=hf").returncode == 0
-        )
-        assert content_hash(str(output)) == content_hash(str(expected))
+    tokenizer = load_tokenizer(str(checkpoint)).fingerprint
+    new, old = (f"{content_hash(str(folder))} {tokenizer}" for folder in (changed, checkpoint))
+    done = python(hub, home, HASHES, "org/t5", "org/t5@v1.0", f"org/t5@{first}")
+    assert done.stdout.splitlines() == [new, old, old], done.stderr
     assert not {name for name in hub.fetched() if name.endswith((".bin", ".h5"))}
     # What is in the cache is there without the hub too, and nothing else is.
     hub.requests.clear()
-    for name, status in (("org/t5", 0), (f"org/t5@{second}", 0), ("org/other", 2)):
-        done = run(hub, home, f"--input={name}", "--inspect", HF_HUB_OFFLINE="1")
-        assert done.returncode == status, done.stderr
-    assert "HF_HUB_OFFLINE" in done.stderr and done.stderr.count("\n") == 1
-    assert not hub.requests
-    done = run(hub, home, "--input=org/t5", "--inspect", HF_ENDPOINT="http://127.0.0.1:9")
+    names = ("org/t5", f"org/t5@{second}", "org/other")
+    done = python(hub, home, HASHES, *names, HF_HUB_OFFLINE="1")
+    assert done.stdout.splitlines()[:2] == [new, new] and not hub.requests
+    assert "HF_HUB_OFFLINE" in done.stdout.splitlines()[2]
+    done = python(hub, home, HASHES, *names, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.stdout.splitlines()[:2] == [new, new], done.stderr
+    assert "can't be reached" in done.stdout.splitlines()[2]
+    output = tmp_path / "output"
+    done = run(hub, home, "--input=org/t5@v1.0", f"--output={output}", "--to=hf")
     assert done.returncode == 0, done.stderr
+    assert (output / "spiece.model").read_bytes() == (checkpoint / "spiece.model").read_bytes()
 
 
 def test_only_what_is_needed_is_fetched(hub, checkpoint, tmp_path):
@@ -124,35 +130,39 @@ def test_what_goes_wrong_is_one_line(hub, checkpoint, tmp_path):
     hub["org/private"].add(checkpoint)
     hub["org/private"].token = "hf_secret"
     hub["org/there"].add(checkpoint)
-    home = tmp_path / "home"
-
-    def refused(name, *expected, **changes):
-        done = run(hub, home, f"--input={name}", f"--output={tmp_path / 'out'}", **changes)
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2 and len(lines) == 1, done.stderr
-        assert "Traceback" not in done.stderr
-        assert all(text in lines[0] for text in (f"error: {name}: ", *expected)), lines[0]
-        assert not (tmp_path / "out").exists()
-
-    refused("org/none", "no such directory", "no such repository")
-    refused("org/private", "wants a token")
-    refused("org/gated", "gated", "hf auth login")
-    refused("org/there@v9", "no revision 'v9'")
-    refused("org/pickles", "pytorch_model.bin", "safetensors")
-    refused("org/ggufs", "GGUF files only", "model.Q4_K.gguf")
-    refused("./org/there", "no such directory")
-    refused("/org/there", "no such directory")
-    refused("a/b/c", "no such directory")
-    refused("org/unreached", "can't be reached", HF_ENDPOINT="http://127.0.0.1:9")
-    done = run(hub, home, "--input=org/private", "--inspect", HF_TOKEN="hf_secret")
-    assert done.returncode == 0, done.stderr
+    expected = {
+        "org/none": ("no such directory", "no such repository"),
+        "org/private": ("wants a token",),
+        "org/gated": ("gated", "hf auth login"),
+        "org/there@v9": ("no revision 'v9'",),
+        "org/pickles": ("pytorch_model.bin", "safetensors"),
+        "org/ggufs": ("GGUF files only", "model.Q4_K.gguf"),
+        "./org/there": ("no such directory",),
+        "/org/there": ("no such directory",),
+        "a/b/c": ("no such directory",),
+    }
+    program = f"""
+import sys
+from l2s_jax import convert
+for name in sys.argv[1:]:
+    status = convert.main([f"--input={{name}}", "--output={tmp_path / "out"}"])
+    print(status, file=sys.stderr)
+"""
+    done = python(hub, tmp_path / "home", program, *expected)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ") or line == "2"]
+    assert lines[1::2] == ["2"] * len(expected) and len(lines) == 2 * len(expected), done.stderr
+    for line, (name, texts) in zip(lines[::2], expected.items(), strict=True):
+        assert line.startswith(f"error: {name}: ") and all(text in line for text in texts), line
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    done = python(hub, tmp_path / "home", HASHES, "org/private", HF_TOKEN="hf_secret")
+    assert done.stdout.startswith(content_hash(str(checkpoint))), done.stdout
 
 
 def test_a_full_disk(hub, checkpoint, tmp_path):
     hub["org/full"].add(checkpoint)
     program = (
         "import builtins, errno, sys\n"
-        "from l2s_jax import convert\n"
+        "from l2s_jax.checkpoints.files import content_hash\n"
         "real = builtins.open\n"
         "class Full:\n"
         "    def __init__(self, file): self._file = file\n"
@@ -166,17 +176,19 @@ def test_a_full_disk(hub, checkpoint, tmp_path):
         "    return Full(file) if str(path).endswith('.incomplete') else file\n"
         "builtins.open = opened\n"
         "pathlib.Path.open = lambda self, mode='r', *a, **k: opened(self, mode, *a, **k)\n"
-        "sys.exit(convert.main(['--input=org/full', '--inspect']))\n"
+        "try:\n"
+        "    content_hash('org/full')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
     )
     home = tmp_path / "home"
     done = python(hub, home, program)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert "org/full: the disk is full" in lines[0]
+    assert done.stdout.startswith("org/full: the disk is full"), done.stdout + done.stderr
     # What did not come is not taken for what there is.
-    done = run(hub, home, "--input=org/full", "--inspect", HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and "not as a whole" in done.stderr
-    assert run(hub, home, "--input=org/full", "--inspect").returncode == 0
+    done = python(hub, home, HASHES, "org/full", HF_HUB_OFFLINE="1")
+    assert "not as a whole" in done.stdout
+    done = python(hub, home, HASHES, "org/full")
+    assert done.stdout.startswith(content_hash(str(checkpoint))), done.stdout
 
 
 def test_a_prepared_cache_needs_no_server(hub, checkpoint, tmp_path):
@@ -291,4 +303,3 @@ def test_a_plan_asks_for_a_config_only(hub, tmp_path):
     done = python(hub, tmp_path / "home", program)
     assert done.stdout == "256\n", done.stderr
     assert not {name for name in hub.fetched() if name.endswith(".safetensors")}
-    assert save_hf is not None
