@@ -4,6 +4,8 @@ python -m l2s_jax.convert --input=DIR --output=DIR [--to=hf] [--verify]   a mode
 python -m l2s_jax.convert --input=RUN/l2s/model --output=DIR [--include-llm]   a whole L2S model
 python -m l2s_jax.convert --input=RUN/l2s/model --output=DIR --to=hf           its SLM
 python -m l2s_jax.convert --input=DIR --inspect                                the parameters
+
+DIR is a folder, a GGUF file, or a name on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ from l2s_jax.checkpoints.pretrained import (
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
 from l2s_jax.files import atomic_directory, read_json
+from l2s_jax.gguf_file import is_gguf
+from l2s_jax.hub import TOKENIZER_FILES, find
 from l2s_jax.models.families import make_module
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving import bundle
+from l2s_jax.tokenizers import load_tokenizer
 
 __all__ = [
     "inspect",
@@ -44,17 +49,6 @@ __all__ = [
     "save_native",
 ]
 
-# Beside the weights in a Hugging Face directory, and of use with either format.
-TOKENIZER_FILES = (
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -65,7 +59,9 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m l2s_jax.convert", description="Converts a checkpoint.", allow_abbrev=False
     )
-    parser.add_argument("--input", required=True, help="directory of either format")
+    parser.add_argument(
+        "--input", required=True, help="directory of either format, GGUF file, or name on the hub"
+    )
     parser.add_argument("--output", help="directory to make")
     parser.add_argument(
         "--to",
@@ -98,10 +94,14 @@ def _parser() -> _Parser:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    """One line for flags that make no sense together, before anything is read or written."""
+    """One line for flags that make no sense together, before anything is read or written.
+
+    The input becomes what lies on this machine.
+    """
     if flags.inspect:
         if flags.output or flags.verify or flags.include_llm:
             raise ValueError("--inspect only prints: expected no other flag than --input")
+        flags.input = find(flags.input)
         return
     if not flags.output:
         raise ValueError("--output: expected a directory to make, or --inspect")
@@ -109,14 +109,19 @@ def _check(flags: argparse.Namespace) -> None:
         not os.path.isdir(flags.output) or os.listdir(flags.output)
     ):
         raise ValueError(f"{flags.output}: exists already; give --output a new directory")
+    flags.input = find(flags.input)
     whole = bundle.is_bundle(flags.input)
     if flags.include_llm and (not whole or flags.to == "hf"):
         raise ValueError(f"--include-llm: expected a whole L2S model as --input, not {flags.input}")
     if not flags.verify:
         return
-    for name in ("torch", "transformers"):
+    # transformers reads a GGUF file with the help of one more.
+    more = ("accelerate",) if is_gguf(flags.input) and flags.to != "hf" else ()
+    for name in ("torch", "transformers", *more):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--verify needs {name}, which is not installed")
+    if is_gguf(flags.input):
+        return
     if flags.to != "hf" and "format" in read_json(os.path.join(flags.input, "config.json")):
         raise ValueError(
             f"{flags.input}: --verify compares with transformers, but neither the input nor "
@@ -143,15 +148,31 @@ def _convert(flags: argparse.Namespace) -> None:
     with atomic_directory(flags.output) as temporary:
         save = save_hf if flags.to == "hf" else save_native
         save(module.config, params, temporary)
-        for name in TOKENIZER_FILES:
-            source = os.path.join(flags.input, name)
-            if os.path.exists(source):
-                shutil.copyfile(source, os.path.join(temporary, name))
+        _save_tokenizer(flags, temporary)
     print(
         f"{flags.output}: {family_of(module.config).name}, {parameter_count(params):,} parameters"
     )
     if flags.verify:
         _verify(flags, module, params)
+
+
+def _save_tokenizer(flags: argparse.Namespace, directory: str) -> None:
+    """The tokenizer of the input, if it has one, beside the model in `directory`."""
+    is_theirs = not is_gguf(flags.input) and "model_type" in read_json(
+        os.path.join(flags.input, "config.json")
+    )
+    names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(flags.input, name))]
+    if is_theirs and flags.to == "hf":
+        for name in (*names, *_generation(flags.input)):
+            shutil.copyfile(os.path.join(flags.input, name), os.path.join(directory, name))
+    elif names or is_gguf(flags.input):
+        # What the files of one format say together, those of another do not.
+        load_tokenizer(flags.input).save(directory)
+
+
+def _generation(directory: str) -> list[str]:
+    name = "generation_config.json"
+    return [name] if os.path.exists(os.path.join(directory, name)) else []
 
 
 def _verify(flags: argparse.Namespace, module: Any, params: Params) -> None:

@@ -2,12 +2,12 @@
 
 python -m l2s_jax.bench --llm=t5-large --slm=t5-small --peers=hf,ct2 --output=bench.json
 
---llm and --slm name a folder in Hugging Face's format or a published geometry, which gets random
-weights. Every contestant has a process of its own; they take turns, in an order drawn for each
-repeat, and what is reported are medians and quartiles. Another library is measured with the
-settings with which it is fastest: these are found first, on the first case of each batch size.
-Beside FILE.json come FILE.md and plots, and with --profile a trace. Exit status: 0; 2 for bad
-input.
+--llm and --slm name a folder in Hugging Face's format, a GGUF file, a repository on the hub, or a
+published geometry, which gets random weights. Every contestant has a process of its own; they take
+turns, in an order drawn for each repeat, and what is reported are medians and quartiles. Another
+library is measured with the settings with which it is fastest: these are found first, on the first
+case of each batch size. Beside FILE.json come FILE.md and plots, and with --profile a trace. Exit
+status: 0; 2 for bad input.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unf
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.report import write_report
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.gguf_file import is_gguf
+from l2s_jax.hub import find, is_name
+from l2s_jax.models.geometries import GEOMETRIES
+from l2s_jax.tokenizers import load_tokenizer
 
 log = logging.getLogger("l2s_jax")
 
@@ -84,7 +88,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--llm", default="t5-large", help="folder of a checkpoint, or a published geometry")
+    add("--llm", default="t5-large", help="a checkpoint, or a published geometry")
     add("--slm", default="t5-small", help="likewise")
     add("--ours", type=_ours, default="l2s,l2s-bfloat16,llm,slm", help=f"of {', '.join(OURS)}")
     add("--peers", type=_peers, default="hf,ct2", help=f"hf, ct2, ov, or of {', '.join(PEERS)}")
@@ -155,8 +159,10 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
     written = any(CONTESTANTS[name].module in _CONVERTERS for name in options.peers)
     for name in ("llm", "slm"):
         given = getattr(options, name)
-        real = os.path.isdir(given)
-        paths[name] = given if real else os.path.join(folder, name)
+        paths[name] = os.path.join(folder, name)
+        real = os.path.exists(given) or (given not in GEOMETRIES and is_name(given))
+        if real:
+            paths[name] = _checkpoint(given, paths[name])
         weights[name] = "of the checkpoint" if real else "random, of real geometry"
         if not real:
             write_random(given, paths[name], weights=written)
@@ -176,6 +182,17 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
     if len(set(weights.values())) == 1:
         return setup, weights["llm"]
     return setup, ", ".join(f"{name.upper()}: {kind}" for name, kind in weights.items())
+
+
+def _checkpoint(given: str, folder: str) -> str:
+    """The folder of a checkpoint; a GGUF file, of which the peers read none, becomes `folder`."""
+    found = find(given)
+    if not is_gguf(found):
+        return found
+    module, params = pretrained.load(found)
+    pretrained.save_hf(module.config, params, folder)
+    load_tokenizer(found).save(folder)
+    return folder
 
 
 def _floor(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from l2s_jax.checkpoints.files import TensorFiles, listed
+from l2s_jax.checkpoints.files import Tensors, listed
 from l2s_jax.models.stacking import unstack_layers
 
 Params = Mapping[str, Any]
@@ -187,7 +187,7 @@ def _chosen(entries: Sequence[Entry], prefixes: Sequence[str] | None) -> list[En
 
 
 def matched(
-    files: TensorFiles,
+    files: Tensors,
     entries: Sequence[Entry],
     shapes: Mapping[str, Shape],
     *,

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
 import numpy as np
@@ -18,6 +18,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 from l2s_jax.files import atomic_directory, read_json, replacing, write_json
+from l2s_jax.gguf_file import is_gguf
+from l2s_jax.hub import find
 
 _MAPPED_BYTES = 1 << 27
 
@@ -61,6 +63,34 @@ def _single_path(directory: str, stem: str) -> str:
 
 def _index_path(directory: str, stem: str) -> str:
     return os.path.join(directory, f"{stem}.safetensors.index.json")
+
+
+class Tensors(Protocol):
+    """Named tensors that are read in parts; `TensorFiles` and `GgufTensors` are these.
+
+    Attributes:
+      source: the file that lists them.
+      keys: their names.
+    """
+
+    source: str
+    keys: frozenset[str]
+
+    def file(self, key: str) -> str:
+        """Path of the file that holds `key`."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def dtype(self, key: str) -> str:
+        """Its type as the file's format names it."""
+        ...
+
+    def read(self, key: str, index: Index | None = None) -> np.ndarray:
+        """A tensor of floats, or the part of it at `index`."""
+        ...
 
 
 class TensorFiles:
@@ -153,7 +183,10 @@ class TensorFiles:
 
 
 def hashed_files(directory: str) -> list[str]:
-    """Paths of all files that loading `directory` reads."""
+    """Paths of all files that loading `directory`, or a GGUF file, reads."""
+    directory = find(directory)
+    if is_gguf(directory):
+        return [directory]
     stem = "params" if "format" in read_json(os.path.join(directory, "config.json")) else "model"
     names = ["config.json"]
     index = _index_path(directory, stem)
@@ -165,13 +198,17 @@ def hashed_files(directory: str) -> list[str]:
 
 
 def content_hash(directory: str) -> str:
-    """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads."""
+    """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads.
+
+    Of a GGUF file, which people name as they like, over its bytes alone.
+    """
     digest = hashlib.sha256()
     for path in hashed_files(directory):
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                digest.update(f"{os.path.basename(path)}\0{size}\0".encode())
+                if not is_gguf(directory):
+                    digest.update(f"{os.path.basename(path)}\0{size}\0".encode())
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         except OSError as error:

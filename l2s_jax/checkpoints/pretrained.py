@@ -1,6 +1,6 @@
-"""Checkpoints: Hugging Face directories <-> our parameters, and our own format.
+"""Checkpoints: Hugging Face directories <-> our parameters, our own format, and GGUF files.
 
-`load` takes either kind. Reading needs no torch and unpickles nothing.
+`load` takes any kind. Reading needs no torch and unpickles nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from l2s_jax.checkpoints.engine import (
     write_tensors,
 )
 from l2s_jax.checkpoints.files import TensorFiles, content_hash, listed, write_directory
+from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import read_json
+from l2s_jax.gguf_file import is_gguf
+from l2s_jax.hub import find
 from l2s_jax.models.serving import float_dtype
 from l2s_jax.models.stacking import stack_layers
 
@@ -63,8 +66,11 @@ def family_of(config: Any) -> Family:
 
 
 def _read_config(directory: str) -> tuple[dict[str, Any], str]:
+    """(config.json's object, or a GGUF file's in its manner; the path for errors)."""
+    if is_gguf(directory):
+        return GgufTensors(directory).fields, directory
     if not os.path.isdir(directory):
-        raise ValueError(f"{directory}: no such directory")
+        raise ValueError(f"{directory}: not a directory")
     path = os.path.join(directory, "config.json")
     return read_json(path), path
 
@@ -72,8 +78,9 @@ def _read_config(directory: str) -> tuple[dict[str, Any], str]:
 def load_hf(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params]:
     """(module, params) of a Hugging Face directory: config.json and safetensors, whole or sharded.
 
-    Params are float32 numpy arrays, whatever the file's dtype; `dtype` is the compute dtype of the
-    module. ValueError, in one line, names the file that cannot be read or does not fit.
+    Or of a GGUF file, whose numbers are dequantized, or of a name on the hub. Params are float32
+    numpy arrays, whatever the file's dtype; `dtype` is the compute dtype of the module. ValueError,
+    in one line, names the file that cannot be read or does not fit.
     """
     return _load(directory, dtype, format="hf")
 
@@ -89,7 +96,7 @@ def load(
     """(module, params) of a directory of either kind; see `load_hf`.
 
     Args:
-      directory: what is read.
+      directory: what is read: a folder, a GGUF file, or a name on the hub (`hub.find`).
       dtype: the compute dtype of the module.
       serve: kernels are held in the compute dtype, as `serving.to_serve` would hold them.
       mesh: with one, params are global arrays that lie on it by the rules of sharding.py; each
@@ -148,10 +155,16 @@ def inspect(directory: str) -> list[Parameter]:
 @contextlib.contextmanager
 def _opened(directory: str, format: str | None = None) -> Iterator[tuple]:
     """(family, config, files, entries, shapes, ignored keys) of a directory of either kind."""
-    fields, path = _read_config(directory)
+    directory = find(directory)
+    if is_gguf(directory):
+        tensors = GgufTensors(directory)
+        fields, path = tensors.fields, directory
+    else:
+        fields, path = _read_config(directory)
+        tensors = None
     native = "format" in fields if format is None else format == FORMAT
     family = _native_family(fields, path) if native else _hf_family(fields, path)
-    with TensorFiles(directory, "params" if native else "model") as files:
+    with tensors or TensorFiles(directory, "params" if native else "model") as files:
         config = _model_config(family, fields, files.keys, path, native)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
         rules = () if native else family.make_rules(config)
@@ -175,7 +188,7 @@ def read_config(directory: str) -> Any:
 
     A head that may be tied or not, which otherwise the weights say, counts as its own matrix.
     """
-    fields, path = _read_config(directory)
+    fields, path = _read_config(find(directory, "config"))
     native = "format" in fields
     family = _native_family(fields, path) if native else _hf_family(fields, path)
     return _model_config(family, fields, frozenset(["lm_head.weight"]), path, native)
@@ -215,7 +228,8 @@ def _load(
             try:
                 config, prefixes = family.encoder_parameters(config, layer)
             except ValueError as error:
-                raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from None
+                where = directory if is_gguf(directory) else f"{directory}/config.json"
+                raise ValueError(f"{where}: {error}") from None
             if kept is not None:
                 prefixes = tuple(f"{name}/" for name in kept)
         config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)

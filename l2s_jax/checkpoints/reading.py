@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding
 
 from l2s_jax.checkpoints.engine import SAME, TRANSPOSED, Entry, Params, Shape, matched
-from l2s_jax.checkpoints.files import Index, TensorFiles
+from l2s_jax.checkpoints.files import Index, Tensors
 from l2s_jax.cluster import sharding
 from l2s_jax.models.stacking import stack_layers, stacked_path
 
@@ -46,7 +46,7 @@ class _Tensor(NamedTuple):
 
 
 def read_params(
-    files: TensorFiles,
+    files: Tensors,
     entries: Sequence[Entry],
     shapes: Mapping[str, Shape],
     *,
@@ -139,7 +139,7 @@ def _placed(
     return jax.make_array_from_single_device_arrays(leaf.shape, where, arrays)
 
 
-def _read(files: TensorFiles, tensor: _Tensor, parameters: Sequence[Sequence[_Part]]) -> None:
+def _read(files: Tensors, tensor: _Tensor, parameters: Sequence[Sequence[_Part]]) -> None:
     """Fills the parts of the parameters that a tensor holds, or its layer of each."""
     entry, names, layer = tensor
     if layer is not None:
@@ -172,7 +172,7 @@ def _blocks(shape: Shape, index: Index) -> Iterator[tuple[slice, Index]]:
         yield slice(start - first.start, stop - first.start), (slice(start, stop), *others)
 
 
-def _read_same(files: TensorFiles, names: Sequence[str], index: Index | None = None) -> np.ndarray:
+def _read_same(files: Tensors, names: Sequence[str], index: Index | None = None) -> np.ndarray:
     """A tensor, or the part at `index`, once it is the same under all names."""
     first, *others = names
     tensor = files.read(first, index)

@@ -6,6 +6,7 @@ Needs torch and transformers.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from flax import linen as nn
 from scipy.special import log_softmax
 
 from l2s_jax.checkpoints.engine import Family, Params
+from l2s_jax.gguf_file import is_gguf
 
 ROWS, PROMPT_TOKENS, RESPONSE_TOKENS = 2, 24, 12
 
@@ -52,7 +54,11 @@ def compare(family: Family, directory: str, module: nn.Module, params: Params) -
         ours.append(decoder_ids)
         real = np.ones(decoder_ids.shape, bool)
     auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    reference = auto.from_pretrained(directory, local_files_only=True).float().eval()
+    where = {"pretrained_model_name_or_path": directory}
+    if is_gguf(directory):
+        folder, name = os.path.split(directory)
+        where = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
+    reference = auto.from_pretrained(**where, local_files_only=True).float().eval()
     with torch.no_grad():
         logits = reference(**{k: torch.tensor(v).long() for k, v in inputs.items()}).logits
     with jax.default_matmul_precision("highest"):

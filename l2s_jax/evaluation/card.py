@@ -9,8 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from l2s_jax.evaluation.card_head import card_head
 from l2s_jax.evaluation.report import dtypes
 from l2s_jax.files import write_text
+from l2s_jax.hub import is_name, reference
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.serving.bundle import CARD
 
@@ -43,6 +45,7 @@ def write_card(
     labels = "the LLM's own responses" if task["labels"] == "llm" else "the data's responses"
     latency = systems["l2s"]["latency"]
     lines = [
+        card_head(config, report),
         f"# LLM-to-SLM on {task['name']}",
         "",
         "A large language model (LLM) reads the prompt once; a small one (SLM) writes the response",
@@ -88,5 +91,6 @@ def _described(section: ConfigDict, name: str) -> str:
     """Where a model came from."""
     if section.path:
         trained = ", trained further" if name == "slm" or section.train.steps else ""
-        return f"`{os.path.basename(os.path.normpath(section.path))}`{trained}"
+        where = os.path.basename(os.path.normpath(section.path))
+        return f"`{reference(section.path) if is_name(section.path) else where}`{trained}"
     return f"{section.model.family}, trained from nothing"

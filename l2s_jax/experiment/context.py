@@ -14,6 +14,7 @@ from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
+from l2s_jax.hub import cached, find
 from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -109,8 +110,14 @@ class Context:
                 log.warning("the %s split is taken to be the one of the run: %s", split, error)
             return None
 
-    def checkpoint(self, directory: str) -> str:
-        """Hash of the model in a directory, as `content_hash` gives it."""
+    def checkpoint(self, directory: str) -> str | None:
+        """Hash of the model in a directory, as `content_hash` gives it.
+
+        None of a name on the hub that isn't on this machine, where nothing may be asked for.
+        """
+        if self.mode == "look" and cached(directory) is None:
+            return None
+        directory = find(directory)
         files = hashed_files(directory)
         return self._hashes.of(["checkpoint", directory], files, lambda: content_hash(directory))
 

@@ -83,14 +83,14 @@ class L2sStage(TrainedStage):
         trained = self.fit(system, params, frozen, prepare)
         # A model and an LLM of the same workdir stay together when the workdir is moved.
         inside = os.path.join(os.path.abspath(self.context.workdir), "llm", "model")
-        llm_path = os.path.abspath(self._llm.directory)
+        llm_path = self._llm.reference
         self.write_model(
             functools.partial(
                 bundle.save,
                 system,
                 trained,
                 llm_path="../../llm/model" if llm_path == inside else llm_path,
-                llm_hash=self._llm.content,
+                llm_hash=str(self._llm.content),
                 layer=self._llm.section.layer,
                 llm_tokenizer=self.prompts.tokenizer,
                 slm_tokenizer=self.responses.tokenizer,

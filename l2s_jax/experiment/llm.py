@@ -10,6 +10,7 @@ from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
+from l2s_jax.hub import find, reference
 
 
 class LlmStage(LanguageModelStage):
@@ -38,10 +39,20 @@ class LlmStage(LanguageModelStage):
     @property
     def directory(self) -> str:
         """Where the LLM lies; trained first where so configured."""
-        return super().directory if self.is_used() else os.path.abspath(self.section.path)
+        if self.is_used():
+            return super().directory
+        path = self.section.path
+        if self.context.mode == "look":
+            return path
+        return os.path.abspath(find(path))
 
     @property
-    def content(self) -> str:
+    def reference(self) -> str:
+        """Its directory, or its name and commit on the hub."""
+        return os.path.abspath(self.directory) if self.is_used() else reference(self.section.path)
+
+    @property
+    def content(self) -> str | None:
         """Its content hash."""
         return self.context.checkpoint(self.directory)
 

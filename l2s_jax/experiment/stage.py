@@ -9,6 +9,7 @@ from typing import Any
 
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.workdir import Record, changes, is_old, only_longer
+from l2s_jax.hub import is_name, reference
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,12 @@ class RecordedStage(Stage):
     @abc.abstractmethod
     def progress(self) -> str:
         """How far it is, where it is begun and not made."""
+
+    def sources(self) -> dict[str, str]:
+        """Where checkpoints that it is made from came from: their names and commits on the hub."""
+        config = self.context.config
+        names = {name: config[name].path for name in ("llm", "slm")}
+        return {name: reference(path) for name, path in names.items() if path and is_name(path)}
 
     def old_inputs(self) -> dict[str, Any]:
         """Inputs that only version 0.1 recorded: settings of the task, in the place of its data."""
@@ -137,7 +144,7 @@ class RecordedStage(Stage):
     def _open(self, inputs: dict[str, Any]) -> None:
         found = self.record.read()
         if found is None:
-            self.record.write(inputs, self.version)
+            self.record.write(inputs, self.version, self.sources())
             return
         changed, old = self._changes(found, inputs), is_old(found)
         if changed and not only_longer(found, inputs, changed):
@@ -160,7 +167,7 @@ class RecordedStage(Stage):
                 )
                 self.adopt()
         if changed or old:
-            self.record.write(inputs, self.version)
+            self.record.write(inputs, self.version, self.sources())
 
     def _find(self, inputs: dict[str, Any]) -> None:
         directory = self.record.directory

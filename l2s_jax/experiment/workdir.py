@@ -23,7 +23,7 @@ from l2s_jax.settings.sections import Settings
 
 _RECORD = "stage.json"
 # Keys of a record that are no inputs.
-_VERSION, _RUN = "version", "run"
+_VERSION, _RUN, _SOURCES = "version", "run", "sources"
 # Trained for longer, a model is the same one, further on.
 _STEPS = "train.steps"
 
@@ -53,8 +53,13 @@ class Record:
         """The name of the run, hex."""
         return str(read_json(self._path)[_RUN])
 
-    def write(self, inputs: Mapping[str, Any], version: int) -> None:
-        """Records inputs; the run stays the one that it was."""
+    def write(
+        self, inputs: Mapping[str, Any], version: int, sources: Mapping[str, str] | None = None
+    ) -> None:
+        """Records inputs; the run stays the one that it was.
+
+        `sources` say for people where the inputs came from, and are not compared.
+        """
         found = self.read()
         if found is None:
             run = uuid.uuid4().hex
@@ -64,6 +69,8 @@ class Record:
             run = found[_RUN]
         os.makedirs(self.directory, exist_ok=True)
         content = {**plain(inputs), _VERSION: version, _RUN: run}
+        if sources:
+            content[_SOURCES] = dict(sources)
         write_json(self._path, content, sort_keys=True)
 
     def move_aside(self) -> str:
@@ -96,7 +103,7 @@ def changes(
     if is_old(found):
         return _differences(found, plain({**inputs, **old}), common=True)
     changed = _differences(
-        {k: v for k, v in found.items() if k not in (_VERSION, _RUN)}, plain(inputs)
+        {k: v for k, v in found.items() if k not in (_VERSION, _RUN, _SOURCES)}, plain(inputs)
     )
     return changed if found[_VERSION] == version else ["the code", *changed]
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes
+from l2s_jax.hub import cached, is_name
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
@@ -71,6 +72,8 @@ class Plan:
 def make_plan(config: ConfigDict, platform: str) -> Plan:
     """The L2S system that training this config would build on devices of `platform`.
 
+    Of a model on the hub that is no published geometry, its config is downloaded.
+
     Raises:
       ValueError: a model that is neither a folder, nor a published geometry, nor described.
     """
@@ -115,9 +118,12 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
 def _model(config: ConfigDict, name: str) -> ModelConfig:
     section = config[name]
     if section.path:
-        if os.path.isdir(section.path):
+        # What a published name stands for is known without asking the hub.
+        if os.path.exists(section.path) or cached(section.path, "config"):
             return pretrained.read_config(section.path)
         known = os.path.basename(os.path.normpath(section.path)).lower()
+        if known not in GEOMETRIES and is_name(section.path):
+            return pretrained.read_config(section.path)
         if known not in GEOMETRIES:
             raise ValueError(
                 f"config.{name}.path={section.path!r}: neither a folder with a config.json nor the "

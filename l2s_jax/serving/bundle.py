@@ -21,13 +21,15 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
 from l2s_jax.checkpoints.files import TensorFiles, content_hash, write_directory
 from l2s_jax.checkpoints.reading import read_params
-from l2s_jax.files import read_json
+from l2s_jax.files import read_json, write_json
+from l2s_jax.hub import is_name
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _FAMILY = "l2s"
 _LLM, _LLM_TOKENIZER = "llm", "llm_tokenizer"
 CARD = "README.md"
+_GENERATION = "generation_config.json"
 
 
 def _shapes(system: LlmToSlm) -> dict[str, tuple[int, ...]]:
@@ -48,8 +50,8 @@ def save(
 ) -> None:
     """Writes projector, SLM and tokenizers.
 
-    A relative `llm_path` is relative to the bundle's directory; `layer` is config.llm.layer;
-    `generation` are the settings that `l2s_jax.load` starts from.
+    A relative `llm_path` is relative to the bundle's directory, or a name on the hub; `layer` is
+    config.llm.layer; `generation` are the settings that `l2s_jax.load` starts from.
     """
     fields = {
         "format": pretrained.FORMAT,
@@ -64,9 +66,30 @@ def save(
     shapes = _shapes(system)
     tensors = write_tensors(trained, own_entries(shapes), shapes)
     write_directory(directory, fields, tensors, "params")
+    write_json(os.path.join(directory, _GENERATION), _generation_config(system, generation))
     slm_tokenizer.save(directory)
     if not system.shared_vocabulary:
         llm_tokenizer.save(os.path.join(directory, _LLM_TOKENIZER))
+
+
+def _generation_config(system: LlmToSlm, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings as other programs read them; what is as by default is left out."""
+    search = dict(generation.get("search", {}))
+    fields = {
+        "max_new_tokens": generation.get("max_new_tokens"),
+        "do_sample": search.get("temperature", 0) > 0,
+        "num_beams": search.get("num_beams", 1),
+        "eos_token_id": system.slm_config.eos_id,
+        "pad_token_id": system.slm_config.pad_id,
+        "decoder_start_token_id": getattr(system.slm_config, "decoder_start_id", None),
+    }
+    names = ["min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"]
+    if fields["do_sample"]:
+        names += ["temperature", "top_k", "top_p", "min_p"]
+    if fields["num_beams"] > 1:
+        names += ["length_penalty", "early_stopping"]
+    fields |= {name: search[name] for name in names if name in search}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def copy(source: str, target: str, *, include_llm: bool) -> None:
@@ -89,8 +112,8 @@ def copy(source: str, target: str, *, include_llm: bool) -> None:
         # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
         reference = {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
     else:
-        path = os.path.normpath(os.path.join(source, reference["path"]))
-        reference = {**reference, "path": os.path.abspath(path)}
+        path = _llm_path(source, reference["path"])
+        reference = {**reference, "path": path if is_name(path) else os.path.abspath(path)}
     llm_tokenizer, slm_tokenizer = load_tokenizers(source)
     save(
         system,
@@ -106,6 +129,21 @@ def copy(source: str, target: str, *, include_llm: bool) -> None:
     card = os.path.join(source, CARD)
     if os.path.exists(card):
         shutil.copyfile(card, os.path.join(target, CARD))
+
+
+def llm_path(directory: str) -> str:
+    """Where the LLM of the L2S model in a directory is; see `_llm_path`."""
+    fields, path = _read_fields(directory)
+    try:
+        return _llm_path(directory, fields["llm"]["path"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
+
+
+def _llm_path(directory: str, path: str) -> str:
+    """Where the LLM of the bundle in a directory is: a place here, or a name on the hub."""
+    inside = os.path.normpath(os.path.join(directory, path))
+    return path if not os.path.exists(inside) and is_name(path) else inside
 
 
 def is_bundle(directory: str) -> bool:
@@ -160,7 +198,7 @@ def load(
     """
     fields, path = _read_fields(directory)
     try:
-        llm_path = os.path.normpath(os.path.join(directory, fields["llm"]["path"]))
+        llm_path = _llm_path(directory, fields["llm"]["path"])
         expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
         slm_config = pretrained.config_from_native(fields["slm"], path)
         slm_config = dataclasses.replace(slm_config, dtype=dtype)

@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.config import buckets_of, compute_dtypes
+from l2s_jax.hub import find
 from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.model import Model
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -52,11 +54,12 @@ def load(
     encoder_dtype: str = "auto",
     mesh: Mesh | Mapping[str, int] | None = None,
     **settings: Any,
-) -> Generator:
+) -> Model:
     """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
 
     Args:
-      directory: what a run left in RUN/l2s/model, or `python -m l2s_jax.convert` made of it.
+      directory: what a run left in RUN/l2s/model, or `python -m l2s_jax.convert` made of it; or the
+        name on the hub to which that was pushed.
       dtype: as config.dtype.
       encoder_dtype: as config.llm.encoder_dtype.
       mesh: of the devices of this process, along its axes as in config.mesh; data is what is left.
@@ -68,6 +71,7 @@ def load(
       ValueError: no L2S model is there, its LLM is gone or no longer the same, or the mesh does not
         fit the devices, the batch size or the model.
     """
+    directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
     if mesh is None:
         mesh = sharding.one_device()
@@ -77,7 +81,8 @@ def load(
     placed = where_to_read(mesh, settings.get("weights", "float"))
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
     loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
-    return Generator(*loaded, *bundle.load_tokenizers(directory), mesh=mesh, **settings)
+    tokenizers = bundle.load_tokenizers(directory)
+    return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
 
 
 def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
@@ -113,8 +118,8 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     settings = {"mesh": mesh, **settings}
     directory = os.path.join(workdir, name, "model")
     if name == "llm" and not config.llm.train.steps:
-        directory = config.llm.path
-    if not os.path.isdir(directory):
+        directory = find(config.llm.path)
+    if not os.path.exists(directory):
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
     placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))

@@ -112,7 +112,9 @@ class Llm(Section):
     """The large model."""
 
     path: str = setting(
-        "", "A Hugging Face directory, or `RUN/llm/model`; without one, it is made here."
+        "",
+        "A Hugging Face directory, a GGUF file, a name on the hub (`org/name` or "
+        "`org/name@revision`), or `RUN/llm/model`; without one, it is made here.",
     )
     model: Model = T5Model()
     layer: float = setting(
@@ -157,7 +159,9 @@ class _LikeSlm(Section):
 class Slm(_LikeSlm):
     """The small model, alone and in L2S."""
 
-    path: str = setting("", "A directory to start from; without one, from random parameters.")
+    path: str = setting(
+        "", "What to start from, as `llm.path`; without one, from random parameters."
+    )
     model: Model = T5Model()
     tokenizer: Tokenizer = Tokenizer()
 

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from l2s_jax.files import one_line, read_json, write_json, write_text
-from l2s_jax.tokenizers import sentencepiece
+from l2s_jax.tokenizers import gguf, sentencepiece
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -162,6 +162,9 @@ class HuggingFaceTokenizer:
             **self._named(),
             _OWN: dataclasses.asdict(special),
         }
+        for name in ("bos", "eos"):
+            if getattr(special, f"prompt_{name}") is not None:
+                fields[f"add_{name}_token"] = getattr(special, f"prompt_{name}")
         if special.chat_template:
             fields["chat_template"] = special.chat_template
         write_json(os.path.join(directory, SETTINGS_FILE), fields)
@@ -273,6 +276,24 @@ def load(path: str) -> HuggingFaceTokenizer:
         chat_template=template or "",
     )
     return HuggingFaceTokenizer(theirs.backend_tokenizer, special, origin=path)
+
+
+def load_gguf(file: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a GGUF file.
+
+    Raises:
+      ValueError: it holds none, or one of an unknown kind.
+    """
+    tokenizer, found = gguf.read(file)
+    special = Special(
+        eos_id=found["eos_id"],
+        pad_id=found["pad_id"],
+        bos_id=found["bos_id"],
+        prompt_bos=found["add_bos"],
+        prompt_eos=False,
+        chat_template=found["chat_template"] or "",
+    )
+    return HuggingFaceTokenizer(tokenizer, special, origin=file)
 
 
 def _checked(file: str) -> tokenizers.Tokenizer:

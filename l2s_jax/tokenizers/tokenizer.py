@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from l2s_jax.files import read_json
+from l2s_jax.gguf_file import is_gguf
+from l2s_jax.hub import find, is_name
 from l2s_jax.tokenizers import huggingface, sentencepiece
 
 log = logging.getLogger(__name__)
@@ -66,14 +68,16 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      path: a SentencePiece model, a tokenizer.json, or the directory of a checkpoint. One of
-        Hugging Face's is read by transformers. One of ours holds a spiece.model that was trained
-        here, or what `HuggingFaceTokenizer.save` has written.
+      path: a SentencePiece model, a tokenizer.json, a GGUF file, or the directory of a checkpoint,
+        or its name on the hub. One of Hugging Face's is read by transformers. One of ours holds a
+        spiece.model that was trained here, or what `HuggingFaceTokenizer.save` has written.
 
     Raises:
       ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
     """
-    path = os.path.expanduser(path)
+    path = find(path, "tokenizer") if is_name(path) else os.path.expanduser(path)
+    if is_gguf(path):
+        return huggingface.load_gguf(path)
     if not os.path.isdir(path):
         return huggingface.load(path) if path.endswith(".json") else sentencepiece.load(path)
     names = set(os.listdir(path))
