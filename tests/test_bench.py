@@ -301,7 +301,7 @@ def test_who_is_not_asked_is_stopped_and_ends_with_its_parent(tmp_path):
 
     assert wait_for("T") == "T"
     parent.kill()
-    parent.wait()
+    parent.communicate()
     assert wait_for("", "Z") in ("", "Z")
 
 

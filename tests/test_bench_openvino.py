@@ -129,7 +129,8 @@ def started(name, setup, **environment):
 
 
 def calls(folder):
-    return [json.loads(line) for line in open(f"{folder}/calls")]
+    with open(f"{folder}/calls") as file:
+        return [json.loads(line) for line in file]
 
 
 def test_its_process_holds_no_jax_and_at_first_nothing_that_is_large(stand_ins):

@@ -32,6 +32,8 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.models.t5 import T5, T5Config
+from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 KINDS = {
     "v1.0": {},
@@ -607,7 +609,9 @@ def test_command_both_ways_with_verify(checkpoints, tmp_path, capsys):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     source = tmp_path / "source"
     shutil.copytree(checkpoints / "v1.1", source)
-    (source / "spiece.model").write_bytes(b"pieces")
+    pieces = train_sentencepiece(
+        ["a few words", "and letters"], vocab_size=24, model_type="bpe", directory=source
+    )
     status, out, err = run(capsys, f"--input={source}", f"--output={ours}", "--verify")
     assert (status, err) == (0, "")
     assert "agrees with transformers" in out and "top-1 agreement 100.0%" in out
@@ -615,7 +619,9 @@ def test_command_both_ways_with_verify(checkpoints, tmp_path, capsys):
     assert (status, err) == (0, "")
     before, after = (load_file(d / "model.safetensors") for d in (source, theirs))
     assert_same(after, before)
-    assert (theirs / "spiece.model").read_bytes() == b"pieces"
+    texts = ["few letters and", "words"]
+    for folder in (ours, theirs):
+        assert load_tokenizer(str(folder)).encode_prompts(texts) == pieces.encode_prompts(texts)
 
 
 def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypatch):

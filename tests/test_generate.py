@@ -204,7 +204,8 @@ def test_beams_take_each_others_responses_and_leave_the_prompt():
     random, parents = np.random.default_rng(0), np.array([[1, 1, 0], [2, 0, 2]])
     slots = random.standard_normal((6, 2, 7, 3)).astype(np.float32)
     mask = np.ones((6, 7), bool)
-    cache = CausalCache(0, mask[:, 0], mask, mask, (KeyValue(slots, slots + 1),), prompt_slots=4)
+    layers = (KeyValue(slots, slots + 1),)
+    cache = CausalCache(jnp.int32(0), mask[:, 0], mask, mask, layers, prompt_slots=4)
     (taken,) = take_hypotheses(cache, jnp.asarray(parents)).layers
     rows = (parents + np.array([[0], [3]])).reshape(-1)
     for got, had in ((taken.key, slots), (taken.value, slots + 1)):

@@ -154,3 +154,4 @@ class Remote:
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
         self._process.wait()
+        self._answers.close()

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.systems import Params
 from l2s_jax.training import optim
 from l2s_jax.training.checkpoint import Checkpoints
@@ -50,7 +51,7 @@ class Batches(Protocol):
 
 
 def validation_scores(
-    score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, jax.Array]]
+    score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, AnyArray]]
 ) -> dict[str, float]:
     """Mean loss (nats), perplexity and accuracy per response token, over all of `batches`."""
     sums: list[Any] = []
