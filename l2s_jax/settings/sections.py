@@ -45,17 +45,25 @@ class Task(Section):
     """The records, and how they become a prompt and a response; see data/tasks.py."""
 
     name: str = setting("", "What reports call it.")
-    source: str = setting("", "Kind of the data.", one_of=("tfds", "jsonl", "tsv", "text"))
+    source: str = setting(
+        "", "Kind of the data.", one_of=("tfds", "jsonl", "tsv", "parquet", "text")
+    )
     data_dir: str = setting("", "Where relative file names start: a folder, or any fsspec URL.")
     tfds_name: str = setting("", "Name of a dataset of tensorflow-datasets.")
     splits: dict[str, Any] = setting(
         {},
-        "`train`, `validation` and `test`: a file each; for `text` a file for each field; for "
-        "`tfds` a TFDS split.",
+        "`train`, `validation` and `test`: a file each, or files by a name with `*`; for `text` a "
+        "file for each field; for `tfds` a TFDS split.",
     )
     prompt: str = setting("", "Template over field names, as in `translate to German: {en}`.")
     response: str = setting("", "Name of the field that holds the response.")
     references: str = setting("", "Field of further references, if there is one.")
+    blank_rows: str = setting(
+        "skip",
+        "What becomes of rows with a blank prompt or response: they are left out and counted, or "
+        "the first one is an error.",
+        one_of=("skip", "error"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
