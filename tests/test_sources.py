@@ -331,7 +331,7 @@ def test_misaligned_files(tmp_path, longer):
 
 BLANK = [
     {"en": "a", "de": "", "more": ["x"]},
-    {"en": " \t", "de": "b", "more": ["x"]},
+    {"en": " \u3000", "de": "b", "more": ["x"]},
     {"en": "", "de": " ", "more": []},
 ]
 
@@ -340,10 +340,6 @@ BLANK = [
 @pytest.mark.parametrize("source", ["text", "jsonl", "tsv", "parquet"])
 def test_blank_rows_are_left_out_and_counted_or_refused(tmp_path, source, split, caplog):
     rows = [BLANK[0], ROWS[0], BLANK[1], ROWS[1], BLANK[2], ROWS[2]]
-    if source == "tsv":
-        rows = [rows[0], *rows[2:]]  # "\t" would be one column more
-        rows[1] = {"en": " ", "de": "b"}
-        rows.insert(1, ROWS[0])
     write_rows(tmp_path, rows)
     config = config_of(source, tmp_path)
     config.splits = {split: config.splits.test}
