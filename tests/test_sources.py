@@ -475,6 +475,10 @@ def test_lists_of_texts():
         text_module.text_list("one", "prompts")
     with pytest.raises(TypeError, match="prompts: expected strings, number 1 is of type int"):
         text_module.text_list(["one", 2], "prompts")
+    assert text_module.integer_list(np.array([3, 4]), "seeds") == [3, 4]
+    for wrong in ("12", 3, [1.5], ["1"]):
+        with pytest.raises(TypeError, match=r"seeds: expected .*integers"):
+            text_module.integer_list(wrong, "seeds")
 
 
 @pytest.mark.parametrize("source", ["jsonl", "tsv", "parquet"])

@@ -6,6 +6,7 @@ no tokenizer takes it, no file holds it. U+FFFD takes the place of each half.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -62,3 +63,18 @@ def text_list(texts: Iterable[str], name: str) -> list[str]:
             kind = type(text).__name__
             raise TypeError(f"{name}: expected strings, number {index} is of type {kind}")
     return [whole(text) for text in taken]
+
+
+def integer_list(numbers: Iterable[int], name: str) -> list[int]:
+    """The numbers as a list; `name` names them in messages.
+
+    Raises:
+      TypeError: `numbers` is one number, a string, or holds something else than integers.
+    """
+    if isinstance(numbers, str | bytes) or not isinstance(numbers, Iterable):
+        kind = type(numbers).__name__
+        raise TypeError(f"{name}: expected a sequence of integers, got one of type {kind}")
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise TypeError(f"{name}: expected integers: {error}") from None

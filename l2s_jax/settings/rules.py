@@ -62,6 +62,18 @@ IDLE = (
         Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
         for name in ("slm", "l2s")
     ),
+    Idle(
+        "evaluation.bleu_tokenizer",
+        "evaluation.metrics",
+        lambda metrics: "bleu" not in metrics,
+        "there is no BLEU",
+    ),
+    Idle(
+        "evaluation.comet",
+        "evaluation.metrics",
+        lambda metrics: "comet" not in metrics,
+        "there is no COMET",
+    ),
     Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
 )
 # Of these, settings/search.py says itself what has no effect.

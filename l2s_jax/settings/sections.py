@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 from l2s_jax.settings.declare import Allowed, Section, setting
+from l2s_jax.settings.evaluation import Evaluation
 from l2s_jax.settings.geometry import MODELS, Model, T5Model
 from l2s_jax.settings.search import Search
 from l2s_jax.settings.training import Lora, Train, TrainAlways
-
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
-
 
 _DTYPES = ("float32", "bfloat16", "auto")
 DTYPE = Allowed(
@@ -20,6 +19,8 @@ DTYPE = Allowed(
     expected=f"one of {_DTYPES}",
     refused={"float16": "T5 overflows in it; use 'bfloat16' or 'float32'"},
 )
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 
 
 def _axis(default: int, meaning: str) -> Any:
@@ -58,6 +59,12 @@ class Task(Section):
     prompt: str = setting("", "Template over field names, as in `translate to German: {en}`.")
     response: str = setting("", "Name of the field that holds the response.")
     references: str = setting("", "Field of further references, if there is one.")
+    language: str = setting(
+        "",
+        "Code of the responses' language, as in `de`, `zh` or `pt-BR`; metrics look at it.",
+        fits=lambda code: not code or bool(_LANGUAGE.fullmatch(code)),
+        expected="a code of two or three letters, with or without parts after a hyphen",
+    )
     blank_rows: str = setting(
         "skip",
         "What becomes of rows with a blank prompt or response: they are left out and counted, or "
@@ -216,34 +223,6 @@ class Decoding(Section):
         "Of the LLM's encoder and the SLM; int8: quantized.",
         one_of=("float", "int8"),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Latency(Section):
-    """What is timed, on random prompts."""
-
-    batch_size: int = setting(8, "The larger batch, beside batch 1.", at_least=1)
-    prompt_tokens: int = setting(32, "Tokens of each prompt.", at_least=1)
-    new_tokens: int = setting(32, "Tokens of each response.", at_least=1)
-    repeats: int = setting(20, "How often; the medians are reported.", at_least=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation(Section):
-    """What the report is about."""
-
-    split: str = setting("test", "Split of the task.", one_of=("train", "validation", "test"))
-    max_examples: int = setting(0, "Examples of it; 0: all.", at_least=0)
-    validation_examples: int = setting(
-        2000, "Of the validation split, while training; 0: all.", at_least=0
-    )
-    metrics: tuple[str, ...] = setting(
-        ("bleu", "chrf"),
-        "Measures of quality; the first is the primary one.",
-        fits=lambda names: bool(names) and all(name in METRICS for name in names),
-        expected=f"some of {METRICS}",
-    )
-    latency: Latency = Latency()
 
 
 @dataclasses.dataclass(frozen=True)
