@@ -42,7 +42,37 @@ def refuse(capfd, *arguments):
 
 
 OVERRIDES = {
-    "unknown config key": ("--config.llm.widht=3", "unknown config key .*widht"),
+    "unknown config key": ("--config.llm.model.widht=3", "no such setting, 'widht', .* 'width'"),
+    "unknown config key of another kind": (
+        "--config.slm.lora.dropout=0.1",
+        "no such setting, 'dropout'; there are alpha, pattern, rank",
+    ),
+    "a field that the family lacks": ("--config.slm.model.num_layers=3", "num_layers"),
+    "a number of more than 32 bits": (
+        "--config.l2s.train.steps=3000000000",
+        "config.l2s.train.steps=3000000000: it does not fit into 32 bits; expected an integer >= 1",
+    ),
+    "distances without buckets": (
+        "--config.slm.model.max_distance=16",
+        "config.slm.model.max_distance=16: expected more than half of num_buckets=32",
+    ),
+    "a pattern that matches nothing": (
+        "--config.l2s.train.trainable=('nothing',)",
+        r"config.l2s.train.trainable: 'nothing' matches none of \d+ parameters; the nearest: ",
+    ),
+    "a pattern of rates that matches nothing": (
+        "--config.slm.train.learning_rate_scales=(('nothing',2.0),)",
+        "config.slm.train.learning_rate_scales: 'nothing' matches none",
+    ),
+    "a metric without its checkpoint": (
+        "--config.evaluation.metrics=('comet',)",
+        r"config.evaluation.comet='' with metrics=\('comet',\): expected the folder",
+    ),
+    "no language": ("--config.task.language=Chinese", "language='Chinese': expected a code of"),
+    "a tokenizer that sacreBLEU lacks": (
+        "--config.evaluation.bleu_tokenizer=mecab",
+        "bleu_tokenizer='mecab': expected one of .*ja-mecab",
+    ),
     "value of the wrong type": ("--config.seed=abc", "config.seed=abc"),
     "unknown task source": ("--config.task.source=csv", "'csv'.*jsonl"),
     "unknown template field": ("--config.task.prompt={word}", "word"),

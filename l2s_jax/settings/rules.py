@@ -106,7 +106,7 @@ def settle(values: Mapping[str, Any], given: Collection[str] = ()) -> Settings:
     values = copy.deepcopy(dict(values))
     for section, name in _SEARCHES:
         prefix = f"{section}.{name}."
-        search = values[section][name]
+        search = values.get(section, {}).get(name, {})
         if changes := {key: search[key] for key in search if f"{prefix}{key}" in given}:
             try:
                 values[section][name] = dataclasses.asdict(changed(search, changes))

@@ -229,7 +229,7 @@ class Decoding(Section):
 class Settings(Section):
     """A whole experiment."""
 
-    seed: int = setting(0, "Of all that is random.", at_least=0)
+    seed: int = setting(0, "Of all that is random.", at_least=0, at_most=2**32 - 1)
     dtype: str = setting(
         "auto", "Of the products; auto: float32 on CPU, bfloat16 elsewhere.", allowed=DTYPE
     )
