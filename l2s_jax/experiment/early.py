@@ -77,7 +77,7 @@ def _has_patterns(section: ConfigDict) -> bool:
 
 
 def _check_patterns(section: ConfigDict, where: str, systems: Mapping[str, Any]) -> None:
-    """Raises the last error if in none of the systems all patterns match something."""
+    """Raises the first error if in none of the systems all patterns match something."""
     if not _has_patterns(section):
         return
     problem = None
@@ -90,5 +90,5 @@ def _check_patterns(section: ConfigDict, where: str, systems: Mapping[str, Any])
             optim.optimizer(section.train, params)
             return
         except ValueError as error:
-            problem = error
+            problem = problem or error
     raise ValueError(f"{where}.{problem}") from problem
