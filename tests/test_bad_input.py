@@ -16,13 +16,25 @@ import tiny
 from pyarrow import parquet
 
 from l2s_jax.decoding.logits import truncate
+from l2s_jax.files import read_json
 from l2s_jax.settings.search import Search, changed
+
+ROWS_OF_PEOPLE = (
+    '{"words": "a", "reversed": ""}',
+    '{"words": " ", "reversed": "a"}',
+    '{"words": null, "reversed": "a"}',
+    "",
+    '{"words": "ok \\ud83d bad", "reversed": "bad \\ude00 ok"}',
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     config = tiny.write_task(root / "data")
+    for split in ("train", "validation", "test"):
+        with open(root / "data" / f"{split}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(f"{row}\n" for row in ROWS_OF_PEOPLE)
     assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}") == 0
     return root / "run"
 
@@ -197,6 +209,20 @@ def test_bad_data(damage, task, tmp_path, capfd):
     line = refuse(capfd, f"--config={task}", f"--workdir={tmp_path / 'run'}", *arguments)
     assert re.search(message, line), line
     assert not list((tmp_path / "run").glob("*/checkpoints"))
+
+
+def test_rows_that_people_have_are_trained_on_and_answered(finished):
+    answers = [json.loads(line) for line in lines_of(finished / "predictions" / "l2s.jsonl")]
+    assert len(answers) == 11 + 1
+    assert answers[-1]["prompt"] == "reverse: ok \ufffd bad"
+    assert answers[-1]["references"] == ["bad \ufffd ok"]
+
+
+def test_json_that_is_nested_too_deep_is_one_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config\.json: not readable as JSON: .*recursion"):
+        read_json(str(path))
 
 
 def no_config_file(run):

@@ -244,6 +244,10 @@ def test_impossible_trainings_are_refused(changes, message):
         ({"dtype": "float16"}, "config.dtype='float16': T5 overflows in it; use 'bfloat16' or"),
         ({"labels": "llm"}, "config.labels='llm': expected a section of settings"),
         ({"mesh.data": 0}, "config.mesh.data=0: expected an integer >= 1, or -1"),
+        (
+            {"task.prompt": "\ud83d {a}"},
+            "config.task.prompt='\\ud83d {a}': expected a text of whole",
+        ),
         ({"seed": True}, "config.seed=True: expected an integer >= 0"),
         ({"seed": 2**32}, "config.seed=4294967296: it does not fit into 32 bits; expected an i"),
         (

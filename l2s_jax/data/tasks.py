@@ -94,7 +94,9 @@ class Task:
         """What decides, beside the content of its files, which examples a split has; JSON-able."""
         references = self._references if split != "train" else ""
         source = [self._source, self._tfds_name, self._splits.get(split)]
-        return [*source, self._prompt, self._response, references, self.skips_blank]
+        # A split that was read before rows could be skipped had none to skip.
+        blank = [] if self.skips_blank else ["error"]
+        return [*source, self._prompt, self._response, references, *blank]
 
     def files(self, split: str, *, prepare: bool) -> list[str]:
         """The files of a split; those of a TFDS dataset only if it may be prepared."""

@@ -56,7 +56,12 @@ class Task(Section):
         "`train`, `validation` and `test`: a file each, or files by a name with `*`; for `text` a "
         "file for each field; for `tfds` a TFDS split.",
     )
-    prompt: str = setting("", "Template over field names, as in `translate to German: {en}`.")
+    prompt: str = setting(
+        "",
+        "Template over field names, as in `translate to German: {en}`.",
+        fits=lambda text: not re.search("[\ud800-\udfff]", text),
+        expected="a text of whole characters",
+    )
     response: str = setting("", "Name of the field that holds the response.")
     references: str = setting("", "Field of further references, if there is one.")
     language: str = setting(
