@@ -19,11 +19,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from l2s_jax.settings import rules
-from l2s_jax.settings.declare import Section, read
+from l2s_jax.settings.declare import Section, nearest, read
 from l2s_jax.settings.geometry import Model
 from l2s_jax.settings.moved import MOVED
 from l2s_jax.settings.search import Search
-from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer
+from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer, describe
 from l2s_jax.settings.training import Lora, Train
 
 
@@ -138,13 +138,37 @@ def compute_dtypes(
     return common, common if encoder_dtype == "auto" else np.dtype(encoder_dtype)
 
 
+def unknown_key(flags: Collection[str]) -> str:
+    """What is wrong with the first of the flags --config.KEY=VALUE that no config has; or ""."""
+    for flag in flags:
+        if wrong := _wrong_key(flag.partition("=")[0].removeprefix("--config.")):
+            return f"{flag}: {wrong}"
+    return ""
+
+
+def _wrong_key(key: str) -> str:
+    """What is wrong with a key, and the nearest that there is; "" if there is such a key."""
+    known = [key.key for key in describe()]
+    parts = key.split(".")
+    if parts[:2] == ["task", "splits"]:
+        return ""
+    for i, part in enumerate(parts):
+        before = "".join(f"{one}." for one in parts[:i])
+        names = {k[len(before) :].partition(".")[0] for k in known if k.startswith(before)}
+        if part not in names:
+            return f"no such setting, {part!r}{nearest(part, sorted(names))}"
+    return ""
+
+
 def complaint(error: BaseException) -> str | None:
     """FILE:LINE: CODE: what is wrong there, of an error that a config file caused; else None."""
     # What the flags' parser makes of an error no longer has the line, but its context does.
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, SyntaxError):
+            return f"{cause.filename}:{cause.lineno}: {(cause.text or '').strip()}: {cause.msg}"
         frames = traceback.extract_tb(cause.__traceback__)
-        starts = [i for i, frame in enumerate(frames) if frame.name == "get_config"]
+        starts = [i for i, frame in enumerate(frames) if frame.name in ("get_config", "<module>")]
         libraries = (*ml_collections.__path__, os.path.dirname(__file__))
         for frame in reversed(frames[min(starts, default=len(frames)) :]):
             if not frame.filename.startswith(libraries):
@@ -167,9 +191,13 @@ def _wrong(error: BaseException, frame: traceback.FrameSummary) -> str:
     if isinstance(error, AttributeError | KeyError) and (
         name := re.match(r"(?:Key \"(\w+)\" does not exist|'?(\w+)'?$)", first)
     ):
+        unknown = name[1] or name[2]
         near = re.search(r'Did you mean "(\w+)"', " ".join(others))
+        place = re.match(rf"config\.([\w.]*?)(?:{unknown}\b|update\(.*\b{unknown}=)", code)
+        if not near and place and (wrong := _wrong_key(f"{place[1]}{unknown}")):
+            return f"{code}: {wrong}"
         hint = f", did you mean {near[1]!r}?" if near else ""
-        return f"{code}: no such setting, {name[1] or name[2]!r}{hint}"
+        return f"{code}: no such setting, {unknown!r}{hint}"
     if kinds := re.search(r"(\S+) is of original type .* casted to type <class '([\w.]+)'>", first):
         return f"{code}: expected {kinds[2].rpartition('.')[2]}"
     return f"{code}: {first}"

@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from l2s_jax.config import complaint, settled
+from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
@@ -243,14 +243,23 @@ def parse_flags(argv: Sequence[str]) -> None:
             raise ValueError(f"{argument}: config.{key} is now config.{MOVED[key]}")
     try:
         rest = flags.FLAGS(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:
         if line := complaint(error):
             raise ValueError(line) from error
         if isinstance(error, flags.Error):
             raise ValueError(str(error)) from error
+        if not isinstance(error, AttributeError | KeyError | TypeError):
+            raise
         # How ml_collections reports an override of a key that the config does not have.
-        given = " ".join(arg for arg in argv if arg.startswith("--config."))
-        raise ValueError(f"unknown config key {error} in {given}") from error
+        given = [arg for arg in argv if arg.startswith("--config.")]
+        line = unknown_key(given) or f"unknown config key {error} in {' '.join(given)}"
+        raise ValueError(line) from error
+    # (A file that is not there is an error at the first look at its config.)
+    if _CONFIG.present and not hasattr(_CONFIG.value, "to_dict"):
+        kind = type(_CONFIG.value).__name__
+        raise ValueError(
+            f"--config: get_config() gave no config but a {kind}, expected the config that it made"
+        )
     if _UNTIL.value and _MODE.value != "train":
         raise ValueError(f"--until={_UNTIL.value}: expected --mode=train, not {_MODE.value}")
     if rest:

@@ -1,23 +1,40 @@
 """Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
 
+import contextlib
 import gzip
+import io
 import json
 import re
 import shutil
+import sys
 from unittest import mock
 
 import jax.numpy as jnp
+import pyarrow
 import pytest
 import tiny
+from pyarrow import parquet
 
 from l2s_jax.decoding.logits import truncate
+from l2s_jax.files import read_json
 from l2s_jax.settings.search import Search, changed
+
+ROWS_OF_PEOPLE = (
+    '{"words": "a", "reversed": ""}',
+    '{"words": " ", "reversed": "a"}',
+    '{"words": null, "reversed": "a"}',
+    "",
+    '{"words": "ok \\ud83d bad", "reversed": "bad \\ude00 ok"}',
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     config = tiny.write_task(root / "data")
+    for split in ("train", "validation", "test"):
+        with open(root / "data" / f"{split}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(f"{row}\n" for row in ROWS_OF_PEOPLE)
     assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}") == 0
     return root / "run"
 
@@ -37,7 +54,37 @@ def refuse(capfd, *arguments):
 
 
 OVERRIDES = {
-    "unknown config key": ("--config.llm.widht=3", "unknown config key .*widht"),
+    "unknown config key": ("--config.llm.model.widht=3", "no such setting, 'widht', .* 'width'"),
+    "unknown config key of another kind": (
+        "--config.slm.lora.dropout=0.1",
+        "no such setting, 'dropout'; there are alpha, pattern, rank",
+    ),
+    "a field that the family lacks": ("--config.slm.model.num_layers=3", "num_layers"),
+    "a number of more than 32 bits": (
+        "--config.l2s.train.steps=3000000000",
+        "config.l2s.train.steps=3000000000: it does not fit into 32 bits; expected an integer >= 1",
+    ),
+    "distances without buckets": (
+        "--config.slm.model.max_distance=16",
+        "config.slm.model.max_distance=16: expected more than half of num_buckets=32",
+    ),
+    "a pattern that matches nothing": (
+        "--config.l2s.train.trainable=('nothing',)",
+        r"config.l2s.train.trainable: 'nothing' matches none of \d+ parameters; the nearest: ",
+    ),
+    "a pattern of rates that matches nothing": (
+        "--config.slm.train.learning_rate_scales=(('nothing',2.0),)",
+        "config.slm.train.learning_rate_scales: 'nothing' matches none",
+    ),
+    "a metric without its checkpoint": (
+        "--config.evaluation.metrics=('comet',)",
+        r"config.evaluation.comet='' with metrics=\('comet',\): expected the folder",
+    ),
+    "no language": ("--config.task.language=Chinese", "language='Chinese': expected a code of"),
+    "a tokenizer that sacreBLEU lacks": (
+        "--config.evaluation.bleu_tokenizer=mecab",
+        "bleu_tokenizer='mecab': expected one of .*ja-mecab",
+    ),
     "value of the wrong type": ("--config.seed=abc", "config.seed=abc"),
     "unknown task source": ("--config.task.source=csv", "'csv'.*jsonl"),
     "unknown template field": ("--config.task.prompt={word}", "word"),
@@ -110,7 +157,7 @@ def broken_json(data):
 def empty_prompt(data):
     record = json.dumps({"words": " ", "reversed": "x"})
     (data / "train.jsonl").write_text("\n".join([*lines_of(data / "train.jsonl")[:9], record]))
-    return (), r"train\.jsonl:10.*empty prompt"
+    return ("--config.task.blank_rows=error",), r"train\.jsonl:10.*empty prompt"
 
 
 def broken_gzip(data):
@@ -162,6 +209,20 @@ def test_bad_data(damage, task, tmp_path, capfd):
     line = refuse(capfd, f"--config={task}", f"--workdir={tmp_path / 'run'}", *arguments)
     assert re.search(message, line), line
     assert not list((tmp_path / "run").glob("*/checkpoints"))
+
+
+def test_rows_that_people_have_are_trained_on_and_answered(finished):
+    answers = [json.loads(line) for line in lines_of(finished / "predictions" / "l2s.jsonl")]
+    assert len(answers) == 11 + 1
+    assert answers[-1]["prompt"] == "reverse: ok \ufffd bad"
+    assert answers[-1]["references"] == ["bad \ufffd ok"]
+
+
+def test_json_that_is_nested_too_deep_is_one_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config\.json: not readable as JSON: .*recursion"):
+        read_json(str(path))
 
 
 def no_config_file(run):
@@ -227,10 +288,12 @@ def test_damaged_workdir(damage, finished, tmp_path, capfd):
 
 
 INPUTS = {
-    "empty line": (b"one\n\ntwo\n", "in.txt", r"in\.txt:2.*empty prompt"),
     "not UTF-8": (b"one\n\xff\xfe\n", "in.txt", r"in\.txt:2.*UTF-8"),
     "not JSON": (b'{"words": "one"}\n{"words"\n', "in.jsonl", r"in\.jsonl:2.*JSON"),
     "no object": (b'["one"]\n', "in.jsonl", r"in\.jsonl:1.*JSON object"),
+    "nested too deep": (b'{"words": ' + b"[" * 10**5, "in.jsonl", r"in\.jsonl:1: malformed JSON"),
+    "broken gzip": (gzip.compress(b"one\n" * 99)[:20], "in.txt.gz", r"in\.txt\.gz: broken gzip"),
+    "no Parquet": (b"PAR1", "in.parquet", r"in\.parquet: no Parquet file"),
     "missing field": (b'{"text": "one"}\n', "in.jsonl", r"in\.jsonl:1.*words"),
     "field that is no string": (b'{"words": 1}\n', "in.jsonl", r"in\.jsonl:1.*words"),
 }
@@ -250,6 +313,75 @@ def test_bad_generation_input(case, finished, tmp_path, capfd):
     )
     assert re.search(message, line), line
     assert not target.exists()
+
+
+def answers(finished, source, *flags, stdin=None):
+    """What the command writes to stdout for a file, or for bytes on stdin."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # whatever the locale
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "stdout", stdout))
+        if stdin is not None:
+            fake = io.TextIOWrapper(io.BytesIO(stdin))
+            stack.enter_context(mock.patch.object(sys, "stdin", fake))
+        sampled = "--search=temperature=2,top_k=20"
+        flags = (f"--workdir={finished}", "--mode=generate", f"--input={source}", sampled, *flags)
+        assert tiny.run(*flags) == 0
+        stdout.flush()
+        return stdout.buffer.getvalue().decode().split("\n")[:-1]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_file_is_read_alike_however_it_is_packed_and_ends_its_lines(
+    compress, finished, tmp_path, caplog
+):
+    suffix = ".gz" if compress is gzip.compress else ""
+    plain = tmp_path / "plain.txt"
+    plain.write_bytes(b"one two\nanother\nthree")
+    one, _, three = answers(finished, plain)
+    assert one and three
+    text = compress(b"\xef\xbb\xbfone two\r\n\r\nthree\n \n")
+    (tmp_path / f"in.txt{suffix}").write_bytes(text)
+    # A blank line has a line of its own in what comes out.
+    expected = [one, "", three, ""]
+    assert answers(finished, tmp_path / f"in.txt{suffix}") == expected
+    assert caplog.messages[-1].endswith(f"in.txt{suffix}: 2 of 4 prompts are blank")
+    assert answers(finished, "-", stdin=text) == expected
+    assert answers(finished, "-", "--stream", stdin=text) == expected
+
+    def responses(*arguments, **stdin):
+        lines = [json.loads(line) for line in answers(finished, *arguments, **stdin)]
+        assert [line["words"] for line in lines] == ["one two", "", "three"]
+        return [line["response"] for line in lines]
+
+    # A blank line of JSON Lines is none, as in training; a blank prompt has its line.
+    records = b'\xef\xbb\xbf{"words": "one two"}\r\n\r\n{"words": ""}\n{"words": "three"}\n\n'
+    (tmp_path / f"in.jsonl{suffix}").write_bytes(compress(records))
+    assert responses(tmp_path / f"in.jsonl{suffix}") == [one, "", three]
+    assert responses("-", "--jsonl", stdin=compress(records)) == [one, "", three]
+    table = pyarrow.table({"words": ["one two", "", "three"], "n": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    assert responses(tmp_path / "in.parquet") == [one, "", three]
+
+
+def test_a_blank_prompt_is_an_error_where_blank_rows_are(finished, tmp_path, capfd):
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("one\n\n")
+    flags = (f"--input={source}", f"--output={target}", "--config.task.blank_rows=error")
+    config = f"--config={finished.parent / 'data' / 'tiny.py'}"
+    line = refuse(capfd, config, f"--workdir={finished}", "--mode=generate", *flags)
+    assert "in.txt:2: empty prompt" in line
+    assert not target.exists()
+
+
+def test_half_a_character_anywhere_in_a_record_loses_no_answer(finished, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        '{"words": "one \\ud83d", "note": ["\\ude00"], "\\udc00": null}\n{"words": "two"}\n'
+    )
+    first, second = (json.loads(line) for line in answers(finished, source))
+    assert set(first) == {"words", "note", "\ufffd", "response", "cut"}
+    assert first["words"] == "one \ufffd" and first["note"] == ["\ufffd"]
+    assert second["words"] == "two"
 
 
 def test_missing_generation_input(finished, tmp_path, capfd):

@@ -176,6 +176,28 @@ def test_seeds_may_be_an_array(systems, tokenizer):
         loaded.generate(["the fox", "a dog"], seeds=np.array([-1, 4]), **settings)
 
 
+def test_one_string_is_no_list_of_prompts(systems, tokenizer):
+    loaded = generator(systems["llm"], tokenizer)
+    with pytest.raises(TypeError, match=r"prompts: .* got one string: did you mean \['one'\]"):
+        loaded.generate("one")
+    with pytest.raises(TypeError, match="prompts: expected strings, number 1 is of type NoneType"):
+        loaded.generate(["one", None])
+    with pytest.raises(TypeError, match="prompt: expected strings, number 0 is of type list"):
+        next(loaded.stream(["one"]))
+    for seeds in ("12", 3):
+        with pytest.raises(TypeError, match="seeds: expected a sequence of integers"):
+            loaded.generate(["one", "two"], seeds=seeds)
+    prompts = ["the fox", "a dog"]
+    assert loaded.generate(iter(prompts)) == loaded.generate(prompts)
+
+
+def test_half_a_character_is_a_replacement_character(systems, tokenizer):
+    loaded = generator(systems["llm"], tokenizer)
+    half, right = "the \ud83d fox", "the \ufffd fox"
+    assert loaded.generate([half]) == loaded.generate([right])
+    assert "".join(loaded.stream(half)) == "".join(loaded.stream(right))
+
+
 def test_the_progress_bar_counts_what_has_been_decoded(systems, tokenizer):
     loaded, events = generator(systems["llm"], tokenizer, batch_size=2), []
     decode = loaded._decode

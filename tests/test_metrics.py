@@ -1,17 +1,27 @@
 """Metrics against values computed by hand, brute force, and the libraries' single-example calls."""
 
 import math
+import sys
+import types
 from collections import Counter
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import _TOKENIZERS
+from sacrebleu.tokenizers import tokenizer_spm
 
-from l2s_jax.evaluation import metrics
+from l2s_jax.evaluation import comet, metrics, rouge
+from l2s_jax.settings.evaluation import BLEU_TOKENIZERS, bleu_tokenizer
+from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 WORDS = st.sampled_from(["a", "dog", "runs", "Runs", "fast", "home", "."])
 SENTENCE = st.lists(WORDS, min_size=1, max_size=9).map(" ".join)
+OF_TEXT = tuple(name for name in metrics.METRICS if name != "comet")
 CORPUS = st.lists(
     st.tuples(SENTENCE, st.lists(SENTENCE, min_size=1, max_size=4)), min_size=1, max_size=5
 )
@@ -63,8 +73,8 @@ def test_chrf_takes_the_best_reference_of_an_example(prediction, group):
 def test_repeating_a_reference_changes_no_metric(corpus):
     predictions, references = zip(*corpus, strict=True)
     repeated = [[*group, *group[: i % 3]] for i, group in enumerate(references)]
-    first = metrics.evaluate(metrics.METRICS, predictions, references)
-    assert metrics.evaluate(metrics.METRICS, predictions, repeated) == pytest.approx(first)
+    first = metrics.evaluate(OF_TEXT, predictions, references)
+    assert metrics.evaluate(OF_TEXT, predictions, repeated) == pytest.approx(first)
     assert all(0 <= value <= 100 + 1e-9 for value in first.values())
 
 
@@ -114,10 +124,12 @@ def test_rouge_lsum_forgives_the_order_of_sentences_and_rouge_l_does_not():
         ("Pay 3.50 at a.b.c now", ["Pay 3.50 at a.b.c now"]),
         ("one\ntwo", ["one", "two"]),
         ("", [""]),
+        ("彼は行った。「はい。」と 彼。", ["彼は行った。", "「はい。」", "と 彼。"]),
+        ("वह गया। वह आया।", ["वह गया।", "वह आया।"]),
     ],
 )
 def test_sentences(text, lines):
-    assert metrics.split_sentences(text).split("\n") == lines
+    assert rouge.split_sentences(text).split("\n") == lines
 
 
 def test_exact_match_strips_and_accepts_any_reference():
@@ -127,8 +139,8 @@ def test_exact_match_strips_and_accepts_any_reference():
 
 
 def test_empty_text_scores_zero_without_failing():
-    scores = metrics.evaluate(metrics.METRICS, ["", "..."], [["a dog"], ["", "!"]])
-    assert scores == dict.fromkeys(metrics.METRICS, 0.0)
+    scores = metrics.evaluate(OF_TEXT, ["", "..."], [["a dog"], ["", "!"]])
+    assert scores == dict.fromkeys(OF_TEXT, 0.0)
 
 
 def test_only_what_was_asked_for_in_that_order():
@@ -162,3 +174,223 @@ def test_bad_input_is_named_in_one_line(names, predictions, references, part):
     with pytest.raises(ValueError, match="expected") as error:
         metrics.evaluate(names, predictions, references)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_string_is_no_list_of_texts():
+    for names, predictions, argument in (("bleu", ["a"], "names"), (["bleu"], "a", "predictions")):
+        with pytest.raises(TypeError, match=f"{argument}: expected a sequence of strings"):
+            metrics.evaluate(names, predictions, [["a"]])
+
+
+# Equal to the reference, and another sentence.
+SENTENCES = {
+    "ja": ("彼は昨日、東京へ行きました。", "猫が窓の外を見ている"),
+    "zh": ("他昨天去了北京。", "猫正在看窗外"),
+    "ko": ("그는 어제 서울에 갔습니다.", "고양이가 창밖을 보고 있다"),
+    "hi": ("वह कल दिल्ली गया था।", "बिल्ली खिड़की से बाहर देख रही है"),
+    "ru": ("Вчера он уехал в Москву.", "Кошка смотрит из окна"),
+    "ar": ("ذهب إلى القاهرة أمس.", "القطة تنظر من النافذة"),
+    "th": ("เขาไปกรุงเทพเมื่อวานนี้", "แมวมองออกไปนอกหน้าต่าง"),
+    "el": ("Χθες πήγε στην Αθήνα.", "Σήμερα βρέχει πολύ"),
+    "he": ("הוא נסע אתמול לחיפה.", "החתול מביט מהחלון"),
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_rouge_of_scripts_without_latin_letters_is_never_a_silent_zero(language):
+    text, other = SENTENCES[language]
+    names = [name for name in metrics.METRICS if name.startswith("rouge")]
+    scores = metrics.evaluate(names, [text, other], [[text], [text]])
+    for name in names:
+        assert 50 <= scores[name] < 75, name
+    same = metrics.evaluate(names, [text], [[text]])
+    assert same == pytest.approx(dict.fromkeys(names, 100.0))
+    for name in names:
+        assert "tok:lowercase-all-scripts" in metrics.signatures([name], [[text]])[name]
+        assert "tok:lowercase-a-z0-9" in metrics.signatures([name], [["a π"]])[name]
+
+
+def test_words_of_all_scripts_by_hand():
+    tokens = rouge._AllScripts().tokenize
+    assert tokens("Вчера, он ушёл!") == ["вчера", "он", "ушёл"]
+    assert tokens("東京Tower へ2024年") == ["東", "京", "tower", "へ", "2024", "年"]
+    assert tokens("दिल्ली गया।") == ["दिल्ली", "गया"]
+    assert tokens("ก็ดี") == ["ก็", "ดี"]
+    assert tokens("서울에 갔습니다.") == ["서울에", "갔습니다"]
+    scores = metrics.evaluate(["rouge1"], ["кот сел дом"], [["кот встал"]])
+    assert scores["rouge1"] == pytest.approx(100 * 2 * 1 / (3 + 2))
+
+
+LATIN = st.text(
+    st.characters(max_codepoint=0x24F, categories=["Lu", "Ll", "Nd", "P", "Zs"])
+    | st.sampled_from("aeioubcd \u0301\u0308.,!?")
+).filter(lambda text: "\xb5" not in text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LATIN)
+def test_words_of_latin_text_are_those_of_the_published_scorer(text):
+    assert rouge._AllScripts().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(LATIN, LATIN), min_size=1, max_size=4))
+def test_scores_of_latin_text_are_those_of_the_published_scorer(pairs):
+    names = ["rouge1", "rouge2", "rougeL"]
+    predictions, references = zip(*pairs, strict=True)
+    found = metrics.evaluate(names, predictions, [[r] for r in references])
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(r, p) for p, r in pairs]
+    for name in names:
+        expected = 100 * sum(score[name].fmeasure for score in scores) / len(pairs)
+        assert found[name] == pytest.approx(expected)
+
+
+def test_a_stray_letter_of_another_script_changes_no_score_of_english():
+    pair = ["the π of it"], [["the φ of it"]]
+    assert metrics.evaluate(["rouge1"], *pair)["rouge1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("setting", "language", "expected"),
+    [
+        ("auto", "", "13a"),
+        ("auto", "de", "13a"),
+        ("auto", "zh-Hans", "zh"),
+        ("auto", "zho_Hant", "zh"),
+        ("auto", "ja", "ja-mecab"),
+        ("auto", "kor", "ko-mecab"),
+        ("auto", "th", "flores200"),
+        ("char", "ja", "char"),
+    ],
+)
+def test_the_tokenizer_of_bleu_is_that_of_the_language(setting, language, expected):
+    assert bleu_tokenizer(setting, language) == expected
+
+
+def test_tokenizers_are_those_of_sacrebleu():
+    # "spm" is an old name of flores101.
+    assert set(BLEU_TOKENIZERS) - {"auto"} == set(_TOKENIZERS) - {"spm"}
+
+
+@pytest.mark.parametrize("tokenizer", ["zh", "char", "intl"])
+def test_bleu_is_sacrebleus_with_that_tokenizer(tokenizer):
+    text, near = SENTENCES["zh"][0], "他昨天到了北京。"
+    theirs = BLEU(tokenize=tokenizer)
+    expected = theirs.corpus_score([near], [[text]]).score
+    found = metrics.evaluate(["bleu"], [near], [[text]], tokenizer=tokenizer)
+    assert found["bleu"] == pytest.approx(expected)
+    signature = metrics.signatures(["bleu"], [[text]], tokenizer=tokenizer)["bleu"]
+    assert signature == str(theirs.get_signature()) and f"tok:{tokenizer}" in signature
+    same = metrics.evaluate(["bleu"], [text], [[text]], tokenizer="zh")
+    assert same["bleu"] == pytest.approx(100)
+
+
+def test_a_tokenizer_without_its_package_or_model_is_one_line(tmp_path, monkeypatch):
+    def refused(tokenizer, *parts):
+        with pytest.raises(ValueError) as error:
+            metrics.check(["bleu"], tokenizer=tokenizer, comet_folder="")
+        line = str(error.value)
+        assert line.startswith(f"config.evaluation.bleu_tokenizer: {tokenizer!r} cannot be used: ")
+        assert all(part in line for part in parts) and "\n" not in line
+
+    for kind in ("ja", "ko"):
+        module = f"sacrebleu.tokenizers.tokenizer_{kind}_mecab"
+        with mock.patch(f"{module}.MeCab", None):
+            refused(f"{kind}-mecab", f"pip install sacrebleu[{kind}]", "char")
+    monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
+    for failure in (OSError("no route to host"), SystemExit(1)):
+        with mock.patch.object(tokenizer_spm, "download_file", side_effect=failure):
+            refused("flores200", str(failure))
+    model = tmp_path / "models" / "flores200sacrebleuspm"
+    model.parent.mkdir()
+    model.write_bytes(b"half a model")
+    refused("flores200")
+    metrics.check(["chrf"], tokenizer="flores200", comet_folder="")
+
+
+def test_bleu_by_pieces_of_a_sentencepiece_model(tmp_path, monkeypatch):
+    thai = SENTENCES["th"]
+    train_sentencepiece(thai * 9, vocab_size=40, directory=str(tmp_path), model_type="bpe")
+    model = tmp_path / "models" / "flores200sacrebleuspm"
+    model.parent.mkdir()
+    (tmp_path / "spiece.model").rename(model)
+    monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
+    metrics.check(["bleu"], tokenizer="flores200", comet_folder="")
+    scores = metrics.evaluate(["bleu"], [thai[0]], [[thai[0]]], tokenizer="flores200")
+    assert scores["bleu"] == pytest.approx(100)
+    assert "tok:flores200" in metrics.signatures(["bleu"], tokenizer="flores200")["bleu"]
+
+
+def test_text_without_spaces_is_told_where_bleu_takes_it_for_one_word(caplog):
+    for language in ("ja", "zh", "th"):
+        metrics.warn_of_spaces([SENTENCES[language]], "13a")
+        (message,) = caplog.messages
+        assert "set config.task.language" in message and "ja-mecab" in message
+        caplog.clear()
+        metrics.warn_of_spaces([SENTENCES[language]], "char")
+    for language in ("ru", "ko", "hi"):
+        metrics.warn_of_spaces([SENTENCES[language]], "13a")
+    metrics.warn_of_spaces([["He said 東京 to the others."]], "13a")
+    assert not caplog.messages
+
+
+class FakeComet(types.ModuleType):
+    """Stands for unbabel-comet: a score of how many characters are in common."""
+
+    loaded = ()
+
+    def load_from_checkpoint(self, path):
+        self.loaded += (path,)
+        return self
+
+    def predict(self, samples, *, batch_size, gpus, progress_bar):
+        assert batch_size > 0 and gpus in (0, 1) and not progress_bar
+        scores = [len({*s["mt"]} & {*s["ref"]}) / 10 + len(s["src"]) / 1000 for s in samples]
+        return types.SimpleNamespace(scores=scores, system_score=sum(scores) / len(scores))
+
+
+@pytest.fixture
+def comet_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "wmt22-comet-da"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "hparams.yaml").write_text("class_identifier: regression_metric\n")
+    (folder / "checkpoints" / "model.ckpt").write_bytes(b"")
+    module = FakeComet("comet")
+    module.__spec__ = types.SimpleNamespace(name="comet")
+    monkeypatch.setitem(sys.modules, "comet", module)
+    return str(folder)
+
+
+def test_comet_sees_source_prediction_and_first_reference(comet_folder):
+    metrics.check(["comet"], tokenizer="13a", comet_folder=comet_folder)
+    sources = comet.sources_of(
+        "{{x}} to German: {en}!", ["{x} to German: a dog!", "{x} to German: !"]
+    )
+    assert sources == ["a dog", ""]
+    predictions, references = ["abc", "x"], [["ab", "abc"], ["x"]]
+    arguments = {"comet_folder": comet_folder, "sources": sources}
+    scores = metrics.evaluate(["comet", "exact_match"], predictions, references, **arguments)
+    assert scores == {"comet": pytest.approx(100 * (0.205 + 0.1) / 2), "exact_match": 100.0}
+    metrics.evaluate(["comet"], predictions, references, **arguments)
+    module = sys.modules["comet"]
+    assert module.loaded == (f"{comet_folder}/checkpoints/model.ckpt",)
+    with mock.patch("importlib.metadata.version", return_value="2.2.7"):
+        signature = metrics.signatures(["comet"], references, comet_folder=comet_folder)["comet"]
+    assert signature == "unbabel-comet|model:wmt22-comet-da|multi-ref:first|version:2.2.7"
+
+
+def test_what_comet_needs_is_asked_for_before_any_work(comet_folder, tmp_path, monkeypatch):
+    def refused(folder, part):
+        with pytest.raises(ValueError, match="expected") as error:
+            metrics.check(["bleu", "comet"], tokenizer="13a", comet_folder=folder)
+        assert part in str(error.value) and "\n" not in str(error.value)
+
+    refused(str(tmp_path / "none"), "there is no hparams.yaml")
+    monkeypatch.delitem(sys.modules, "comet")
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        refused(comet_folder, "unbabel-comet")
+    with pytest.raises(ValueError, match=r"expected one field, as the source .* found a, b"):
+        comet.sources_of("{a} {b}", [])
+    with pytest.raises(ValueError, match="'nothing' is no prompt of the template"):
+        comet.sources_of("say {a}", ["nothing"])

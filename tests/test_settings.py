@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -28,7 +30,7 @@ from l2s_jax.config import (
     train_config,
     typed,
 )
-from l2s_jax.data.tasks import SOURCES, SPLITS
+from l2s_jax.data.tasks import BLANK_ROWS, SOURCES, SPLITS
 from l2s_jax.evaluation import metrics
 from l2s_jax.experiment.workdir import read_config, write_config
 from l2s_jax.models import t5_layers
@@ -93,6 +95,7 @@ def test_choices_are_those_that_the_code_offers():
         "evaluation.metrics": metrics.METRICS,
         "evaluation.split": SPLITS,
         "task.source": SOURCES,
+        "task.blank_rows": BLANK_ROWS,
         "l2s.fusion": FUSIONS,
         "decoding.weights": WEIGHTS,
         "l2s.train.optimizer": tuple(optim.OPTIMIZERS),
@@ -241,7 +244,16 @@ def test_impossible_trainings_are_refused(changes, message):
         ({"dtype": "float16"}, "config.dtype='float16': T5 overflows in it; use 'bfloat16' or"),
         ({"labels": "llm"}, "config.labels='llm': expected a section of settings"),
         ({"mesh.data": 0}, "config.mesh.data=0: expected an integer >= 1, or -1"),
+        (
+            {"task.prompt": "\ud83d {a}"},
+            "config.task.prompt='\\ud83d {a}': expected a text of whole",
+        ),
         ({"seed": True}, "config.seed=True: expected an integer >= 0"),
+        ({"seed": 2**32}, "config.seed=4294967296: it does not fit into 32 bits; expected an i"),
+        (
+            {"evaluation.metrics": ("comet",)},
+            "config.evaluation.comet='' with metrics=('comet',): expected the folder of a checkpo",
+        ),
     ],
 )
 def test_values_that_no_run_could_use_are_refused(changes, message):
@@ -257,14 +269,17 @@ def test_values_that_no_run_could_use_are_refused(changes, message):
     ("section", "changes", "message"),
     [
         ("gpt2", {"num_heads": 7}, "m.width=512: expected a multiple of num_heads=7"),
-        ("gpt_neox", {"width": 9}, "m.width=9: expected a multiple of num_heads=8"),
+        ("gpt_neox", {"width": 65}, "m.width=65: expected a multiple of num_heads=8"),
+        ("gpt_neox", {"width": 32}, "m.width=32: expected at least 8 for each of num_heads=8"),
+        ("llama", {"head_width": 7}, "m.head_width=7: expected an even integer >= 2"),
+        ("t5", {"num_buckets": 256}, "m.max_distance=128: expected more than half of num_buckets="),
         ("llama", {"num_kv_heads": 3}, "m.num_heads=8: expected a multiple of num_kv_heads=3"),
     ],
 )
 def test_heads_that_do_not_divide_are_refused(section, changes, message):
     with pytest.raises(ValueError) as error:
         read(MODELS[section], model_config(section).to_dict() | changes, "m")
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +321,8 @@ WITHOUT_EFFECT = [
     ("l2s.train.optimizer", "adafactor", "l2s.train.adam_b2", 0.9, "only AdamW"),
     ("slm.lora.rank", 0, "slm.lora.alpha", 8.0, "there is no LoRA"),
     ("l2s.lora.rank", 0, "l2s.lora.pattern", ".*query/kernel", "there is no LoRA"),
+    ("evaluation.metrics", ("chrf",), "evaluation.bleu_tokenizer", "char", "there is no BLEU"),
+    ("evaluation.metrics", ("bleu",), "evaluation.comet", "x", "there is no COMET"),
     ("labels.source", "data", "labels.batch_size", 8, "the LLM does not answer"),
     ("labels.source", "data", "labels.search.num_beams", 4, "the LLM does not answer"),
     ("labels.source", "data", "labels.mesh.tensor", 2, "the LLM does not answer"),
@@ -317,8 +334,8 @@ def test_a_setting_without_effect_is_refused(by, off, key, value, why):
     values = usable().to_dict()
     put(put(values, by, off), key, value)
     line = (
-        f"config.{key}={value!r}: no effect with config.{by}={off!r}, .*{why}.*; expected its "
-        f"default, "
+        re.escape(f"config.{key}={value!r}: no effect with config.{by}={off!r}, ")
+        + f".*{why}.*; expected its default, "
     )
     with pytest.raises(ValueError, match=line) as error:
         rules.settle(values)
@@ -425,7 +442,72 @@ def test_labels_have_the_length_of_a_response_and_the_mesh_of_the_config():
     assert label_mesh(config) == {"data": 1, "fsdp": -1, "tensor": 4}
 
 
+# Settings of which any finite number means something: why.
+WITHOUT_RANGE = {
+    "decoding.search.length_penalty": "below 0 it favours short hypotheses",
+    "labels.search.length_penalty": "likewise",
+}
+# Where a setting may be this, whatever its range is: all of a kind, or those that are left.
+SPECIAL = {
+    **{f"mesh.{axis}": -1 for axis in AXES},
+    **{f"{part}.search.temperature": 0.0 for part in ("decoding", "labels")},
+}
+
+
+@pytest.mark.parametrize("key", [k.key for k in describe() if k.type in ("int", "float")])
+def test_every_number_has_a_range_and_is_refused_beyond_it(key):
+    """Each limit of a range is tried from both sides."""
+    described = KEYS[key]
+    where, _, name = key.rpartition(".")
+    section = next(
+        kind
+        for kind in ([*MODELS.values()] if where.endswith(".model") else [section_at(where)])
+        if name in {field.name for field in dataclasses.fields(kind)}
+    )
+    allowed = {f.name: f for f in dataclasses.fields(section)}[name].metadata["allowed"]
+
+    def fits(value):
+        try:
+            allowed.checked(name, value)
+        except ValueError as error:
+            assert str(error).endswith(f"expected {described.allowed}")
+            return False
+        return True
+
+    limits = re.findall(
+        r"(at least|>=|above|at most|below) (-?[\d.e-]+)(?: if)?", described.allowed
+    )
+    assert bool(limits) != (key in WITHOUT_RANGE), described.allowed
+    step = 1 if described.type == "int" else 1e-6
+    for word, limit in limits:
+        limit = type(described.default)(limit)
+        outward = -step if word in ("at least", ">=", "above") else step
+        beyond = limit if word in ("above", "below") else limit + outward
+        # A number such as 0 or -1 may lie beyond a range and mean something else.
+        assert not fits(beyond) or beyond == SPECIAL.get(key, described.default), (word, limit)
+        inside = limit - outward if word in ("above", "below") else limit
+        if inside % 2 == 0 or "even" not in described.allowed:
+            assert fits(inside), (word, limit)
+    assert fits(described.default) and not fits(math.nan) and not fits(-math.inf)
+    for huge in (2**32, 10**30) if described.type == "int" else (1e39, -1e39):
+        assert not fits(huge), huge
+
+
+def section_at(key):
+    """The class of the section at a dotted key."""
+    section = Settings()
+    for part in key.split(".") if key else ():
+        section = getattr(section, part)
+    return type(section)
+
+
 IN_A_FILE = {
+    "config.decoding.search.beams = 4": "no such setting, 'beams', did you mean 'num_beams'?",
+    "config.decoding.update(max_new_token=4)": "'max_new_token', did you mean 'max_new_tokens'?",
+    "config.slm.lora.dropout = 0.1": "no such setting, 'dropout'; there are alpha, pattern, rank",
+    "config.slm.lora.update(dropout=0.1)": "'dropout'; there are alpha, pattern, rank",
+    "config.update({'l2s': {'fusionn': 3}})": "'fusionn', did you mean 'fusion'?",
+    "config.seed = 1 / 0": "division by zero",
     "config.llm.train.stepz = 3": "no such setting, 'stepz', did you mean 'steps'?",
     "config.llm.train.update(\n        stepz=3\n    )": "'stepz', did you mean 'steps'?",
     "config['llm']['stepz'] = 3": "no such setting, 'stepz'",
@@ -449,6 +531,27 @@ def test_a_mistake_in_a_file_is_one_line_that_says_where(code, tmp_path, capsys)
     assert error.endswith(f"{IN_A_FILE[code]}\n")
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        ("import no_such_package", "config", ":1: import no_such_package: No module named 'no_su"),
+        ("x = = 3", "config", ":1: x = = 3: invalid syntax"),
+        ("", "None", "--config: get_config() gave no config but a NoneType, expected the config"),
+        ("", "{'seed': 3}", "--config: get_config() gave no config but a dict, expected the conf"),
+        ("", "ConfigDict({'sed': 3})", "config.sed: no such setting, did you mean 'seed'?"),
+    ],
+)
+def test_a_file_that_makes_no_config_is_one_line(first, last, message, tmp_path, capsys):
+    path = tiny.write_task(tmp_path)
+    text = path.read_text().replace("    return config", f"    return {last}")
+    path.write_text(f"{first}\n{text}")
+    with mock.patch("l2s_jax.main.run") as run:
+        assert tiny.run(f"--config={path}", f"--workdir={tmp_path / 'run'}") == 2
+        run.assert_not_called()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
 @pytest.mark.parametrize("mode", ["train", "evaluate", "generate", "plan"])
 def test_a_config_is_checked_before_anything_else_is_done(mode, tmp_path, capsys):
     path = tiny.write_task(tmp_path)
@@ -466,8 +569,6 @@ def test_a_config_is_checked_before_anything_else_is_done(mode, tmp_path, capsys
 
 
 def test_a_section_is_declared_with_its_ranges():
-    import dataclasses
-
     @dataclasses.dataclass(frozen=True)
     class Latency(Section):
         batch_size: int = setting(8, "The larger batch.", at_least=1)

@@ -2,16 +2,23 @@
 
 import gzip
 import json
+import os
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from pyarrow import parquet
 
+from l2s_jax.config import default
+from l2s_jax.data import parquet as parquet_module
 from l2s_jax.data import sources, tasks
+from l2s_jax.data import text as text_module
+from l2s_jax.experiment.context import Context
 
 ROWS = [
     {"en": "a dog", "de": "ein Hund", "more": ["der Hund", "Hund"]},
@@ -51,6 +58,7 @@ def write_rows(directory, rows=ROWS, suffix=""):
     write(
         directory / f"d.tsv{suffix}", "en\tde\n" + "".join(f"{r['en']}\t{r['de']}\n" for r in rows)
     )
+    parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "d.parquet")
     for field in ("en", "de"):
         write(directory / f"d.{field}{suffix}", "".join(row[field] + "\n" for row in rows))
 
@@ -60,6 +68,7 @@ def config_of(kind, directory, suffix="", **changes):
         "text": {"en": f"d.en{suffix}", "de": f"d.de{suffix}"},
         "jsonl": f"d.jsonl{suffix}",
         "tsv": f"d.tsv{suffix}",
+        "parquet": "d.parquet",
         "tfds": "test",
     }[kind]
     values = {
@@ -103,7 +112,7 @@ def tfds_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("source", ["text", "jsonl", "tsv"])
+@pytest.mark.parametrize("source", ["text", "jsonl", "tsv", "parquet"])
 def test_files_give_the_rows(tmp_path, source, suffix):
     write_rows(tmp_path, suffix=suffix)
     examples = tasks.load_task(config_of(source, tmp_path, suffix)).examples("test")
@@ -217,7 +226,7 @@ def test_one_of_several_prompt_fields_may_be_blank(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"source": "csv"}, ["config.task.source", "'csv'", "tfds, jsonl, tsv, text"]),
+        ({"source": "csv"}, ["config.task.source", "'csv'", "tfds, jsonl, tsv, parquet, text"]),
         ({"splits": {"dev": "d.jsonl"}}, ["splits.dev", "train, validation, test"]),
         ({"splits": {"test": {"en": "x"}}}, ["splits.test", "'en'", "a file"]),
         ({"splits": {"test": ""}}, ["splits.test", "''"]),
@@ -273,15 +282,16 @@ def test_unreadable_paths(tmp_path):
         ("d.jsonl", "[" * 100_000, [":1", "malformed JSON"]),
         ("d.jsonl", '{"en": "a", "fr": "b"}\n', [":1", "no field 'de'", "en, fr"]),
         ("d.jsonl", '{"en": "a", "de": 7}\n', [":1", "'de'", "7", "a string"]),
-        ("d.jsonl", '{"en": null, "de": "b"}\n', [":1", "'en'", "None", "a string"]),
-        ("d.jsonl", '{"en": " ", "de": "b"}\n', [":1", "empty prompt"]),
-        ("d.jsonl", '\n{"en": "a", "de": ""}\n', [":2", "empty response"]),
+        ("d.jsonl", '{"en": {"a": 1}, "de": "b"}\n', [":1", "'en'", "{'a': 1}", "a string"]),
+        ("d.jsonl", f'{{"en": {"[" * 101 + "]" * 101}}}', [":1", "malformed JSON", "100 deep"]),
+        ("d.jsonl", f'{{"en": {"1" * 5000}}}', [":1", "malformed JSON", "digits"]),
+        ("d.jsonl", '{"en": "a", "de": " "}\n{"en": "", "de": "b"}', ["'test'", "rows are blank"]),
         ("d.jsonl", "", ["'test'", "d.jsonl", "is empty"]),
         ("d.jsonl", b'{"en": "a", "de": "b"}\n\xff\n', [":2", "not UTF-8"]),
         ("d.tsv", "en\tde\na\tb\na\tb\tc\n", [":3", "2 columns (en, de)", "found 3"]),
         ("d.tsv", "en\tde\na\n", [":2", "2 columns", "found 1"]),
         ("d.tsv", "en\tde\ten\n", [":1", "'en'", "more than once"]),
-        ("d.tsv", "en\tde\na\t \n", [":2", "empty response"]),
+        ("d.tsv", "en\tde\na\t \n", ["'test'", "rows are blank"]),
         ("d.tsv", "en\tfr\na\tb\n", [":2", "no field 'de'", "en, fr"]),
         ("d.tsv", "", [":1", "header"]),
         ("d.tsv", "en\tde\n", ["'test'", "is empty"]),
@@ -294,7 +304,7 @@ def test_bad_files(tmp_path, name, content, parts):
     fails_with_one_line(lambda: task.examples("test"), location, *rest)
 
 
-@pytest.mark.parametrize("value", ["[1]", '[""]', "7", "null", '{"a": "b"}'])
+@pytest.mark.parametrize("value", ["[1]", "[null]", "7", '{"a": "b"}'])
 def test_bad_references(tmp_path, value):
     path = write(tmp_path / "d.jsonl", f'{{"en": "a", "de": "b", "more": {value}}}\n')
     task = tasks.load_task(config_of("jsonl", tmp_path, references="more"))
@@ -319,13 +329,250 @@ def test_misaligned_files(tmp_path, longer):
     )
 
 
+BLANK = [
+    {"en": "a", "de": "", "more": ["x"]},
+    {"en": " \u3000", "de": "b", "more": ["x"]},
+    {"en": "", "de": " ", "more": []},
+]
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+@pytest.mark.parametrize("source", ["text", "jsonl", "tsv", "parquet"])
+def test_blank_rows_are_left_out_and_counted_or_refused(tmp_path, source, split, caplog):
+    rows = [BLANK[0], ROWS[0], BLANK[1], ROWS[1], BLANK[2], ROWS[2]]
+    write_rows(tmp_path, rows)
+    config = config_of(source, tmp_path)
+    config.splits = {split: config.splits.test}
+    assert list(tasks.load_task(config).examples(split)) == expected_examples()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"tiny: 3 of 6 rows of the {split} split have a blank prompt or response and are left out "
+        "(config.task.blank_rows)"
+    )
+    config.blank_rows = "error"
+    line = {"tsv": 2}.get(source, 1)
+    name = {"text": "d.de"}.get(source, f"d.{source}")
+    fails_with_one_line(
+        lambda: tasks.load_task(config).examples(split),
+        f"{tmp_path / name}:{line}",
+        "empty response",
+    )
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet"])
+def test_references_stay_with_their_rows_and_blank_ones_are_none(tmp_path, source):
+    more = {"en": "x", "de": "y", "more": ["", "z", " "]}
+    write_rows(tmp_path, [BLANK[1], ROWS[0], BLANK[0], more, {"en": "v", "de": "w", "more": None}])
+    config = config_of(source, tmp_path, references="more")
+    assert [e.references for e in tasks.load_task(config).examples("test")] == [
+        ("ein Hund", "der Hund", "Hund"),
+        ("y", "z"),
+        ("w",),
+    ]
+    write_rows(tmp_path, [ROWS[0], more])
+    config.blank_rows = "error"
+    fails_with_one_line(
+        lambda: tasks.load_task(config).examples("test"), f"d.{source}:2", "'more'", "empty refer"
+    )
+
+
 def test_empty_lines_of_text_files(tmp_path):
     write(tmp_path / "d.en", "a\nb\n")
     write(tmp_path / "d.de", "a\n\n")
-    task = tasks.load_task(config_of("text", tmp_path))
+    task = tasks.load_task(config_of("text", tmp_path, blank_rows="error"))
     fails_with_one_line(lambda: task.examples("test"), tmp_path / "d.de:2", "empty response")
     write(tmp_path / "d.en", "a\n \n")
     fails_with_one_line(lambda: task.examples("test"), tmp_path / "d.en:2", "empty prompt")
+
+
+class HolePairs(TinyPairs):
+    """The rows with blank ones between them."""
+
+    def _generate_examples(self):
+        for index, row in enumerate([BLANK[0], ROWS[0], BLANK[1], ROWS[1], ROWS[2]]):
+            yield index, row | {"id": index, "raw": b"\xff\xfe"}
+
+
+def test_blank_rows_of_tfds(tmp_path, caplog):
+    task = tasks.load_task(config_of("tfds", tmp_path, tfds_name="hole_pairs"))
+    examples = task.examples("test")
+    assert len(examples) == 3 and not isinstance(examples, list)
+    (record,) = (r for r in caplog.records if r.name == tasks.__name__)
+    assert "2 of 5 rows of the test split" in record.getMessage()
+    assert sorted(examples) == sorted(expected_examples())
+    assert [examples[i] for i in range(3)] == list(examples) and examples[-1] == examples[2]
+    with pytest.raises(IndexError):
+        examples[3]
+    # A pass through all of them knows how many there are.
+    again = task.examples("test")
+    records = again._records
+    list(again)
+    again._records = None
+    assert len(again) == 3
+    again._records = records
+    strict = tasks.load_task(
+        config_of("tfds", tmp_path, tfds_name="hole_pairs", blank_rows="error")
+    )
+    assert len(strict.examples("test")) == 5
+    fails_with_one_line(lambda: list(strict.examples("test")), "hole_pairs", "empty")
+
+
+def test_the_first_of_a_split_are_those_that_are_not_blank(tmp_path):
+    write_rows(tmp_path, [BLANK[0], ROWS[0], BLANK[1], *ROWS[1:]])
+    config = default()
+    config.task.update(config_of("jsonl", tmp_path))
+    context = Context(config, str(tmp_path), "make")
+    assert list(context.first("test", 2)) == expected_examples()[:2]
+    assert list(context.first("test", 0)) == expected_examples()
+    before = context.content("test")
+    config.task.blank_rows = "error"
+    fails_with_one_line(lambda: Context(config, str(tmp_path), "make").content("test"), "d.jsonl:1")
+    write_rows(tmp_path)
+    assert Context(config, str(tmp_path), "make").content("test") == before
+
+
+HALVES = "ok \\ud83d bad", "ok \ufffd bad"
+
+
+def test_half_a_character_becomes_a_replacement_character(tmp_path):
+    escaped, right = HALVES
+    row = f'{{"en": "{escaped}", "de": "\\ude00{escaped}", "more": ["\\ud83d\\ude00", "\\udc00"]}}'
+    write(tmp_path / "d.jsonl", row)
+    task = tasks.load_task(config_of("jsonl", tmp_path, references="more"))
+    (example,) = task.examples("test")
+    assert example.prompt == f"translate {{x}}: {right}"
+    assert example.references == (f"\ufffd{right}", "\U0001f600", "\ufffd")
+    # As some programs write it: each half in three bytes, which is no UTF-8.
+    raw = right.encode().replace(b"\xef\xbf\xbd", b"\xed\xa0\xbd")
+    write(tmp_path / "d.tsv", b"en\tde\n" + raw + b"\tx\n")
+    (example,) = tasks.load_task(config_of("tsv", tmp_path)).examples("test")
+    assert example.prompt == f"translate {{x}}: {right}"
+    array = pyarrow.array([raw, b"x"]).view(pyarrow.string())
+    table = pyarrow.table({"en": array, "de": pyarrow.array([b"b", raw])})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    examples = tasks.load_task(config_of("parquet", tmp_path)).examples("test")
+    assert examples[0].prompt.endswith(right) and examples[1].response == right
+    assert sources._to_python(np.array([raw], object)) == [right]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(categories=["L", "Cs", "P"])))
+def test_a_text_is_whole_and_otherwise_as_it_was(text):
+    whole = text_module.whole(text)
+    assert whole.encode().decode() == whole
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    # Two halves that belong together are one character in JSON, and never meet in a string.
+    if all(not "\ud800" <= c <= "\udbff" for c in text):
+        assert whole == expected
+    assert text_module.all_whole({text: [text, 1]}) == {whole: [whole, 1]}
+    assert text_module.decoded(text.encode(errors="surrogatepass")) == whole
+
+
+def test_lists_of_texts():
+    assert text_module.text_list(("a", "\ud83d"), "prompts") == ["a", "\ufffd"]
+    assert text_module.text_list(iter(["a"]), "prompts") == ["a"]
+    with pytest.raises(TypeError, match=r"prompts: expected a sequence .* \['one'\]"):
+        text_module.text_list("one", "prompts")
+    with pytest.raises(TypeError, match="prompts: expected strings, number 1 is of type int"):
+        text_module.text_list(["one", 2], "prompts")
+    assert text_module.integer_list(np.array([3, 4]), "seeds") == [3, 4]
+    for wrong in ("12", 3, [1.5], ["1"]):
+        with pytest.raises(TypeError, match=r"seeds: expected .*integers"):
+            text_module.integer_list(wrong, "seeds")
+
+
+@pytest.mark.parametrize("source", ["jsonl", "tsv", "parquet"])
+def test_shards_are_read_in_order_of_their_names(tmp_path, source):
+    for number, row in enumerate(ROWS):
+        write_rows(tmp_path, [row])
+        (tmp_path / f"d.{source}").rename(tmp_path / f"part-{number}.{source}")
+    config = config_of(source, tmp_path, splits={"test": f"part-*.{source}"})
+    task = tasks.load_task(config)
+    assert list(task.examples("test")) == expected_examples()
+    assert task.files("test", prepare=True) == [
+        str(tmp_path / f"part-{number}.{source}") for number in range(3)
+    ]
+    config.splits.test = "none-*.x"
+    task = tasks.load_task(config)
+    assert task.files("test", prepare=True) == [str(tmp_path / "none-*.x")]
+    fails_with_one_line(lambda: task.examples("test"), tmp_path / "none-*.x", "no such file")
+
+
+def test_shards_may_be_urls():
+    memory = fsspec.filesystem("memory")
+    for number, row in enumerate(ROWS):
+        memory.pipe(f"/shards/d{number}.jsonl", json.dumps(row).encode())
+    config = config_of("jsonl", "memory://shards", splits={"test": "d*.jsonl"})
+    assert tasks.load_task(config).examples("test") == expected_examples()
+    buffer = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), buffer)
+    memory.pipe("/shards/d.parquet", buffer.getvalue().to_pybytes())
+    config = config_of("parquet", "memory://shards", splits={"test": "d.parquet"})
+    assert tasks.load_task(config).examples("test") == expected_examples()
+
+
+def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkeypatch):
+    rows = [{"en": f"a {i}", "de": f"b {i}", "raw": b"\xff"} for i in range(50)]
+    table = pyarrow.Table.from_pylist(rows)
+    table = table.set_column(1, "de", table["de"].dictionary_encode())
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=20)
+    monkeypatch.setattr(parquet_module, "_ROWS_AT_ONCE", 7)
+    asked = []
+    read = parquet.ParquetFile.iter_batches
+
+    def spy(self, *args, columns, **kwargs):
+        asked.append(columns)
+        return read(self, *args, columns=columns, **kwargs)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spy)
+    examples = tasks.load_task(config_of("parquet", tmp_path)).examples("test")
+    assert [e.response for e in examples] == [row["de"] for row in rows]
+    assert asked == [["en", "de"]]
+    # What is asked for nowhere is what JSON has words for.
+    first = next(iter(parquet_module.read_parquet(str(tmp_path / "d.parquet"))))
+    assert first.fields == {"en": "a 0", "de": "b 0"} and first.where() == f"{first.files}:1"
+
+
+def test_bad_parquet(tmp_path):
+    path = tmp_path / "d.parquet"
+
+    def fails(*parts):
+        fails_with_one_line(
+            lambda: tasks.load_task(config_of("parquet", tmp_path)).examples("test"), path, *parts
+        )
+
+    fails("no such file")
+    path.write_bytes(b"PAR1 but no more")
+    fails("no Parquet file")
+    parquet.write_table(pyarrow.table({"en": ["a"], "fr": ["b"]}), path)
+    fails("no column 'de' (columns: en, fr)")
+    parquet.write_table(pyarrow.table({"en": ["a", "b"], "de": [1, 2]}), path)
+    fails(f"{path}:1: field 'de' is 1, expected a string")
+    parquet.write_table(pyarrow.table({"en": ["a", "b"], "de": [b"x", b"\xff"]}), path)
+    fails(f"{path}:2: field 'de' is not UTF-8: invalid start byte at byte 0")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    fails("no Parquet file")
+
+
+def test_gzip_is_known_by_its_beginning_too(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\r\n"))
+    assert tasks.load_task(config_of("jsonl", tmp_path)).examples("test") == expected_examples()[:1]
+
+
+def test_lines_are_given_as_they_come(tmp_path):
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)
+    try:
+        lines = sources.read_lines(pipe)
+        for text in ("one", "two"):
+            os.write(writer, f"{text}\n".encode())
+            assert next(lines) == text
+        lines.close()
+    finally:
+        os.close(writer)
 
 
 @pytest.mark.parametrize(

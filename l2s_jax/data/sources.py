@@ -1,22 +1,36 @@
 """Records of text fields from line-aligned text files, JSON Lines, TSV and tensorflow-datasets.
 
-Files are read through fsspec, so that a path may be any URL that it knows; names ending in .gz are
-decompressed. Text is UTF-8 and lines end at "\\n" alone ("\\r\\n" counts as one ending): further
-separators such as U+2028 or a lone "\\r" would shift the lines of aligned files against each other.
+Files are read through fsspec, so that a path may be any URL that it knows; what is packed with gzip
+is decompressed. Text is UTF-8, a byte order mark is no part of it, and lines end at "\\n" alone
+("\\r\\n" counts as one ending): further separators such as U+2028 or a lone "\\r" would shift the
+lines of aligned files against each other.
+
+Training and `--mode=generate` both read through this module.
 """
 
+import contextlib
+import glob
 import gzip
+import io
 import itertools
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
 import numpy as np
 
+from l2s_jax.data.text import all_whole, decoded
+
+STDIN = "-"
+
 _READ_AT_ONCE = 1024
+_GZIP = b"\x1f\x8b"  # no UTF-8 text begins with it
+# More than any real record has, and few enough for those that go through a record by recursion.
+_DEEPEST = 100
 
 
 class Record(NamedTuple):
@@ -44,29 +58,78 @@ def resolve(data_dir: str, file: str) -> str:
     return f"{data_dir.rstrip('/')}/{file}"
 
 
+def expand(path: str) -> list[str]:
+    """The files that a path with "*" names, in order of their names; else the path itself.
+
+    Raises:
+      ValueError: there is none, or the place cannot be listed.
+    """
+    if "*" not in path:
+        return [path]
+    try:
+        if "://" not in path:
+            found = glob.glob(os.path.expanduser(path), recursive=True)
+        else:
+            system, place = fsspec.core.url_to_fs(path)
+            found = [system.unstrip_protocol(name) for name in system.glob(place)]
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
+    if not found:
+        raise ValueError(f"{path}: no such file")
+    return sorted(found)
+
+
 def read_lines(path: str) -> Iterator[str]:
     """Lines of a UTF-8 file, without their endings and without a byte order mark.
+
+    Each line is given as soon as it is there; "-" is stdin.
 
     Raises:
       ValueError: the file is missing, unreadable, broken gzip or not UTF-8.
     """
     count = 0
-    compression = "gzip" if path.endswith(".gz") else None
+    name = name_of(path)
     try:
-        with fsspec.open(path, "rb", compression=compression) as file:
+        with _opened(path) as file:
             for count, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if count == 1 else "utf-8")
+                text = decoded(line)
+                if count == 1:
+                    text = text.removeprefix("\ufeff")
                 yield text.removesuffix("\n").removesuffix("\r")
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
+        raise ValueError(f"{name}: no such file") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: broken gzip after line {count}: {_one_line(error)}") from error
+        raise ValueError(f"{name}: broken gzip after line {count}: {one_line(error)}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}:{count}: not UTF-8: {error.reason} at byte {error.start}"
+            f"{name}:{count}: not UTF-8: {error.reason} at byte {error.start}"
         ) from error
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"{name}: cannot be read: {one_line(error)}") from error
+
+
+def name_of(path: str) -> str:
+    """What messages call a file: its path, or "stdin"."""
+    return "stdin" if path == STDIN else path
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where its name or its beginning says that it is gzip."""
+    with contextlib.ExitStack() as stack:
+        if path == STDIN:
+            file = sys.stdin.buffer
+        elif "://" in path:
+            file = cast(BinaryIO, stack.enter_context(fsspec.open(path, "rb")))
+        else:  # fsspec would ask for the size, which a pipe does not have
+            file = stack.enter_context(open(os.path.expanduser(path), "rb"))
+        if not isinstance(file, io.BufferedReader):
+            file = io.BufferedReader(cast(io.RawIOBase, file))
+            # What is buffered again is not ours to close.
+            stack.callback(file.detach)
+        if path.endswith(".gz") or file.peek(len(_GZIP)).startswith(_GZIP):
+            file = cast(BinaryIO, stack.enter_context(gzip.open(file)))
+        yield file
 
 
 def read_text(files: Mapping[str, str]) -> Iterator[Record]:
@@ -79,11 +142,12 @@ def read_text(files: Mapping[str, str]) -> Iterator[Record]:
       ValueError: as `read_lines`, or two files differ in their number of lines.
     """
     columns = [read_lines(path) for path in files.values()]
+    names = {field: name_of(path) for field, path in files.items()}
     number = 0
     for number, values in enumerate(itertools.zip_longest(*columns), 1):
         if None in values:
             _raise_misaligned(files, values, columns, number)
-        yield Record(dict(zip(files, values, strict=True)), files, number)
+        yield Record(dict(zip(files, values, strict=True)), names, number)
 
 
 def _raise_misaligned(
@@ -108,17 +172,33 @@ def read_jsonl(path: str) -> Iterator[Record]:
     Raises:
       ValueError: as `read_lines`, or a line is no JSON object.
     """
+    name = name_of(path)
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: malformed JSON: {_one_line(error)}") from error
+            fields = _parsed(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}:{number}: malformed JSON: {one_line(error)}") from error
         if not isinstance(fields, dict):
             kind = type(fields).__name__
-            raise ValueError(f"{path}:{number}: expected a JSON object, found a {kind}")
-        yield Record(fields, path, number)
+            raise ValueError(f"{name}:{number}: expected a JSON object, found a {kind}")
+        yield Record(fields, name, number)
+
+
+def _parsed(line: str) -> Any:
+    value = json.loads(line)
+    if line.count("[") + line.count("{") > _DEEPEST:
+        level = [value]
+        for _ in range(_DEEPEST):
+            nested = [item for item in level if isinstance(item, dict | list)]
+            level = [
+                item for own in nested for item in (own.values() if isinstance(own, dict) else own)
+            ]
+        if level:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
+    # No line of UTF-8 holds half a character as it is.
+    return all_whole(value) if "\\u" in line else value
 
 
 def read_tsv(path: str) -> Iterator[Record]:
@@ -227,7 +307,7 @@ def _to_python(value: Any) -> Any:
     """UTF-8 bytes as text and arrays as lists; anything else unchanged."""
     if isinstance(value, bytes):
         try:
-            return value.decode("utf-8")
+            return decoded(value)
         except UnicodeDecodeError:
             return value
     if isinstance(value, np.ndarray):
@@ -237,7 +317,8 @@ def _to_python(value: Any) -> Any:
     return value
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return " ".join(str(error).split())
 
 

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
-from l2s_jax.evaluation import metrics, report
+from l2s_jax.evaluation import comet, metrics, report
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import write_json_lines
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving.generator import Generator, Output
+from l2s_jax.settings.evaluation import bleu_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +39,43 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     The processes of a job share the work on the outputs. Process 0 writes, and measures alone where
     it can decode alone. Outputs go to DIR/predictions/SYSTEM.jsonl, in the order of the examples.
     """
-    settings = experiment.context.config.evaluation
+    context = experiment.context
+    settings = context.config.evaluation
+    scoring = scoring_of(context.config)
     # First, so that what is wrong with them shows before hours of training.
+    distributed.on_primary(lambda: metrics.check(settings.metrics, **scoring))
     examples = experiment.evaluation_examples()
+    prompts = [example.prompt for example in examples]
+    sources = comet.sources_of(context.config.task.prompt, prompts) if settings.comet else ()
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
     generators = {stage.name: experiment.generator(stage) for stage in experiment.systems}
     references = [example.references for example in examples]
+    if "bleu" in settings.metrics and distributed.is_primary():
+        metrics.warn_of_spaces(references, scoring["tokenizer"])
 
     systems: dict[str, dict[str, Any]] = {}
     for name, description in DESCRIPTIONS.items():
         generator = generators[name.removesuffix("_mismatched")]
         outputs = generator.generate(
-            [example.prompt for example in examples],
+            prompts,
             description=f"evaluating {name}",
             mismatched=name.endswith("_mismatched"),
             shared=True,
         )
         if not distributed.is_primary():
             continue
-        _write_predictions(experiment.context.workdir, name, examples, outputs)
+        _write_predictions(context.workdir, name, examples, outputs)
         systems[name] = {
             "description": description,
             "params": parameter_count((generator.trained, generator.frozen)),
             "params_read_per_token": generator.system.parameters_read_per_token(generator.trained),
             "quality": metrics.evaluate(
-                settings.metrics, [output.text for output in outputs], references
+                settings.metrics,
+                [output.text for output in outputs],
+                references,
+                sources=sources,
+                **scoring,
             ),
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
@@ -71,9 +83,18 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     def measured() -> dict[str, dict[str, dict[str, float]]]:
         return _latencies(generators, settings.latency)
 
-    together = experiment.context.decoding_mesh.is_multi_process
+    together = context.decoding_mesh.is_multi_process
     latencies = measured() if together else distributed.on_primary(measured)
     return distributed.on_primary(lambda: _written(experiment, systems, latencies, references))
+
+
+def scoring_of(config: ConfigDict) -> dict[str, str]:
+    """What the functions of `metrics` need to know of a config."""
+    settings = config.evaluation
+    return {
+        "tokenizer": bleu_tokenizer(settings.bleu_tokenizer, config.task.language),
+        "comet_folder": settings.comet,
+    }
 
 
 def _written(
@@ -95,7 +116,9 @@ def _written(
             "split": settings.split,
             "examples": len(references),
             "metric": settings.metrics[0],
-            "metric_signatures": metrics.signatures(settings.metrics, references),
+            "metric_signatures": metrics.signatures(
+                settings.metrics, references, **scoring_of(context.config)
+            ),
             "labels": context.config.labels.source,
         },
         "systems": systems,

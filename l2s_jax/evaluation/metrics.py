@@ -1,107 +1,156 @@
 """Quality metrics of generated text, each on a scale of 0 to 100.
 
-BLEU and chrF are sacreBLEU's, ROUGE is rouge-score's; this module only feeds them the data in the
-form in which their published numbers are computed.
+BLEU and chrF are sacreBLEU's, ROUGE is rouge-score's, COMET is unbabel-comet's; this module only
+feeds them the data in the form in which their published numbers are computed.
 """
 
 import importlib.metadata
-import re
-import statistics
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
+from l2s_jax.data.text import text_list
+from l2s_jax.evaluation import comet, rouge
+from l2s_jax.settings.evaluation import BLEU_TOKENIZERS, DEFAULT_TOKENIZER, METRICS
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])([\"'\u2019\u201d)\]]*)[ \t]+")
-_ROUGE_SETTINGS = "F-measure|stemmer:porter|tok:lowercase-a-z0-9|aggregate:mean|multi-ref:best"
+log = logging.getLogger(__name__)
+
+
+def check(names: Sequence[str], *, tokenizer: str, comet_folder: str) -> None:
+    """Finds out, before any work, whether all is there that the metrics need.
+
+    sacreBLEU downloads the model of a tokenizer that has one.
+
+    Raises:
+      ValueError: a package, a model or a checkpoint is missing.
+    """
+    if "bleu" in names:
+        _bleu(tokenizer)
+    if "comet" in names:
+        comet.check(comet_folder)
+
+
+def warn_of_spaces(references: Sequence[Sequence[str]], tokenizer: str) -> None:
+    """Warns of references that BLEU would take for one word each."""
+    if tokenizer in (DEFAULT_TOKENIZER, "intl", "none") and rouge.has_no_spaces(references):
+        log.warning(
+            "BLEU's tokenizer %s takes text without spaces for one word: set config.task.language, "
+            "or config.evaluation.bleu_tokenizer to one of %s",
+            tokenizer,
+            ", ".join(n for n in BLEU_TOKENIZERS if n not in ("auto", "13a", "intl", "none")),
+        )
 
 
 def evaluate(
-    names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: str = DEFAULT_TOKENIZER,
+    comet_folder: str = "",
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
     """Scores predictions against their references; returns {name: value in [0, 100]}.
 
     `references[i]` are the references of `predictions[i]`, one or more, and their number may
     differ from example to example. With several references BLEU and chrF follow sacreBLEU, ROUGE
-    takes the best one for each metric, and an exact match is a match with any of them.
+    takes the best one for each metric, COMET looks at the first, and an exact match is a match with
+    any of them.
 
-    BLEU is cased with the 13a tokenizer (Post, 2018). ROUGE is the mean over examples of the
-    F-measure with Porter stemming (Lin, 2004); its tokenizer keeps only a-z and 0-9: an umlaut
-    splits a word, and text in other scripts scores 0. ROUGE-Lsum compares sentence by sentence,
-    see `split_sentences`. An exact match ignores white space at both ends of the text.
+    BLEU is cased (Post, 2018). ROUGE is the mean over examples of the F-measure with Porter
+    stemming (Lin, 2004); of Latin text its tokenizer keeps only a-z and 0-9: an umlaut splits a
+    word. Where a reference is in another script, words of all scripts count, and characters where a
+    script has no spaces. ROUGE-Lsum compares sentence by sentence, see `rouge.split_sentences`. An
+    exact match ignores white space at both ends of the text.
+
+    Args:
+      names: some of METRICS.
+      predictions: the texts.
+      references: of each.
+      tokenizer: BLEU's, by sacreBLEU's name.
+      comet_folder: COMET's checkpoint.
+      sources: what was translated, for COMET.
 
     Raises:
-      ValueError: an unknown name, nothing to score, or references that do not fit predictions.
+      TypeError: one string where a sequence of strings belongs.
+      ValueError: an unknown name, nothing to score, references that do not fit predictions, or
+        something is missing that a metric needs.
     """
     _check_names(names)
+    predictions = text_list(predictions, "predictions")
     _check_texts(predictions, references)
     scores = {}
     if "bleu" in names:
-        scores["bleu"] = BLEU().corpus_score(predictions, _streams(references)).score
+        bleu = _bleu(tokenizer)
+        scores["bleu"] = bleu.corpus_score(predictions, _streams(references)).score
     if "chrf" in names:
         scores["chrf"] = CHRF().corpus_score(predictions, _streams(references)).score
     rouge_names = [name for name in METRICS if name in names and name.startswith("rouge")]
     if rouge_names:
-        scores |= _rouge(rouge_names, predictions, references)
+        scores |= rouge.score(rouge_names, predictions, references)
     if "exact_match" in names:
         hits = sum(
             prediction.strip() in {reference.strip() for reference in group}
             for prediction, group in zip(predictions, references, strict=True)
         )
         scores["exact_match"] = 100.0 * hits / len(predictions)
+    if "comet" in names:
+        first = [group[0] for group in references]
+        scores["comet"] = comet.score(comet_folder, sources, predictions, first)
     return {name: float(scores[name]) for name in names}
 
 
 def signatures(
-    names: Sequence[str], references: Sequence[Sequence[str]] | None = None
+    names: Sequence[str],
+    references: Sequence[Sequence[str]] | None = None,
+    *,
+    tokenizer: str = DEFAULT_TOKENIZER,
+    comet_folder: str = "",
 ) -> dict[str, str]:
     """What someone needs to know to reproduce each metric: settings and library versions.
 
     BLEU and chrF give sacreBLEU's own signature. It states the number of references per example
-    only where `references` (as in `evaluate`) is given.
+    only where `references` (as in `evaluate`) is given, as does ROUGE's tokenizer.
     """
     _check_names(names)
-    rouge = f"rouge-score|{_ROUGE_SETTINGS}"
+    words = (
+        "lowercase-all-scripts" if rouge.needs_all_scripts(references or ()) else "lowercase-a-z0-9"
+    )
     result = {}
     for name in names:
         if name in ("bleu", "chrf"):
-            metric = BLEU() if name == "bleu" else CHRF()
+            metric = _bleu(tokenizer) if name == "bleu" else CHRF()
             metric.num_refs = _reference_count(references)
             result[name] = str(metric.get_signature())
         elif name == "exact_match":
             result[name] = "case:mixed|strip:yes|multi-ref:any"
+        elif name == "comet":
+            model = os.path.basename(os.path.normpath(comet_folder))
+            version = importlib.metadata.version("unbabel-comet")
+            result[name] = f"unbabel-comet|model:{model}|multi-ref:first|version:{version}"
         else:
             sentences = "|sentences:newline-or-[.!?]" if name == "rougeLsum" else ""
             version = importlib.metadata.version("rouge-score")
-            result[name] = f"{rouge}{sentences}|version:{version}"
+            result[name] = (
+                f"rouge-score|F-measure|stemmer:porter|tok:{words}|aggregate:mean|multi-ref:best"
+                f"{sentences}|version:{version}"
+            )
     return result
 
 
-def split_sentences(text: str) -> str:
-    """Puts each sentence on its own line, the form that ROUGE-Lsum expects.
-
-    A sentence ends at a newline, or at `.`, `!` or `?` (closing quotes and brackets may follow)
-    before a space or a tab. Abbreviations are not recognized.
-    """
-    return _SENTENCE_END.sub(r"\1\n", text)
-
-
-def _rouge(
-    names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    # rouge-score imports nltk, which takes a second that most commands need not spend.
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(names, use_stemmer=True)
-    # Newlines change nothing for the other ROUGE metrics: the tokenizer drops them.
-    results = [
-        scorer.score_multi([split_sentences(r) for r in group], split_sentences(prediction))
-        for prediction, group in zip(predictions, references, strict=True)
-    ]
-    return {name: 100.0 * statistics.fmean(r[name].fmeasure for r in results) for name in names}
+def _bleu(tokenizer: str) -> BLEU:
+    try:
+        return BLEU(tokenize=tokenizer)
+    except (ImportError, RuntimeError, OSError, AssertionError, SystemExit) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"config.evaluation.bleu_tokenizer: {tokenizer!r} cannot be used: {said}; expected "
+            f"what it needs, or another of {', '.join(BLEU_TOKENIZERS)}"
+        ) from error
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
@@ -119,6 +168,7 @@ def _reference_count(references: Sequence[Sequence[str]] | None) -> int | None:
 
 
 def _check_names(names: Sequence[str]) -> None:
+    text_list(names, "names")
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")

@@ -33,7 +33,7 @@ _RATIOS = ("quality_ratio", "speedup", "decode_speedup", "speedup_batch")
 _NAMES = {"llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched"}
 _METRIC_NAMES = {
     "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
-    "rougeLsum": "ROUGE-Lsum", "exact_match": "exact match",
+    "rougeLsum": "ROUGE-Lsum", "exact_match": "exact match", "comet": "COMET",
 }  # fmt: skip
 _LABELS = {"data": "the responses in the data", "llm": "responses that the LLM generated"}
 _COLORS = {"llm": "#333333", "slm": "#8a6d00", "l2s": "#0b62a4", "l2s_mismatched": "#a33b3b"}

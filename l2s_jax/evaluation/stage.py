@@ -7,6 +7,7 @@ from typing import Any
 
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.settings.evaluation import DEFAULT_TOKENIZER, bleu_tokenizer
 
 
 class EvaluationStage(RecordedStage):
@@ -24,6 +25,7 @@ class EvaluationStage(RecordedStage):
         """The models, the examples, how they are decoded and scored."""
         config = self.context.config
         settings = config.evaluation
+        tokenizer = bleu_tokenizer(settings.bleu_tokenizer, config.task.language)
         return {
             "models": {
                 stage.name: self.context.checkpoint(stage.directory)
@@ -35,6 +37,7 @@ class EvaluationStage(RecordedStage):
             "max_prompt_tokens": config.max_prompt_tokens,
             "decoding": {k: v for k, v in config.decoding.to_dict().items() if k != "batch_size"},
             "metrics": settings.metrics,
+            **({} if tokenizer == DEFAULT_TOKENIZER else {"bleu_tokenizer": tokenizer}),
         }
 
     def is_made(self) -> bool:

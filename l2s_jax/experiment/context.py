@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class Context:
     def first(self, split: str, limit: int) -> Sequence[Example]:
         """The first `limit` examples of a split; all of them where it is 0."""
         examples = self.examples(split)
-        return [examples[i] for i in range(min(limit, len(examples)))] if limit else examples
+        return list(itertools.islice(examples, limit)) if limit else examples
 
     @functools.cache  # noqa: B019  every stage asks; TFDS takes a while to say where its files are
     def content(self, split: str, *, responses: bool = True, limit: int = 0) -> str | None:

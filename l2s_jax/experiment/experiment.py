@@ -79,9 +79,11 @@ class Experiment:
         """
         # Imported here: a look at a workdir doesn't wait for JAX.
         from l2s_jax.experiment.checks import check_config
+        from l2s_jax.experiment.early import check_models
 
         context = self.context
         check_config(context.config, context.mesh, context.decoding_mesh, context.label_mesh)
+        check_models(context.config)
 
     def make(self, until: str = "") -> None:
         """Makes what is missing of the models and what they need, or of all up to one stage.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +17,18 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed
-from l2s_jax.data.tasks import Task, load_task
+from l2s_jax.data import sources
+from l2s_jax.data.parquet import read_parquet
+from l2s_jax.data.tasks import Blank, Task, load_task
 from l2s_jax.files import replacing
 from l2s_jax.serving.generator import Output
 from l2s_jax.serving.loading import load_generator
 from l2s_jax.settings.search import Search, changed
+
+log = logging.getLogger(__name__)
+
+# What a blank prompt is answered with.
+_NOTHING = Output("", 0, False)
 
 
 def generate_file(
@@ -41,10 +50,15 @@ def generate_file(
     """Answers every line of `source` into `target`, in order; "-" stands for stdin and stdout.
 
     Lines are the text of the task's one prompt field. In JSON Lines (`jsonl`, or a name that ends
-    in .jsonl) a line holds the prompt's fields, and comes back with "response" and "cut" added, and
-    with a beam search's "score" and "others". Nothing is written unless all of the input can be
-    read, and `target` appears whole or not at all: what was there is kept if this fails. With
-    `stream`, each line is answered as it is read, and its response is written as it is decoded.
+    in .jsonl or .jsonl.gz) a line holds the prompt's fields, and comes back with "response" and
+    "cut" added, and with a beam search's "score" and "others". A row of a Parquet file, by its
+    name, comes back as such a line too. Files are read as those of a task are. A blank prompt gets
+    an empty response, so that the output has a line for each prompt; a blank line of JSON Lines is
+    none. Where the task's blank rows are errors, so is a blank prompt.
+
+    Nothing is written unless all of the input can be read, and `target` appears whole or not at
+    all: what was there is kept if this fails. With `stream`, each line is answered as it is read,
+    and its response is written as it is decoded.
 
     Args:
       search, stop: settings of `Search` that differ from the config's, values as text.
@@ -58,20 +72,24 @@ def generate_file(
         file:line), or a setting does not fit.
     """
     task = load_task(config.task)
-    jsonl = jsonl or source.endswith(".jsonl")
-    if stream and (target != "-" or jsonl):
+    kind = "jsonl" if jsonl else _kind_of(source)
+    if stream and (target != "-" or kind != "text"):
         raise ValueError("--stream writes text to stdout: expected no --output and no JSON Lines")
     if stream and jax.process_count() > 1:
         raise ValueError(f"--stream: expected one process, this job has {jax.process_count()}")
     changes = parse_search(search or {})
     if stop:
-        changes["stop"] = tuple(stop)
+        changes["stop"] = stop
     chosen = changed(config.decoding.search.to_dict(), changes)
     if stream:
-        records = _read_records(source, task, jsonl)
+        records = _read_records(source, task, kind)
     else:
-        records = distributed.on_primary(lambda: list(_read_records(source, task, jsonl)))
-        prompts = [task.render_prompt(record, where) for where, record in records]
+        records = distributed.on_primary(lambda: list(_read_records(source, task, kind)))
+        rendered = [_prompt_of(task, record, where) for where, record in records]
+        prompts = [prompt for prompt in rendered if prompt is not None]
+        if blank := len(rendered) - len(prompts):
+            name = sources.name_of(source)
+            log.warning("%s: %d of %d prompts are blank", name, blank, len(rendered))
     writes = distributed.is_primary()
     with _open_output(target) if writes else contextlib.nullcontext() as file:
         generator = load_generator(
@@ -81,28 +99,33 @@ def generate_file(
             generator.warm_up(stream=stream)
         if stream:
             for number, (where, record) in enumerate(records):
-                prompt = task.render_prompt(record, where)
-                for piece in generator.stream(
-                    prompt, max_new_tokens=max_new_tokens, seed=seed + number
-                ):
+                prompt = _prompt_of(task, record, where)
+                pieces = (
+                    ()
+                    if prompt is None
+                    else generator.stream(prompt, max_new_tokens=max_new_tokens, seed=seed + number)
+                )
+                for piece in pieces:
                     print(_one_line(piece), end="", flush=True)
                 print(flush=True)
             return
         outputs = generator.generate(
             prompts,
             max_new_tokens=max_new_tokens,
-            seeds=range(seed, seed + len(prompts)),
+            seeds=[seed + place for place, prompt in enumerate(rendered) if prompt is not None],
             description="generating",
             shared=True,
         )
         if file is None:
             return
+        answers = iter(outputs)
         with _writing(target):
-            for (_, record), output in zip(records, outputs, strict=True):
-                if jsonl:
-                    file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
-                else:
+            for (_, record), prompt in zip(records, rendered, strict=True):
+                output = _NOTHING if prompt is None else next(answers)
+                if kind == "text":
                     file.write(_one_line(output.text) + "\n")
+                else:
+                    file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
 
 
 def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
@@ -145,35 +168,37 @@ def _answer(output: Output) -> dict[str, Any]:
     return answer
 
 
-def _read_records(source: str, task: Task, jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _kind_of(source: str) -> str:
+    name = source.removesuffix(".gz")
+    return (
+        "jsonl" if name.endswith(".jsonl") else "parquet" if name.endswith(".parquet") else "text"
+    )
+
+
+def _prompt_of(task: Task, record: Mapping[str, Any], where: str) -> str | None:
+    """The prompt of a record; None where it is blank and that is no error."""
+    try:
+        return task.render_prompt(record, where)
+    except Blank:
+        if task.skips_blank:
+            return None
+        raise
+
+
+def _read_records(source: str, task: Task, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, fields) of each line."""
-    if not jsonl and len(task.prompt_fields) != 1:
+    if kind == "text" and len(task.prompt_fields) != 1:
         raise ValueError(
             f"the prompt of task {task.name!r} has the fields {', '.join(task.prompt_fields)}: "
             "expected JSON Lines with them as input (--jsonl)"
         )
-    name = "stdin" if source == "-" else source
-    try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
-            for number, line in enumerate(file, start=1):
-                where = f"{name}:{number}"
-                yield where, _parse(line, where, None if jsonl else task.prompt_fields[0])
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read the input: {error.strerror}") from None
-
-
-def _parse(line: bytes, where: str, field: str | None) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-        record = json.loads(text) if field is None else {field: text}
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: expected UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object: {error.msg}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {text[:60]!r}")
-    return record
+    read = {
+        "jsonl": sources.read_jsonl,
+        "parquet": read_parquet,
+        "text": lambda path: sources.read_text({task.prompt_fields[0]: path}),
+    }[kind]
+    for record in read(source):
+        yield record.where(), dict(record.fields)
 
 
 @contextlib.contextmanager
@@ -183,6 +208,9 @@ def _open_output(target: str) -> Iterator[TextIO]:
     It is opened at once, next to `target`: what cannot be written there is known before the block.
     """
     if target == "-":
+        # As what comes in; a locale that lacks a character must not lose all answers.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
         yield sys.stdout
         return
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
+from l2s_jax.data.text import integer_list, text_list
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
@@ -148,12 +149,14 @@ class Generator:
             its share of the batches; on a mesh of all of them, they answer each batch together.
 
         Raises:
+          TypeError: `prompts` is one string, or holds something else than strings.
           ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
             differ, or a seed does not fit in 32 bits.
         """
         search = self.search if search is None else search
         limit, capacity = self._limit(max_new_tokens)
-        seeds = range(len(prompts)) if seeds is None else seeds
+        prompts = text_list(prompts, "prompts")
+        seeds = range(len(prompts)) if seeds is None else integer_list(seeds, "seeds")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
         together = self.mesh.is_multi_process
@@ -197,8 +200,8 @@ class Generator:
                 "its end"
             )
         limit, capacity = self._limit(max_new_tokens)
-        kind = (capacity, search, True)
-        ((_, batch),) = self._batches([prompt], limit, [seed], False, kind)
+        prompts, kind = text_list([prompt], "prompt"), (capacity, search, True)
+        ((_, batch),) = self._batches(prompts, limit, [seed], False, kind)
         text = ResponseText(self.response_tokenizer, search.stop)
         for decoded in self._chunks(batch, capacity, search, False, lambda: [text.stopped]):
             tokens = decoded.tokens[: decoded.lengths[0], 0]

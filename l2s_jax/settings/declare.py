@@ -14,8 +14,13 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+
+# What programs compute with has 32 bits.
+_MOST_INT = 2**31 - 1
+_MOST_FLOAT = 3.4e38
+_TOO_LARGE = "it does not fit into 32 bits"
 
 _KINDS = {
     bool: "true or false",
@@ -129,7 +134,7 @@ def read(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     given = dict(values)
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"{where}.{name}: no such setting{_nearest(name, fields)}")
+            raise ValueError(f"{where}.{name}: no such setting{nearest(name, fields)}")
         default = fields[name].default
         if isinstance(default, Section):
             if not isinstance(value, Mapping):
@@ -150,7 +155,8 @@ def flat(section: Section, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _nearest(name: str, names: Mapping[str, Any]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is none of `names`: the nearest, or all."""
     if near := difflib.get_close_matches(name, names, n=1):
         return f", did you mean {near[0]!r}?"
     return f"; there are {', '.join(names)}"
@@ -175,11 +181,14 @@ def _range(
     ]
     name = "a number" if kind is float and limits else _KINDS[kind]
     words = ", ".join(f"{word} {limit}" for word, _, limit in limits)
-    return Allowed(
-        kind,
-        lambda value: all(holds(value, limit) for _, holds, limit in limits),
-        f"{name} {words}".strip(),
-    )
+    most = _MOST_INT if at_most is None and kind is int else None
+
+    def fits(value: Any) -> bool:
+        if most is not None and abs(value) > most:
+            raise ValueError(_TOO_LARGE)
+        return all(holds(value, limit) for _, holds, limit in limits)
+
+    return Allowed(kind, fits, f"{name} {words}".strip())
 
 
 def _as(kind: type, value: Any) -> Any:
@@ -193,8 +202,12 @@ def _as(kind: type, value: Any) -> Any:
             value = float(value)
         except OverflowError:
             raise ValueError from None
+        if _MOST_FLOAT < abs(value) < math.inf:
+            raise ValueError(_TOO_LARGE)
         if math.isfinite(value):
             return value
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if isinstance(value, int) and abs(value) >= 2**32:
+            raise ValueError(_TOO_LARGE)
         return value
     raise ValueError

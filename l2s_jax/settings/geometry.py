@@ -54,7 +54,16 @@ class T5Model(Model):
     )
     tied_head: bool = setting(True, "Logits come from the token embedding.")
     num_buckets: int = setting(32, "Buckets of relative positions.", at_least=4)
-    max_distance: int = setting(128, "From here on, positions share a bucket.", at_least=1)
+    max_distance: int = setting(128, "From here on, positions share a bucket.", at_least=3)
+
+    def conflict(self) -> str:
+        """Distances that have no buckets to share."""
+        if self.max_distance <= self.num_buckets // 2:
+            return (
+                f"max_distance={self.max_distance}: expected more than half of "
+                f"num_buckets={self.num_buckets}"
+            )
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +87,9 @@ class GPTNeoXModel(Model):
     num_layers: int = setting(6, "Layers.", at_least=1)
 
     def conflict(self) -> str:
-        """Heads that don't divide the width."""
+        """Heads that don't divide the width, or of which no quarter can turn."""
+        if self.width // self.num_heads < 8:
+            return f"width={self.width}: expected at least 8 for each of num_heads={self.num_heads}"
         return self.whole_heads()
 
 
@@ -89,7 +100,12 @@ class LlamaModel(Model):
     family: str = setting("llama", "Family of the model.", one_of=FAMILIES)
     num_layers: int = setting(6, "Layers.", at_least=1)
     num_kv_heads: int = setting(8, "Heads of keys and values.", at_least=1)
-    head_width: int = setting(64, "Width of a head.", at_least=1)
+    head_width: int = setting(
+        64,
+        "Width of a head.",
+        fits=lambda width: width >= 2 and width % 2 == 0,
+        expected="an even integer >= 2",
+    )
     tied_head: bool = setting(True, "Logits come from the token embedding.")
 
     def conflict(self) -> str:

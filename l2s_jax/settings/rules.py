@@ -63,6 +63,18 @@ IDLE = (
         Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
         for name in ("slm", "l2s")
     ),
+    Idle(
+        "evaluation.bleu_tokenizer",
+        "evaluation.metrics",
+        lambda metrics: "bleu" not in metrics,
+        "there is no BLEU",
+    ),
+    Idle(
+        "evaluation.comet",
+        "evaluation.metrics",
+        lambda metrics: "comet" not in metrics,
+        "there is no COMET",
+    ),
     Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
 )
 # Of these, settings/search.py says itself what has no effect.
@@ -95,7 +107,7 @@ def settle(values: Mapping[str, Any], given: Collection[str] = ()) -> Settings:
     values = copy.deepcopy(dict(values))
     for section, name in _SEARCHES:
         prefix = f"{section}.{name}."
-        search = values[section][name]
+        search = values.get(section, {}).get(name, {})
         if changes := {key: search[key] for key in search if f"{prefix}{key}" in given}:
             try:
                 values[section][name] = dataclasses.asdict(changed(search, changes))

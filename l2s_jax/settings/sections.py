@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 from l2s_jax.settings.declare import Allowed, Section, setting
+from l2s_jax.settings.evaluation import Evaluation
 from l2s_jax.settings.geometry import MODELS, Model, T5Model
 from l2s_jax.settings.search import Search
 from l2s_jax.settings.training import Lora, Train, TrainAlways
-
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
-
 
 _DTYPES = ("float32", "bfloat16", "auto")
 DTYPE = Allowed(
@@ -20,6 +19,8 @@ DTYPE = Allowed(
     expected=f"one of {_DTYPES}",
     refused={"float16": "T5 overflows in it; use 'bfloat16' or 'float32'"},
 )
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 
 
 def _axis(default: int, meaning: str) -> Any:
@@ -40,6 +41,15 @@ def _are_buckets(buckets: tuple[Any, ...]) -> bool:
     )
 
 
+def _text(meaning: str) -> Any:
+    return setting(
+        "",
+        meaning,
+        fits=lambda text: not re.search("[\ud800-\udfff]", text),
+        expected="a text of whole characters",
+    )
+
+
 def _are_sides(sides: dict[str, Any]) -> bool:
     return all(side in ("start", "end") for side in sides.values())
 
@@ -48,12 +58,11 @@ def _are_sides(sides: dict[str, Any]) -> bool:
 class Chat(Section):
     """Prompts in the format of a chat model: by the chat template of its own checkpoint."""
 
-    user: str = setting(
-        "",
+    user: str = _text(
         "What the user says: a template over field names, in the place of `task.prompt`. A "
         "tokenizer without a chat template gets it as it is.",
     )
-    system: str = setting("", "What the system says before; for some models there is none.")
+    system: str = _text("What the system says before; for some models there is none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +70,17 @@ class Task(Section):
     """The records, and how they become a prompt and a response; see data/tasks.py."""
 
     name: str = setting("", "What reports call it.")
-    source: str = setting("", "Kind of the data.", one_of=("tfds", "jsonl", "tsv", "text"))
+    source: str = setting(
+        "", "Kind of the data.", one_of=("tfds", "jsonl", "tsv", "parquet", "text")
+    )
     data_dir: str = setting("", "Where relative file names start: a folder, or any fsspec URL.")
     tfds_name: str = setting("", "Name of a dataset of tensorflow-datasets.")
     splits: dict[str, Any] = setting(
         {},
-        "`train`, `validation` and `test`: a file each; for `text` a file for each field; for "
-        "`tfds` a TFDS split.",
+        "`train`, `validation` and `test`: a file each, or files by a name with `*`; for `text` a "
+        "file for each field; for `tfds` a TFDS split.",
     )
-    prompt: str = setting("", "Template over field names, as in `translate to German: {en}`.")
+    prompt: str = _text("Template over field names, as in `translate to German: {en}`.")
     chat: Chat = Chat()
     truncate: dict[str, Any] = setting(
         {},
@@ -86,6 +97,18 @@ class Task(Section):
     )
     response: str = setting("", "Name of the field that holds the response.")
     references: str = setting("", "Field of further references, if there is one.")
+    language: str = setting(
+        "",
+        "Code of the responses' language, as in `de`, `zh` or `pt-BR`; metrics look at it.",
+        fits=lambda code: not code or bool(_LANGUAGE.fullmatch(code)),
+        expected="a code of two or three letters, with or without parts after a hyphen",
+    )
+    blank_rows: str = setting(
+        "skip",
+        "What becomes of rows with a blank prompt or response: they are left out and counted, or "
+        "the first one is an error.",
+        one_of=("skip", "error"),
+    )
 
     def conflict(self) -> str:
         """Two templates."""
@@ -251,38 +274,10 @@ class Decoding(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Latency(Section):
-    """What is timed, on random prompts."""
-
-    batch_size: int = setting(8, "The larger batch, beside batch 1.", at_least=1)
-    prompt_tokens: int = setting(32, "Tokens of each prompt.", at_least=1)
-    new_tokens: int = setting(32, "Tokens of each response.", at_least=1)
-    repeats: int = setting(20, "How often; the medians are reported.", at_least=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation(Section):
-    """What the report is about."""
-
-    split: str = setting("test", "Split of the task.", one_of=("train", "validation", "test"))
-    max_examples: int = setting(0, "Examples of it; 0: all.", at_least=0)
-    validation_examples: int = setting(
-        2000, "Of the validation split, while training; 0: all.", at_least=0
-    )
-    metrics: tuple[str, ...] = setting(
-        ("bleu", "chrf"),
-        "Measures of quality; the first is the primary one.",
-        fits=lambda names: bool(names) and all(name in METRICS for name in names),
-        expected=f"some of {METRICS}",
-    )
-    latency: Latency = Latency()
-
-
-@dataclasses.dataclass(frozen=True)
 class Settings(Section):
     """A whole experiment."""
 
-    seed: int = setting(0, "Of all that is random.", at_least=0)
+    seed: int = setting(0, "Of all that is random.", at_least=0, at_most=2**32 - 1)
     dtype: str = setting(
         "auto", "Of the products; auto: float32 on CPU, bfloat16 elsewhere.", allowed=DTYPE
     )

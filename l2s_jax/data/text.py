@@ -1,0 +1,80 @@
+"""Text as it comes in: without halves of characters, and never a string taken for a list.
+
+JSON may escape half of a character, as in "\\ud83d", and Python then has a string that is no text:
+no tokenizer takes it, no file holds it. U+FFFD takes the place of each half.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for each half of a character."""
+    # A half cannot be in a string of narrower characters, and such a string is found at once.
+    return text if text.isascii() else _HALVES.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def all_whole(value: Any) -> Any:
+    """`whole` of every string in what JSON holds, names of fields too."""
+    if isinstance(value, str):
+        return whole(value)
+    if isinstance(value, Mapping):
+        return {all_whole(key): all_whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [all_whole(item) for item in value]
+    return value
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8 as text, with U+FFFD for halves of characters that somebody has encoded.
+
+    Raises:
+      UnicodeDecodeError: it is not UTF-8 in another way.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        try:
+            return whole(data.decode(errors="surrogatepass"))
+        except UnicodeDecodeError:
+            raise error from None
+
+
+def text_list(texts: Iterable[str], name: str) -> list[str]:
+    """The texts as a list, each of them `whole`.
+
+    Raises:
+      TypeError: `texts`, which `name` names in the message, is one string, or something else is
+        among the texts.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            f"{name}: expected a sequence of strings, got one string: did you mean [{texts[:40]!r}]"
+        )
+    taken = list(texts)
+    for index, text in enumerate(taken):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise TypeError(f"{name}: expected strings, number {index} is of type {kind}")
+    return [whole(text) for text in taken]
+
+
+def integer_list(numbers: Iterable[int], name: str) -> list[int]:
+    """The numbers as a list; `name` names them in messages.
+
+    Raises:
+      TypeError: `numbers` is one number, a string, or holds something else than integers.
+    """
+    if isinstance(numbers, str | bytes) or not isinstance(numbers, Iterable):
+        kind = type(numbers).__name__
+        raise TypeError(f"{name}: expected a sequence of integers, got one of type {kind}")
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise TypeError(f"{name}: expected integers: {error}") from None

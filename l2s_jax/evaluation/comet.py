@@ -1,0 +1,69 @@
+"""COMET (Rei et al. 2020, arXiv 2009.09025) with a checkpoint in a folder, by the package of it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import statistics
+import string
+from collections.abc import Sequence
+from typing import Any
+
+_BATCH_SIZE = 16
+_CHECKPOINT = os.path.join("checkpoints", "model.ckpt")
+
+
+def check(folder: str) -> None:
+    """Finds out whether there is all that COMET needs.
+
+    Raises:
+      ValueError: the folder is no checkpoint of COMET, or the package is missing.
+    """
+    key = f"config.evaluation.comet={folder!r}"
+    for file in ("hparams.yaml", _CHECKPOINT):
+        if not os.path.isfile(os.path.join(folder, file)):
+            raise ValueError(f"{key}: expected a checkpoint of COMET, there is no {file} in it")
+    if not importlib.util.find_spec("comet"):
+        raise ValueError(f"{key}: expected the package unbabel-comet, which is not installed")
+
+
+def sources_of(template: str, prompts: Sequence[str]) -> list[str]:
+    """What was translated: the text of the template's one field in each prompt.
+
+    Raises:
+      ValueError: the template has several fields, or a prompt is of another one.
+    """
+    fields = [name for _, name, *_ in string.Formatter().parse(template) if name]
+    if len(fields) != 1:
+        raise ValueError(
+            f"config.task.prompt={template!r}: expected one field, as the source that COMET looks "
+            f"at, found {', '.join(fields)}"
+        )
+    before, after = template.format_map({fields[0]: "\0"}).split("\0")
+    for prompt in prompts:
+        if not (prompt.startswith(before) and prompt.endswith(after)):
+            raise ValueError(f"{prompt[:60]!r} is no prompt of the template {template!r}")
+    return [prompt[len(before) : len(prompt) - len(after)] for prompt in prompts]
+
+
+def score(
+    folder: str, sources: Sequence[str], predictions: Sequence[str], references: Sequence[str]
+) -> float:
+    """100 times the mean over segments, each with its source and one reference."""
+    samples = [
+        {"src": source, "mt": prediction, "ref": reference}
+        for source, prediction, reference in zip(sources, predictions, references, strict=True)
+    ]
+    model, gpus = _loaded(folder)
+    scores = model.predict(samples, batch_size=_BATCH_SIZE, gpus=gpus, progress_bar=False).scores
+    return 100.0 * statistics.fmean(scores)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: str) -> tuple[Any, int]:
+    """(the model, how many GPUs it may use)."""
+    comet: Any = importlib.import_module("comet")
+    torch: Any = importlib.import_module("torch")
+    path = os.path.join(folder, _CHECKPOINT)
+    return comet.load_from_checkpoint(path), int(torch.cuda.is_available())

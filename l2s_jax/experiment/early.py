@@ -1,0 +1,94 @@
+"""What is wrong with settings of models, found before the first of them is trained.
+
+Only shapes are computed. What a tokenizer says is not known yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.models.families import ModelConfig, check_positions, make_config
+from l2s_jax.models.lora import Lora
+from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.training import optim
+
+# Stands for the number of pieces of a tokenizer that is still to be made.
+_SOME = 64
+
+
+def check_models(config: ConfigDict) -> None:
+    """Checks positions, and patterns over the names of parameters, of all that is to be trained.
+
+    Raises:
+      ValueError: a model has too few positions, or a pattern matches nothing.
+    """
+    models = {name: _model(config[name]) for name in ("llm", "slm")}
+    for name, model in models.items():
+        if model and not config[name].path:
+            check_positions(
+                model,
+                config.max_prompt_tokens,
+                max(config.max_response_tokens, config.decoding.max_new_tokens),
+                where=f"config.{name}.model",
+                lower="config.max_prompt_tokens, config.max_response_tokens or "
+                "config.decoding.max_new_tokens",
+            )
+        if model and config[name].train.steps:
+            _check_patterns(config[name], f"config.{name}", {"": LanguageModel(name, model)})
+    llm, slm = models["llm"], models["slm"]
+    if llm and slm and _has_patterns(config.l2s):
+        try:
+            encoder, _ = pretrained.abstract_encoder(llm, config.llm.layer)
+        except ValueError as error:
+            raise ValueError(f"config.llm.layer: {error}") from None
+        width = config.l2s.projector_width or slm.width
+        # Which of them it will be is a matter of the tokenizers.
+        systems = {
+            vocabulary: LlmToSlm(
+                llm_config=encoder,
+                slm_config=slm,
+                projector_width=width,
+                fusion=config.l2s.fusion,
+                shared_vocabulary=vocabulary == "shared",
+            )
+            for vocabulary in ("shared", "own")
+        }
+        _check_patterns(config.l2s, "config.l2s", systems)
+
+
+def _model(section: ConfigDict) -> ModelConfig | None:
+    """The config of a model; None of one that lies elsewhere than in a folder."""
+    if section.path:
+        return pretrained.read_config(section.path) if os.path.isdir(section.path) else None
+    geometry = section.model.to_dict()
+    return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
+
+
+def _has_patterns(section: ConfigDict) -> bool:
+    lora = section.get("lora")
+    train = section.train
+    return bool(train.trainable or train.learning_rate_scales or (lora and lora.rank))
+
+
+def _check_patterns(section: ConfigDict, where: str, systems: Mapping[str, Any]) -> None:
+    """Raises the first error if in none of the systems all patterns match something."""
+    if not _has_patterns(section):
+        return
+    problem = None
+    for system in systems.values():
+        key = jax.random.key(0)
+        params = jax.eval_shape(system.init, key)
+        try:
+            if (lora := section.get("lora")) and lora.rank:
+                params, _ = jax.eval_shape(Lora(system, **lora.to_dict()).split, params, key)
+            optim.optimizer(section.train, params)
+            return
+        except ValueError as error:
+            problem = problem or error
+    raise ValueError(f"{where}.{problem}") from problem
