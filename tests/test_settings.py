@@ -323,6 +323,7 @@ WITHOUT_EFFECT = [
     ("l2s.lora.rank", 0, "l2s.lora.pattern", ".*query/kernel", "there is no LoRA"),
     ("evaluation.metrics", ("chrf",), "evaluation.bleu_tokenizer", "char", "there is no BLEU"),
     ("evaluation.metrics", ("bleu",), "evaluation.comet", "x", "there is no COMET"),
+    ("task.chat.user", "", "task.chat.system", "be kind", "there is no chat"),
     ("labels.source", "data", "labels.batch_size", 8, "the LLM does not answer"),
     ("labels.source", "data", "labels.search.num_beams", 4, "the LLM does not answer"),
     ("labels.source", "data", "labels.mesh.tensor", 2, "the LLM does not answer"),

@@ -16,7 +16,9 @@ class Made(RecordedStage):
     """A stage whose result is its inputs."""
 
     def __init__(self, directory, inputs, mode="make"):
-        super().__init__(SimpleNamespace(workdir=str(directory), mode=mode), "llm")
+        models = {name: SimpleNamespace(path="") for name in ("llm", "slm")}
+        context = SimpleNamespace(workdir=str(directory), mode=mode, config=models)
+        super().__init__(context, "llm")
         self.given, self.asked_to_go_on = inputs, []
 
     def inputs(self):

@@ -13,6 +13,9 @@ from l2s_jax.hub import is_name, reference
 
 log = logging.getLogger(__name__)
 
+# What version 0.1 recorded of a task.
+_OLD_TASK = ("name", "source", "tfds_name", "splits", "prompt", "response", "references")
+
 
 class Stage(abc.ABC):
     """One result, and what it is made from.
@@ -83,7 +86,7 @@ class RecordedStage(Stage):
     def old_inputs(self) -> dict[str, Any]:
         """Inputs that only version 0.1 recorded: settings of the task, in the place of its data."""
         task = self.context.config.task.to_dict()
-        return {"task": {k: v for k, v in task.items() if k != "data_dir"}}
+        return {"task": {name: task[name] for name in _OLD_TASK}}
 
     def adopt(self) -> None:
         """Rewrites what version 0.1 left in the folder, where that is needed."""
