@@ -12,6 +12,7 @@ import sys
 from typing import Any
 from unittest import mock
 
+import hypothesis
 import pytest
 import tiny
 from hypothesis import given
@@ -46,6 +47,7 @@ from l2s_jax.settings.training import Lora, Train
 from l2s_jax.tokenizers import sentencepiece
 from l2s_jax.training import optim
 
+UNTIMED = hypothesis.settings(deadline=None)
 KEYS = {key.key: key for key in describe()}
 OF_T5 = sorted(flat(Settings()))
 
@@ -148,6 +150,7 @@ values_of_any_kind = st.one_of(
 )
 
 
+@UNTIMED
 @given(key=st.sampled_from(OF_T5), value=values_of_any_kind)
 def test_a_value_is_taken_or_refused_in_a_line_that_names_it(key, value):
     values = put(default().to_dict(), key, value)
@@ -168,6 +171,7 @@ def test_a_value_is_taken_or_refused_in_a_line_that_names_it(key, value):
     assert typed(of_settings(settings)) == settings
 
 
+@UNTIMED
 @given(st.data())
 def test_what_is_out_of_range_is_refused_in_a_line_that_names_it(data):
     key = data.draw(st.sampled_from([k for k in OF_T5 if k.partition(".")[0] != "task"]))
@@ -413,6 +417,7 @@ def test_buckets_end_where_texts_are_cut(most, buckets, expected):
     assert lengths == sorted({prompt for prompt, _ in expected}) and lengths[-1] == most[0]
 
 
+@UNTIMED
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=5),
     most=st.tuples(st.integers(1, 20), st.integers(1, 20)),

@@ -167,7 +167,9 @@ def test_training_can_be_extended_and_goes_on_where_it_was(copy):
     assert begun == ("begun", "goes on from 4 steps")
     assert states(copy, **{"slm.train.steps": 3})["slm"] == ("stale", "train.steps changed")
     Experiment(config, str(run)).make(until="slm")
-    steps = [json.loads(line)["step"] for line in (run / "slm/metrics.jsonl").open()]
+    steps = [
+        json.loads(line)["step"] for line in (run / "slm/metrics.jsonl").read_text().splitlines()
+    ]
     assert sorted(set(steps)) == list(range(1, 9)) and steps.count(4) == 2
     kept = load_file(run / "slm/model.4/model.safetensors")
     new = load_file(run / "slm/model/model.safetensors")
