@@ -43,12 +43,14 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     examples = experiment.evaluation_examples()
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
-    generators = {stage.name: experiment.generator(stage) for stage in experiment.systems}
+    answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
+    generators = {stage.name: experiment.generator(stage) for stage in answering}
     references = [example.references for example in examples]
 
     systems: dict[str, dict[str, Any]] = {}
     for name, description in DESCRIPTIONS.items():
-        generator = generators[name.removesuffix("_mismatched")]
+        if (generator := generators.get(name.removesuffix("_mismatched"))) is None:
+            continue  # an LLM that only encodes
         outputs = generator.generate(
             [example.prompt for example in examples],
             description=f"evaluating {name}",
