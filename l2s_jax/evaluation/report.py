@@ -43,9 +43,7 @@ _ABSENT = "\N{EN DASH}"
 
 
 def compare(systems: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM has nothing to keep.
-
-    All are NaN of an LLM that only encodes, which is no system of its own.
+    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM scores or says nothing.
 
     `quality_ratio` is L2S / LLM on `metric`; `speedup` and `speedup_batch` are LLM / L2S of the
     total time at batch 1 and at the larger batch, `decode_speedup` of the time per decoded token.
@@ -105,8 +103,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "*Mismatched* is the control: L2S fed the representations of another prompt, whose quality "
         "collapses if L2S relies on the LLM.",
         "## Latency",
-        f"{_speedups(ratios, batch_size)}Times are medians after warm-up, "
-        "for the whole batch. Compilation happens once per shape and is in no other column. "
+        f"{_speedups(ratios, batch_size)}Times are medians after warm-up, for the whole batch. "
+        "Compilation happens once per shape and is in no other column. "
         f"Products are in {dtypes(report['environment'])}.",
         f"### Batch {systems['l2s']['latency']['batch_size']}",
         _latency_table(systems, "latency"),
@@ -315,8 +313,7 @@ def _check(report: Mapping[str, Any]) -> None:
     _require(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
     # An LLM that only encodes is no system, and nothing is compared with it.
     compared = any(report["l2s_vs_llm"][name] is not None for name in _RATIOS)
-    systems = _SYSTEMS if compared else _SYSTEMS[1:]
-    _require(report["systems"], "report.systems", systems)
+    _require(report["systems"], "report.systems", _SYSTEMS if compared else _SYSTEMS[1:])
     _require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
     counts = ("params", "params_read_per_token")
     for name, system in report["systems"].items():

@@ -14,7 +14,7 @@ from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
-from l2s_jax.hub import cached, find
+from l2s_jax.hub import cached, find, is_name
 from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -114,8 +114,10 @@ class Context:
 
         None of a name on the hub that isn't on this machine, where nothing may be asked for.
         """
-        if self.mode == "look" and cached(directory) is None:
-            return None
+        if self.mode == "look" and is_name(directory):
+            if (there := cached(directory)) is None:
+                return None
+            directory = there
         directory = find(directory)
         files = hashed_files(directory)
         return self._hashes.of(["checkpoint", directory], files, lambda: content_hash(directory))

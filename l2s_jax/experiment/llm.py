@@ -12,7 +12,7 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
-from l2s_jax.hub import find, reference
+from l2s_jax.hub import find, is_name, reference
 
 
 class LlmStage(LanguageModelStage):
@@ -44,7 +44,7 @@ class LlmStage(LanguageModelStage):
         if self.is_used():
             return super().directory
         path = self.section.path
-        if self.context.mode == "look":
+        if self.context.mode == "look" and is_name(path):
             return path
         return os.path.abspath(find(path))
 
