@@ -149,7 +149,7 @@ class TensorFiles:
         if (expected := self._expected.pop(file, None)) is not None:
             found = set(handle.keys())
             self._absent |= expected - found
-            if unlisted := sorted(found - expected):
+            if unlisted := sorted(found - self._files.keys()):
                 raise self._differs(file, [f"+ {key}" for key in unlisted])
         return handle
 

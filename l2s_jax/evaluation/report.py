@@ -43,7 +43,7 @@ _ABSENT = "\N{EN DASH}"
 
 
 def compare(systems: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM scores or says nothing.
+    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM scores nothing.
 
     `quality_ratio` is L2S / LLM on `metric`; `speedup` and `speedup_batch` are LLM / L2S of the
     total time at batch 1 and at the larger batch, `decode_speedup` of the time per decoded token.

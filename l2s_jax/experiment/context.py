@@ -14,7 +14,7 @@ from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
-from l2s_jax.hub import cached, find, is_name
+from l2s_jax.hub import cached, find, is_name, reference
 from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ class Context:
         directory = find(directory)
         files = hashed_files(directory)
         return self._hashes.of(["checkpoint", directory], files, lambda: content_hash(directory))
+
+    def sources(self) -> dict[str, str]:
+        """Names and commits of the config's checkpoints that are on the hub."""
+        paths = {name: self.config[name].path for name in ("llm", "slm")}
+        return {name: reference(path) for name, path in paths.items() if path and is_name(path)}
 
     def is_first(self, what: str) -> bool:
         """Whether nobody has asked about this before: some things are said once."""
