@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 REPEATS = 5
+MODEL_REPEATS = 3
 ENCODER_BYTES = 4 * 334_939_648
 WIDTH, INNER, FEED_FORWARD, HEADS, LAYERS = 1024, 4096, 16384, 32, 24  # T5-3B
 FILE_BYTES = 10**9
@@ -204,7 +205,7 @@ def beside_transformers(directory: str) -> None:
 def whole_models(paths: Sequence[str]) -> None:
     """Each, in turn; medians."""
     results: dict[str, list[dict[str, float]]] = {path: [] for path in paths}
-    for repeat in range(REPEATS + 1):
+    for repeat in range(MODEL_REPEATS + 1):
         for path, found in results.items():
             one = result(child("whole", path))
             if repeat:  # the first only warms the page cache
