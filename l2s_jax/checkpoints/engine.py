@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,6 +72,21 @@ class Family:
     # prefixes of its parameters)
     encoder_parameters: Callable[[Any, float], tuple[Any, tuple[str, ...]]]
     ignored_keys: tuple[str, ...] = ()  # keys that a file may hold and that mean nothing
+    # What the names of all but the head begin with, and leave out where the body was saved alone.
+    body: str = ""
+    # Path prefixes of what answers and doesn't encode, which an encoder's checkpoint lacks.
+    answering: tuple[str, ...] = ("head/",)
+
+    def make_entries(self, config: Any, paths: Sequence[str]) -> list[Entry]:
+        """`make_entries` of the family's rules, under the names of the whole and of the body."""
+        return [
+            _also_bare(entry, self.body) for entry in make_entries(self.make_rules(config), paths)
+        ]
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """`ignored_keys` under both kinds of names."""
+        return tuple(name for key in self.ignored_keys for name in (key, *_bare(key, self.body)))
 
     def abstract_params(self, module: nn.Module) -> Params:
         """Shapes and dtypes of a module's parameters (ShapeDtypeStructs), without making any.
@@ -126,6 +142,16 @@ class Entry:
         """Shape of the tensor, from our parameters' shapes."""
         zeros = [np.broadcast_to(np.int8(0), shapes[path]) for path in self.parameters]
         return self.transform.to_hf(*zeros).shape
+
+
+def _bare(key: str, body: str) -> tuple[str, ...]:
+    """The name of a tensor in a file that holds the body alone, if it has another one there."""
+    return (key.removeprefix(body),) if body and key.startswith(body) else ()
+
+
+def _also_bare(entry: Entry, body: str) -> Entry:
+    """An entry whose tensor may have the name that it has in the body alone."""
+    return dataclasses.replace(entry, aliases=(*_bare(entry.key, body), *entry.aliases))
 
 
 @functools.cache
@@ -202,9 +228,7 @@ def matched(
         for key in files.keys - known
         if not any(_pattern(template).fullmatch(key) for template in ignored)
     )
-    held = {e.key: [key for key in (e.key, *e.aliases) if key in files.keys] for e in chosen}
-    if prefixes is not None:
-        held = {key: names[:1] for key, names in held.items()}
+    held = {e.key: _held(files, e, 1 if prefixes is not None else None) for e in chosen}
     missing = sorted(key for key, names in held.items() if not names)
     if unmapped or missing:
         marked = [f"- {key}" for key in missing] + [f"+ {key}" for key in unmapped]
@@ -219,6 +243,18 @@ def matched(
                     f"{files.file(key)}: {key} has shape {list(found)}, expected {list(expected)}"
                 )
     return [(entry, held[entry.key]) for entry in chosen]
+
+
+def _held(files: Tensors, entry: Entry, limit: int | None) -> list[str]:
+    """Names under which the files hold an entry's tensor, the first `limit` of them.
+
+    An index may list a tied tensor under a name that no file holds.
+    """
+    listed = [key for key in (entry.key, *entry.aliases) if key in files.keys]
+    if len(listed) < 2:
+        return listed
+    there = itertools.islice((key for key in listed if files.holds(key)), limit)
+    return list(there) or listed[:1]
 
 
 def write_tensors(

@@ -80,6 +80,10 @@ class Tensors(Protocol):
         """Path of the file that holds `key`."""
         ...
 
+    def holds(self, key: str) -> bool:
+        """Whether a tensor that is listed is there."""
+        ...
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         ...
@@ -106,6 +110,7 @@ class TensorFiles:
         self._open: dict[str, Any] = {}
         self._mapped = 0  # bytes read through the open files
         self._expected: dict[str, set[str]] = {}
+        self._absent: set[str] = set()  # tensors that the index lists, and its files lack
         if os.path.exists(single):
             self.source = single
             self._files = dict.fromkeys(self._opened(single).keys(), single)
@@ -143,11 +148,26 @@ class TensorFiles:
         self._open[file] = handle
         if (expected := self._expected.pop(file, None)) is not None:
             found = set(handle.keys())
-            differing = [f"- {key}" for key in sorted(expected - found)]
-            differing += [f"+ {key}" for key in sorted(found - expected)]
-            if differing:
-                raise ValueError(f"{file}: differs from {self.source}: {listed(differing)}")
+            self._absent |= expected - found
+            if unlisted := sorted(found - self._files.keys()):
+                raise self._differs(file, [f"+ {key}" for key in unlisted])
         return handle
+
+    def _differs(self, file: str, marked: Sequence[str]) -> ValueError:
+        return ValueError(f"{file}: differs from {self.source}: {listed(marked)}")
+
+    def _slice(self, key: str) -> Any:
+        file = self._files[key]
+        handle = self._opened(file)
+        if key in self._absent:
+            absent = sorted(k for k in self._absent if self._files[k] == file)
+            raise self._differs(file, [f"- {k}" for k in absent])
+        return handle.get_slice(key)
+
+    def holds(self, key: str) -> bool:
+        """Whether a tensor that is listed is there."""
+        self._opened(self._files[key])
+        return key not in self._absent
 
     def file(self, key: str) -> str:
         """Path of the file that holds `key`."""
@@ -155,15 +175,15 @@ class TensorFiles:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._opened(self._files[key]).get_slice(key).get_shape())
+        return tuple(self._slice(key).get_shape())
 
     def dtype(self, key: str) -> str:
         """Dtype of a tensor as safetensors names it (F32, BF16, ...), without reading it."""
-        return self._opened(self._files[key]).get_slice(key).get_dtype()
+        return self._slice(key).get_dtype()
 
     def read(self, key: str, index: Index | None = None) -> np.ndarray:
         """A tensor, or the part of it at `index`, in the file's own dtype."""
-        tensor = self._opened(self._files[key]).get_slice(key)
+        tensor = self._slice(key)
         if (dtype := tensor.get_dtype()) not in FLOAT_DTYPES:
             raise ValueError(
                 f"{self._files[key]}: {key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}"

@@ -119,6 +119,10 @@ class GgufTensors:
         """Path of the file that holds `key`."""
         return self.source
 
+    def holds(self, key: str) -> bool:
+        """Whether a tensor is there."""
+        return key in self.keys
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self._infos[key].shape

@@ -63,12 +63,9 @@ def make_rules(config: GPT2Config) -> Sequence[Rule]:
         body.append((f"{key}.attn.c_proj.{theirs}", (f"{path}/attention/output/{ours}",), SAME))
         body.append((f"{key}.mlp.c_fc.{theirs}", (f"{path}/feed_forward/wi/{ours}",), SAME))
         body.append((f"{key}.mlp.c_proj.{theirs}", (f"{path}/feed_forward/wo/{ours}",), SAME))
-    # The first releases' files have no "transformer." before the names.
     rules = []
     for name, parameters, transform in body:
-        aliases = (name,)
-        if name == "wte.weight" and config.tied_head:
-            aliases += ("lm_head.weight",)
+        aliases = ("lm_head.weight",) if name == "wte.weight" and config.tied_head else ()
         rules.append(Rule(f"transformer.{name}", parameters, transform, aliases))
     if not config.tied_head:
         rules.append(Rule("lm_head.weight", ("head/kernel",), TRANSPOSED))
@@ -141,10 +138,10 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     # Causal masks, stored by older versions.
-    ignored_keys=tuple(
-        f"{prefix}h.{{layer}}.attn.{name}"
-        for prefix in ("transformer.", "")
-        for name in ("bias", "masked_bias")
+    ignored_keys=(
+        "transformer.h.{layer}.attn.bias",
+        "transformer.h.{layer}.attn.masked_bias",
     ),
+    body="transformer.",  # left out by the first releases' files too
     encoder_parameters=first_layers("token_embedding/", "position_embedding/"),
 )

@@ -181,5 +181,6 @@ FAMILY = Family(
         "gpt_neox.layers.{layer}.attention.masked_bias",
         "gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq",
     ),
+    body="gpt_neox.",
     encoder_parameters=first_layers("token_embedding/"),
 )

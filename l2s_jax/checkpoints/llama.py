@@ -223,5 +223,6 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     ignored_keys=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
+    body="model.",
     encoder_parameters=first_layers("token_embedding/"),
 )

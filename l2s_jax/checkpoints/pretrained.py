@@ -40,6 +40,7 @@ __all__ = [
     "config_from_native",
     "config_to_native",
     "content_hash",
+    "encodes_only",
     "family_of",
     "inspect",
     "load",
@@ -167,9 +168,8 @@ def _opened(directory: str, format: str | None = None) -> Iterator[tuple]:
     with tensors or TensorFiles(directory, "params" if native else "model") as files:
         config = _model_config(family, fields, files.keys, path, native)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
-        rules = () if native else family.make_rules(config)
-        entries = own_entries(shapes) if native else make_entries(rules, list(shapes))
-        yield family, config, files, entries, shapes, () if native else family.ignored_keys
+        entries = own_entries(shapes) if native else family.make_entries(config, list(shapes))
+        yield family, config, files, entries, shapes, () if native else family.ignored
 
 
 def _model_config(
@@ -181,6 +181,27 @@ def _model_config(
         return family.config_from_hf(fields, keys, path)
     except ValueError as error:
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
+
+
+def encodes_only(directory: str) -> bool:
+    """Whether a directory holds what encodes a prompt, and lacks what answers it.
+
+    It is so of a T5's encoder saved alone, and of a decoder-only model's body without a head.
+
+    Raises:
+      ValueError: it holds neither, or what doesn't fit.
+    """
+    with _opened(directory) as (family, _, files, entries, shapes, ignored):
+        try:
+            matched(files, entries, shapes, ignored=ignored)
+        except ValueError:
+            answering = [e for e in entries if e.parameters[0].startswith(family.answering)]
+            if any(key in files.keys for e in answering for key in (e.key, *e.aliases)):
+                raise
+            encoding = [e for e in entries if e not in answering]
+            matched(files, encoding, shapes, ignored=ignored)
+            return True
+        return False
 
 
 def read_config(directory: str) -> Any:

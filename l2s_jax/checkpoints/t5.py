@@ -217,5 +217,6 @@ FAMILY = Family(
     inputs=("ids", "mask", "ids"),
     # In files of the first T5 release; no code ever read it.
     ignored_keys=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    answering=("decoder/", "head/"),
     encoder_parameters=encoder_parameters,
 )

@@ -49,14 +49,16 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     sources = comet.sources_of(context.config.task.prompt, prompts) if settings.comet else ()
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
-    generators = {stage.name: experiment.generator(stage) for stage in experiment.systems}
+    answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
+    generators = {stage.name: experiment.generator(stage) for stage in answering}
     references = [example.references for example in examples]
     if "bleu" in settings.metrics and distributed.is_primary():
         metrics.warn_of_spaces(references, scoring["tokenizer"])
 
     systems: dict[str, dict[str, Any]] = {}
     for name, description in DESCRIPTIONS.items():
-        generator = generators[name.removesuffix("_mismatched")]
+        if (generator := generators.get(name.removesuffix("_mismatched"))) is None:
+            continue  # an LLM that only encodes
         outputs = generator.generate(
             prompts,
             description=f"evaluating {name}",

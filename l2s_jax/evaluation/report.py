@@ -43,11 +43,13 @@ _ABSENT = "\N{EN DASH}"
 
 
 def compare(systems: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM has nothing to keep.
+    """The report's "l2s_vs_llm": ratios above 1 favour L2S; NaN where the LLM scores nothing.
 
     `quality_ratio` is L2S / LLM on `metric`; `speedup` and `speedup_batch` are LLM / L2S of the
     total time at batch 1 and at the larger batch, `decode_speedup` of the time per decoded token.
     """
+    if "llm" not in systems:
+        return dict.fromkeys(_RATIOS, math.nan)
     llm, l2s = systems["llm"], systems["l2s"]
     return {
         "quality_ratio": _ratio(l2s["quality"][metric], llm["quality"][metric]),
@@ -101,10 +103,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "*Mismatched* is the control: L2S fed the representations of another prompt, whose quality "
         "collapses if L2S relies on the LLM.",
         "## Latency",
-        f"L2S decodes a token {_factor(ratios['decode_speedup'])} times as fast as the LLM. A "
-        f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
-        f"{batch_size} {_factor(ratios['speedup_batch'])} times. Times are medians after warm-up, "
-        "for the whole batch. Compilation happens once per shape and is in no other column. "
+        f"{_speedups(ratios, batch_size)}Times are medians after warm-up, for the whole batch. "
+        "Compilation happens once per shape and is in no other column. "
         f"Products are in {dtypes(report['environment'])}.",
         f"### Batch {systems['l2s']['latency']['batch_size']}",
         _latency_table(systems, "latency"),
@@ -203,6 +203,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
 
 def _finding(report: Mapping[str, Any]) -> str:
     ratios, metric = report["l2s_vs_llm"], _metric_name(report["task"]["metric"])
+    if "llm" not in report["systems"]:
+        return f"L2S on an LLM that only encodes, scored by {metric}"
     if ratios["quality_ratio"] is None:
         return f"The LLM scores no {metric} for L2S to keep"
     verb = "keeps" if ratios["quality_ratio"] <= 1 else "reaches"
@@ -212,13 +214,26 @@ def _finding(report: Mapping[str, Any]) -> str:
 
 def _conclusion(report: Mapping[str, Any]) -> str:
     metric = report["task"]["metric"]
-    llm, slm, l2s, control = (report["systems"][k]["quality"][metric] for k in _SYSTEMS)
+    quality = {name: s["quality"][metric] for name, s in report["systems"].items()}
+    slm, l2s, control = (quality[name] for name in _SYSTEMS[1:])
+    beside = f" against {quality['llm']:.1f}" if "llm" in quality else ""
     side = "below" if slm <= l2s else "above"
     collapse = "collapses to" if control < l2s / 2 else "does not collapse but reaches"
     return (
-        f"{_finding(report)} ({l2s:.1f} against {llm:.1f}); the SLM alone reaches {slm:.1f}, "
+        f"{_finding(report)} ({l2s:.1f}{beside}); the SLM alone reaches {slm:.1f}, "
         f"{abs(l2s - slm):.1f} points {side} L2S; fed another prompt's representations, "
         f"L2S {collapse} {control:.1f}."
+    )
+
+
+def _speedups(ratios: Mapping[str, Any], batch_size: int) -> str:
+    """A sentence for an LLM that was measured too."""
+    if ratios["speedup"] is None:
+        return ""
+    return (
+        f"L2S decodes a token {_factor(ratios['decode_speedup'])} times as fast as the LLM. A "
+        f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
+        f"{batch_size} {_factor(ratios['speedup_batch'])} times. "
     )
 
 
@@ -235,6 +250,8 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _speedup(systems: Mapping[str, Any], name: str, latency: str) -> str:
+    if "llm" not in systems:
+        return _ABSENT
     ratio = systems["llm"][latency]["total_ms"] / systems[name][latency]["total_ms"]
     return f"{_factor(ratio)}{_TIMES}"
 
@@ -293,8 +310,10 @@ def _check(report: Mapping[str, Any]) -> None:
     task, metric = report["task"], report["task"]["metric"]
     _require(task["metric_signatures"], "report.task.metric_signatures", ())
     _require_numbers(task, "report.task", ("examples",), ("examples",))
-    _require(report["systems"], "report.systems", _SYSTEMS)
     _require(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
+    # An LLM that only encodes is no system, and nothing is compared with it.
+    compared = any(report["l2s_vs_llm"][name] is not None for name in _RATIOS)
+    _require(report["systems"], "report.systems", _SYSTEMS if compared else _SYSTEMS[1:])
     _require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
     counts = ("params", "params_read_per_token")
     for name, system in report["systems"].items():

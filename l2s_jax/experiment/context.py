@@ -15,7 +15,7 @@ from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
-from l2s_jax.hub import cached, find
+from l2s_jax.hub import cached, find, is_name, reference
 from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -116,11 +116,18 @@ class Context:
 
         None of a name on the hub that isn't on this machine, where nothing may be asked for.
         """
-        if self.mode == "look" and cached(directory) is None:
-            return None
+        if self.mode == "look" and is_name(directory):
+            if (there := cached(directory)) is None:
+                return None
+            directory = there
         directory = find(directory)
         files = hashed_files(directory)
         return self._hashes.of(["checkpoint", directory], files, lambda: content_hash(directory))
+
+    def sources(self) -> dict[str, str]:
+        """Names and commits of the config's checkpoints that are on the hub."""
+        paths = {name: self.config[name].path for name in ("llm", "slm")}
+        return {name: reference(path) for name, path in paths.items() if path and is_name(path)}
 
     def is_first(self, what: str) -> bool:
         """Whether nobody has asked about this before: some things are said once."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.stage import log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
-from l2s_jax.hub import find, reference
+from l2s_jax.hub import find, is_name, reference
 
 
 class LlmStage(LanguageModelStage):
@@ -42,7 +44,7 @@ class LlmStage(LanguageModelStage):
         if self.is_used():
             return super().directory
         path = self.section.path
-        if self.context.mode == "look":
+        if self.context.mode == "look" and is_name(path):
             return path
         return os.path.abspath(find(path))
 
@@ -55,6 +57,33 @@ class LlmStage(LanguageModelStage):
     def content(self) -> str | None:
         """Its content hash."""
         return self.context.checkpoint(self.directory)
+
+    @functools.cached_property
+    def answers(self) -> bool:
+        """Whether it can answer prompts, beside encoding them.
+
+        Raises:
+          ValueError: it can't, and is to be trained or to make the labels.
+        """
+        if self.is_used():
+            return True
+        from l2s_jax.checkpoints import pretrained
+
+        if not pretrained.encodes_only(self.directory):
+            return True
+        if self.context.config.labels.source == "llm":
+            raise ValueError(
+                f"{self.directory}: the model has no head or decoder to answer with; expected "
+                "config.labels.source='data'"
+            )
+        return False
+
+    def check(self) -> None:
+        """As of all; of an LLM that only encodes, that it does."""
+        if self.answers:
+            super().check()
+        elif self.context.is_first("answers"):
+            log.info("llm: has no head or decoder, so it only encodes and is not measured itself")
 
     def encoder(self, entries: Sequence[str] | None) -> tuple[Any, Any]:
         """(module, parameters) of what encodes a prompt, of which only `entries` are read."""

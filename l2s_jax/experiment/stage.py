@@ -9,7 +9,6 @@ from typing import Any
 
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.workdir import Record, changes, is_old, only_longer
-from l2s_jax.hub import is_name, reference
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +77,8 @@ class RecordedStage(Stage):
         """How far it is, where it is begun and not made."""
 
     def sources(self) -> dict[str, str]:
-        """Where checkpoints that it is made from came from: their names and commits on the hub."""
-        config = self.context.config
-        names = {name: config[name].path for name in ("llm", "slm")}
-        return {name: reference(path) for name, path in names.items() if path and is_name(path)}
+        """What people want to know of where its inputs came from; not compared."""
+        return {}
 
     def old_inputs(self) -> dict[str, Any]:
         """Inputs that only version 0.1 recorded: settings of the task, in the place of its data."""
