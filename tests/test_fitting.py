@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import string
-
 import pytest
 import small
 from hypothesis import given, settings
@@ -11,8 +9,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.fitting import Prompt, Span, fields_of, fit, shortened
+from l2s_jax.data.fitting import fit, shortened
 from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.data.templates import Span, Template, fields_of
 
 
 class Characters:
@@ -37,16 +36,7 @@ def text_of(ids):
 
 
 def render(template, values, sides):
-    """A prompt as tasks make it."""
-    text, spans = "", []
-    for literal, field, _, _ in string.Formatter().parse(template):
-        text += literal
-        if field is not None:
-            if field in sides:
-                end = len(text) + len(values[field])
-                spans.append(Span(field, len(text), end, sides[field]))
-            text += values[field]
-    return Prompt(text, spans)
+    return Template(template, sides, "key").render(values)
 
 
 WORDS = st.text("ab c\nd", max_size=60)

@@ -15,6 +15,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.bleu import _TOKENIZERS
 from sacrebleu.tokenizers import tokenizer_spm
 
+from l2s_jax.data.templates import Template
 from l2s_jax.evaluation import comet, metrics, rouge
 from l2s_jax.settings.evaluation import BLEU_TOKENIZERS, bleu_tokenizer
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
@@ -364,9 +365,9 @@ def comet_folder(tmp_path, monkeypatch):
 
 def test_comet_sees_source_prediction_and_first_reference(comet_folder):
     metrics.check(["comet"], tokenizer="13a", comet_folder=comet_folder)
-    sources = comet.sources_of(
-        "{{x}} to German: {en}!", ["{x} to German: a dog!", "{x} to German: !"]
-    )
+    template = Template("{{x}} to German: {en}!", {}, "key")
+    prompts = [template.render({"en": text}) for text in ("a dog", "")]
+    sources = comet.sources_of(template.fields, prompts)
     assert sources == ["a dog", ""]
     predictions, references = ["abc", "x"], [["ab", "abc"], ["x"]]
     arguments = {"comet_folder": comet_folder, "sources": sources}
@@ -390,7 +391,5 @@ def test_what_comet_needs_is_asked_for_before_any_work(comet_folder, tmp_path, m
     monkeypatch.delitem(sys.modules, "comet")
     with mock.patch("importlib.util.find_spec", return_value=None):
         refused(comet_folder, "unbabel-comet")
-    with pytest.raises(ValueError, match=r"expected one field, as the source .* found a, b"):
-        comet.sources_of("{a} {b}", [])
-    with pytest.raises(ValueError, match="'nothing' is no prompt of the template"):
-        comet.sources_of("say {a}", ["nothing"])
+    with pytest.raises(ValueError, match=r"expected one field in prompts, .* found a, b"):
+        comet.sources_of(["a", "b"], [])

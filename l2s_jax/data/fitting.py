@@ -6,35 +6,12 @@ import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from l2s_jax.data.templates import Span, spans_of
 from l2s_jax.tokenizers import Tokenizer
 
-SIDES = ("start", "end")
 _WORD = 20  # characters: a longer word may be cut within
 _NEAR = 4  # characters: how near to the longest text that fits a search ends
 _TRIES = 4
-
-
-class Span(NamedTuple):
-    """Where in a prompt a field's text lies, and which end of it is lost first."""
-
-    field: str
-    start: int
-    stop: int
-    side: str
-
-
-class Prompt(str):
-    """The text of a prompt that knows which parts of it may be lost.
-
-    Any other text counts as one field, which loses its end.
-    """
-
-    spans: tuple[Span, ...]
-
-    def __new__(cls, text: str, spans: Sequence[Span]) -> Prompt:
-        prompt = super().__new__(cls, text)
-        prompt.spans = tuple(spans)
-        return prompt
 
 
 class Loss(NamedTuple):
@@ -57,16 +34,6 @@ class Fitted(NamedTuple):
     cut: int
     hopeless: int
     losses: dict[str, Loss]
-
-
-def spans_of(prompt: str) -> tuple[Span, ...]:
-    """The parts of a prompt that may be lost, in the order of the text."""
-    return getattr(prompt, "spans", (Span("text", 0, len(prompt), "end"),))
-
-
-def fields_of(prompt: str) -> str:
-    """The text of a prompt's fields, without the template around them."""
-    return "\n".join(prompt[span.start : span.stop] for span in spans_of(prompt))
 
 
 def shortened(prompt: str, most: int) -> str:

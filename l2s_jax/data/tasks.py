@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from l2s_jax.data import sources
-from l2s_jax.data.fitting import Prompt, Span
 from l2s_jax.data.parquet import read_parquet
+from l2s_jax.data.templates import Prompt, Template
 
 SOURCES = ("tfds", "jsonl", "tsv", "parquet", "text")
 SPLITS = ("train", "validation", "test")
@@ -48,11 +47,8 @@ class Task:
             split: value.to_dict() if isinstance(value, ConfigDict) else value
             for split, value in config.splits.items()
         }
-        self._prompt = _template_of(config)
-        self.prompt_fields = _template_fields(self._prompt)
-        self._sides: dict[str, str] = dict(config.get("truncate") or {}) or dict.fromkeys(
-            self.prompt_fields, "end"
-        )
+        self._template = _template_of(config)
+        self.prompt_fields = self._template.fields
         # Where a config sets it: how prompts are cut, and a chat's system.
         chat = config.get("chat") or {}
         self._wrapping = [
@@ -114,7 +110,7 @@ class Task:
         source = [self._source, self._tfds_name, self._splits.get(split)]
         # A split that was read before rows could be skipped had none to skip.
         blank = [] if self.skips_blank else ["error"]
-        return [*source, self._prompt, self._response, references, *self._wrapping, *blank]
+        return [*source, self._template.text, self._response, references, *self._wrapping, *blank]
 
     def files(self, split: str, *, prepare: bool) -> list[str]:
         """The files of a split; those of a TFDS dataset only if it may be prepared."""
@@ -148,15 +144,7 @@ class Task:
                 f"{record.where(self.prompt_fields[0])}: empty prompt: "
                 f"nothing in {', '.join(map(repr, values))}"
             )
-        text, spans = "", []
-        for literal, field, _, _ in string.Formatter().parse(self._prompt):
-            text += literal
-            if field is not None:
-                value = values[field]
-                if field in self._sides:
-                    spans.append(Span(field, len(text), len(text) + len(value), self._sides[field]))
-                text += value
-        return Prompt(text, spans)
+        return self._template.render(values)
 
     def _example(self, record: sources.Record, references: str) -> Example | None:
         """The example of a record; None if it is blank and those are skipped."""
@@ -263,21 +251,13 @@ def load_task(config: ConfigDict) -> Task:
         required.append("tfds_name")
     if missing := [key for key in required if not config.get(key)]:
         raise ValueError(f"config.task.{missing[0]} is not set")
-    if not _template_of(config):
-        raise ValueError("config.task.prompt is not set, nor is config.task.chat.user")
     if config.source not in SOURCES:
         raise ValueError(
             f"config.task.source is {config.source!r}, expected one of {', '.join(SOURCES)}"
         )
     for split, value in config.splits.items():
         _check_split(config.source, split, value)
-    fields = _template_fields(_template_of(config))
-    for field in config.get("truncate") or {}:
-        if field not in fields:
-            raise ValueError(
-                f"config.task.truncate has {field!r}, which is no field of the prompt "
-                f"(it has: {', '.join(fields)})"
-            )
+    fields = _template_of(config).fields
     if config.source == "text":
         for split, files in config.splits.items():
             _check_text_fields(config, split, files, fields)
@@ -314,33 +294,14 @@ def _check_text_fields(
             )
 
 
-def _template_of(config: ConfigDict) -> str:
+def _template_of(config: ConfigDict) -> Template:
     """The template of a prompt, or of what the user says in a chat."""
     chat = config.get("chat") or {}
-    return chat.get("user", "") or config.get("prompt", "")
-
-
-def _template_fields(template: str) -> tuple[str, ...]:
-    """Names in a template, each once, in order."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"config.task.prompt {template!r} is no template: {error}") from error
-    fields = []
-    for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(
-                f"config.task.prompt {template!r}: {{{shown}}} is no plain field name in braces"
-            )
-        fields.append(name)
-    if not fields:
-        raise ValueError(
-            f"config.task.prompt {template!r} has no {{field}}: all prompts would be equal"
-        )
-    return tuple(dict.fromkeys(fields))
+    key = "chat.user" if chat.get("user") else "prompt"
+    text = chat.get("user") or config.get("prompt")
+    if not text:
+        raise ValueError("config.task.prompt is not set, nor is config.task.chat.user")
+    return Template(text, dict(config.get("truncate") or {}), f"config.task.{key}")
 
 
 def _field(record: sources.Record, field: str) -> Any:

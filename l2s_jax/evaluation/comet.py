@@ -6,9 +6,10 @@ import functools
 import importlib.util
 import os
 import statistics
-import string
 from collections.abc import Sequence
 from typing import Any
+
+from l2s_jax.data.templates import fields_of
 
 _BATCH_SIZE = 16
 _CHECKPOINT = os.path.join("checkpoints", "model.ckpt")
@@ -28,23 +29,18 @@ def check(folder: str) -> None:
         raise ValueError(f"{key}: expected the package unbabel-comet, which is not installed")
 
 
-def sources_of(template: str, prompts: Sequence[str]) -> list[str]:
-    """What was translated: the text of the template's one field in each prompt.
+def sources_of(fields: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """What was translated: the text of the prompt's one field.
 
     Raises:
-      ValueError: the template has several fields, or a prompt is of another one.
+      ValueError: prompts have several fields.
     """
-    fields = [name for _, name, *_ in string.Formatter().parse(template) if name]
     if len(fields) != 1:
         raise ValueError(
-            f"config.task.prompt={template!r}: expected one field, as the source that COMET looks "
-            f"at, found {', '.join(fields)}"
+            "config.evaluation.comet: expected one field in prompts, as the source that COMET "
+            f"looks at, found {', '.join(fields)}"
         )
-    before, after = template.format_map({fields[0]: "\0"}).split("\0")
-    for prompt in prompts:
-        if not (prompt.startswith(before) and prompt.endswith(after)):
-            raise ValueError(f"{prompt[:60]!r} is no prompt of the template {template!r}")
-    return [prompt[len(before) : len(prompt) - len(after)] for prompt in prompts]
+    return [fields_of(prompt) for prompt in prompts]
 
 
 def score(

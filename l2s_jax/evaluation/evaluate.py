@@ -46,7 +46,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     distributed.on_primary(lambda: metrics.check(settings.metrics, **scoring))
     examples = experiment.evaluation_examples()
     prompts = [example.prompt for example in examples]
-    sources = comet.sources_of(context.config.task.prompt, prompts) if settings.comet else ()
+    sources = comet.sources_of(context.task.prompt_fields, prompts) if settings.comet else ()
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
     answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]

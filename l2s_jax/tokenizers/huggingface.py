@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: read by transformers, which defines them, run by `tokenizers`."""
+"""A tokenizer of the `tokenizers` library, with what goes around prompts and ends responses."""
 
 from __future__ import annotations
 
@@ -15,16 +15,12 @@ from typing import Any
 
 import tokenizers
 
-from l2s_jax.files import one_line, read_json, write_json, write_text
-from l2s_jax.tokenizers import gguf, sentencepiece
+from l2s_jax.files import one_line, write_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
-GENERATION_FILE = "generation_config.json"
-MODEL_FILE = "config.json"
-# In SETTINGS_FILE, what `HuggingFaceTokenizer.save` adds for `load`.
-_OWN = "l2s_jax"
-_ENCODER_DECODERS = ("t5", "mt5", "umt5")
+# In SETTINGS_FILE, what `HuggingFaceTokenizer.save` adds for `reading.load`.
+OWN = "l2s_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +156,7 @@ class HuggingFaceTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self._named(),
-            _OWN: dataclasses.asdict(special),
+            OWN: dataclasses.asdict(special),
         }
         for name in ("bos", "eos"):
             if getattr(special, f"prompt_{name}") is not None:
@@ -226,166 +222,6 @@ class HuggingFaceTokenizer:
             chat_template=self._special.chat_template,
             **self._named(),
         )
-
-
-def load(path: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a checkpoint's directory, or of a tokenizer.json and the files beside it.
-
-    What ends a response are the ids of generation_config.json, or where it names none those of
-    config.json, which is the order of transformers; and the tokenizer's own eos.
-
-    Raises:
-      ValueError: it cannot be read, or no file names an end-of-sequence token.
-    """
-    directory = path if os.path.isdir(path) else os.path.dirname(path)
-    given = {
-        name: read_json(file) if os.path.exists(file := os.path.join(directory, name)) else {}
-        for name in (SETTINGS_FILE, GENERATION_FILE, MODEL_FILE)
-    }
-    file = os.path.join(directory, TOKENIZER_FILE) if os.path.isdir(path) else path
-    if os.path.exists(file):
-        content = _checked(file)
-        if isinstance(own := given[SETTINGS_FILE].get(_OWN), dict):
-            return HuggingFaceTokenizer(content, _own_special(own, file), origin=file)
-    theirs = _read(directory, path, given)
-    ends = _ends(given[GENERATION_FILE], GENERATION_FILE) or _ends(given[MODEL_FILE], MODEL_FILE)
-    eos_id = theirs.eos_token_id
-    if eos_id is None and ends:
-        eos_id = ends[0]
-    if eos_id is None:
-        raise ValueError(
-            f"{path}: no end-of-sequence token; expected an eos_token in {SETTINGS_FILE}, or an "
-            f"eos_token_id in {GENERATION_FILE} or {MODEL_FILE} beside it"
-        )
-    settings, model = given[SETTINGS_FILE], given[MODEL_FILE]
-    prompt_eos = settings.get("add_eos_token")
-    if model.get("model_type") and prompt_eos is None:
-        is_seq2seq = model["model_type"] in _ENCODER_DECODERS or model.get("is_encoder_decoder")
-        prompt_eos = None if is_seq2seq else False
-    template = theirs.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    special = Special(
-        eos_id=eos_id,
-        pad_id=theirs.pad_token_id,
-        bos_id=theirs.bos_token_id,
-        unk_id=theirs.unk_token_id,
-        end_ids=tuple(ends),
-        prompt_bos=settings.get("add_bos_token"),
-        prompt_eos=prompt_eos,
-        chat_template=template or "",
-    )
-    return HuggingFaceTokenizer(theirs.backend_tokenizer, special, origin=path)
-
-
-def load_gguf(file: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a GGUF file.
-
-    Raises:
-      ValueError: it holds none, or one of an unknown kind.
-    """
-    tokenizer, found = gguf.read(file)
-    special = Special(
-        eos_id=found["eos_id"],
-        pad_id=found["pad_id"],
-        bos_id=found["bos_id"],
-        prompt_bos=found["add_bos"],
-        prompt_eos=False,
-        chat_template=found["chat_template"] or "",
-    )
-    return HuggingFaceTokenizer(tokenizer, special, origin=file)
-
-
-def _checked(file: str) -> tokenizers.Tokenizer:
-    """A tokenizer.json, as it is."""
-    try:
-        with open(file, encoding="utf-8") as handle:
-            return tokenizers.Tokenizer.from_str(handle.read())
-    except OSError as error:
-        raise ValueError(f"{file}: cannot read the tokenizer: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: cannot read the tokenizer: expected UTF-8") from None
-    except Exception as error:  # the library raises no narrower type
-        raise ValueError(
-            f"{file}: not a tokenizer of the tokenizers library: {one_line(error)}"
-        ) from None
-
-
-def _own_special(fields: dict[str, Any], file: str) -> Special:
-    try:
-        return Special(**{**fields, "end_ids": tuple(fields["end_ids"])})
-    except (TypeError, KeyError):
-        where = os.path.join(os.path.dirname(file), SETTINGS_FILE)
-        raise ValueError(f"{where}: {_OWN}: not what this version writes: {fields}") from None
-
-
-def _read(directory: str, path: str, given: dict[str, dict[str, Any]]) -> Any:
-    """transformers' own tokenizer."""
-    with quiet():
-        from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
-
-        kind: Any = AutoTokenizer
-        options: dict[str, Any] = {}
-        model_type = given[MODEL_FILE].get("model_type")
-        if not os.path.isdir(path):
-            kind, options = PreTrainedTokenizerFast, {"tokenizer_file": path}
-        elif not model_type and "tokenizer_class" not in given[SETTINGS_FILE]:
-            if os.path.exists(os.path.join(directory, TOKENIZER_FILE)):
-                kind = PreTrainedTokenizerFast
-            elif os.path.exists(os.path.join(directory, "vocab.json")):
-                kind = GPT2Tokenizer  # as GPT-2's first releases are
-            else:
-                raise ValueError(
-                    f"{path}: no {TOKENIZER_FILE}, and no {MODEL_FILE} with a model_type that says "
-                    "how to read the other files"
-                )
-        elif is_bare(directory):
-            options = {"extra_ids": sentinels(directory)}
-        try:
-            made = kind.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, **options
-            )
-        except Exception as error:  # the library raises anything
-            raise ValueError(
-                f"{path}: transformers cannot read the tokenizer: {one_line(error)}"
-            ) from None
-    backend = getattr(made, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise ValueError(f"{path}: a {type(made).__name__}; expected a fast tokenizer")
-    if not backend.get_vocab_size(with_added_tokens=False):
-        raise ValueError(f"{path}: the tokenizer has no tokens; are some of its files missing?")
-    return made
-
-
-def is_bare(directory: str) -> bool:
-    """Whether a SentencePiece model is all that a checkpoint says of its tokenizer."""
-    names = set(os.listdir(directory))
-    return sentencepiece.MODEL_FILE in names and not names & {
-        TOKENIZER_FILE,
-        SETTINGS_FILE,
-        "special_tokens_map.json",
-        "added_tokens.json",
-    }
-
-
-def sentinels(directory: str) -> int:
-    """How many of T5's 100 sentinels a model has room for beside its SentencePiece pieces.
-
-    A model that was trained here has none.
-    """
-    size = read_json(os.path.join(directory, MODEL_FILE)).get("vocab_size")
-    pieces = sentencepiece.load(os.path.join(directory, sentencepiece.MODEL_FILE)).vocab_size
-    return min(100, max(0, size - pieces)) if isinstance(size, int) else 100
-
-
-def _ends(fields: dict[str, Any], file: str) -> list[int]:
-    """The ids that a model's settings end a response with; -1 means none in older files."""
-    ids = fields.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [ids]
-    for token in ids:
-        if token is not None and type(token) is not int:
-            raise ValueError(f"{file}: eos_token_id has {token!r}, expected ids")
-    return [token for token in ids if token is not None and token >= 0]
 
 
 @contextlib.contextmanager

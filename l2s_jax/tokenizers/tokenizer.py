@@ -12,7 +12,7 @@ from typing import Protocol
 from l2s_jax.files import read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find, is_name
-from l2s_jax.tokenizers import huggingface, sentencepiece
+from l2s_jax.tokenizers import huggingface, reading, sentencepiece
 
 log = logging.getLogger(__name__)
 
@@ -77,22 +77,22 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     path = find(path, "tokenizer") if is_name(path) else os.path.expanduser(path)
     if is_gguf(path):
-        return huggingface.load_gguf(path)
+        return reading.load_gguf(path)
     if not os.path.isdir(path):
-        return huggingface.load(path) if path.endswith(".json") else sentencepiece.load(path)
+        return reading.load(path) if path.endswith(".json") else sentencepiece.load(path)
     names = set(os.listdir(path))
     if not names & _FILES:
         raise ValueError(
             f"{path}: no tokenizer; expected {sentencepiece.MODEL_FILE}, "
             f"{huggingface.TOKENIZER_FILE} or another file that transformers reads"
         )
-    model = os.path.join(path, huggingface.MODEL_FILE)
+    model = os.path.join(path, reading.MODEL_FILE)
     is_theirs = os.path.exists(model) and "model_type" in read_json(model)
     # To transformers, the pieces that were trained here are a T5's that has no sentinels.
-    is_ours = not is_theirs or (huggingface.is_bare(path) and not huggingface.sentinels(path))
+    is_ours = not is_theirs or (reading.is_bare(path) and not reading.sentinels(path))
     if sentencepiece.MODEL_FILE in names and is_ours:
         return sentencepiece.load(os.path.join(path, sentencepiece.MODEL_FILE))
-    return huggingface.load(path)
+    return reading.load(path)
 
 
 def for_chat(tokenizer: Tokenizer, system: str) -> Tokenizer | None:
