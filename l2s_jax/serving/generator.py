@@ -105,10 +105,7 @@ class Generator:
         return buckets(2 * CHUNK, self.max_new_tokens, 2)
 
     def warm_up(self, *, stream: bool = False) -> int:
-        """Compiles every shape that `generate`, or `stream`, may run; gives their number.
-
-        It does so for the default search; another one is another set of programs.
-        """
+        """Compiles every shape of `generate`, or `stream`, by the default search; their number."""
         in_chunks = stream or self.search.stop
         rows_of = self.row_buckets[:1] if stream else self.row_buckets
         shapes = list(itertools.product(rows_of, self.prompt_lengths, self.new_token_buckets))

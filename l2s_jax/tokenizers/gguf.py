@@ -44,7 +44,8 @@ def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
 
     Returns:
       The tokenizer, which adds no special token by itself, and {"eos_id", "bos_id", "pad_id",
-      "add_bos", "chat_template"}: ids or None, whether a prompt begins with bos, a text or None.
+      "turn_id", "message_id", "add_bos", "chat_template"}: ids or None, the last two of what ends a
+      turn of a chat and a message in it; whether a prompt begins with bos; a text or None.
 
     Raises:
       ValueError: the file can't be read, or holds no tokenizer of a kind that is known.
@@ -70,7 +71,13 @@ def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
         raise ValueError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
     ids = {
         name: _token(header, f"tokenizer.ggml.{theirs}_token_id", len(tokens))
-        for name, theirs in (("eos_id", "eos"), ("bos_id", "bos"), ("pad_id", "padding"))
+        for name, theirs in (
+            ("eos_id", "eos"),
+            ("bos_id", "bos"),
+            ("pad_id", "padding"),
+            ("turn_id", "eot"),
+            ("message_id", "eom"),
+        )
     }
     if ids["eos_id"] is None:
         raise ValueError(f"{path}: no tokenizer.ggml.eos_token_id, the end of a sequence")

@@ -84,6 +84,7 @@ def load_gguf(file: str) -> HuggingFaceTokenizer:
         eos_id=found["eos_id"],
         pad_id=found["pad_id"],
         bos_id=found["bos_id"],
+        end_ids=tuple(found[k] for k in ("turn_id", "message_id") if found[k] is not None),
         prompt_bos=found["add_bos"],
         prompt_eos=False,
         chat_template=found["chat_template"] or "",
