@@ -66,6 +66,7 @@ def of_settings(settings: Settings) -> ConfigDict:
     config = _locked(settings)
     config.task.splits.unlock()
     config.task.truncate.unlock()
+    config.task.chat.options.unlock()
     return config
 
 

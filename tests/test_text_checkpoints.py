@@ -171,6 +171,19 @@ def test_a_chat_is_written_by_the_checkpoints_template(llama, system, tmp_path):
     assert theirs(tmp_path / "copy").chat_template == TEMPLATE
 
 
+def test_a_template_sees_the_options_of_a_chat(llama, tmp_path):
+    template = "{{ messages[0].content }}{% if not thinking %} dog{% endif %}"
+    change(llama, "tokenizer_config.json", chat_template=template)
+    (llama / "chat_template.jinja").unlink(missing_ok=True)
+    plain = load_tokenizer(str(llama))
+    quick, slow = (for_chat(plain, "", {"thinking": thinking}) for thinking in (False, True))
+    assert quick.encode_prompts(["brown"]) == [plain.encode_responses(["brown dog"])[0][:-1]]
+    assert slow.encode_prompts(["brown"]) == [plain.encode_responses(["brown"])[0][:-1]]
+    assert quick.identity != slow.identity
+    slow.save(str(tmp_path / "copy"))
+    assert load_tokenizer(str(tmp_path / "copy")).identity == slow.identity
+
+
 def test_a_template_that_takes_no_system_is_an_error_in_one_line(llama):
     change(
         llama,

@@ -85,7 +85,7 @@ class TokenizerStage(RecordedStage):
         if not chat.user:
             return plain
         try:
-            for_chats = for_chat(plain, chat.system)
+            for_chats = for_chat(plain, chat.system, chat.options.to_dict())
         except ValueError as error:
             raise ValueError(f"config.task.chat: {self._path or self.name}: {error}") from None
         if not for_chats and not self._otherwise:

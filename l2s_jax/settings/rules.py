@@ -40,7 +40,7 @@ IDLE = (
         lambda source: source not in ("", "tfds"),
         "only tensorflow-datasets have such a name",
     ),
-    Idle("task.chat.system", "task.chat.user", _is_off, "there is no chat"),
+    Idle("task.chat.*", "task.chat.user", _is_off, "there is no chat"),
     *(
         Idle(f"{where}.model_type", f"{where}.train_vocab_size", _is_off, "no tokenizer is trained")
         for where in ("tokenizer", "slm.tokenizer")

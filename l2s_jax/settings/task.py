@@ -33,6 +33,11 @@ class Chat(Section):
         "tokenizer without a chat template gets it as it is.",
     )
     system: str = _text("What the system says before; for some models there is none.")
+    options: dict[str, Any] = setting(
+        {},
+        "Values of other names that the template looks at, as in `{'enable_thinking': False}` for "
+        "Qwen3.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

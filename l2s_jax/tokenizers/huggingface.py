@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -34,6 +34,7 @@ class Special:
     chat_template: Jinja; "" where there is none.
     system: None: prompts are text. Else prompts are what a user says, and this is the system's
       message; "" for none.
+    options: of a chat: values of other names that the template looks at.
     """
 
     eos_id: int
@@ -45,6 +46,7 @@ class Special:
     prompt_eos: bool | None = None
     chat_template: str = ""
     system: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class HuggingFaceTokenizer:
@@ -116,13 +118,15 @@ class HuggingFaceTokenizer:
         """Whether the checkpoint says how a chat is written."""
         return bool(self._special.chat_template)
 
-    def for_chat(self, system: str) -> HuggingFaceTokenizer:
+    def for_chat(self, system: str, options: Mapping[str, Any]) -> HuggingFaceTokenizer:
         """The same tokenizer, for which a prompt is what a user says after the system's message.
+
+        `options`: values of other names that the chat template looks at.
 
         Raises:
           ValueError: its template takes no such messages.
         """
-        special = dataclasses.replace(self._special, system=system)
+        special = dataclasses.replace(self._special, system=system, options=dict(options))
         chat = HuggingFaceTokenizer(self._tokenizer, special, origin="the tokenizer")
         chat.encode_prompts(["text"])
         return chat
@@ -208,7 +212,7 @@ class HuggingFaceTokenizer:
             messages.insert(0, {"role": "system", "content": self._special.system})
         try:
             return self._templated.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True, **self._special.options
             )
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template takes no such prompt: {one_line(error)}") from None

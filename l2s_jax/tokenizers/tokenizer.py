@@ -6,8 +6,8 @@ import itertools
 import logging
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from l2s_jax.files import read_json
 from l2s_jax.gguf_file import is_gguf
@@ -95,16 +95,19 @@ def load_tokenizer(path: str) -> Tokenizer:
     return reading.load(path)
 
 
-def for_chat(tokenizer: Tokenizer, system: str) -> Tokenizer | None:
+def for_chat(
+    tokenizer: Tokenizer, system: str, options: Mapping[str, Any] | None = None
+) -> Tokenizer | None:
     """The tokenizer for prompts that are what a user says, after what the system says.
 
     The chat is written by the template of the tokenizer's checkpoint; None where it has none.
+    `options` are values of other names that the template looks at.
 
     Raises:
       ValueError: the template takes no such messages.
     """
     if isinstance(tokenizer, huggingface.HuggingFaceTokenizer) and tokenizer.has_chat_template:
-        return tokenizer.for_chat(system)
+        return tokenizer.for_chat(system, options or {})
     return None
 
 
