@@ -22,13 +22,16 @@ import pytest
 import tiny
 import torch
 import transformers
+from ml_collections import ConfigDict
 
 import l2s_jax
 from l2s_jax.checkpoints.pretrained import content_hash, load_hf
 from l2s_jax.checkpoints.verify import agreement
+from l2s_jax.data.fitting import fit
+from l2s_jax.data.tasks import load_task
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.serving.generator import Generator
-from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers import for_chat, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -87,6 +90,32 @@ def test_tokenizer(path, theirs):
     assert tokenizer.encode_prompts([turn]) == [[1, 4093, 198, 26843, 2, 198]]
     split = [tokenizer.decode([i]) for i in tokenizer.encode_prompts(["a  12"])[0]]
     assert split == ["a", "  ", "1", "2"]
+
+
+def test_a_long_chat_keeps_its_format(path, theirs):
+    """A page that is too long loses its end, and the model is still asked for an answer."""
+    system = "You are a helpful assistant."
+    chat = for_chat(load_tokenizer(path), system)
+    task = {"name": "t", "source": "jsonl", "splits": {"test": "f"}, "response": "y"}
+    task = load_task(ConfigDict(task | {"chat": {"user": "A title for this:\n\n{page}\n\nTitle:"}}))
+    pages = [page.read_text() for page in PAGES]
+    texts = [*pages, *(page[:200] for page in pages)]
+    prompts = [task.render_prompt({"page": text}) for text in texts]
+    fitted = fit(prompts, chat, 128)
+    assert (fitted.cut, fitted.hopeless) == (len(pages), 0)
+    reference = theirs[1]
+    for prompt, text, ids in zip(prompts, texts, fitted.ids, strict=True):
+        said = reference.decode(ids)
+        assert said.endswith("\n\nTitle:<|im_end|>\n<|im_start|>assistant\n")
+        assert said.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nA title")
+        if len(text) <= 200:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+            whole = reference.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            assert said == whole
+        else:
+            assert 118 <= len(ids) <= 128
 
 
 def test_greedy_text(path, ours, theirs):
