@@ -78,7 +78,7 @@ class HuggingFaceTokenizer:
                     f"{origin}: {name} is {value}, not below the {self.vocab_size} ids"
                 )
         # What the post-processor adds by itself.
-        empty = tokenizer.encode("").ids
+        self._empty = empty = tokenizer.encode("").ids
         bos_id = special.bos_id
         self._has_bos = bos_id is not None and empty[:1] == [bos_id]
         self._has_eos = empty[-1:] == [self.eos_id]
@@ -104,14 +104,13 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def _hashes(self) -> tuple[str, str]:
         """(fingerprint, identity)."""
-        whole = self._tokenizer.to_str()
-        content = json.loads(whole)
+        content = json.loads(self._tokenizer.to_str())
         splitting = [content[name] for name in ("normalizer", "pre_tokenizer", "model")]
         # Whether a token is special decides what decoding leaves out, not how text is split.
         added = [{**token, "special": None} for token in content["added_tokens"]]
         added.sort(key=lambda token: token["id"])
         special = dataclasses.asdict(self._special) | {"end_ids": self.end_ids}
-        return _hash([splitting, added, self._affixes]), _hash([whole, special])
+        return _hash([splitting, added, self._affixes]), _hash([content, special])
 
     @property
     def has_chat_template(self) -> bool:
@@ -194,8 +193,11 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
         """What stands before and after the ids of a prompt."""
-        (probe,) = self._encode(["a"], False)
-        (whole,) = self._encode(["a"], True)
+        # A text that the tokenizer knows: one without "a" and without unk makes nothing of it.
+        texts = ("a", *self._tokenizer.get_vocab(with_added_tokens=False))
+        text = next((text for text in texts if self._tokenizer.encode(text).ids != self._empty), "")
+        (probe,) = self._encode([text], False)
+        (whole,) = self._encode([text], True)
         start = next(i for i in range(len(whole)) if whole[i : i + len(probe)] == probe)
         before, after = whole[:start], whole[start + len(probe) :]
         bos_id = self._special.bos_id
