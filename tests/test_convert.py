@@ -19,6 +19,8 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from test_text_hf import SENTENCES, train
+from tokenizers import processors
 
 from l2s_jax import convert
 from l2s_jax.checkpoints import engine, files, reading
@@ -622,6 +624,42 @@ def test_command_both_ways_with_verify(checkpoints, tmp_path, capsys):
     texts = ["few letters and", "words"]
     for folder in (ours, theirs):
         assert load_tokenizer(str(folder)).encode_prompts(texts) == pieces.encode_prompts(texts)
+
+
+@pytest.mark.parametrize("eos", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("wrapped", ["<s> $A", "<s> $A </s>"])
+def test_a_tokenizer_is_the_same_in_both_formats(eos, wrapped, tmp_path, capsys):
+    source = tmp_path / "source"
+    made, special = train("llama")
+    ids = {name: made.token_to_id(token) for name, token in special.items()}
+    hf.make_causal(
+        str(source),
+        model_type="llama",
+        vocab_size=made.get_vocab_size(),
+        bos_token_id=ids["bos_token"],
+        eos_token_id=[ids["eos_token"], 9],
+        pad_token_id=-1,
+    )
+    (source / "generation_config.json").unlink(missing_ok=True)
+    made.post_processor = processors.TemplateProcessing(
+        single=wrapped,
+        special_tokens=[(token, made.token_to_id(token)) for token in ("<s>", "</s>")],
+    )
+    made.save(str(source / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    if eos == "tokenizer_config.json":
+        named["eos_token"] = "</s>"
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    before = load_tokenizer(str(source))
+    assert before.encode_prompts(["brown"])[0][-1] != before.eos_id
+    assert run(capsys, f"--input={source}", f"--output={tmp_path / 'ours'}")[::2] == (0, "")
+    back = [f"--input={tmp_path / 'ours'}", f"--output={tmp_path / 'theirs'}", "--to=hf"]
+    assert run(capsys, *back)[::2] == (0, "")
+    for folder in ("ours", "theirs"):
+        after = load_tokenizer(str(tmp_path / folder))
+        assert after.encode_prompts(SENTENCES) == before.encode_prompts(SENTENCES)
+        assert after.encode_responses(SENTENCES) == before.encode_responses(SENTENCES)
+        assert (after.pad_id, after.end_ids) == (before.pad_id, before.end_ids)
 
 
 def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypatch):
