@@ -360,6 +360,9 @@ def comet_folder(tmp_path, monkeypatch):
     module = FakeComet("comet")
     module.__spec__ = types.SimpleNamespace(name="comet")
     monkeypatch.setitem(sys.modules, "comet", module)
+    # The package needs it; asked for its GPUs alone.
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
     return str(folder)
 
 

@@ -70,7 +70,8 @@ def checkpoints(tmp_path_factory):
             for share in ((0.5,) if family in ONE_END else (0.4, 0.2))
         )
         assert len(set(ends)) == len(ends)
-        return reference, LanguageModel("llm", module.config), trained, ends
+        config = dataclasses.replace(module.config, eos_id=ends[0])
+        return reference, LanguageModel("llm", config), trained, ends
 
     return make
 

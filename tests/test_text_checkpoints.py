@@ -42,6 +42,7 @@ def equal(directory, texts):
 def t5(tmp_path):
     """A T5 of 200 ids with a SentencePiece model alone, as google/t5-v1_1's first files were."""
     train_sentencepiece(TEXTS, vocab_size=64, directory=str(tmp_path / "t5"), model_type="bpe")
+    (tmp_path / "t5/tokenizer_config.json").unlink()
     (tmp_path / "t5/config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 200}))
     return tmp_path / "t5"
 

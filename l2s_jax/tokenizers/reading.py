@@ -153,6 +153,17 @@ def _read(directory: str, path: str, given: dict[str, dict[str, Any]]) -> Any:
     return made
 
 
+def is_own(directory: str) -> bool:
+    """Whether a SentencePiece model beside a T5 of transformers' format was trained here.
+
+    Version 0.1 wrote it alone, for models with no room for more than its pieces.
+    """
+    settings, file = (os.path.join(directory, name) for name in (SETTINGS_FILE, TOKENIZER_FILE))
+    if os.path.exists(settings):
+        return "file" in read_json(settings).get(OWN, {}) and not os.path.exists(file)
+    return is_bare(directory) and not sentinels(directory)
+
+
 def is_bare(directory: str) -> bool:
     """Whether a SentencePiece model is all that a checkpoint says of its tokenizer."""
     names = set(os.listdir(directory))

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece as spm
 
-from l2s_jax.files import one_line, write_bytes
+from l2s_jax.files import one_line, write_bytes, write_json
+from l2s_jax.tokenizers.huggingface import OWN, SETTINGS_FILE
 
 MODEL_FILE = "spiece.model"
 MODEL_TYPES = ("unigram", "bpe")
@@ -69,8 +70,13 @@ class SentencePieceTokenizer:
         return self._processor.decode(kept)
 
     def save(self, directory: str) -> None:
-        """Writes `spiece.model` into `directory`, which is made if need be."""
+        """Writes `spiece.model` into `directory`, which is made if need be.
+
+        A file beside it says that this is all: transformers' T5 has 100 sentinels more by default.
+        """
         os.makedirs(directory, exist_ok=True)
+        settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, OWN: {"file": MODEL_FILE}}
+        write_json(os.path.join(directory, SETTINGS_FILE), settings)
         write_bytes(os.path.join(directory, MODEL_FILE), self._model)
 
 

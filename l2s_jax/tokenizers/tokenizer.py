@@ -88,9 +88,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     model = os.path.join(path, reading.MODEL_FILE)
     is_theirs = os.path.exists(model) and "model_type" in read_json(model)
-    # To transformers, the pieces that were trained here are a T5's that has no sentinels.
-    is_ours = not is_theirs or (reading.is_bare(path) and not reading.sentinels(path))
-    if sentencepiece.MODEL_FILE in names and is_ours:
+    if sentencepiece.MODEL_FILE in names and (not is_theirs or reading.is_own(path)):
         return sentencepiece.load(os.path.join(path, sentencepiece.MODEL_FILE))
     return reading.load(path)
 
