@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.fitting import fit, shortened
 from l2s_jax.data.tasks import Example, load_task
-from l2s_jax.data.templates import Span, Template, fields_of
+from l2s_jax.data.templates import Span, Template, fields_of, spans_of
+from l2s_jax.data.text import text_list
 
 
 class Characters:
@@ -77,6 +78,13 @@ def test_a_long_field_is_cut_between_words_on_its_side():
     )
     assert shortened(prompt, 30) == prompt
     assert shortened("x" * 30, 4) == "xxxx"
+
+
+@pytest.mark.parametrize("text", ["plain", "größer \N{SNOWMAN}"])
+def test_a_prompt_on_its_way_to_a_generator_knows_its_fields(text):
+    prompt = render("say {a}!", {"a": text}, {"a": "start"})
+    (taken,) = text_list([prompt], "prompts")
+    assert taken == prompt and spans_of(taken) == prompt.spans
 
 
 def test_a_text_alone_loses_its_last_tokens_as_ever():

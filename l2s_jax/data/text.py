@@ -16,8 +16,10 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 def whole(text: str) -> str:
     """The text with U+FFFD for each half of a character."""
-    # A half cannot be in a string of narrower characters, and such a string is found at once.
-    return text if text.isascii() else _HALVES.sub("\N{REPLACEMENT CHARACTER}", text)
+    # Where there is nothing to mend it is the same object: a Prompt knows where its fields lie.
+    if text.isascii() or not _HALVES.search(text):
+        return text
+    return _HALVES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def all_whole(value: Any) -> Any:
