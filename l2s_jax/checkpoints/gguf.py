@@ -281,7 +281,7 @@ def _fields(
         "tie_word_embeddings": "lm_head.weight" not in infos,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in infos,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in infos,
-        "eos_token_id": end_ids(header),
+        "eos_token_id": header.integer("tokenizer.ggml.eos_token_id"),
         "pad_token_id": header.integer("tokenizer.ggml.padding_token_id"),
         "bos_token_id": header.integer("tokenizer.ggml.bos_token_id"),
     }
@@ -290,13 +290,6 @@ def _fields(
     if scaling := _scaling(header, kind, fields, factors):
         fields["rope_scaling"] = scaling
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def end_ids(header: Header) -> list[int] | None:
-    """Where generation ends: the end of a text, then that of a turn."""
-    names = ("eos_token_id", "eot_token_id")
-    found = [header.integer(f"tokenizer.ggml.{name}") for name in names]
-    return list(dict.fromkeys(i for i in found if i is not None)) or None
 
 
 def _shortest(value: float | None) -> float:

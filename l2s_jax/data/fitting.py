@@ -77,7 +77,7 @@ def fit(prompts: Sequence[str], tokenizer: Tokenizer, most: int) -> Fitted:
             (span,) = spans
             # Nothing but an eos follows: what is lost are the last tokens.
             share = 1 - most / len(ids[i])
-            ids[i] = cut(ids[i], most, tokenizer.eos_id)
+            ids[i] = _cut_ids(ids[i], most, tokenizer.eos_id)
             size = span.stop - span.start
             _count(losses, span, round(share * size), size)
         else:
@@ -92,7 +92,7 @@ def fit(prompts: Sequence[str], tokenizer: Tokenizer, most: int) -> Fitted:
     return Fitted(ids, len(long), hopeless, dict(losses))
 
 
-def cut(ids: list[int], most: int, eos_id: int) -> list[int]:
+def _cut_ids(ids: list[int], most: int, eos_id: int) -> list[int]:
     """The first `most` ids; the eos stays where they end with one."""
     if len(ids) <= most:
         return ids
@@ -149,6 +149,6 @@ def _search(
                 bracket.too_long, bracket.tokens = length, len(ids)
             else:
                 hopeless += 1
-                bracket.too_long, bracket.ids = 0, cut(ids, most, tokenizer.eos_id)
+                bracket.too_long, bracket.ids = 0, _cut_ids(ids, most, tokenizer.eos_id)
         places = [i for i in places if brackets[i].is_open(most)]
     return [(bracket.ids, max(bracket.fits, 0)) for bracket in brackets], hopeless

@@ -24,6 +24,7 @@ import fsspec
 import numpy as np
 
 from l2s_jax.data.text import all_whole, decoded
+from l2s_jax.files import one_line
 
 STDIN = "-"
 
@@ -315,11 +316,6 @@ def _to_python(value: Any) -> Any:
     if isinstance(value, list):
         return [_to_python(item) for item in value]
     return value
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())
 
 
 def _first_line(error: Exception) -> str:

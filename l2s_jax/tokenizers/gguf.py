@@ -17,6 +17,7 @@ from tokenizers import (
     pre_tokenizers,
 )
 
+from l2s_jax.files import one_line
 from l2s_jax.gguf_file import Header, read_header
 
 # Values of tokenizer.ggml.token_type.
@@ -68,7 +69,7 @@ def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
     except ValueError:
         raise
     except Exception as error:  # the library raises no narrower type
-        raise ValueError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: not a tokenizer: {one_line(error)}") from None
     ids = {
         name: _token(header, f"tokenizer.ggml.{theirs}_token_id", len(tokens))
         for name, theirs in (
