@@ -34,6 +34,7 @@ from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 from l2s_jax.models.serving import float_dtype
 from l2s_jax.models.stacking import stack_layers
+from l2s_jax.models.vocabulary import without_vocabulary
 
 __all__ = [
     "abstract_encoder",
@@ -54,7 +55,7 @@ __all__ = [
 
 FORMAT = "l2s_jax"
 # Of a model config: how programs compute, which no file says.
-RUNTIME_FIELDS = ("dtype", "scan_layers", "remat")
+RUNTIME_FIELDS = ("dtype", "scan_layers", "remat", "vocabulary")
 FAMILIES: tuple[Family, ...] = (t5.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY)
 
 
@@ -288,7 +289,7 @@ def _native_family(fields: dict[str, Any], path: str) -> Family:
 
 def save_hf(config: Any, params: Params, directory: str) -> None:
     """Writes config.json and model.safetensors (float32), as transformers reads them."""
-    family = family_of(config)
+    family, config = family_of(config), without_vocabulary(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
     entries = make_entries(family.make_rules(config), list(shapes))
     tensors = write_tensors(params, entries, shapes)
@@ -297,7 +298,7 @@ def save_hf(config: Any, params: Params, directory: str) -> None:
 
 def config_to_native(config: Any) -> dict[str, Any]:
     """A model config as a JSON object: its family and its fields but those of RUNTIME_FIELDS."""
-    fields = dataclasses.asdict(config)
+    fields = dataclasses.asdict(without_vocabulary(config))
     for name in RUNTIME_FIELDS:
         del fields[name]
     return {"format": FORMAT, "family": family_of(config).name, **fields}
@@ -342,7 +343,7 @@ def _nested(kind: type, fields: dict[str, Any]) -> Any:
 
 def save_native(config: Any, params: Params, directory: str) -> None:
     """Writes config.json (`config_to_native`) and params.safetensors (float32)."""
-    family = family_of(config)
+    family, config = family_of(config), without_vocabulary(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
     tensors = write_tensors(params, own_entries(shapes), shapes)
     write_directory(directory, config_to_native(config), tensors, "params")

@@ -30,7 +30,7 @@ AnyArray = jax.Array | np.ndarray
 RULES: tuple[tuple[str, P], ...] = (
     # The vocabulary over `tensor`. Over `fsdp` too, whose devices have different rows of a batch,
     # each would need all of it: the compiler gathers the table, or adds up whole batches.
-    (r"(.*/)?token_embedding/embedding", P("tensor", "fsdp")),
+    (r"(.*/)?(token|response)_embedding/embedding", P("tensor", "fsdp")),
     (r"(.*/)?position_embedding/embedding", P(None, "fsdp")),
     (r".*/(query|key|value|wi|wi_gate)/kernel", P("fsdp", "tensor")),
     (r".*/(query|key|value|wi|wi_gate)/bias", P("tensor")),
@@ -45,7 +45,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/relative_bias/embedding", P()),
     (r".*/scale", P()),
 )
-_VOCABULARY = r"(.*/)?(token_embedding/embedding|head/kernel)"
+_VOCABULARY = r"(.*/)?((token|response)_embedding/embedding|head/kernel)"
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

@@ -22,6 +22,7 @@ from l2s_jax.models.cache import CausalCache, KeyValue, place, write_position
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
+from l2s_jax.models.vocabulary import RESPONSE_TABLE
 
 
 class CausalAttention(nn.Module):
@@ -104,10 +105,10 @@ class CausalModel(nn.Module):
     """A decoder-only language model. `apply({"params": p}, ids, mask)` -> logits [B, T, V].
 
     A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (make_layers, each
-    called as CausalAttention is, on the residual stream), `final_norm`, `embedding_dropout`, and
-    `head` (layers.Linear) unless `config.tied_head`. `config` has vocab_size, width, num_layers,
-    tied_head, scan_layers, remat and `windows`, how many positions back each layer sees (None:
-    all).
+    called as CausalAttention is, on the residual stream), `final_norm`, `embedding_dropout`,
+    `head` (layers.Linear) unless `config.tied_head`, and `response_embedding` where there is a
+    `config.vocabulary`. `config` has vocab_size, width, num_layers, tied_head, scan_layers, remat
+    and `windows`, how many positions back each layer sees (None: all).
     """
 
     config: Any
@@ -122,7 +123,10 @@ class CausalModel(nn.Module):
 
     def _logits(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T V"]:
         x = self.final_norm(x)
-        return self.token_embedding.attend(x) if self.config.tied_head else self.head(x)
+        if not self.config.tied_head:
+            return self.head(x)
+        table = self.response_embedding if self.config.vocabulary else self.token_embedding
+        return table.attend(x)
 
     def _run(
         self,
@@ -157,8 +161,12 @@ class CausalModel(nn.Module):
         return x, tuple(held) if keep else ()
 
     def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
-        """Embedded tokens."""
+        """Embedded tokens of a prompt."""
         return self.token_embedding(ids)
+
+    def embed_response(self, ids: Int[AnyArray, " B *S"]) -> Float32[Array, "B *S D"]:
+        """Embedded tokens of a response."""
+        return self.response_embedding(ids) if self.config.vocabulary else self.embed(ids)
 
     def hidden_states(
         self,
@@ -213,7 +221,7 @@ class CausalModel(nn.Module):
     ) -> Float32[Array, "B S V"]:
         """Logits of each response token, given the embedded prompt and the tokens before it."""
         before = response_ids[:, :-1]
-        x = jnp.concatenate([prompt, self.embed(before)], axis=1)
+        x = jnp.concatenate([prompt, self.embed_response(before)], axis=1)
         mask = jnp.concatenate([prompt_mask, jnp.ones(before.shape, bool)], axis=1)
         x, _ = self._run(x, token_positions(mask), mask, deterministic)
         states = jnp.concatenate(
@@ -254,7 +262,7 @@ class CausalModel(nn.Module):
         positions = update(cache.positions, position, cache.index, axis=1)
         mask = update(cache.mask, jnp.ones_like(position, bool), cache.index, axis=1)
         biases, which = _biases(self.config.windows, mask[:, None, :], position, positions)
-        x = split_rows(self.enter(self.embed(token[:, None]), position))
+        x = split_rows(self.enter(self.embed_response(token[:, None]), position))
         written = []
         layers = each_layer(self.layers)
         for layer, i, held in zip(layers, which, cache.layers, strict=True):
@@ -274,8 +282,10 @@ class CausalModel(nn.Module):
     def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:
         """Numbers that `step` reads: all but tables of which a token reads one row."""
         tables = {"position_embedding"}
-        if not self.config.tied_head:
+        if self.config.vocabulary or not self.config.tied_head:
             tables.add("token_embedding")
+        if not self.config.tied_head:
+            tables.add(RESPONSE_TABLE)
         return sum(
             leaf.size
             for name, part in params.items()

@@ -13,6 +13,7 @@ from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.stacking import make_layers
+from l2s_jax.models.vocabulary import Vocabulary, response_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class GPT2Config:
     pad_id: int = 50256
     eos_id: int = 50256
     dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
+    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
+    vocabulary: Vocabulary | None = None
     # How a program is made of the layers, with the same results; see models/stacking.py.
     scan_layers: bool = False
     remat: bool = False
@@ -124,6 +127,8 @@ class GPT2(CausalModel):
         c = self.config
         normal = nn.initializers.normal(0.02)
         self.token_embedding = Embedding(c.vocab_size, c.width, normal, c.dtype)
+        if c.vocabulary:
+            self.response_embedding = Embedding(response_size(c), c.width, normal, c.dtype)
         self.position_embedding = Embedding(
             c.max_positions, c.width, nn.initializers.normal(0.01), c.dtype
         )
@@ -131,7 +136,7 @@ class GPT2(CausalModel):
         self.layers = make_layers(lambda: Layer(c), c, c.num_layers)
         self.final_norm = LayerNorm(c.norm_epsilon)
         if not c.tied_head:
-            self.head = Linear(c.vocab_size, normal, c.dtype, jnp.float32)
+            self.head = Linear(response_size(c), normal, c.dtype, jnp.float32)
 
     def enter(
         self, x: Float32[Array, "B T D"], positions: Int32[Array, "B T"]

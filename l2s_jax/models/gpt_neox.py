@@ -14,6 +14,7 @@ from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import make_layers
+from l2s_jax.models.vocabulary import Vocabulary, response_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class GPTNeoXConfig:
     # Nothing here depends on it, but other programs take an exported model's limit from it.
     trained_positions: int = 0
     dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
+    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
+    vocabulary: Vocabulary | None = None
     # How a program is made of the layers, with the same results; see models/stacking.py.
     scan_layers: bool = False
     remat: bool = False
@@ -131,8 +134,10 @@ class GPTNeoX(CausalModel):
         c = self.config
         normal = nn.initializers.normal(0.02)
         self.token_embedding = Embedding(c.vocab_size, c.width, normal, c.dtype)
+        if c.vocabulary:
+            self.response_embedding = Embedding(response_size(c), c.width, normal, c.dtype)
         self.embedding_dropout = Dropout(c.dropout_rate)
         self.layers = make_layers(lambda: Layer(c), c, c.num_layers)
         self.final_norm = LayerNorm(c.norm_epsilon)
         if not c.tied_head:
-            self.head = Linear(c.vocab_size, normal, c.dtype, jnp.float32)
+            self.head = Linear(response_size(c), normal, c.dtype, jnp.float32)

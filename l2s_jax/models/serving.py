@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import qwix
 
 from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.vocabulary import RESPONSE_TABLE
 
 WEIGHTS = ("float", "int8")
 
@@ -23,7 +24,8 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
     """A model's parameters, with what products read in the form in which they read it.
 
     Args:
-      params: of a model or of a part of it, float32; layers may be stacked.
+      params: of a model or of a part of it, float32, with the vocabulary of `config`; layers may be
+        stacked.
       config: of the model.
       weights: "float", kernels in the dtype of the products: no program has to cast them, and the
         results are the same. "int8": kernels, and a table that is also the head, by qwix, with one
@@ -41,12 +43,14 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
         quantized = qwix.quantize(whole, jnp.int8, channelwise_axes=axes)
         return quantized if isinstance(leaf, jax.Array) else jax.device_get(quantized)
 
+    table = RESPONSE_TABLE if config.vocabulary else "token_embedding"
+
     def serve(path: tuple, leaf: Any) -> Any:
         *_, owner, name = (key.key for key in path)
         if weights == "int8":
             if name == "kernel":
                 return quantize(leaf, *range(leaf.ndim - 2), leaf.ndim - 1)
-            if owner == "token_embedding" and config.tied_head:
+            if owner == table and config.tied_head:
                 return quantize(leaf, 0)
         return leaf.astype(float_dtype(name, config), copy=False)
 

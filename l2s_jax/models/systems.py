@@ -12,8 +12,8 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
 `trained` is what an optimizer sees; a frozen LLM is only ever in `frozen`. Systems are hashable,
 so that they can be static arguments of `jax.jit`.
 
-Layers of `trained` are never stacked: where its config has `scan_layers`, `logits` stacks them in
-its program. Those of `frozen` are, where the LLM's config has it.
+`trained` holds whole models: where a config has a vocabulary, `logits` and `to_serve` cut it. Its
+layers are never stacked: where a config has `scan_layers`, `logits` stacks them in its program. Those of `frozen` are, where the LLM's config has it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from l2s_jax.models.l2s import L2S
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
+from l2s_jax.models.vocabulary import cut, without_vocabulary
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, AnyArray]
@@ -59,8 +60,14 @@ def _one_by_one(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, scan_layers=False, remat=False)
 
 
-def _as_trained(params: Params, config: ModelConfig) -> Params:
-    """A system's trained parameters as the module of `config` takes them in training."""
+def _whole(config: ModelConfig) -> ModelConfig:
+    """Likewise, of the module that has the parameters which are trained and saved."""
+    return without_vocabulary(_one_by_one(config))
+
+
+def _as_trained(params: Params, name: str, config: ModelConfig) -> Params:
+    """A system's trained parameters as the module of `config`, called `name`, takes them."""
+    params = {**params, name: cut(params[name], config)}
     if not config.scan_layers:
         return params
     # Cast first, as products would, so that the copy is no larger than it has to be.
@@ -104,7 +111,7 @@ class LanguageModel:
         """Random float32 parameters."""
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
-        module = make_module(_one_by_one(self.config))
+        module = make_module(_whole(self.config))
         return {self.name: module.init(key, ids, mask, ids, True, method=_respond)["params"]}
 
     def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +128,7 @@ class LanguageModel:
         """Teacher-forced logits of the response."""
         return _apply(
             make_module(self.config),
-            _as_trained(trained, self.config)[self.name],
+            _as_trained(trained, self.name, self.config)[self.name],
             batch[f"{self.prompt_name}_ids"],
             batch[f"{self.prompt_name}_mask"],
             batch["response_ids"],
@@ -166,13 +173,16 @@ class LanguageModel:
         """As transformers counts them: a decoder-only model's prompt, else the start token."""
         if isinstance(self.config, T5Config):
             return _start_token(self.config, len(ids))
+        if self.config.vocabulary:
+            return self.config.vocabulary.places(ids, mask)
         return ids, mask
 
     def to_serve(
         self, trained: Params, frozen: Params, weights: str = "float"
     ) -> tuple[Params, Params]:
         """Parameters as generation holds them; `weights` is one of serving.WEIGHTS."""
-        return {self.name: to_serve(trained[self.name], self.config, weights)}, frozen
+        params = cut(trained[self.name], self.config)
+        return {self.name: to_serve(params, self.config, weights)}, frozen
 
     def parameters_read_per_token(self, trained: Params) -> int:
         """Numbers that one decoding step reads."""
@@ -236,7 +246,7 @@ class LlmToSlm:
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
         hidden = jnp.zeros((1, 2, self.llm_config.width))
-        module = self._module(_one_by_one(self.slm_config))
+        module = self._module(_whole(self.slm_config))
         return module.init(key, ids, mask, hidden, ids, hidden)["params"]
 
     def logits(
@@ -257,7 +267,7 @@ class LlmToSlm:
             hidden = self.encode(trained, frozen, ids, mask)
         return _apply(
             self._module(self.slm_config),
-            _as_trained(trained, self.slm_config),
+            _as_trained(trained, "slm", self.slm_config),
             ids,
             mask,
             hidden,
@@ -314,7 +324,7 @@ class LlmToSlm:
         joint = {name: part for name, part in trained.items() if name != "slm"}
         return {
             **to_serve(joint, self.slm_config, "float"),
-            "slm": to_serve(trained["slm"], self.slm_config, weights),
+            "slm": to_serve(cut(trained["slm"], self.slm_config), self.slm_config, weights),
         }, to_serve(frozen, self.llm_config, weights)
 
     def parameters_read_per_token(self, trained: Params) -> int:

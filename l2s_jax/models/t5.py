@@ -20,6 +20,7 @@ from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
+from l2s_jax.models.vocabulary import RESPONSE_TABLE, response_size
 
 
 class Encoder(nn.Module):
@@ -119,15 +120,23 @@ class T5(nn.Module):
         self.token_embedding = Embedding(
             c.vocab_size, c.width, nn.initializers.normal(1.0), c.dtype
         )
+        if c.vocabulary:
+            self.response_embedding = Embedding(
+                response_size(c), c.width, nn.initializers.normal(1.0), c.dtype
+            )
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         if not c.tied_head:
             initializer = nn.initializers.normal(c.width**-0.5)
-            self.head = Linear(c.vocab_size, initializer, c.dtype, jnp.float32)
+            self.head = Linear(response_size(c), initializer, c.dtype, jnp.float32)
 
     def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
-        """Embedded tokens."""
+        """Embedded tokens of a prompt."""
         return self.token_embedding(ids)
+
+    def embed_response(self, ids: Int[AnyArray, "B S"]) -> Float32[Array, "B S D"]:
+        """Embedded tokens of a response."""
+        return self.response_embedding(ids) if self.config.vocabulary else self.embed(ids)
 
     def encode(
         self,
@@ -147,7 +156,8 @@ class T5(nn.Module):
     def _logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
         if self.config.tied_head:
             scale = self.config.width**-0.5 if self.config.scaled_head else 1.0
-            return self.token_embedding.attend(x * scale)
+            table = self.response_embedding if self.config.vocabulary else self.token_embedding
+            return table.attend(x * scale)
         return self.head(x)
 
     def decode(
@@ -158,7 +168,9 @@ class T5(nn.Module):
         deterministic: bool = True,
     ) -> Float32[Array, "B S V"]:
         """Logits, from decoder_ids that are already shifted right and the encoder's output."""
-        return self._logits(self.decoder(self.embed(decoder_ids), hidden, mask, deterministic))
+        return self._logits(
+            self.decoder(self.embed_response(decoder_ids), hidden, mask, deterministic)
+        )
 
     def __call__(
         self,
@@ -209,7 +221,7 @@ class T5(nn.Module):
         self, token: Int[AnyArray, " B"], cache: DecoderCache
     ) -> tuple[Float32[Array, "B V"], DecoderCache]:
         """(logits of the next token, the cache with this one in)."""
-        x, cache = self.decoder.step(self.embed(token[:, None]), cache)
+        x, cache = self.decoder.step(self.embed_response(token[:, None]), cache)
         return self._logits(x)[:, 0], cache
 
     @nn.nowrap
@@ -228,5 +240,6 @@ class T5(nn.Module):
             for key, layer in decoder.items()
             if key.startswith("layers_")
         )
-        head = params["token_embedding"] if self.config.tied_head else params["head"]
+        table = RESPONSE_TABLE if self.config.vocabulary else "token_embedding"
+        head = params[table if self.config.tied_head else "head"]
         return size(decoder) - cross_inputs + size(head)

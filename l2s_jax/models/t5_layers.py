@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int32
 from l2s_jax.models.cache import KeyValue, write_position
 from l2s_jax.models.layers import Attention, Dropout, Linear, RMSNorm
 from l2s_jax.models.relative import RelativeBias
+from l2s_jax.models.vocabulary import Vocabulary
 
 ACTIVATIONS = {
     "relu": (nn.relu, False),
@@ -42,6 +43,8 @@ class T5Config:
     eos_id: int = 1
     decoder_start_id: int = 0
     dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
+    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
+    vocabulary: Vocabulary | None = None
     # How a program is made of the layers, with the same results; see models/stacking.py.
     scan_layers: bool = False
     remat: bool = False

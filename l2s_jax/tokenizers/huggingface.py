@@ -112,6 +112,19 @@ class HuggingFaceTokenizer:
         special = dataclasses.asdict(self._special) | {"end_ids": self.end_ids}
         return _hash([splitting, added, self._affixes]), _hash([content, special])
 
+    @functools.cached_property
+    def pieces(self) -> Sequence[str]:
+        """Of each id, its text as the vocabulary has it; "" of an id that stands for none."""
+        return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
+
+    @functools.cached_property
+    def special_ids(self) -> Sequence[int]:
+        """Ids that stand for no text, ascending."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        marked = {id for id, token in added.items() if token.special}
+        named = {getattr(self._special, f"{name}_id") for name in ("pad", "bos", "unk")}
+        return sorted({*marked, *self.end_ids, *(named - {None})})
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint says how a chat is written."""

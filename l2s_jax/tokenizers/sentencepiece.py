@@ -6,6 +6,7 @@ task that needs them must mark them in its text.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -54,6 +55,18 @@ class SentencePieceTokenizer:
         for name, token in (("padding", self.pad_id), ("end of sequence", self.eos_id)):
             if token < 0:
                 raise ValueError(f"{origin}: the model must have a {name} piece and has none")
+
+    @functools.cached_property
+    def pieces(self) -> Sequence[str]:
+        """Of each id, its text as the vocabulary has it."""
+        return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+
+    @functools.cached_property
+    def special_ids(self) -> Sequence[int]:
+        """Ids that stand for no text, ascending."""
+        processor = self._processor
+        kinds = (processor.is_control, processor.is_unknown, processor.is_unused)
+        return [id for id in range(self.vocab_size) if any(kind(id) for kind in kinds)]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, eos last."""

@@ -6,13 +6,14 @@ import itertools
 import logging
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from l2s_jax.files import read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find, is_name
 from l2s_jax.tokenizers import huggingface, reading, sentencepiece
+from l2s_jax.tokenizers.cut import CutTokenizer, read_kept
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Tokenizer(Protocol):
     is_chat: whether a prompt is what a user says, around which a chat is written.
     fingerprint: a hash of what decides the ids of a text: of those with the same one, an embedding
       may be shared. identity: a hash of all that decides the ids of prompts and responses.
+    pieces: of each id, its text as the vocabulary has it; "" of an id that stands for none.
+    special_ids: ids that stand for no text, ascending, such as those that end a response.
     """
 
     vocab_size: int
@@ -47,6 +50,12 @@ class Tokenizer(Protocol):
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def pieces(self) -> Sequence[str]: ...
+
+    @property
+    def special_ids(self) -> Sequence[int]: ...
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the special tokens that its family puts around a prompt."""
@@ -65,7 +74,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Loads a tokenizer.
+    """Loads a tokenizer, whole or cut.
 
     Args:
       path: a SentencePiece model, a tokenizer.json, a GGUF file, or the directory of a checkpoint,
@@ -86,6 +95,13 @@ def load_tokenizer(path: str) -> Tokenizer:
             f"{path}: no tokenizer; expected {sentencepiece.MODEL_FILE}, "
             f"{huggingface.TOKENIZER_FILE} or another file that transformers reads"
         )
+    whole = _load_whole(path, names)
+    kept = read_kept(path)
+    return whole if kept is None else CutTokenizer(whole, kept, origin=path)
+
+
+def _load_whole(path: str, names: Collection[str]) -> Tokenizer:
+    """That of a directory which holds files of these names."""
     model = os.path.join(path, reading.MODEL_FILE)
     is_theirs = os.path.exists(model) and "model_type" in read_json(model)
     if sentencepiece.MODEL_FILE in names and (not is_theirs or reading.is_own(path)):

@@ -1,0 +1,120 @@
+"""A vocabulary cut to a task: a model writes with some rows of its vocabulary, and reads with all.
+
+The head of a small model is most of what a token reads. A model whose config has a `Vocabulary`
+takes and gives the ids of responses among the rows that are kept. Its parameters, trained and
+saved, are those of the whole model: `cut` makes of them what its module takes, in a program that
+trains and in one that generates. Its logits are those of the whole head at the rows kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from l2s_jax.cluster.sharding import AnyArray
+
+RESPONSE_TABLE = "response_embedding"
+
+C = TypeVar("C")
+
+
+class Vocabulary:
+    """The rows of a vocabulary that responses are written with; hashable, by its content.
+
+    Attributes:
+      kept: int32 [V]: the row of the whole vocabulary for each id of a response, ascending.
+    """
+
+    def __init__(self, kept: Sequence[int] | np.ndarray):
+        self.kept = np.array(kept, np.int32)
+        self.kept.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @functools.cached_property
+    def _content(self) -> bytes:
+        return self.kept.tobytes()
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def place(self, id: int) -> int:
+        """The id of a response for an id of the whole vocabulary.
+
+        Raises:
+          ValueError: it is not kept.
+        """
+        place = int(np.searchsorted(self.kept, id))
+        if place == len(self.kept) or self.kept[place] != id:
+            raise ValueError(f"id {id}: expected one of the {len(self.kept)} ids that are kept")
+        return place
+
+    def places(
+        self, ids: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]
+    ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        """(ids of responses for ids of the whole, mask of those that are kept among `mask`)."""
+        kept = jnp.asarray(self.kept)
+        places = jnp.minimum(jnp.searchsorted(kept, ids), len(self.kept) - 1)
+        return places, mask & (kept[places] == ids)
+
+
+def with_vocabulary(config: C, kept: Sequence[int] | np.ndarray | None) -> C:
+    """The config of a model that writes with these rows of its vocabulary; None: with all."""
+    if kept is None:
+        return config
+    vocabulary = Vocabulary(kept)
+    names = [name for name in ("pad_id", "eos_id", "decoder_start_id") if hasattr(config, name)]
+    changes = {name: vocabulary.place(getattr(config, name)) for name in names}
+    return dataclasses.replace(config, vocabulary=vocabulary, **changes)  # type: ignore[type-var]
+
+
+def without_vocabulary(config: C) -> C:
+    """The config of the whole model."""
+    vocabulary = config.vocabulary  # type: ignore[attr-defined]
+    if vocabulary is None:
+        return config
+    names = [name for name in ("pad_id", "eos_id", "decoder_start_id") if hasattr(config, name)]
+    changes = {name: int(vocabulary.kept[getattr(config, name)]) for name in names}
+    return dataclasses.replace(config, vocabulary=None, **changes)  # type: ignore[type-var]
+
+
+def response_size(config: Any) -> int:
+    """How many ids responses are written with."""
+    return config.vocab_size if config.vocabulary is None else len(config.vocabulary)
+
+
+def cut(params: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """A whole model's parameters as the module of `config` takes them.
+
+    The table that responses are read from, and a head, have the kept rows and columns alone.
+    """
+    if config.vocabulary is None:
+        return dict(params)
+    rows = jnp.asarray(config.vocabulary.kept)
+
+    def take(leaf: Any, axis: int) -> Any:
+        # What lies on the host stays there: a large model may not fit on a device.
+        if isinstance(leaf, np.ndarray):
+            return np.take(leaf, config.vocabulary.kept, axis=axis)
+        return jnp.take(leaf, rows, axis=axis)
+
+    table = params["token_embedding"]["embedding"]
+    new = {**params, RESPONSE_TABLE: {"embedding": take(table, 0)}}
+    if "head" in params:
+        new["head"] = jax.tree.map(lambda leaf: take(leaf, leaf.ndim - 1), params["head"])
+    return new
