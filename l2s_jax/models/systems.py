@@ -13,7 +13,8 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
 so that they can be static arguments of `jax.jit`.
 
 `trained` holds whole models: where a config has a vocabulary, `logits` and `to_serve` cut it. Its
-layers are never stacked: where a config has `scan_layers`, `logits` stacks them in its program. Those of `frozen` are, where the LLM's config has it.
+layers are never stacked: where its config has `scan_layers`, `logits` stacks them in its program.
+Those of `frozen` are, where the LLM's config has it.
 """
 
 from __future__ import annotations
