@@ -25,7 +25,9 @@ from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
 
-STAGES = ("tokenizer", "slm_tokenizer", "llm", "labels", "slm", "features", "l2s")
+STAGES = (
+    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "slm", "features", "l2s",
+)  # fmt: skip
 MODES = ("train", "evaluate", "generate", "plan", "status")
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -146,7 +146,7 @@ class Parameter(NamedTuple):
 
 def inspect(directory: str) -> list[Parameter]:
     """What `load` would read of a directory, all names and shapes checked, no weight read."""
-    with _opened(directory) as (_, _, files, entries, shapes, ignored):
+    with opened(directory) as (_, _, files, entries, shapes, ignored):
         return [
             Parameter(path, shapes[path], files.dtype(first), first)
             for entry, (first, *_) in matched(files, entries, shapes, ignored=ignored)
@@ -155,7 +155,7 @@ def inspect(directory: str) -> list[Parameter]:
 
 
 @contextlib.contextmanager
-def _opened(directory: str, format: str | None = None) -> Iterator[tuple]:
+def opened(directory: str, format: str | None = None) -> Iterator[tuple]:
     """(family, config, files, entries, shapes, ignored keys) of a directory of either kind."""
     directory = find(directory)
     if is_gguf(directory):
@@ -192,7 +192,7 @@ def encodes_only(directory: str) -> bool:
     Raises:
       ValueError: it holds neither, or what doesn't fit.
     """
-    with _opened(directory) as (family, _, files, entries, shapes, ignored):
+    with opened(directory) as (family, _, files, entries, shapes, ignored):
         try:
             matched(files, entries, shapes, ignored=ignored)
         except ValueError:
@@ -244,7 +244,7 @@ def _load(
     scan_layers: bool = False,
     kept: Sequence[str] | None = None,
 ) -> tuple[nn.Module, Params]:
-    with _opened(directory, format) as (family, config, files, entries, shapes, ignored):
+    with opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
         if layer is not None:
             try:

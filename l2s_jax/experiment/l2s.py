@@ -12,9 +12,10 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
-from l2s_jax.experiment.slm import start_inputs
+from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
+from l2s_jax.experiment.vocabulary import VocabularyStage
 
 if TYPE_CHECKING:
     from l2s_jax.models.systems import LlmToSlm, Params
@@ -27,23 +28,26 @@ class L2sStage(TrainedStage):
         self,
         context: Context,
         llm: LlmStage,
+        start: SlmStart,
         tokenizer: TokenizerStage,
         labels: LabelStage,
+        vocabulary: VocabularyStage,
         features: FeatureStage,
     ):
-        needs = (llm, tokenizer.source, labels, features)
-        super().__init__(context, "l2s", *needs, prompts=llm.prompts, responses=tokenizer)
-        self._llm, self._labels, self._features = llm, labels, features
+        needs = (llm, tokenizer.source, labels, vocabulary, features)
+        super().__init__(context, "l2s", *needs, prompts=llm.prompts, responses=vocabulary)
+        self._llm, self._start, self._labels, self._features = llm, start, labels, features
+        self._tokenizer = tokenizer
 
     @property
     def shared_vocabulary(self) -> bool:
-        """Whether LLM and SLM have the same tokenizer."""
-        return self.prompts.tokenizer.fingerprint == self.responses.tokenizer.fingerprint
+        """Whether LLM and SLM have the same tokenizer, of which responses may have a part."""
+        return self.prompts.tokenizer.fingerprint == self._tokenizer.tokenizer.fingerprint
 
     def inputs(self) -> dict[str, Any]:
         """The LLM, what the SLM starts from, what is learnt, how they are joined and trained."""
         return {
-            **start_inputs(self.context),
+            **self._start.inputs(),
             **self._labels.learnt_inputs(),
             **self._features.learnt_inputs(),
             **self.training_inputs(self._labels.content()),
@@ -61,12 +65,13 @@ class L2sStage(TrainedStage):
 
     def make(self) -> None:
         """Trains projector and SLM."""
-        from l2s_jax.models.systems import LlmToSlm
+        from l2s_jax.models.systems import LanguageModel, LlmToSlm
         from l2s_jax.serving import bundle
         from l2s_jax.serving.loading import generator_settings
 
         llm, _ = self._llm.encoder(entries=())
-        slm_config, slm_params = self.starting_point("slm")
+        found = self._start.load(self.context.dtypes[0])
+        slm_config, slm = self.started(found, "slm", self._start.where)
         system = LlmToSlm(
             llm_config=llm.config,
             slm_config=slm_config,
@@ -75,8 +80,10 @@ class L2sStage(TrainedStage):
             shared_vocabulary=self.shared_vocabulary,
         )
         params = self.random(system)
-        if slm_params is not None:
-            params = {**params, "slm": {k: slm_params[k] for k in params["slm"]}}
+        if slm is None:
+            # The SLM alone starts from the same.
+            slm = self.random(LanguageModel("slm", slm_config))["slm"]
+        params = {**params, "slm": {name: slm[name] for name in params["slm"]}}
         cached = self._features.is_used()
         _, frozen = self._llm.encoder(entries=system.beside_hidden if cached else None)
         prepare = self._features.put_into if cached else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
@@ -13,6 +13,10 @@ from l2s_jax.experiment.stage import log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
 from l2s_jax.hub import find, is_name, reference
+
+if TYPE_CHECKING:
+    from l2s_jax.models.families import ModelConfig
+    from l2s_jax.models.systems import Params
 
 
 class LlmStage(LanguageModelStage):
@@ -33,6 +37,15 @@ class LlmStage(LanguageModelStage):
             "model": None if path else self.section.model.to_dict(),
             **self.training_inputs({"train": self.context.content("train")}),
         }
+
+    def starting_point(self) -> tuple[ModelConfig, Params | None]:
+        """The model of `path`, or a random one."""
+        path = self.section.path
+        if not path:
+            return self.started(None, "llm", "config.llm.model")
+        from l2s_jax.checkpoints import pretrained
+
+        return self.started(pretrained.load(path, dtype=self.context.dtypes[0]), "llm", path)
 
     def examples(self) -> Sequence[Example]:
         """The data's own responses."""

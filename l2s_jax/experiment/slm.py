@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
+from l2s_jax.experiment.vocabulary import VocabularyStage
 
-
-def start_inputs(context: Context) -> dict[str, Any]:
-    """What an SLM starts from."""
-    section = context.config.slm
-    if section.path:
-        return {"slm": {"path_hash": context.checkpoint(section.path)}}
-    return {"slm": section.model.to_dict()}
+if TYPE_CHECKING:
+    from l2s_jax.models.families import ModelConfig
+    from l2s_jax.models.systems import Params
 
 
 class SlmStage(LanguageModelStage):
     """The SLM alone."""
 
-    def __init__(self, context: Context, tokenizer: TokenizerStage, labels: LabelStage):
-        needs = (tokenizer.source, labels)
-        super().__init__(context, "slm", *needs, prompts=tokenizer, responses=tokenizer)
-        self._labels = labels
+    def __init__(
+        self,
+        context: Context,
+        start: SlmStart,
+        tokenizer: TokenizerStage,
+        labels: LabelStage,
+        vocabulary: VocabularyStage,
+    ):
+        needs = (*start.needs, tokenizer.source, labels, vocabulary)
+        super().__init__(context, "slm", *needs, prompts=tokenizer, responses=vocabulary)
+        self._start, self._labels = start, labels
 
     def inputs(self) -> dict[str, Any]:
         """What it starts from, what it learns, its training."""
         return {
-            **start_inputs(self.context),
+            **self._start.inputs(),
             **self._labels.learnt_inputs(),
             **self.training_inputs(self._labels.content()),
             **self.lora_inputs(),
         }
+
+    def starting_point(self) -> tuple[ModelConfig, Params | None]:
+        """What L2S starts from too."""
+        return self.started(self._start.load(self.context.dtypes[0]), "slm", self._start.where)
 
     def examples(self) -> Sequence[Example]:
         """The labels."""

@@ -16,10 +16,13 @@ from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.files import atomic_directory
+from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 
 if TYPE_CHECKING:
+    from flax import linen as nn
     from jax.sharding import Mesh
 
     from l2s_jax.models.families import ModelConfig
@@ -42,7 +45,7 @@ class TrainedStage(RecordedStage):
         name: str,
         *needs: Stage,
         prompts: TokenizerStage,
-        responses: TokenizerStage,
+        responses: TokenizerStage | VocabularyStage,
     ):
         super().__init__(context, name, *needs)
         self.prompts, self.responses = prompts, responses
@@ -102,40 +105,46 @@ class TrainedStage(RecordedStage):
             inputs["prompt_tokenizer"] = prompts.identity
         return inputs
 
-    def starting_point(self, model: str) -> tuple[ModelConfig, Params | None]:
-        """Config, and parameters unless they are to be random, of the LLM or SLM to train."""
-        from l2s_jax.checkpoints import pretrained
+    def started(
+        self, found: tuple[nn.Module, Params] | None, model: str, where: str
+    ) -> tuple[ModelConfig, Params | None]:
+        """Config, and parameters unless they are to be random, of a model to train.
+
+        Args:
+          found: (module, parameters) of what it starts from.
+          model: "llm" or "slm", whose geometry it has where nothing is found.
+          where: what a message calls it.
+        """
         from l2s_jax.models.families import make_config
 
-        section, train = self.context.config[model], self.section.train
+        train = self.section.train
         computed = {
             "dropout_rate": train.dropout_rate,
             "scan_layers": self.context.config.scan_layers,
             "remat": train.remat,
         }
-        dtype, _ = self.context.dtypes
-        tokenizer = self.responses.tokenizer
-        if section.path:
-            module, params = pretrained.load(section.path, dtype=dtype)
-            config = dataclasses.replace(module.config, **computed)
-            return self.fitted(config, section.path), params
-        geometry = section.model.to_dict()
+        if found:
+            module, params = found
+            return self.fitted(dataclasses.replace(module.config, **computed), where), params
+        tokenizer = whole_of(self.responses.tokenizer)
+        geometry = self.context.config[model].model.to_dict()
         config = make_config(
             geometry.pop("family"),
             vocab_size=tokenizer.vocab_size,
             pad_id=tokenizer.pad_id,
             eos_id=tokenizer.eos_id,
-            dtype=dtype,
+            dtype=self.context.dtypes[0],
             **computed,
             **geometry,
         )
-        return self.fitted(config, f"config.{model}.model"), None
+        return self.fitted(config, where), None
 
     def fitted(self, config: ModelConfig, where: str) -> ModelConfig:
         """The config of a model at `where`, once it has been checked against tokenizer and task."""
         from l2s_jax.models.families import check_positions, with_tokens
+        from l2s_jax.models.vocabulary import with_vocabulary
 
-        settings, tokenizer = self.context.config, self.responses.tokenizer
+        settings, tokenizer = self.context.config, whole_of(self.responses.tokenizer)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"{where}: the model's vocabulary has {config.vocab_size} ids, but its tokenizer "
@@ -150,7 +159,7 @@ class TrainedStage(RecordedStage):
             lower="config.max_prompt_tokens, config.max_response_tokens or "
             "config.decoding.max_new_tokens",
         )
-        return config
+        return with_vocabulary(config, kept_by(self.responses.tokenizer))
 
     def random(self, system: System) -> Params:
         """Parameters to start from where there are none."""
@@ -250,12 +259,16 @@ class TrainedStage(RecordedStage):
 class LanguageModelStage(TrainedStage):
     """A model that is trained on its own, LLM or SLM: NAME/model is a Hugging Face directory."""
 
+    @abc.abstractmethod
+    def starting_point(self) -> tuple[ModelConfig, Params | None]:
+        """Config, and parameters unless they are to be random, of what is trained."""
+
     def make(self) -> None:
         """Trains it."""
         from l2s_jax.checkpoints import pretrained
         from l2s_jax.models.systems import LanguageModel
 
-        config, params = self.starting_point(self.name)
+        config, params = self.starting_point()
         system = LanguageModel(self.name, config)
         start = self.random(system) if params is None else {self.name: params}
         trained = self.fit(system, start, {})

@@ -70,7 +70,7 @@ class Vocabulary:
         """(ids of responses for ids of the whole, mask of those that are kept among `mask`)."""
         kept = jnp.asarray(self.kept)
         places = jnp.minimum(jnp.searchsorted(kept, ids), len(self.kept) - 1)
-        return places, mask & (kept[places] == ids)
+        return places, jnp.logical_and(mask, kept[places] == ids)
 
 
 def with_vocabulary(config: C, kept: Sequence[int] | np.ndarray | None) -> C:

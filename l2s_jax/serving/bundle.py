@@ -1,8 +1,9 @@
 """A trained L2S model on disk: config.json, params.safetensors (projector and SLM), tokenizers.
 
 config.json refers to the LLM's directory by path and content hash; `copy` can take along what
-encodes of it, in llm/. The SLM's tokenizer lies beside the parameters, the LLM's in llm_tokenizer/
-if it is another. README.md, the model card, is written once there is a report.
+encodes of it, in llm/. The SLM's tokenizer lies beside the parameters, with vocabulary.json where
+responses have a part of it; the LLM's in llm_tokenizer/ if it is another. README.md, the model
+card, is written once there is a report.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import read_json, write_json
 from l2s_jax.hub import is_name
 from l2s_jax.models.systems import LlmToSlm, Params
+from l2s_jax.models.vocabulary import with_vocabulary, without_vocabulary
+from l2s_jax.tokenizers.cut import read_kept, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _FAMILY = "l2s"
@@ -74,14 +77,14 @@ def save(
 
 def _generation_config(system: LlmToSlm, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings as other programs read them; what is as by default is left out."""
-    search = dict(generation.get("search", {}))
+    search, config = dict(generation.get("search", {})), without_vocabulary(system.slm_config)
     fields = {
         "max_new_tokens": generation.get("max_new_tokens"),
         "do_sample": search.get("temperature", 0) > 0,
         "num_beams": search.get("num_beams", 1),
-        "eos_token_id": system.slm_config.eos_id,
-        "pad_token_id": system.slm_config.pad_id,
-        "decoder_start_token_id": getattr(system.slm_config, "decoder_start_id", None),
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+        "decoder_start_token_id": getattr(config, "decoder_start_id", None),
     }
     names = ["min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"]
     if fields["do_sample"]:
@@ -202,6 +205,7 @@ def load(
         expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
         slm_config = pretrained.config_from_native(fields["slm"], path)
         slm_config = dataclasses.replace(slm_config, dtype=dtype)
+        slm_config = with_vocabulary(slm_config, read_kept(directory))
         names = ("fusion", "projector_width", "shared_vocabulary")
         settings = {name: fields[name] for name in names}
     except (KeyError, TypeError) as error:
@@ -226,7 +230,7 @@ def load(
 
 
 def load_tokenizers(directory: str) -> tuple[Tokenizer, Tokenizer]:
-    """(the prompts' tokenizer, the responses'), which are often the same."""
+    """(the prompts' tokenizer, the responses'), which are often the same, or one cut from it."""
     own = load_tokenizer(directory)
     of_llm = os.path.join(directory, _LLM_TOKENIZER)
-    return (load_tokenizer(of_llm) if os.path.isdir(of_llm) else own), own
+    return (load_tokenizer(of_llm) if os.path.isdir(of_llm) else whole_of(own)), own

@@ -16,9 +16,11 @@ from l2s_jax.config import buckets_of, compute_dtypes
 from l2s_jax.hub import find
 from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
+from l2s_jax.models.vocabulary import with_vocabulary
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.model import Model
+from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -101,7 +103,9 @@ def load_alone(
       ValueError: no model is there, or a T5 whose pad or eos id is not its tokenizer's.
     """
     module, params = pretrained.load(directory, dtype=dtype, serve=mesh is not None, mesh=mesh)
-    config = with_tokens(module.config, tokenizer.pad_id, tokenizer.eos_id, directory)
+    whole = whole_of(tokenizer)
+    config = with_tokens(module.config, whole.pad_id, whole.eos_id, directory)
+    config = with_vocabulary(config, kept_by(tokenizer))
     return LanguageModel(name, config), {name: params}, {}
 
 
@@ -132,4 +136,4 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
         )
     tokenizer = load_tokenizer(directory)
     loaded = load_alone(name, directory, tokenizer, dtype=dtype, mesh=placed)
-    return make_generator(config, loaded, tokenizer, tokenizer, **settings)
+    return make_generator(config, loaded, whole_of(tokenizer), tokenizer, **settings)

@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Section, flat, read
 from l2s_jax.settings.search import changed
 from l2s_jax.settings.sections import Settings
@@ -48,6 +49,10 @@ IDLE = (
     *(
         Idle(f"{name}.model.*", f"{name}.path", bool, "the directory has a geometry of its own")
         for name in ("llm", "slm")
+    ),
+    *(
+        Idle("slm.model.*", f"slm.cut.{name}", bool, "the SLM is cut out of a checkpoint")
+        for name in flat(Cut())
     ),
     Idle("llm.train.*", "llm.train.steps", _is_off, "the LLM is not trained"),
     *(
@@ -171,7 +176,8 @@ def _unusable(settings: Settings) -> Iterator[str]:
             "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
             "take a tokenizer from"
         )
-    if s.l2s.fusion == "cross" and not s.slm.path and s.slm.model.family != "t5":
+    made = not s.slm.path and not s.slm.cut.is_used
+    if s.l2s.fusion == "cross" and made and s.slm.model.family != "t5":
         yield (
             f"config.l2s.fusion='cross' with config.slm.model.family={s.slm.model.family!r}: it "
             "has no cross-attention, expected 'add' or 'replace'"

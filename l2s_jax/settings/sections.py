@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Allowed, Section, setting
 from l2s_jax.settings.evaluation import Evaluation
 from l2s_jax.settings.geometry import MODELS, Model, T5Model
@@ -105,13 +106,29 @@ class Slm(_LikeSlm):
     """The small model, alone and in L2S."""
 
     path: str = setting(
-        "", "What to start from, as `llm.path`; without one, from random parameters."
+        "",
+        "What to start from, as `llm.path`; without one, from random parameters, or with `slm.cut` "
+        "from the LLM's.",
     )
+    cut: Cut = Cut()
     model: Model = T5Model()
     tokenizer: Tokenizer = Tokenizer()
+    vocabulary: str = setting(
+        "all",
+        "What responses are written with: all of the tokenizer's pieces, those that the train "
+        "split's responses use (task), or a number of them, the most used. Special pieces, single "
+        "characters and bytes always stay, and prompts have all.",
+        fits=lambda text: text in ("all", "task") or (text.isdecimal() and int(text) > 0),
+        expected="all, task, or a number above 0",
+    )
 
     def conflict(self) -> str:
         """Two tokenizers."""
+        if self.cut.is_used and self.tokenizer.train_vocab_size:
+            return (
+                "cut and tokenizer.train_vocab_size="
+                f"{self.tokenizer.train_vocab_size}: two tokenizers, expected one"
+            )
         if self.path and self.tokenizer.train_vocab_size:
             return (
                 f"path={self.path!r} and tokenizer.train_vocab_size="

@@ -37,7 +37,13 @@ class CutTokenizer:
       is_chat: that of the whole.
     """
 
-    def __init__(self, whole: Tokenizer, kept: Sequence[int], *, origin: str = "a cut vocabulary"):
+    def __init__(
+        self,
+        whole: Tokenizer,
+        kept: Sequence[int] | np.ndarray,
+        *,
+        origin: str = "a cut vocabulary",
+    ):
         """Raises a ValueError unless `kept` ascends and holds what `essential` gives."""
         self.whole = whole
         self.kept = np.asarray(kept, np.int32)
@@ -59,12 +65,12 @@ class CutTokenizer:
         self._split = functools.cache(self._fewest)
 
     @property
-    def pieces(self) -> Sequence[str]:
+    def pieces(self) -> list[str]:
         """Of each id of a response, its text as the vocabulary has it."""
         return [self.whole.pieces[id] for id in self.kept]
 
     @property
-    def special_ids(self) -> Sequence[int]:
+    def special_ids(self) -> list[int]:
         """Ids of a response that stand for no text."""
         return [self._places[id] for id in self.whole.special_ids]
 
@@ -177,6 +183,16 @@ def choose(whole: Tokenizer, responses: Iterable[Sequence[int]], size: int = 0) 
     there = set(kept)
     more = [id for id in by_use if id not in there and whole.pieces[id]]
     return sorted([*kept, *more[: size - len(kept)]])
+
+
+def whole_of(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer that one is cut from, or that it is."""
+    return tokenizer.whole if isinstance(tokenizer, CutTokenizer) else tokenizer
+
+
+def kept_by(tokenizer: Tokenizer) -> np.ndarray | None:
+    """The ids of the whole, int32 [V], that a tokenizer writes responses with; None: all."""
+    return tokenizer.kept if isinstance(tokenizer, CutTokenizer) else None
 
 
 def read_kept(directory: str) -> np.ndarray | None:

@@ -112,13 +112,17 @@ class HuggingFaceTokenizer:
         special = dataclasses.asdict(self._special) | {"end_ids": self.end_ids}
         return _hash([splitting, added, self._affixes]), _hash([content, special])
 
-    @functools.cached_property
-    def pieces(self) -> Sequence[str]:
+    @property
+    def pieces(self) -> list[str]:
         """Of each id, its text as the vocabulary has it; "" of an id that stands for none."""
-        return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
+        return self._pieces
 
     @functools.cached_property
-    def special_ids(self) -> Sequence[int]:
+    def _pieces(self) -> list[str]:
+        return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
+
+    @property
+    def special_ids(self) -> list[int]:
         """Ids that stand for no text, ascending."""
         added = self._tokenizer.get_added_tokens_decoder()
         marked = {id for id, token in added.items() if token.special}

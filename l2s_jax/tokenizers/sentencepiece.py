@@ -56,13 +56,17 @@ class SentencePieceTokenizer:
             if token < 0:
                 raise ValueError(f"{origin}: the model must have a {name} piece and has none")
 
-    @functools.cached_property
-    def pieces(self) -> Sequence[str]:
+    @property
+    def pieces(self) -> list[str]:
         """Of each id, its text as the vocabulary has it."""
-        return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+        return self._pieces
 
     @functools.cached_property
-    def special_ids(self) -> Sequence[int]:
+    def _pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+
+    @property
+    def special_ids(self) -> list[int]:
         """Ids that stand for no text, ascending."""
         processor = self._processor
         kinds = (processor.is_control, processor.is_unknown, processor.is_unused)
