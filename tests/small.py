@@ -108,6 +108,7 @@ class NumberTokenizer:
     vocab_size, pad_id, eos_id, end_ids = VOCABULARY, 0, 1, (1,)
     is_chat = False
     fingerprint = identity = "numbers"
+    pieces, special_ids = list(map(str, range(VOCABULARY))), [0, 1]
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [[*map(int, text.split()), self.eos_id] for text in texts]

@@ -319,6 +319,18 @@ WITHOUT_EFFECT = [
     ("slm.tokenizer.train_vocab_size", 0, "slm.tokenizer.model_type", "bpe", "no tokenizer is"),
     ("llm.path", "x", "llm.model.width", 64, "the directory has a geometry of its own"),
     ("slm.path", "x", "slm.model.tied_head", False, "the directory has a geometry of its own"),
+    *(
+        (f"slm.cut.{key}", value, "slm.model.tied_head", False, "cut out of a checkpoint")
+        for key, value in {
+            "num_layers": 2,
+            "layers": (0, 2),
+            "num_encoder_layers": 2,
+            "encoder_layers": (0, 2),
+            "num_decoder_layers": 2,
+            "decoder_layers": (0, 2),
+            "feed_forward_width": 8,
+        }.items()
+    ),
     ("llm.train.steps", 0, "llm.train.learning_rate", 0.5, "the LLM is not trained"),
     ("llm.train.optimizer", "adafactor", "llm.train.adam_b2", 0.9, "only AdamW"),
     ("slm.train.optimizer", "adafactor", "slm.train.adam_b2", 0.9, "only AdamW"),

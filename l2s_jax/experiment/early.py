@@ -13,9 +13,11 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.models.cutting import cut_config
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.settings.cut import Cut
 from l2s_jax.training import optim
 
 # Stands for the number of pieces of a tokenizer that is still to be made.
@@ -28,9 +30,11 @@ def check_models(config: ConfigDict) -> None:
     Raises:
       ValueError: a model has too few positions, or a pattern matches nothing.
     """
-    models = {name: _model(config[name]) for name in ("llm", "slm")}
+    models = {"llm": _model(config.llm)}
+    models["slm"] = _slm(config, models["llm"])
+    cut = Cut(**config.slm.cut.to_dict()).is_used
     for name, model in models.items():
-        if model and not config[name].path:
+        if model and not config[name].path and not (name == "slm" and cut):
             check_positions(
                 model,
                 config.max_prompt_tokens,
@@ -68,6 +72,18 @@ def _model(section: ConfigDict) -> ModelConfig | None:
         return pretrained.read_config(section.path) if os.path.isdir(section.path) else None
     geometry = section.model.to_dict()
     return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
+
+
+def _slm(config: ConfigDict, llm: ModelConfig | None) -> ModelConfig | None:
+    """The config of the SLM, which may be cut out of its path's model, or out of the LLM."""
+    cut = Cut(**config.slm.cut.to_dict())
+    if not cut.is_used:
+        return _model(config.slm)
+    source = _model(config.slm) if config.slm.path else llm
+    try:
+        return source and cut_config(source, cut)
+    except ValueError as error:
+        raise ValueError(f"config.slm.cut.{error}") from None
 
 
 def _has_patterns(section: ConfigDict) -> bool:

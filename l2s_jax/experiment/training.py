@@ -16,7 +16,6 @@ from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
-from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.files import atomic_directory
 from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import warn_if_lossy
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from flax import linen as nn
     from jax.sharding import Mesh
 
+    from l2s_jax.experiment.vocabulary import VocabularyStage
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import LanguageModel, Params, System
 
