@@ -282,6 +282,24 @@ def test_the_slm_goes_out_as_a_checkpoint_with_its_vocabulary(job, tmp_path):
     assert l2s_jax.load(str(tmp_path / "own")).generate(prompts) == [before]
 
 
+def test_the_card_says_what_was_cut(job):
+    _, workdir = job
+    card = (workdir / "l2s/model/README.md").read_text()
+    assert "cut out of the LLM (num_layers=2, feed_forward_width=20), trained further" in card
+    assert "shared; responses are written with 27 of 30 pieces" in card
+
+
+def test_a_plan_knows_both_cuts(job, tmp_path):
+    config, _ = job
+    run = [f"--config={config}", f"--workdir={tmp_path}", "--mode=plan", "--topology=cpu:1"]
+    assert tiny.run(*run, "--programs=decode") == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    # Projector 16 x 16 twice with biases or not, two narrower layers, the whole table, a norm.
+    layer = 16 * (16 + 2 * 8 + 16) + 3 * 16 * 20 + 2 * 16
+    projector = plan["model"]["trained_parameters"] - 2 * layer - 16 - 30 * 16
+    assert projector == 2 * 16 * 16
+
+
 def test_status_and_a_second_run_find_it_done(job, capsys):
     config, workdir = job
     assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--mode=status") == 0

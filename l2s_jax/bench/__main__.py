@@ -96,6 +96,7 @@ def _parser() -> Parser:
     add("--prompt_tokens", type=integers, default="32,128,512", help="(default: %(default)s)")
     add("--new_tokens", type=integers, default="32,128,256", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
+    add("--vocabulary", type=count, default=0, help="pieces that l2s-cut and slm-cut write with")
     add("--repeats", type=count, default=5, help="of each case (default: %(default)s)")
     add("--threads", type=count, default=machine.cores(), help="CPU cores of each (default: all)")
     add(
@@ -167,6 +168,11 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
         if not real:
             write_random(given, paths[name], weights=written)
         configs[name] = pretrained.read_config(paths[name])
+    pieces = configs["slm"].vocab_size
+    if options.vocabulary > pieces:
+        raise ValueError(
+            f"--vocabulary={options.vocabulary}: expected at most {pieces}, all of the SLM's"
+        )
     setup = Setup(
         llm=paths["llm"],
         slm=paths["slm"],
@@ -175,6 +181,7 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
         folder=folder,
         vocab_size=min(config.vocab_size for config in configs.values()),
         real_weights=set(weights.values()) == {"of the checkpoint"},
+        vocabulary=options.vocabulary,
         accelerator=False,
         fast_bfloat16=machine.has_fast_bfloat16(),
         **{f"{name}_positions": getattr(c, "max_positions", None) for name, c in configs.items()},

@@ -41,6 +41,7 @@ class Setup:
     fast_bfloat16: bool  # whether the accelerator, or else the CPU, has products in bfloat16
     llm_positions: int | None = None  # how many tokens a model can take; None: any number
     slm_positions: int | None = None
+    vocabulary: int = 0  # pieces that those with a cut vocabulary write with
 
     def prompts(self, case: Case) -> np.ndarray:
         """int32 [B, T], which everybody gets."""
@@ -106,9 +107,11 @@ CONTESTANTS: Mapping[str, Entry] = {
     "l2s": _ours("L2S", "l2s"),
     "l2s-bfloat16": _ours("L2S, its LLM in bfloat16", "l2s", encoder_dtype="bfloat16"),
     "l2s-int8": _ours("L2S, int8", "l2s", weights="int8"),
+    "l2s-cut": _ours("L2S, vocabulary cut", "l2s", is_cut=True),
     "llm": _ours("LLM", "llm"),
     "llm-int8": _ours("LLM, int8", "llm", weights="int8"),
     "slm": _ours("SLM alone", "slm"),
+    "slm-cut": _ours("SLM alone, vocabulary cut", "slm", is_cut=True),
     "slm-int8": _ours("SLM alone, int8", "slm", weights="int8"),
     "hf-llm": _transformers("LLM, transformers", "llm"),
     "hf-slm": _transformers("SLM, transformers", "slm"),
@@ -185,6 +188,8 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
             return f"the same as {CONTESTANTS[whole].label}, all of which is in bfloat16"
         if not setup.fast_bfloat16:
             return "this CPU has no products in bfloat16"
+    if CONTESTANTS[name].arguments.get("is_cut") and not setup.vocabulary:
+        return "the size of its vocabulary is not given: --vocabulary"
     if name == "hf-llm-assisted":
         if not setup.real_weights:
             return "random weights accept no draft, expected checkpoints"

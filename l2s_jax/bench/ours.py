@@ -16,14 +16,15 @@ from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
+from l2s_jax.models.vocabulary import of_size, with_vocabulary
 
 
 class _Ours:
     """One of our systems: "llm", "slm" or "l2s", whose LLM may encode in another dtype."""
 
-    def __init__(self, setup: Setup, name: str, encoder_dtype: str, weights: str):
+    def __init__(self, setup: Setup, name: str, encoder_dtype: str, weights: str, vocabulary: int):
         self._setup = setup
-        self._system, *params = _load(setup, name, encoder_dtype, weights)
+        self._system, *params = _load(setup, name, encoder_dtype, weights, vocabulary)
         # Nothing but these holds the numbers that were read.
         self._trained, self._frozen = map(_put_away, params)
 
@@ -60,9 +61,18 @@ class _Ours:
         return statistics["peak_bytes_in_use"] if statistics else None
 
 
-def make(setup: Setup, name: str, encoder_dtype: str = "auto", weights: str = "float") -> _Ours:
-    """`encoder_dtype` as config.llm.encoder_dtype, `weights` one of models.serving.WEIGHTS."""
-    return _Ours(setup, name, encoder_dtype, weights)
+def make(
+    setup: Setup,
+    name: str,
+    encoder_dtype: str = "auto",
+    weights: str = "float",
+    is_cut: bool = False,
+) -> _Ours:
+    """`encoder_dtype` as config.llm.encoder_dtype, `weights` one of models.serving.WEIGHTS.
+
+    With `is_cut`, responses are written with `setup.vocabulary` pieces.
+    """
+    return _Ours(setup, name, encoder_dtype, weights, setup.vocabulary if is_cut else 0)
 
 
 def bytes_of_weights(system: System, trained: Params) -> int:
@@ -73,25 +83,31 @@ def bytes_of_weights(system: System, trained: Params) -> int:
 
 
 def _load(
-    setup: Setup, name: str, encoder_dtype: str, weights: str
+    setup: Setup, name: str, encoder_dtype: str, weights: str, vocabulary: int
 ) -> tuple[System, Params, Params]:
     """(system, trained, frozen) as they serve; projector and prompt map are random."""
     dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
     if name != "l2s":
         config, params = _model(setup.llm if name == "llm" else setup.slm, dtype)
+        config = _cut(config, vocabulary)
         system = LanguageModel(name, config)
         return system, *system.to_serve({name: params}, {}, weights)
     llm_config, frozen = _encoder(setup.llm, of_encoder)
     slm_config, slm = _model(setup.slm, dtype)
     system = LlmToSlm(
         llm_config,
-        slm_config,
+        _cut(slm_config, vocabulary),
         projector_width=slm_config.width,
         shared_vocabulary=llm_config.vocab_size == slm_config.vocab_size,
     )
     shapes = dict(jax.eval_shape(system.init, jax.random.key(0)))
     slm = {key: slm[key] for key in shapes.pop("slm")}
     return system, *system.to_serve({**random_like(shapes), "slm": slm}, frozen, weights)
+
+
+def _cut(config: ModelConfig, size: int) -> ModelConfig:
+    """The config of a model that writes with so many pieces; 0: all."""
+    return with_vocabulary(config, of_size(config, size)) if size else config
 
 
 def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from l2s_jax.files import write_text
 from l2s_jax.hub import is_name, reference
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.serving.bundle import CARD
+from l2s_jax.settings.cut import Cut
 
 _FUSIONS = {
     "add": "added to the small model's embedding of the prompt",
@@ -58,7 +60,7 @@ def write_card(
         f"- SLM: {slm}; {parameter_count(trained['slm']):,} parameters",
         f"- Projector: {parameter_count(trained['projector']):,} parameters; its output is",
         f"  {_FUSIONS[system.fusion]}",
-        f"- Vocabulary: {'shared' if system.shared_vocabulary else 'one of each model'}",
+        f"- Vocabulary: {_vocabulary(system)}",
         f"- Trained on: the `train` split of {task['name']}, {labels}",
         f"- Prompt: `{json.dumps(config.task.chat.user or config.task.prompt, ensure_ascii=False)}`"
         + (", in the LLM's chat format" if config.task.chat.user else ""),
@@ -87,8 +89,21 @@ def write_card(
     write_text(os.path.join(directory, CARD), "\n".join(lines))
 
 
+def _vocabulary(system: LlmToSlm) -> str:
+    """Whose pieces the prompts and the responses have."""
+    whose = "shared" if system.shared_vocabulary else "one of each model"
+    kept, of = system.slm_config.vocabulary, system.slm_config.vocab_size
+    return f"{whose}; responses are written with {len(kept):,} of {of:,} pieces" if kept else whose
+
+
 def _described(section: ConfigDict, name: str) -> str:
     """Where a model came from."""
+    if name == "slm" and (cut := Cut(**section.cut.to_dict())).is_used:
+        kept = ", ".join(
+            f"{field}={value}" for field, value in dataclasses.asdict(cut).items() if value
+        )
+        source = _described(section, "llm") if section.path else "the LLM"
+        return f"cut out of {source} ({kept}), trained further"
     if section.path:
         trained = ", trained further" if name == "slm" or section.train.steps else ""
         where = os.path.basename(os.path.normpath(section.path))

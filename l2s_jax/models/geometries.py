@@ -40,6 +40,7 @@ GEOMETRIES: dict[str, ModelConfig] = {
     "flan-t5-large": _t5(1024, 16, 2816, 24, **_FLAN),
     "flan-t5-xl": _t5(2048, 32, 5120, 24, **_FLAN),
     "flan-t5-xxl": _t5(4096, 64, 10240, 24, **_FLAN),
+    "mt5-small": _t5(512, 6, 1024, 8, vocab_size=250112, **_FLAN),
     "gpt2": GPT2Config(),
     "pythia-160m": GPTNeoXConfig(
         vocab_size=50304,
@@ -48,6 +49,17 @@ GEOMETRIES: dict[str, ModelConfig] = {
         feed_forward_width=3072,
         num_layers=12,
         rotary=Rotary(16),
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        width=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_width=64,
+        feed_forward_width=1536,
+        num_layers=30,
+        rotary=Rotary(64, 1e5),
+        tied_head=True,
     ),
     "qwen3-0.6b": LlamaConfig(
         vocab_size=151936,

@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Int
 from l2s_jax.cluster.sharding import AnyArray
 
 RESPONSE_TABLE = "response_embedding"
+# Fields of configs that are ids of responses.
+_SPECIAL = ("pad_id", "eos_id", "decoder_start_id")
 
 C = TypeVar("C")
 
@@ -73,12 +75,22 @@ class Vocabulary:
         return places, jnp.logical_and(mask, kept[places] == ids)
 
 
+def of_size(config: Any, size: int) -> np.ndarray:
+    """`size` ids to keep where the text is not known: special ones, then the first that there are.
+
+    int32 [size]; for what only depends on shapes.
+    """
+    special = {getattr(config, name) for name in _SPECIAL if hasattr(config, name)}
+    others = [id for id in range(size) if id not in special]
+    return np.array(sorted([*special, *others[: size - len(special)]]), np.int32)
+
+
 def with_vocabulary(config: C, kept: Sequence[int] | np.ndarray | None) -> C:
     """The config of a model that writes with these rows of its vocabulary; None: with all."""
     if kept is None:
         return config
     vocabulary = Vocabulary(kept)
-    names = [name for name in ("pad_id", "eos_id", "decoder_start_id") if hasattr(config, name)]
+    names = [name for name in _SPECIAL if hasattr(config, name)]
     changes = {name: vocabulary.place(getattr(config, name)) for name in names}
     return dataclasses.replace(config, vocabulary=vocabulary, **changes)  # type: ignore[type-var]
 
@@ -88,7 +100,7 @@ def without_vocabulary(config: C) -> C:
     vocabulary = config.vocabulary  # type: ignore[attr-defined]
     if vocabulary is None:
         return config
-    names = [name for name in ("pad_id", "eos_id", "decoder_start_id") if hasattr(config, name)]
+    names = [name for name in _SPECIAL if hasattr(config, name)]
     changes = {name: int(vocabulary.kept[getattr(config, name)]) for name in names}
     return dataclasses.replace(config, vocabulary=None, **changes)  # type: ignore[type-var]
 

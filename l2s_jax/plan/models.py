@@ -13,12 +13,15 @@ from ml_collections import ConfigDict
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes
 from l2s_jax.hub import cached, is_name
+from l2s_jax.models.cutting import cut_config
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
+from l2s_jax.models.vocabulary import of_size, with_vocabulary
+from l2s_jax.settings.cut import Cut
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -81,7 +84,7 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     settings = config.l2s
     llm = _model(config, "llm")
     slm = dataclasses.replace(
-        _model(config, "slm"),
+        _slm(config, llm),
         dtype=dtype,
         dropout_rate=settings.train.dropout_rate,
         scan_layers=config.scan_layers,
@@ -113,6 +116,26 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         adapters, base = jax.eval_shape(lora.split, trained, key)
         adapted = lora, adapters, {"base": base, "inner": beside}
     return Plan(system, trained, frozen, adapted)
+
+
+def _slm(config: ConfigDict, llm: ModelConfig) -> ModelConfig:
+    """The config of the SLM, with what is cut out of a model or left out of its vocabulary."""
+    section, cut = config.slm, Cut(**config.slm.cut.to_dict())
+    if cut.is_used:
+        try:
+            slm = cut_config(_model(config, "slm") if section.path else llm, cut)
+        except ValueError as error:
+            raise ValueError(f"config.slm.cut.{error}") from None
+    else:
+        slm = _model(config, "slm")
+    if not section.vocabulary.isdecimal():
+        if section.vocabulary != "all":
+            log.info("slm: planned with its whole vocabulary, since no text is read")
+        return slm
+    size = int(section.vocabulary)
+    if size > slm.vocab_size:
+        raise ValueError(f"config.slm.vocabulary={size}: expected at most {slm.vocab_size}")
+    return with_vocabulary(slm, of_size(slm, size))
 
 
 def _model(config: ConfigDict, name: str) -> ModelConfig:
