@@ -331,6 +331,7 @@ WITHOUT_EFFECT = [
             "feed_forward_width": 8,
         }.items()
     ),
+    ("l2s.layers", ((2, 3),), "llm.layer", 1.0, "H is that of the layers there"),
     ("llm.train.steps", 0, "llm.train.learning_rate", 0.5, "the LLM is not trained"),
     ("llm.train.optimizer", "adafactor", "llm.train.adam_b2", 0.9, "only AdamW"),
     ("slm.train.optimizer", "adafactor", "slm.train.adam_b2", 0.9, "only AdamW"),

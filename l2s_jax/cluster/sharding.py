@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?head/kernel", P("fsdp", "tensor")),
     (r"projector/inward/kernel", P("fsdp", "tensor")),
     (r"projector/outward/kernel", P("tensor", "fsdp")),
+    (r"mix/weights_\d+", P()),
     (r"prompt_map/kernel", P("fsdp", "tensor")),
     (r"lora/.*/a", P("fsdp", None)),
     (r"lora/.*/b", P(None, "tensor")),

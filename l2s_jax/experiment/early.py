@@ -16,6 +16,7 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.cutting import cut_config
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
 from l2s_jax.models.lora import Lora
+from l2s_jax.models.mix import depth
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.settings.cut import Cut
 from l2s_jax.training import optim
@@ -46,6 +47,11 @@ def check_models(config: ConfigDict) -> None:
         if model and config[name].train.steps:
             _check_patterns(config[name], f"config.{name}", {"": LanguageModel(name, model)})
     llm, slm = models["llm"], models["slm"]
+    if llm and config.l2s.layers:
+        try:
+            depth(llm, config.l2s.layers)
+        except ValueError as error:
+            raise ValueError(f"config.l2s.{error}") from None
     if llm and slm and _has_patterns(config.l2s):
         try:
             encoder, _ = pretrained.abstract_encoder(llm, config.llm.layer)
@@ -60,6 +66,9 @@ def check_models(config: ConfigDict) -> None:
                 projector_width=width,
                 fusion=config.l2s.fusion,
                 shared_vocabulary=vocabulary == "shared",
+                layers=config.l2s.layers,
+                normalize=config.l2s.normalize,
+                stack=config.l2s.stack,
             )
             for vocabulary in ("shared", "own")
         }

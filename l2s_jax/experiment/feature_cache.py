@@ -31,7 +31,8 @@ from l2s_jax.experiment.feature_files import FeatureFiles, Features
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import atomic_directory, plain, read_json, write_json
 from l2s_jax.models.families import ModelConfig
-from l2s_jax.models.systems import Params, represent
+from l2s_jax.models.representation import represent
+from l2s_jax.models.systems import Params
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,16 @@ class Encoder:
     All processes of a job call it alike, with whole batches, and all have the whole of H.
     """
 
-    def __init__(self, config: ModelConfig, frozen: Params, mesh: Mesh):
-        """The LLM's config, and its parameters that encode."""
+    def __init__(
+        self, config: ModelConfig, frozen: Params, mesh: Mesh, layers: tuple[int, ...] = ()
+    ):
+        """The LLM's config, its parameters that encode, and the layers that H is of."""
         self._mesh = mesh
         self._frozen = sharding.put_parameters(frozen, mesh)
         self._encode = jax.jit(
-            lambda frozen, ids, mask: represent(config, frozen, ids, mask).astype(jnp.bfloat16),
+            lambda frozen, ids, mask: represent(config, frozen, ids, mask, layers).astype(
+                jnp.bfloat16
+            ),
             out_shardings=NamedSharding(mesh, P()),
         )
 
@@ -99,7 +104,7 @@ def cached(
       facts: what H depends on besides the prompts; JSON-able, with "llm_hash".
       make_encoder: gives, only where something is missing, what encodes batches (see `Encoder`).
       split: whose prompts these are, for messages.
-      width: D, the LLM's width.
+      width: D, numbers of H for each token: the LLM's width, times the layers that are joined.
       buckets: lengths that prompts are padded to for the LLM, ascending.
       batch_size: prompts that it encodes at a time.
 

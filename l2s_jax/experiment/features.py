@@ -56,12 +56,14 @@ class FeatureStage(Stage):
         """Has the batches of these splits hold H; what is missing is computed first."""
         from l2s_jax.cluster import sharding
         from l2s_jax.experiment import feature_cache
+        from l2s_jax.models.mix import layers_of
 
         context, train = self.context, self.context.config.l2s.train
         llm, _ = self._llm.encoder(entries=())
+        layers = layers_of(self._llm.layers)
         encoder = functools.cache(
             lambda: feature_cache.Encoder(
-                llm.config, self._llm.encoder(entries=None)[1], context.mesh
+                llm.config, self._llm.encoder(entries=None)[1], context.mesh, layers
             )
         )
         rows = train.batch_size // train.accumulation
@@ -74,11 +76,12 @@ class FeatureStage(Stage):
                     "llm_hash": self._llm.content,
                     "models": models.VERSION,
                     "layer": context.config.llm.layer,
+                    **({"layers": layers} if layers else {}),
                     "dtype": str(context.dtypes[1]),
                 },
                 encoder,
                 split=split,
-                width=llm.config.width,
+                width=llm.config.width * max(len(layers), 1),
                 buckets=[prompt_tokens for prompt_tokens, _ in context.buckets],
                 batch_size=train.batch_size if whole else rows,
             )

@@ -57,7 +57,12 @@ class L2sStage(TrainedStage):
             # (Not the encoder's dtype: H is nearly the same in either.)
             "fusion": self.section.fusion,
             "projector_width": self.section.projector_width,
+            **{name: value for name, value in self._joined().items() if value},
         }
+
+    def _joined(self) -> dict[str, Any]:
+        """How H comes to the SLM, beside fusion and the projector's width."""
+        return {name: self.section[name] for name in ("layers", "normalize", "stack")}
 
     def examples(self) -> Sequence[Example]:
         """The labels."""
@@ -78,6 +83,7 @@ class L2sStage(TrainedStage):
             projector_width=self.section.projector_width or slm_config.width,
             fusion=self.section.fusion,
             shared_vocabulary=self.shared_vocabulary,
+            **self._joined(),
         )
         params = self.random(system)
         if slm is None:
@@ -98,7 +104,7 @@ class L2sStage(TrainedStage):
                 trained,
                 llm_path="../../llm/model" if llm_path == inside else llm_path,
                 llm_hash=str(self._llm.content),
-                layer=self._llm.section.layer,
+                layer=self._llm.layer,
                 llm_tokenizer=self.prompts.tokenizer,
                 slm_tokenizer=self.responses.tokenizer,
                 generation=generator_settings(self.context.config),

@@ -16,6 +16,7 @@ from l2s_jax.hub import find, is_name, reference
 
 if TYPE_CHECKING:
     from l2s_jax.models.families import ModelConfig
+    from l2s_jax.models.mix import Groups
     from l2s_jax.models.systems import Params
 
 
@@ -62,6 +63,28 @@ class LlmStage(LanguageModelStage):
         return os.path.abspath(find(path))
 
     @property
+    def layers(self) -> Groups:
+        """The groups of layers that H is of; () where it is of one."""
+        return self.context.config.l2s.layers
+
+    @property
+    def layer(self) -> float:
+        """How many layers encode, as config.llm.layer says it.
+
+        Raises:
+          ValueError: config.l2s.layers has a layer that the LLM does not have.
+        """
+        if not self.layers:
+            return self.section.layer
+        from l2s_jax.checkpoints import pretrained
+        from l2s_jax.models.mix import depth
+
+        try:
+            return depth(pretrained.read_config(self.directory), self.layers)
+        except ValueError as error:
+            raise ValueError(f"config.l2s.{error}") from None
+
+    @property
     def reference(self) -> str:
         """Its directory, or its name and commit on the hub."""
         return os.path.abspath(self.directory) if self.is_used() else reference(self.section.path)
@@ -104,7 +127,7 @@ class LlmStage(LanguageModelStage):
 
         return pretrained.load_encoder(
             self.directory,
-            layer=self.section.layer,
+            layer=self.layer,
             dtype=self.context.dtypes[1],
             serve=True,
             mesh=self.context.mesh,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
 from l2s_jax.models.cache import CausalCache, KeyValue, place, write_position
-from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias
+from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias, unit
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
 from l2s_jax.models.vocabulary import RESPONSE_TABLE
@@ -135,11 +135,12 @@ class CausalModel(nn.Module):
         mask: Bool[AnyArray, "B T"],
         deterministic: bool,
         num_layers: int | None = None,
-        keep: bool = False,
-    ) -> tuple[Float32[Array, "B T D"], tuple[KeyValue, ...]]:
+        kept: str = "",
+    ) -> tuple[Float32[Array, "B T D"], tuple[Any, ...]]:
         """All positions at once, slots in order under the mask.
 
-        The layers' keys and values come with `keep` only, which prefill needs.
+        kept: of each layer: "keys", its keys and values, which prefill needs; "states", what it
+          gives; "", nothing.
         """
         c = self.config
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
@@ -150,15 +151,16 @@ class CausalModel(nn.Module):
         if c.scan_layers and len(biases) > 1:
             biases = jnp.stack(biases)
 
-        def run(layer: nn.Module, x: jax.Array, i: Any) -> tuple[jax.Array, KeyValue | None]:
+        def run(layer: nn.Module, x: jax.Array, i: Any) -> tuple[jax.Array, Any]:
             bias = biases[i] if len(biases) > 1 else biases[0]
             x, key_value = layer(x, positions, bias, deterministic=deterministic)
-            return split_rows(x), key_value if keep else None
+            x = split_rows(x)
+            return x, {"": None, "keys": key_value, "states": x}[kept]
 
-        part = num_layers is not None or keep
+        part = num_layers is not None or kept == "keys"
         layers = each_layer(self.layers)[:num_layers] if part else self.layers
         x, held = run_layers(run, layers, c, x, which[:num_layers])
-        return x, tuple(held) if keep else ()
+        return x, tuple(held) if kept else ()
 
     def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
         """Embedded tokens of a prompt."""
@@ -191,17 +193,22 @@ class CausalModel(nn.Module):
         return self._logits(x)
 
     def represent(
-        self, embedded: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
-    ) -> Float32[Array, "B T D"]:
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        layers: tuple[int, ...] = (),
+    ) -> Float32[Array, "B T KD"]:
         """What LLM-to-SLM takes from an LLM of this family.
 
         The residual stream after the layers that the config has, at unit root mean square: it grows
         with depth, and at a few tokens by orders of magnitude (Sun et al. 2024, arXiv 2402.17762),
-        which the layers' own norms hide and a projector would see.
+        which the layers' own norms hide and a projector would see. Or after each of so many layers,
+        side by side.
         """
-        hidden = self.hidden_states(embedded, mask)
-        mean_square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
-        return hidden * jax.lax.rsqrt(mean_square + 1e-6)
+        if not layers:
+            return unit(self.hidden_states(embedded, mask))
+        _, states = self._run(embedded, token_positions(mask), mask, True, kept="states")
+        return jnp.concatenate([unit(states[layer - 1]) for layer in layers], axis=-1)
 
     def encode(
         self,
@@ -234,7 +241,7 @@ class CausalModel(nn.Module):
     ) -> tuple[Float32[Array, "B V"], CausalCache]:
         """Embedded prompt -> (logits of the first token, cache for `max_steps` more)."""
         positions = token_positions(mask)
-        x, held = self._run(prompt, positions, mask, True, keep=True)
+        x, held = self._run(prompt, positions, mask, True, kept="keys")
 
         def extend(slots: AnyArray, axis: int) -> jax.Array:
             padding = [(0, 0)] * slots.ndim

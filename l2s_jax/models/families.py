@@ -4,7 +4,8 @@ A module of any family has
 
     embed(ids [B, T]) -> [B, T, D]
     encode(embedded, mask) -> [B, T, D]              what `score` and `prefill` take
-    represent(embedded, mask) -> [B, T, D]           H, where the model is the LLM
+    represent(embedded, mask, layers) -> [B, T, K*D]    H after each of K layers, where the model is
+                                                     the LLM; () -> [B, T, D], after all
     score(encoded, mask, response_ids [B, S]) -> [B, S, V]
     prefill(encoded, mask, max_steps) -> (logits [B, V], cache)
     step(token [B], cache) -> (logits [B, V], cache)

@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.families import make_module
-from l2s_jax.models.layers import Linear
+from l2s_jax.models.layers import Linear, RMSNorm
+from l2s_jax.models.mix import Groups, Mix
 from l2s_jax.models.projector import Projector
+from l2s_jax.models.stack import Stack
 
 FUSIONS = ("add", "replace", "cross")
 
@@ -29,18 +31,30 @@ class L2S(nn.Module):
 
     E_X is the SLM's embedding of the LLM's tokens in a shared vocabulary. Without one it is the
     LLM's frozen embedding of them, mapped to the SLM's width by a learned matrix.
+
+    H may be that of several layers, which are mixed in groups; a norm may come before the
+    projector, and a stack of bidirectional layers after it.
     """
 
     slm_config: Any
     projector_width: int
     fusion: str = "add"
     shared_vocabulary: bool = True
+    layers: Groups = ()
+    normalize: bool = False
+    stack: int = 0
 
     def setup(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion {self.fusion!r}: expected one of {FUSIONS}")
         c = self.slm_config
+        if self.layers:
+            self.mix = Mix(self.layers)
+        if self.normalize:
+            self.hidden_norm = RMSNorm()
         self.projector = Projector(self.projector_width, c.width, c.dtype)
+        if self.stack:
+            self.over = Stack(c, self.stack)
         self.slm = make_module(c)
         if self.fusion == "cross" and not self.slm.has_encoder:
             raise ValueError(
@@ -55,7 +69,7 @@ class L2S(nn.Module):
         self,
         llm_ids: Int[AnyArray, "B T"],
         llm_mask: Bool[AnyArray, "B T"],
-        hidden: Float[AnyArray, "B T D_llm"],
+        hidden: Float[AnyArray, "B T KD_llm"],
         llm_embedded: Float32[AnyArray, "B T D_llm"] | None = None,
         deterministic: bool = True,
     ) -> Float32[Array, "B T D_slm"]:
@@ -63,7 +77,13 @@ class L2S(nn.Module):
 
         Without a shared vocabulary, llm_embedded is the LLM's embedding of llm_ids.
         """
+        if self.layers:
+            hidden = self.mix(hidden)
+        if self.normalize:
+            hidden = self.hidden_norm(jnp.asarray(hidden))
         projected = self.projector(hidden) * llm_mask[..., None]
+        if self.stack:
+            projected = self.over(projected, llm_mask, deterministic) * llm_mask[..., None]
         if self.fusion == "cross":
             return projected
         if self.fusion == "add" and self.shared_vocabulary:
@@ -78,7 +98,7 @@ class L2S(nn.Module):
         self,
         llm_ids: Int[AnyArray, "B T"],
         llm_mask: Bool[AnyArray, "B T"],
-        hidden: Float[AnyArray, "B T D_llm"],
+        hidden: Float[AnyArray, "B T KD_llm"],
         response_ids: Int[AnyArray, "B S"],
         llm_embedded: Float32[AnyArray, "B T D_llm"] | None = None,
         deterministic: bool = True,
@@ -91,7 +111,7 @@ class L2S(nn.Module):
         self,
         llm_ids: Int[AnyArray, "B T"],
         llm_mask: Bool[AnyArray, "B T"],
-        hidden: Float[AnyArray, "B T D_llm"],
+        hidden: Float[AnyArray, "B T KD_llm"],
         llm_embedded: Float32[AnyArray, "B T D_llm"] | None,
         max_steps: int,
     ) -> tuple[Float32[Array, "B V_slm"], Any]:

@@ -104,6 +104,13 @@ class RMSNorm(nn.Module):
         return x * jax.lax.rsqrt(mean_square + self.epsilon) * _of_features(scale, x.ndim)
 
 
+def unit(x: Float[AnyArray, "*rows D"]) -> Float32[Array, "*rows D"]:
+    """x with a root mean square of one. float32."""
+    x = jnp.asarray(x, jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + 1e-6)
+
+
 class LayerNorm(nn.Module):
     """Zero mean and unit variance, then scale and bias (Ba et al. 2016). float32."""
 

@@ -31,6 +31,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 from l2s_jax.cluster.sharding import AnyArray, split_parameters
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
+from l2s_jax.models.mix import Groups, layers_of
+from l2s_jax.models.representation import represent
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
@@ -190,24 +192,13 @@ class LanguageModel:
         return make_module(self.config).parameters_read_per_step(trained[self.name])
 
 
-def represent(
-    config: ModelConfig,
-    frozen: Params,
-    ids: Int[AnyArray, "B T"],
-    mask: Bool[AnyArray, "B T"],
-) -> Float32[Array, "B T D"]:
-    """H of prompts, by an LLM of which `frozen` is what encodes."""
-    llm = make_module(config)
-    embedded = _apply(llm, frozen, ids, method="embed")
-    return _apply(llm, frozen, embedded, mask, method="represent")
-
-
 @dataclasses.dataclass(frozen=True)
 class LlmToSlm:
     """The hybrid; `trained` is {"projector", "slm"}, `frozen` the LLM as `load_encoder` gives it.
 
     `shared_vocabulary` says that both have one tokenizer, so that the SLM can embed the LLM's
-    tokens; without it, fusion *add* also trains a "prompt_map" (see `L2S`).
+    tokens; without it, fusion *add* also trains a "prompt_map". `layers`, `normalize` and `stack`
+    are those of `L2S`, and train a "mix", a "hidden_norm" and an "over".
     """
 
     llm_config: ModelConfig
@@ -215,6 +206,9 @@ class LlmToSlm:
     projector_width: int
     fusion: str = "add"
     shared_vocabulary: bool = True
+    layers: Groups = ()
+    normalize: bool = False
+    stack: int = 0
     name: str = "l2s"
     prompt_name: str = "llm"
 
@@ -224,10 +218,23 @@ class LlmToSlm:
         return self.slm_config
 
     def _module(self, slm_config: ModelConfig) -> L2S:
-        return L2S(slm_config, self.projector_width, self.fusion, self.shared_vocabulary)
+        return L2S(
+            slm_config,
+            self.projector_width,
+            self.fusion,
+            self.shared_vocabulary,
+            self.layers,
+            self.normalize,
+            self.stack,
+        )
 
     def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
         return _apply(self._module(_one_by_one(self.slm_config)), trained, *args, **kwargs)
+
+    @property
+    def hidden_width(self) -> int:
+        """Numbers of H for each token: the LLM's width, times the layers that are joined."""
+        return self.llm_config.width * max(len(layers_of(self.layers)), 1)
 
     @property
     def beside_hidden(self) -> tuple[str, ...]:
@@ -246,9 +253,10 @@ class LlmToSlm:
         """Random float32 projector and SLM."""
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
-        hidden = jnp.zeros((1, 2, self.llm_config.width))
+        hidden = jnp.zeros((1, 2, self.hidden_width))
+        embedded = jnp.zeros((1, 2, self.llm_config.width))
         module = self._module(_whole(self.slm_config))
-        return module.init(key, ids, mask, hidden, ids, hidden)["params"]
+        return module.init(key, ids, mask, hidden, ids, embedded)["params"]
 
     def logits(
         self,
@@ -259,7 +267,7 @@ class LlmToSlm:
     ) -> Float32[Array, "B S V"]:
         """Teacher-forced logits of the response.
 
-        Where the batch holds H, as "llm_hidden" [B, T, D_llm], it is not computed.
+        Where the batch holds H, as "llm_hidden" [B, T, K*D_llm], it is not computed.
         """
         ids, mask = batch["llm_ids"], batch["llm_mask"]
         if "llm_hidden" in batch:
@@ -284,9 +292,9 @@ class LlmToSlm:
         frozen: Params,
         ids: Int[AnyArray, "B T"],
         mask: Bool[AnyArray, "B T"],
-    ) -> Float32[Array, "B T D_llm"]:
+    ) -> Float32[Array, "B T KD_llm"]:
         """The frozen LLM's H; never with dropout."""
-        return represent(self.llm_config, frozen, ids, mask)
+        return represent(self.llm_config, frozen, ids, mask, layers_of(self.layers))
 
     def prefill(
         self,

@@ -7,7 +7,7 @@ Letters as in layers.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
 from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
-from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias
+from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
 from l2s_jax.models.vocabulary import RESPONSE_TABLE, response_size
@@ -38,15 +38,31 @@ class Encoder(nn.Module):
     def __call__(
         self, x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], deterministic: bool
     ) -> Float32[Array, "B T D"]:
+        x, _ = self._run(x, mask, deterministic, keep=False)
+        return self.dropout(self.final_norm(x), deterministic=deterministic)
+
+    def states(
+        self, x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
+    ) -> Sequence[Float32[Array, "B T D"]]:
+        """What each layer gives, no norm applied."""
+        return tuple(self._run(x, mask, True, keep=True)[1])
+
+    def _run(
+        self,
+        x: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        deterministic: bool,
+        keep: bool,
+    ) -> tuple[Float32[Array, "B T D"], Any]:
         positions = jnp.arange(x.shape[1])
         bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
 
-        def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
-            return split_rows(layer(x, bias, deterministic)), None
+        def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, jax.Array | None]:
+            x = split_rows(layer(x, bias, deterministic))
+            return x, x if keep else None
 
         x = split_rows(self.dropout(x, deterministic=deterministic))
-        x, _ = run_layers(run, self.layers, self.config, x, range(self.config.num_encoder_layers))
-        return self.dropout(self.final_norm(x), deterministic=deterministic)
+        return run_layers(run, self.layers, self.config, x, range(self.config.num_encoder_layers))
 
 
 class Decoder(nn.Module):
@@ -148,10 +164,19 @@ class T5(nn.Module):
         return self.encoder(embedded, mask, deterministic)
 
     def represent(
-        self, embedded: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
-    ) -> Float32[Array, "B T D"]:
-        """What LLM-to-SLM takes from an LLM of this family: the encoder's output."""
-        return self.encode(embedded, mask)
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        layers: tuple[int, ...] = (),
+    ) -> Float32[Array, "B T KD"]:
+        """What LLM-to-SLM takes from an LLM of this family: the encoder's output.
+
+        Or its residual stream after each of so many layers, at unit root mean square, side by side.
+        """
+        if not layers:
+            return self.encode(embedded, mask)
+        states = self.encoder.states(embedded, mask)
+        return jnp.concatenate([unit(states[layer - 1]) for layer in layers], axis=-1)
 
     def _logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
         if self.config.tied_head:

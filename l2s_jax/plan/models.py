@@ -17,6 +17,7 @@ from l2s_jax.models.cutting import cut_config
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
+from l2s_jax.models.mix import depth
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
@@ -93,10 +94,11 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     try:
         encoder, frozen = pretrained.abstract_encoder(
             dataclasses.replace(llm, dtype=encoder_dtype, scan_layers=config.scan_layers),
-            config.llm.layer,
+            depth(llm, settings.layers) if settings.layers else config.llm.layer,
         )
     except ValueError as error:
-        raise ValueError(f"config.llm.layer: {error}") from None
+        where = "config.l2s." if settings.layers else "config.llm.layer: "
+        raise ValueError(f"{where}{error}") from None
     frozen = jax.eval_shape(lambda params: to_serve(params, encoder, "float"), frozen)
     system = LlmToSlm(
         llm_config=encoder,
@@ -104,6 +106,9 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         projector_width=settings.projector_width or slm.width,
         fusion=settings.fusion,
         shared_vocabulary=_shared_vocabulary(config, llm, slm),
+        layers=settings.layers,
+        normalize=settings.normalize,
+        stack=settings.stack,
     )
     key = jax.random.key(0)
     trained = jax.eval_shape(system.init, key)

@@ -112,7 +112,7 @@ class Compiler:
             batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
             batch[f"{name}_mask"] = self._array((rows, width), bool)
         if self.config.features.cache:
-            shape = (rows, prompt, self.plan.system.llm_config.width)
+            shape = (rows, prompt, self.plan.system.hidden_width)
             batch["llm_hidden"] = self._array(shape, jnp.bfloat16)
         arguments = (state, self._placed(frozen), batch)
         flat, _, flat_frozen = self._flat.adapted

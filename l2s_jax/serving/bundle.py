@@ -30,6 +30,8 @@ from l2s_jax.tokenizers.cut import read_kept, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _FAMILY = "l2s"
+# How H comes to the SLM: fields that are there where they are not as by default.
+_JOINED = ("layers", "normalize", "stack")
 _LLM, _LLM_TOKENIZER = "llm", "llm_tokenizer"
 CARD = "README.md"
 _GENERATION = "generation_config.json"
@@ -62,6 +64,7 @@ def save(
         "fusion": system.fusion,
         "projector_width": system.projector_width,
         "shared_vocabulary": system.shared_vocabulary,
+        **{name: value for name in _JOINED if (value := getattr(system, name))},
         "slm": pretrained.config_to_native(system.slm_config),
         "llm": {"path": llm_path, "content_hash": llm_hash, "layer": layer},
         "generation": dict(generation),
@@ -208,6 +211,9 @@ def load(
         slm_config = with_vocabulary(slm_config, read_kept(directory))
         names = ("fusion", "projector_width", "shared_vocabulary")
         settings = {name: fields[name] for name in names}
+        settings |= {name: fields[name] for name in _JOINED if name in fields}
+        if "layers" in settings:
+            settings["layers"] = tuple(map(tuple, settings["layers"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
     llm, frozen = pretrained.load_encoder(

@@ -54,6 +54,7 @@ IDLE = (
         Idle("slm.model.*", f"slm.cut.{name}", bool, "the SLM is cut out of a checkpoint")
         for name in flat(Cut())
     ),
+    Idle("llm.layer", "l2s.layers", bool, "H is that of the layers there"),
     Idle("llm.train.*", "llm.train.steps", _is_off, "the LLM is not trained"),
     *(
         Idle(

@@ -40,6 +40,15 @@ def _are_buckets(buckets: tuple[Any, ...]) -> bool:
     )
 
 
+def _are_groups(groups: tuple[Any, ...]) -> bool:
+    return all(
+        isinstance(group, tuple)
+        and group
+        and all(type(layer) is int and layer >= 1 for layer in group)
+        for group in groups
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer(Section):
     """Where a tokenizer comes from: a directory, or the text of the train split."""
@@ -149,6 +158,21 @@ class L2s(_LikeSlm):
     )
     projector_width: int = setting(
         0, "Hidden units of the projector; 0: the SLM's width.", at_least=0
+    )
+    layers: tuple[tuple[int, ...], ...] = setting(
+        (),
+        "Groups of the LLM's layers, each as after how many layers: ((4, 8), (12, 16)). H is a "
+        "weighted sum of each group, with learnt weights, side by side. Without any, H is that of "
+        "`llm.layer`.",
+        fits=_are_groups,
+        expected="a tuple of tuples of numbers of layers, from 1",
+    )
+    normalize: bool = setting(False, "A norm with a learnt scale, over H before the projector.")
+    stack: int = setting(
+        0,
+        "Layers in which the prompt's tokens see each other in both directions, over Z before the "
+        "SLM reads it.",
+        at_least=0,
     )
 
 
