@@ -28,6 +28,8 @@ from l2s_jax.models.systems import LanguageModel, parameter_count
 
 # Millions of parameters, as the models' cards on huggingface.co give them.
 PUBLISHED = {
+    "mt5-small": 300.2,
+    "smollm2-135m": 134.5,
     "t5-small": 60.5,
     "t5-base": 222.9,
     "t5-large": 737.7,

@@ -182,7 +182,7 @@ def test_what_is_out_of_range_is_refused_in_a_line_that_names_it(data):
             int: st.integers(max_value=-2) | st.floats() | st.booleans() | st.text(),
             float: st.sampled_from([math.nan, math.inf, -math.inf, "1", None, True]),
             str: st.integers() | st.none() | st.lists(st.text()),
-            tuple: st.integers() | st.text() | st.lists(st.integers(), min_size=1),
+            tuple: st.integers() | st.text() | st.lists(st.integers(max_value=-1), min_size=1),
         }[type(default_value)]
     )
     if key.endswith("search.stop"):
