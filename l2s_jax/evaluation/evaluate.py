@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
-from l2s_jax.evaluation import comet, metrics, report
+from l2s_jax.evaluation import comet, metrics, report, significance
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
@@ -56,6 +56,8 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         metrics.warn_of_spaces(references, scoring["tokenizer"])
 
     systems: dict[str, dict[str, Any]] = {}
+    texts: dict[str, list[str]] = {}
+    measured: dict[str, metrics.Measured] = {}
     for name, description in DESCRIPTIONS.items():
         if (generator := generators.get(name.removesuffix("_mismatched"))) is None:
             continue  # an LLM that only encodes
@@ -68,26 +70,31 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         if not distributed.is_primary():
             continue
         _write_predictions(context.workdir, name, examples, outputs)
+        texts[name] = [output.text for output in outputs]
+        measured[name] = metrics.measure(
+            settings.metrics, texts[name], references, sources=sources, **scoring
+        )
         systems[name] = {
             "description": description,
             "params": parameter_count((generator.trained, generator.frozen)),
             "params_read_per_token": generator.system.parameters_read_per_token(generator.trained),
-            "quality": metrics.evaluate(
-                settings.metrics,
-                [output.text for output in outputs],
-                references,
-                sources=sources,
-                **scoring,
-            ),
+            "quality": measured[name].quality,
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
 
-    def measured() -> dict[str, dict[str, dict[str, float]]]:
+    def latencies() -> dict[str, dict[str, dict[str, float]]]:
         return _latencies(generators, settings.latency)
 
     together = context.decoding_mesh.is_multi_process
-    latencies = measured() if together else distributed.on_primary(measured)
-    return distributed.on_primary(lambda: _written(experiment, systems, latencies, references))
+    timed = latencies() if together else distributed.on_primary(latencies)
+
+    def written() -> dict[str, Any]:
+        differences = significance.compare(
+            texts, measured, references, tokenizer=scoring["tokenizer"]
+        )
+        return _written(experiment, systems, timed, references, differences)
+
+    return distributed.on_primary(written)
 
 
 def scoring_of(config: ConfigDict) -> dict[str, str]:
@@ -104,6 +111,7 @@ def _written(
     systems: dict[str, dict[str, Any]],
     latencies: Mapping[str, Mapping[str, dict[str, float]]],
     references: list[tuple[str, ...]],
+    differences: dict[str, Any],
 ) -> dict[str, Any]:
     """The report, which it writes."""
     context = experiment.context
@@ -125,6 +133,7 @@ def _written(
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),
+        "significance": differences,
         "environment": environment(*context.dtypes),
     }
     report.write_report(result, context.workdir)
