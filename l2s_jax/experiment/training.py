@@ -17,6 +17,8 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.files import atomic_directory
+from l2s_jax.settings.declare import recorded
+from l2s_jax.settings.training import Train
 from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ class TrainedStage(RecordedStage):
         config = self.context.config
         prompts, responses = self.prompts.tokenizer, self.responses.tokenizer
         limit = config.evaluation.validation_examples
-        settings = self.section.train.to_dict()
+        settings = recorded(Train, self.section.train.to_dict())
         inputs = {
             "data": {**data, "validation": self.context.content("validation", limit=limit)},
             "models": models.VERSION,

@@ -60,6 +60,15 @@ IDLE = (
         for name in SYSTEMS
     ),
     *(
+        Idle(
+            f"{name}.train.timescale",
+            f"{name}.train.schedule",
+            lambda schedule: schedule != "inverse_sqrt",
+            "only inverse_sqrt has one",
+        )
+        for name in SYSTEMS
+    ),
+    *(
         Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
         for name in ("slm", "l2s")
     ),
