@@ -132,7 +132,7 @@ def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
 
 def test_labels_of_data_in_another_order_are_those_of_its_prompts(copy, caplog):
     caplog.set_level("INFO")
-    (file,) = (copy / "run/labels").glob("*.jsonl")
+    (file,) = (copy / "run/labels").glob("train-*.jsonl")
     lines = file.read_text().splitlines()
     rewrite(file, lambda rs: [r | {"response": f"answer {i}"} for i, r in enumerate(rs)])
     assert len(lines) > 50

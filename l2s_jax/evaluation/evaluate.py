@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
+from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.evaluation import comet, metrics, report, significance
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
@@ -22,6 +23,7 @@ from l2s_jax.files import write_json_lines
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving.generator import Generator, Output
 from l2s_jax.settings.evaluation import bleu_tokenizer
+from l2s_jax.settings.rules import SYSTEMS
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     distributed.on_primary(lambda: metrics.check(settings.metrics, **scoring))
     examples = experiment.evaluation_examples()
     prompts = [example.prompt for example in examples]
-    sources = comet.sources_of(context.task.prompt_fields, prompts) if settings.comet else ()
+    sources = _sources(context.config, prompts)
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
     answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
@@ -104,6 +106,39 @@ def scoring_of(config: ConfigDict) -> dict[str, str]:
         "tokenizer": bleu_tokenizer(settings.bleu_tokenizer, config.task.language),
         "comet_folder": settings.comet,
     }
+
+
+def check_selection(config: ConfigDict) -> None:
+    """Finds out, before any work, whether checkpoints can be chosen by quality where they are to.
+
+    Raises:
+      ValueError: something is missing that the primary metric needs.
+    """
+    if any(config[name].train.select == "quality" for name in SYSTEMS):
+        metrics.check(config.evaluation.metrics[:1], **scoring_of(config))
+        _sources(config, [])
+
+
+def primary_score(
+    config: ConfigDict, examples: Sequence[Example], responses: Sequence[str]
+) -> float:
+    """The score of responses to examples on the primary metric, 0 to 100."""
+    name = config.evaluation.metrics[0]
+    scores = metrics.evaluate(
+        [name],
+        responses,
+        [example.references for example in examples],
+        sources=_sources(config, [example.prompt for example in examples]),
+        **scoring_of(config),
+    )
+    return scores[name]
+
+
+def _sources(config: ConfigDict, prompts: Sequence[str]) -> Sequence[str]:
+    """What was translated, where COMET is asked for."""
+    if not config.evaluation.comet:
+        return ()
+    return comet.sources_of(load_task(config.task).prompt_fields, prompts)
 
 
 def _written(

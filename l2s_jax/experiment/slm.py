@@ -23,6 +23,8 @@ def start_inputs(context: Context) -> dict[str, Any]:
 class SlmStage(LanguageModelStage):
     """The SLM alone."""
 
+    since = ("labels.splits",)
+
     def __init__(self, context: Context, tokenizer: TokenizerStage, labels: LabelStage):
         needs = (tokenizer.source, labels)
         super().__init__(context, "slm", *needs, prompts=tokenizer, responses=tokenizer)
@@ -40,3 +42,7 @@ class SlmStage(LanguageModelStage):
     def examples(self) -> Sequence[Example]:
         """The labels."""
         return self._labels.examples()
+
+    def validation(self) -> Sequence[Example]:
+        """Labels too."""
+        return self._labels.validation_of(self.record)

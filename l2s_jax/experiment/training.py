@@ -64,6 +64,10 @@ class TrainedStage(RecordedStage):
     def examples(self) -> Sequence[Example]:
         """What it learns."""
 
+    def validation(self) -> Sequence[Example]:
+        """By what its checkpoints are compared."""
+        return self.context.validation()
+
     def is_made(self) -> bool:
         """Whether the model is there."""
         return os.path.isdir(os.path.join(self.record.directory, "model"))
@@ -102,7 +106,7 @@ class TrainedStage(RecordedStage):
         }
         if prompts.identity != responses.identity:
             inputs["prompt_tokenizer"] = prompts.identity
-        return inputs
+        return inputs | self.context.selection(self.section.train)
 
     def starting_point(self, model: str) -> tuple[ModelConfig, Params | None]:
         """Config, and parameters unless they are to be random, of the LLM or SLM to train."""
@@ -178,6 +182,7 @@ class TrainedStage(RecordedStage):
 
         from l2s_jax.cluster import distributed, sharding
         from l2s_jax.data.batches import training_batches, validation_batches
+        from l2s_jax.experiment import judging
         from l2s_jax.models.lora import Lora
         from l2s_jax.training import loop
 
@@ -190,8 +195,7 @@ class TrainedStage(RecordedStage):
             adapted = Lora(system, **lora)
             params, base = adapted.split(params, jax.random.key(context.config.seed))
             frozen = {"base": base, "inner": frozen}
-        limit = context.config.evaluation.validation_examples
-        validation = self._tokenized(context.first("validation", limit))
+        validation = self._tokenized(self.validation())
         settings = {
             "prompt_name": system.prompt_name,
             "buckets": context.buckets,
@@ -200,8 +204,10 @@ class TrainedStage(RecordedStage):
         }
         batches = training_batches(data, seed=context.config.seed, **settings)
         validations = validation_batches(validation, **settings)
+        answered = judging.answered(context, train)
+        prompts = self._tokenized([Example(example.prompt, "", ()) for example in answered])
         if prepare:
-            prepare(train=data, validation=validation)
+            prepare(train=data, validation=validation, **({"samples": prompts} if answered else {}))
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
@@ -213,6 +219,7 @@ class TrainedStage(RecordedStage):
             fingerprint=distributed.on_primary(lambda: self.record.run),
             seed=context.config.seed,
             mesh=context.mesh,
+            judge=judging.make(context, train, adapted or system, prompts, answered),
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

@@ -88,8 +88,10 @@ class Train(Section):
     )
     select: str = setting(
         "best",
-        "The checkpoint that a run returns: that of the best validation accuracy, or the last.",
-        one_of=("best", "last"),
+        "The checkpoint that a run returns: best, that of the best accuracy per token on the "
+        "validation split; quality, that whose responses to prompts of it score best on the "
+        "primary metric; last.",
+        one_of=("best", "quality", "last"),
     )
     trainable: tuple[str, ...] = setting(
         (),
