@@ -79,6 +79,7 @@ def validation_scores(
         float(sum(np.float64(batch[name]) for batch in sums))
         for name in ("loss", "tokens", "correct")
     )
+    tokens = max(tokens, 1.0)  # an LLM that says nothing gives labels without a token
     return {
         "val_loss": loss / tokens,
         "val_perplexity": math.exp(min(loss / tokens, 50.0)),

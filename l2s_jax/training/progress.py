@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from l2s_jax.data.text import whole
 from l2s_jax.files import write_bytes
 
 _FILE = "metrics.jsonl"
@@ -80,10 +81,10 @@ class MetricWriter:
         """Records texts by what they are, such as {"prompt": ..., "response": ...}."""
         if not samples:
             return
+        samples = [{name: whole(text) for name, text in s.items()} for s in samples]
         with open(self._samples, "a", encoding="utf-8") as file:
             for sample in samples:
-                line = json.dumps({"step": int(step), **sample}, ensure_ascii=False)
-                file.write(line.encode(errors="replace").decode() + "\n")
+                file.write(json.dumps({"step": int(step), **sample}, ensure_ascii=False) + "\n")
         self._tensorboard.add_text(f"{self._name}/samples", _page(samples), int(step))
 
     def advance(self, step: int) -> None:
