@@ -14,6 +14,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.evaluation import metrics
 from l2s_jax.experiment import judging, toy
+from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
 from l2s_jax.models.lora import Lora
 from l2s_jax.serving.generator import Generator
@@ -116,7 +117,7 @@ def job(tmp_path_factory):
         "--config.tokenizer.train_vocab_size=0",
         "--config.evaluation.metrics=('chrf', 'bleu')",
         "--config.evaluation.validation_examples=7",
-        "--config.evaluation.selection_examples=6",
+        "--config.slm.train.selection_examples=6",
         "--config.evaluation.samples=2",
         "--config.slm.train.select=quality",
         "--config.slm.train.steps=24",
@@ -152,6 +153,24 @@ def test_samples_are_written_at_each_validation(job):
     for sample, row in zip(samples, rows * 4, strict=True):
         assert sample["prompt"] == f"reverse: {row['words']}"
         assert sample["reference"] == row["reversed"]
+
+
+def test_what_a_checkpoint_is_chosen_by_makes_it_another(job):
+    def state(**changes):
+        config = read_config(str(job / "run"))
+        with config.unlocked():
+            config.update_from_flattened_dict(changes)
+        return Experiment(config, str(job / "run"), "look").slm.state()
+
+    assert state(**{"evaluation.samples": 0, "evaluation.metrics": ("chrf",)}) == ("done", "")
+    for key, value, why in (
+        ("slm.train.selection_examples", 5, "train.selection_examples"),
+        ("slm.train.select", "best", "selection, train.select"),
+        ("evaluation.metrics", ("exact_match",), "selection.metric"),
+        ("decoding.max_new_tokens", 9, "selection.max_new_tokens"),
+    ):
+        state_of, changed = state(**{key: value})
+        assert state_of == "stale" and why in changed
 
 
 def test_a_choice_by_quality_needs_a_way_to_score():

@@ -16,6 +16,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
 from l2s_jax.hub import cached, find, is_name, reference
+from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -99,14 +100,12 @@ class Context:
         """Inputs of a training whose checkpoint is chosen by what the system says."""
         if train.select != "quality":
             return {}
-        config = self.config
-        return {
-            "selection": {
-                "examples": config.evaluation.selection_examples,
-                "metric": config.evaluation.metrics[0],
-                "max_new_tokens": config.decoding.max_new_tokens,
-            }
-        }
+        config, metric = self.config, self.config.evaluation.metrics[0]
+        how = {"metric": metric, "max_new_tokens": config.decoding.max_new_tokens}
+        if metric == "bleu":
+            setting = config.evaluation.bleu_tokenizer
+            how["bleu_tokenizer"] = bleu_tokenizer(setting, config.task.language)
+        return {"selection": how}
 
     @functools.cache  # noqa: B019  every stage asks; TFDS takes a while to say where its files are
     def content(self, split: str, *, responses: bool = True, limit: int = 0) -> str | None:

@@ -28,7 +28,7 @@ def answered(context: Context, train: ConfigDict) -> Sequence[Example]:
     settings = context.config.evaluation
     count = settings.samples
     if train.select == "quality":
-        count = max(count, settings.selection_examples)
+        count = max(count, train.selection_examples)
     return list(itertools.islice(context.validation(), count))
 
 

@@ -43,11 +43,6 @@ class Evaluation(Section):
     validation_examples: int = setting(
         2000, "Of the validation split, while training; 0: all.", at_least=0
     )
-    selection_examples: int = setting(
-        200,
-        'Of these, answered at each validation where `train.select` is "quality".',
-        at_least=1,
-    )
     samples: int = setting(
         3, "Of these, whose answers are written down at each validation; 0: none.", at_least=0
     )

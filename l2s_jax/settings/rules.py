@@ -69,6 +69,15 @@ IDLE = (
         for name in SYSTEMS
     ),
     *(
+        Idle(
+            f"{name}.train.selection_examples",
+            f"{name}.train.select",
+            lambda select: select != "quality",
+            "no checkpoint is chosen by its responses",
+        )
+        for name in SYSTEMS
+    ),
+    *(
         Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
         for name in ("slm", "l2s")
     ),

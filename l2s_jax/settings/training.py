@@ -93,6 +93,12 @@ class Train(Section):
         "primary metric; last.",
         one_of=("best", "quality", "last"),
     )
+    selection_examples: int = setting(
+        200,
+        "Examples of the validation split that are answered for it at each validation.",
+        at_least=1,
+        added=True,
+    )
     trainable: tuple[str, ...] = setting(
         (),
         "Regular expressions over whole parameter paths (`slm/decoder/.*`): these are trained; "
