@@ -173,6 +173,20 @@ def test_what_a_checkpoint_is_chosen_by_makes_it_another(job):
         assert state_of == "stale" and why in changed
 
 
+def test_a_metric_that_is_not_there_is_one_line_before_any_work(tmp_path, capfd):
+    config, workdir = tiny.write_task(tmp_path / "data"), tmp_path / "run"
+    arguments = (
+        "--until=slm",
+        "--config.slm.train.select=quality",
+        "--config.evaluation.metrics=('comet', 'bleu')",
+        "--config.evaluation.comet=nowhere",
+    )
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}", *arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: config.evaluation.comet='nowhere': expected a checkpoint of")
+    assert not workdir.exists()
+
+
 def test_a_choice_by_quality_needs_a_way_to_score():
     with pytest.raises(ValueError, match=r'train\.select="quality": expected Experiment'):
         config = default()
