@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.task.name = "flan_t5_xxl"
     config.llm.path = "checkpoints/flan-t5-xxl"
     config.slm.path = "checkpoints/t5-base"
-    config.l2s.train.batch_size = config.labels.batch_size = config.decoding.batch_size = 256
+    for section in (config.slm.train, config.l2s.train, config.labels, config.decoding):
+        section.batch_size = 256
     config.mesh.update(data=1, fsdp=-1)
     config.scan_layers = True
     config.l2s.train.remat = True

@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
     config.llm.path = "checkpoints/t5-large"
     config.slm.path = "checkpoints/t5-small"
     config.l2s.projector_width = 1024
-    # The optimizer's settings are those of T5's own fine-tuning (arXiv 1910.10683, section 3.1).
+    # The optimizer's settings are those of T5's own fine-tuning (arXiv 1910.10683, section 3.1):
+    # Adafactor clips each update by itself, and no gradient is clipped before.
     for section in (config.slm, config.l2s):
         section.train.update(
             steps=50_000,
@@ -42,6 +43,8 @@ def get_config() -> ConfigDict:
             optimizer="adafactor",
             learning_rate=1e-3,
             schedule="constant",
+            clip_norm=0.0,
+            dropout_rate=0.1,
             evaluate_every=2500,
             log_every=50,
         )

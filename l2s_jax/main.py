@@ -11,6 +11,7 @@ Exit status: 0; 2 for bad input, with one line that says what is wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -122,6 +123,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     import jax
 
     from l2s_jax.cluster import distributed
+    from l2s_jax.evaluation.evaluate import check_selection, primary_score
     from l2s_jax.evaluation.stage import EvaluationStage
     from l2s_jax.experiment import workdir as workdirs
     from l2s_jax.experiment.experiment import Experiment
@@ -149,8 +151,10 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             weights=_WEIGHTS.value,
         )
         return
-    experiment = Experiment(config, workdir, "make" if mode == "train" else "find")
+    score = functools.partial(primary_score, config)
+    experiment = Experiment(config, workdir, "make" if mode == "train" else "find", score)
     experiment.check()
+    distributed.on_primary(lambda: check_selection(config))
     if mode == "train":
         distributed.on_primary(lambda: workdirs.write_config(workdir, config))
         workdirs.check_shared(workdir)

@@ -43,6 +43,7 @@ PUBLISHED = {
     "qwen3-0.6b": 596.0,
     "qwen3-8b": 8190.7,
     "llama-3-70b": 70553.7,
+    "llama-3-70b-instruct": 70553.7,
 }
 
 

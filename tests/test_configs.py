@@ -90,7 +90,7 @@ CHECKPOINTS = {
         11_135_332_352,
         "t5",
     ),
-    "checkpoints/llama-3-70b": (
+    "checkpoints/llama-3-70b-instruct": (
         LlamaConfig(
             vocab_size=128_256,
             width=8192,
@@ -180,6 +180,34 @@ def test_settings_are_usable(config: ConfigDict, tmp_path: pathlib.Path) -> None
     Experiment(config, str(tmp_path))
     if not config.tokenizer.train_vocab_size:
         assert config.slm.path, "a random SLM's vocabulary is that of the tokenizer trained here"
+
+
+# What may differ between the training of the SLM alone and that of L2S: why. Not their labels,
+# which are one stage for both.
+MAY_DIFFER = {"remat": "how a gradient is computed, not what it is"}
+
+
+def test_the_slm_alone_and_l2s_are_trained_alike(config: ConfigDict) -> None:
+    alone, l2s = config.slm.train.to_dict(), config.l2s.train.to_dict()
+    differ = [name for name in alone if alone[name] != l2s[name] and name not in MAY_DIFFER]
+    assert differ == []
+    assert config.slm.lora == config.l2s.lora
+
+
+def test_an_llm_that_makes_labels_has_learnt_to_answer(config: ConfigDict) -> None:
+    if config.labels.source == "llm":
+        # Trained on the task by the run or, as T5 and Flan-T5, before; or tuned for chats.
+        is_t5 = "t5" in config.llm.path
+        assert config.llm.train.steps or is_t5 or config.task.chat.user
+
+
+def test_what_is_called_t5s_own_fine_tuning_is_that(config: ConfigDict) -> None:
+    if (config.slm.train.optimizer, config.slm.train.schedule) != ("adafactor", "constant"):
+        return
+    for section in (config.slm, config.l2s):
+        train = section.train
+        assert (train.learning_rate, train.dropout_rate, train.clip_norm) == (1e-3, 0.1, 0)
+        assert train.parameter_scale and not train.warmup_steps and not train.weight_decay
 
 
 def test_buckets_ascend_and_hold_the_maxima(config: ConfigDict) -> None:

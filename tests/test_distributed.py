@@ -128,7 +128,8 @@ def test_two_processes_train_and_evaluate_as_one(jobs):
         (theirs,) = (one / stage / "model").glob("*.safetensors")
         small.assert_same(load_file(ours), load_file(theirs), rtol=1e-4, atol=1e-6)
     same = [f"predictions/{name}.jsonl" for name in ("llm", "slm", "l2s", "l2s_mismatched")]
-    for name in (*same, "labels/train-00000.jsonl", "slm_tokenizer/spiece.model"):
+    labels = [f"labels/{split}-00000.jsonl" for split in ("train", "validation")]
+    for name in (*same, *labels, "slm_tokenizer/spiece.model"):
         assert (two / name).read_bytes() == (one / name).read_bytes()
     reports = [json.loads((path / "report.json").read_text()) for path in (one, two)]
     for name, system in reports[0]["systems"].items():

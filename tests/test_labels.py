@@ -116,6 +116,19 @@ def test_labels_belong_to_prompts_whatever_their_order(tmp_path, monkeypatch):
     assert [e.response for e in labelled] == [f"answer to {prompt}" for prompt in "dcba"]
 
 
+def test_splits_have_files_of_their_own(tmp_path):
+    label_files.label(examples_of("a", "b"), Counting, str(tmp_path))
+    validation = Counting()
+    labelled = label_files.label(
+        examples_of("b", "c"), lambda: validation, str(tmp_path), split="validation"
+    )
+    assert validation.seen == 2
+    assert [e.response for e in labelled] == ["answer to b", "answer to c"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"train-00000.jsonl", "validation-00000.jsonl"}
+    assert label_files.LabelFiles(str(tmp_path)).count() == 2
+
+
 class Sampling(Counting):
     """A generator that answers with the seed."""
 

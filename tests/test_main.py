@@ -44,6 +44,9 @@ def test_report_has_every_system_with_quality_and_latency(job):
         assert system["latency"]["total_ms"] > 0
     assert set(report["l2s_vs_llm"]) >= {"quality_ratio", "speedup"}
     assert report["task"]["examples"] == 11
+    pairs = ["l2s_vs_llm", "l2s_vs_slm", "l2s_mismatched_vs_l2s"]
+    assert list(report["significance"]) == pairs
+    assert all(set(found) == {"bleu", "chrf"} for found in report["significance"].values())
     for name in ("report.md", "quality_latency.png", "quality_latency.svg", "config.json"):
         assert (workdir / name).stat().st_size > 0
 

@@ -132,6 +132,7 @@ def test_an_encoder_alone_teaches_and_is_not_measured(tmp_path, capfd):
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert list(report["systems"]) == ["slm", "l2s", "l2s_mismatched"]
     assert set(report["l2s_vs_llm"].values()) == {None}
+    assert list(report["significance"]) == ["l2s_vs_slm", "l2s_mismatched_vs_l2s"]
     page = (tmp_path / "run/report.md").read_text()
     assert "L2S on an LLM that only encodes" in page and "nan" not in page.lower()
     assert (tmp_path / "run/l2s/model/README.md").exists()

@@ -84,6 +84,8 @@ def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd, 
     steps = {line["step"] for line in lines_of(old / "interrupted/l2s/metrics.jsonl")}
     assert sorted(steps) == list(range(1, 241))
     assert not list((old / "interrupted").glob("*.old*"))
+    # It is validated as it was begun, on the data's responses.
+    assert not list((old / "interrupted/labels").glob("validation-*"))
     found = load_file(old / "interrupted/l2s/model/params.safetensors")
     expected = load_file(old / "expected/l2s.safetensors")
     assert found.keys() == expected.keys()

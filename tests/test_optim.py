@@ -36,7 +36,7 @@ def test_schedule_follows_its_formula(name, warmup):
         if name == "cosine":
             return PEAK * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup))) / 2
         if name == "inverse_sqrt":
-            return PEAK * math.sqrt(warmup / step) if warmup else PEAK / math.sqrt(step + 1)
+            return PEAK * math.sqrt(warmup / step if warmup else 1000 / (1000 + step))
         return PEAK
 
     rate = schedule(config_of(schedule=name, warmup_steps=warmup))
@@ -44,6 +44,18 @@ def test_schedule_follows_its_formula(name, warmup):
     np.testing.assert_allclose(
         [float(rate(step)) for step in steps], list(map(expected, steps)), rtol=1e-5, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_a_timescale_says_how_fast_inverse_sqrt_falls(warmup):
+    rate = schedule(config_of(schedule="inverse_sqrt", warmup_steps=warmup, timescale=300))
+    for after, share in ((0, 1.0), (300, 0.5**0.5), (900, 0.5), (2400, 1 / 3)):
+        assert float(rate(warmup + after)) == pytest.approx(PEAK * share)
+
+
+def test_without_a_warmup_inverse_sqrt_is_no_cliff():
+    rate = schedule(config_of(schedule="inverse_sqrt"))
+    assert float(rate(1000)) == pytest.approx(PEAK / 2**0.5)
 
 
 def test_cosine_stays_at_zero_after_the_last_step():

@@ -91,18 +91,58 @@ def test_a_killed_process_loses_no_line(tmp_path):
     assert [r["step"] for r in records(tmp_path)] == list(range(5))
 
 
-def test_tensorboard_gets_the_finite_values(tmp_path):
+def events_of(directory):
+    """The records of a TensorBoard file: 12 bytes, which begin with a length, before each."""
     from tensorboardX.proto.event_pb2 import Event
 
-    with MetricWriter(str(tmp_path), total_steps=9, start_step=7, name="l2s") as writer:
-        writer.write(7, {"loss": 0.25, "norm": math.nan})
-        writer.write(8, {"loss": 0.125})
-    (path,) = tmp_path.glob("events.out.tfevents.*")
+    (path,) = directory.glob("events.out.tfevents.*")
     data, events = path.read_bytes(), []
     while data:
         size = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
+    return events
+
+
+def test_samples_are_lines_of_texts_that_a_resumed_run_replaces(tmp_path):
+    def write(step, *responses):
+        samples = [{"prompt": "wie\u2028 geht's?", "response": text} for text in responses]
+        writer.write_samples(step, samples)
+
+    with MetricWriter(str(tmp_path), total_steps=9) as writer:
+        write(2)
+        assert not (tmp_path / "samples.jsonl").exists()
+        write(3, "gut", "half \ud83d")
+        write(6, "zwei\nZeilen")
+    with MetricWriter(str(tmp_path), total_steps=9, start_step=5) as writer:
+        write(6, "besser")
+    lines = (tmp_path / "samples.jsonl").read_bytes().decode().split("\n")[:-1]
+    found = [json.loads(line) for line in lines]
+    assert [(line["step"], line["response"]) for line in found] == [
+        *((3, "gut"), (3, "half \ufffd"), (6, "besser")),
+    ]
+    assert found[0].keys() == {"step", "prompt", "response"}
+    assert "geht's" in lines[0]
+
+
+def test_tensorboard_has_the_texts_of_samples(tmp_path):
+    with MetricWriter(str(tmp_path), total_steps=9, name="slm") as writer:
+        writer.write_samples(3, [{"prompt": "a *b*\nc", "response": ""}])
+    ((step, text),) = [
+        (event.step, value.tensor.string_val[0].decode())
+        for event in events_of(tmp_path)
+        for value in event.summary.value
+        if value.tag.startswith("slm/samples")
+    ]
+    assert step == 3
+    assert "**prompt**\n\n    a *b*\n    c\n" in text and "**response**" in text
+
+
+def test_tensorboard_gets_the_finite_values(tmp_path):
+    with MetricWriter(str(tmp_path), total_steps=9, start_step=7, name="l2s") as writer:
+        writer.write(7, {"loss": 0.25, "norm": math.nan})
+        writer.write(8, {"loss": 0.125})
+    events = events_of(tmp_path)
     values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
     assert values == [(7, "l2s/loss", 0.25), (8, "l2s/loss", 0.125)]
     assert [e.step for e in events if e.HasField("session_log")] == [7]

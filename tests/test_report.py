@@ -56,6 +56,18 @@ def make_report(quality=(35.512345678901234, 28.4, 35.1, 0.7), metric="bleu"):
     }  # fmt: skip
 
 
+def with_differences(report):
+    found = {"low": -1.25, "high": 0.5, "p": 0.15284, "test": "how"}
+    report["significance"] = {
+        "l2s_vs_llm": {"bleu": {"difference": -0.412, **found}},
+        "l2s_mismatched_vs_l2s": {
+            "bleu": {"difference": 34.4, **found},
+            "chrf": {"difference": 0.0, **found, "p": 0.00099},
+        },
+    }
+    return report
+
+
 def table_rows(page, first_cell):
     lines = [line for line in page.splitlines() if line.startswith(f"| {first_cell} ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
@@ -125,13 +137,33 @@ def test_page_states_the_finding_and_rounds(tmp_path):
     assert table_rows(page, "versions")[0][1] == "jax 0.10, flax 0.12"
 
 
+def test_page_has_the_differences_and_what_chance_says_of_them(tmp_path):
+    reporting.write_report(with_differences(make_report()), str(tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert table_rows(page, "L2S less LLM") == [
+        ["L2S less LLM", "BLEU", "-0.4", "-1.2 to +0.5", "0.153"]
+    ]
+    rows = table_rows(page, "L2S, mismatched less L2S")
+    assert [row[1:3] + row[4:] for row in rows] == [
+        ["BLEU", "+34.4", "0.153"],
+        ["chrF", "+0.0", "below 0.001"],
+    ]
+    assert "*p* is how likely a difference of this size is" in page
+
+
+def test_a_report_of_before_the_tests_of_differences_is_whole(tmp_path):
+    reporting.write_report(make_report(), str(tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert "*p*" not in page and "## Differences" not in page
+
+
 def test_every_table_is_rectangular(tmp_path):
-    report = make_report()
+    report = with_differences(make_report())
     report["environment"]["note"] = "a | b\nc"
     del report["systems"]["slm"]["quality"]["chrf"]
     reporting.write_report(report, str(tmp_path))
     blocks = re.findall(r"(?:^\|.*\n?)+", (tmp_path / "report.md").read_text(), re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         assert len({len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
@@ -186,10 +218,14 @@ def test_every_missing_key_is_named(tmp_path, path):
         (("l2s_vs_llm", "speedup"), "fast"),
         (("task", "examples"), None),
         (("environment", "device"), object),
+        (("significance",), [1]),
+        (("significance", "l2s_vs_llm"), None),
+        (("significance", "l2s_vs_llm", "bleu", "p"), math.nan),
+        (("significance", "l2s_vs_llm", "bleu", "difference"), "more"),
     ],
 )
 def test_unusable_values_are_named(tmp_path, path, value):
-    report = make_report()
+    report = with_differences(make_report())
     parent = report
     for key in path[:-1]:
         parent = parent[key]

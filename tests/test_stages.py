@@ -132,7 +132,7 @@ def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
 
 def test_labels_of_data_in_another_order_are_those_of_its_prompts(copy, caplog):
     caplog.set_level("INFO")
-    (file,) = (copy / "run/labels").glob("*.jsonl")
+    (file,) = (copy / "run/labels").glob("train-*.jsonl")
     lines = file.read_text().splitlines()
     rewrite(file, lambda rs: [r | {"response": f"answer {i}"} for i, r in enumerate(rs)])
     assert len(lines) > 50
@@ -156,6 +156,52 @@ def test_a_prompt_that_is_new_is_all_that_the_llm_answers(copy, caplog):
     assert "labels: the LLM answers 1 of " in caplog.text
     assert states(copy)["labels"] == ("done", "")
     assert states(copy)["slm"][0] == "stale"
+
+
+def test_what_is_validated_with_has_labels_of_its_own(copy, caplog):
+    caplog.set_level("INFO")
+    path = copy / "run/labels/validation-00000.jsonl"
+    keys = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in (copy / "data/validation.jsonl").read_text().splitlines()]
+    prompts = [f"reverse: {row['words']}" for row in rows]
+    assert keys == list(dict.fromkeys(keys_of(prompts, sampled=False)))
+    train = (copy / "run/labels/train-00000.jsonl").read_bytes()
+    path.unlink()
+    assert states(copy)["labels"][0] == "begun"
+    assert tiny.run(f"--workdir={copy / 'run'}", "--until=labels") == 0
+    assert f"answers {len(keys)} of {len(keys)} prompts of validation" in caplog.text
+    assert "prompts of train" not in caplog.text
+    assert (copy / "run/labels/train-00000.jsonl").read_bytes() == train
+    assert stale(copy) == []
+
+
+def test_a_run_of_before_labels_of_validation_stays_and_goes_on_as_it_was(copy, caplog):
+    caplog.set_level("INFO")
+    run = copy / "run"
+
+    def record_of(stage):
+        record = json.loads((run / f"{stage}/stage.json").read_text())
+        return record, record if stage == "labels" else record["labels"]
+
+    for stage in ("labels", "slm", "l2s"):
+        record, labels = record_of(stage)
+        assert labels.pop("splits") == ["train", "validation"]
+        (run / f"{stage}/stage.json").write_text(json.dumps(record))
+    (run / "labels/validation-00000.jsonl").unlink()
+    assert stale(copy) == []
+    config = read_config(str(run))
+    config.slm.train.steps = 8
+    Experiment(config, str(run)).make(until="slm")
+    assert "goes on from 4 steps" in caplog.text and "the LLM answers" not in caplog.text
+    assert "splits" not in record_of("slm")[1]
+    assert Experiment(config, str(run), "look").slm.state() == ("done", "")
+    # What is made anew is made as it is now.
+    config.slm.train.learning_rate = 0.5
+    Experiment(config, str(run)).make(until="slm")
+    assert (run / "labels/validation-00000.jsonl").exists()
+    assert record_of("slm")[1]["splits"] == ["train", "validation"]
+    experiment = Experiment(config, str(run), "look")
+    assert [s.state()[0] for s in (experiment.labels, experiment.slm)] == ["done", "done"]
 
 
 def test_training_can_be_extended_and_goes_on_where_it_was(copy):

@@ -136,6 +136,7 @@ def fit(
     validation=None,
     wrap=lambda batches: batches,
     fingerprint="f",
+    judge=None,
     **config,
 ):
     system, trained, frozen = case(name)
@@ -154,6 +155,7 @@ def fit(
         fingerprint=fingerprint,
         seed=0,
         mesh=small.mesh_of(*mesh),
+        judge=judge,
     )
 
 
@@ -225,6 +227,26 @@ def test_select(select, tmp_path):
     assert accuracies[2] > accuracies[6]
     expected = max(accuracies.values()) if select == "best" else accuracies[6]
     assert scores("slm", params, [validation])["val_accuracy"] == pytest.approx(expected)
+
+
+def test_a_judge_chooses_the_checkpoint_and_changes_no_training(tmp_path):
+    heard = []
+
+    def judge(params, frozen):
+        heard.append(jax.device_get(params))
+        quality = {1: 3.0, 2: 9.0, 3: 5.0}[len(heard)]
+        return loop.Judged({"val_quality": quality}, [{"response": f"after {quality}"}])
+
+    config = {"steps": 6, "evaluate_every": 2, "learning_rate": 0.03, "ema_decay": 0.5}
+    last = fit(tmp_path / "alone", select="last", **config)
+    chosen = fit(tmp_path / "judged", select="quality", judge=judge, **config)
+    small.assert_same(heard[2], last)
+    small.assert_same(chosen, heard[1])
+    assert small.differ(chosen, last)
+    found = [line["val_quality"] for line in lines_of(tmp_path / "judged") if "val_loss" in line]
+    assert found == [3.0, 9.0, 5.0]
+    samples = (tmp_path / "judged/samples.jsonl").read_text().splitlines()
+    assert json.loads(samples[1]) == {"step": 4, "response": "after 9.0"}
 
 
 def test_the_average_is_what_is_validated_and_returned(tmp_path):

@@ -1,5 +1,6 @@
 """Stage folders: found again when nothing changed, moved aside when something did."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from l2s_jax import files
 from l2s_jax.config import default, model_config
 from l2s_jax.experiment import workdir
 from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.settings.declare import Section, recorded, setting
 
 
 class Made(RecordedStage):
@@ -79,6 +81,12 @@ def test_changed_inputs_move_what_was_there_aside_each_time(tmp_path, caplog):
         Made(tmp_path / "elsewhere", {}, "find").made()
 
 
+def test_an_input_that_is_gone_makes_a_stage_stale(tmp_path):
+    Made(tmp_path, {"seed": 0, "lora": {"rank": 4}}).made()
+    assert Made(tmp_path, {"seed": 0}).state() == ("stale", "lora changed")
+    assert Made(tmp_path, {"seed": 0, "lora": None}).state() == ("done", "")
+
+
 def test_more_steps_are_the_same_run_and_fewer_are_another(tmp_path):
     run = Made(tmp_path, {"train": {"steps": 3}}).made() and Made(tmp_path, {}).record.run
     longer = Made(tmp_path, {"train": {"steps": 5}})
@@ -109,6 +117,25 @@ def test_a_record_of_version_0_1_stays_where_all_that_it_holds_agrees(tmp_path):
     assert Made(tmp_path, {**inputs, "data": "other"}).state() == ("stale", "data changed")
     path.write_text(json.dumps(old | {"task": "another"}))
     assert Made(tmp_path, inputs).state() == ("stale", "task changed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown(Section):
+    rate: int = setting(1, "There from the beginning.", at_least=0)
+    bend: int = setting(0, "Came later.", at_least=0, added=True)
+
+
+def test_a_setting_that_has_come_since_makes_nothing_stale_at_its_default(tmp_path):
+    def stage(**values):
+        return Made(tmp_path, {"train": recorded(Grown, dataclasses.asdict(Grown(**values)))})
+
+    Made(tmp_path, {"train": {"rate": 1}}).made()
+    assert stage().state() == ("done", "")
+    assert stage(bend=2).state() == ("stale", "train.bend changed")
+    assert stage(rate=2).state() == ("stale", "train.rate changed")
+    stage(bend=2).made()
+    assert stage(bend=2).state() == ("done", "")
+    assert stage().state() == ("stale", "train.bend changed")
 
 
 def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):

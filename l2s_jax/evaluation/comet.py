@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,17 +42,17 @@ def sources_of(fields: Sequence[str], prompts: Sequence[str]) -> list[str]:
     return [fields_of(prompt) for prompt in prompts]
 
 
-def score(
+def scores(
     folder: str, sources: Sequence[str], predictions: Sequence[str], references: Sequence[str]
-) -> float:
-    """100 times the mean over segments, each with its source and one reference."""
+) -> list[float]:
+    """100 times the score of each segment, with its source and one reference."""
     samples = [
         {"src": source, "mt": prediction, "ref": reference}
         for source, prediction, reference in zip(sources, predictions, references, strict=True)
     ]
     model, gpus = _loaded(folder)
-    scores = model.predict(samples, batch_size=_BATCH_SIZE, gpus=gpus, progress_bar=False).scores
-    return 100.0 * statistics.fmean(scores)
+    found = model.predict(samples, batch_size=_BATCH_SIZE, gpus=gpus, progress_bar=False).scores
+    return [100.0 * float(score) for score in found]
 
 
 @functools.lru_cache(maxsize=1)

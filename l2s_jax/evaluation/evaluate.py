@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
-from l2s_jax.evaluation import comet, metrics, report
+from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.evaluation import comet, metrics, report, significance
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
@@ -22,6 +23,7 @@ from l2s_jax.files import write_json_lines
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving.generator import Generator, Output
 from l2s_jax.settings.evaluation import bleu_tokenizer
+from l2s_jax.settings.rules import SYSTEMS
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     distributed.on_primary(lambda: metrics.check(settings.metrics, **scoring))
     examples = experiment.evaluation_examples()
     prompts = [example.prompt for example in examples]
-    sources = comet.sources_of(context.task.prompt_fields, prompts) if settings.comet else ()
+    sources = _sources(context.config, prompts)
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
     answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
@@ -56,6 +58,8 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         metrics.warn_of_spaces(references, scoring["tokenizer"])
 
     systems: dict[str, dict[str, Any]] = {}
+    texts: dict[str, list[str]] = {}
+    measured: dict[str, metrics.Measured] = {}
     for name, description in DESCRIPTIONS.items():
         if (generator := generators.get(name.removesuffix("_mismatched"))) is None:
             continue  # an LLM that only encodes
@@ -68,26 +72,31 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         if not distributed.is_primary():
             continue
         _write_predictions(context.workdir, name, examples, outputs)
+        texts[name] = [output.text for output in outputs]
+        measured[name] = metrics.measure(
+            settings.metrics, texts[name], references, sources=sources, **scoring
+        )
         systems[name] = {
             "description": description,
             "params": parameter_count((generator.trained, generator.frozen)),
             "params_read_per_token": generator.system.parameters_read_per_token(generator.trained),
-            "quality": metrics.evaluate(
-                settings.metrics,
-                [output.text for output in outputs],
-                references,
-                sources=sources,
-                **scoring,
-            ),
+            "quality": measured[name].quality,
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
 
-    def measured() -> dict[str, dict[str, dict[str, float]]]:
+    def latencies() -> dict[str, dict[str, dict[str, float]]]:
         return _latencies(generators, settings.latency)
 
     together = context.decoding_mesh.is_multi_process
-    latencies = measured() if together else distributed.on_primary(measured)
-    return distributed.on_primary(lambda: _written(experiment, systems, latencies, references))
+    timed = latencies() if together else distributed.on_primary(latencies)
+
+    def written() -> dict[str, Any]:
+        differences = significance.compare(
+            texts, measured, references, tokenizer=scoring["tokenizer"]
+        )
+        return _written(experiment, systems, timed, references, differences)
+
+    return distributed.on_primary(written)
 
 
 def scoring_of(config: ConfigDict) -> dict[str, str]:
@@ -99,11 +108,45 @@ def scoring_of(config: ConfigDict) -> dict[str, str]:
     }
 
 
+def check_selection(config: ConfigDict) -> None:
+    """Finds out, before any work, whether checkpoints can be chosen by quality where they are to.
+
+    Raises:
+      ValueError: something is missing that the primary metric needs.
+    """
+    if any(config[name].train.select == "quality" for name in SYSTEMS):
+        metrics.check(config.evaluation.metrics[:1], **scoring_of(config))
+        _sources(config, [])
+
+
+def primary_score(
+    config: ConfigDict, examples: Sequence[Example], responses: Sequence[str]
+) -> float:
+    """The score of responses to examples on the primary metric, 0 to 100."""
+    name = config.evaluation.metrics[0]
+    scores = metrics.evaluate(
+        [name],
+        responses,
+        [example.references for example in examples],
+        sources=_sources(config, [example.prompt for example in examples]),
+        **scoring_of(config),
+    )
+    return scores[name]
+
+
+def _sources(config: ConfigDict, prompts: Sequence[str]) -> Sequence[str]:
+    """What was translated, where COMET is asked for."""
+    if not config.evaluation.comet:
+        return ()
+    return comet.sources_of(load_task(config.task).prompt_fields, prompts)
+
+
 def _written(
     experiment: Experiment,
     systems: dict[str, dict[str, Any]],
     latencies: Mapping[str, Mapping[str, dict[str, float]]],
     references: list[tuple[str, ...]],
+    differences: dict[str, Any],
 ) -> dict[str, Any]:
     """The report, which it writes."""
     context = experiment.context
@@ -125,6 +168,7 @@ def _written(
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),
+        "significance": differences,
         "environment": environment(*context.dtypes),
     }
     report.write_report(result, context.workdir)

@@ -7,8 +7,9 @@ feeds them the data in the form in which their published numbers are computed.
 import importlib.metadata
 import logging
 import os
+import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
@@ -18,6 +19,17 @@ from l2s_jax.evaluation import comet, rouge
 from l2s_jax.settings.evaluation import BLEU_TOKENIZERS, DEFAULT_TOKENIZER, METRICS
 
 log = logging.getLogger(__name__)
+
+
+class Measured(NamedTuple):
+    """Scores of predictions, each from 0 to 100.
+
+    quality: by metric.
+    examples: of each example, by metric; none of BLEU and chrF, which are no means over examples.
+    """
+
+    quality: dict[str, float]
+    examples: dict[str, list[float]]
 
 
 def check(names: Sequence[str], *, tokenizer: str, comet_folder: str) -> None:
@@ -80,28 +92,62 @@ def evaluate(
       ValueError: an unknown name, nothing to score, references that do not fit predictions, or
         something is missing that a metric needs.
     """
+    return measure(
+        names,
+        predictions,
+        references,
+        tokenizer=tokenizer,
+        comet_folder=comet_folder,
+        sources=sources,
+    ).quality
+
+
+def measure(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: str = DEFAULT_TOKENIZER,
+    comet_folder: str = "",
+    sources: Sequence[str] = (),
+) -> Measured:
+    """What `evaluate` gives, and the scores of each example; arguments and errors as of that."""
     _check_names(names)
     predictions = text_list(predictions, "predictions")
     _check_texts(predictions, references)
-    scores = {}
-    if "bleu" in names:
-        bleu = _bleu(tokenizer)
-        scores["bleu"] = bleu.corpus_score(predictions, _streams(references)).score
-    if "chrf" in names:
-        scores["chrf"] = CHRF().corpus_score(predictions, _streams(references)).score
+    quality = {
+        name: metric.corpus_score(predictions, streams(references)).score
+        for name, metric in corpus_metrics(names, tokenizer).items()
+    }
+    examples: dict[str, list[float]] = {}
     rouge_names = [name for name in METRICS if name in names and name.startswith("rouge")]
     if rouge_names:
-        scores |= rouge.score(rouge_names, predictions, references)
+        examples |= rouge.scores(rouge_names, predictions, references)
     if "exact_match" in names:
-        hits = sum(
-            prediction.strip() in {reference.strip() for reference in group}
+        examples["exact_match"] = [
+            100.0 * (prediction.strip() in {reference.strip() for reference in group})
             for prediction, group in zip(predictions, references, strict=True)
-        )
-        scores["exact_match"] = 100.0 * hits / len(predictions)
+        ]
     if "comet" in names:
         first = [group[0] for group in references]
-        scores["comet"] = comet.score(comet_folder, sources, predictions, first)
-    return {name: float(scores[name]) for name in names}
+        examples["comet"] = comet.scores(comet_folder, sources, predictions, first)
+    quality |= {name: statistics.fmean(scores) for name, scores in examples.items()}
+    return Measured(
+        {name: float(quality[name]) for name in names},
+        {name: examples[name] for name in names if name in examples},
+    )
+
+
+def corpus_metrics(names: Sequence[str], tokenizer: str) -> dict[str, BLEU | CHRF]:
+    """sacreBLEU's among the metrics, which score all examples together; `tokenizer` is BLEU's."""
+    make = {"bleu": lambda: _bleu(tokenizer), "chrf": CHRF}
+    return {name: make[name]() for name in make if name in names}
+
+
+def streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """Transposes references for sacreBLEU: stream k holds every example's k-th, None if absent."""
+    width = max(len(group) for group in references)
+    return [[group[k] if k < len(group) else None for group in references] for k in range(width)]
 
 
 def signatures(
@@ -151,12 +197,6 @@ def _bleu(tokenizer: str) -> BLEU:
             f"config.evaluation.bleu_tokenizer: {tokenizer!r} cannot be used: {said}; expected "
             f"what it needs, or another of {', '.join(BLEU_TOKENIZERS)}"
         ) from error
-
-
-def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """Transposes references for sacreBLEU: stream k holds every example's k-th, None if absent."""
-    width = max(len(group) for group in references)
-    return [[group[k] if k < len(group) else None for group in references] for k in range(width)]
 
 
 def _reference_count(references: Sequence[Sequence[str]] | None) -> int | None:

@@ -1,13 +1,10 @@
 """What an evaluation found: report.json for programs, report.md and a plot for people.
 
-The report is a dictionary; `_TASK`, `_SYSTEM`, `_LATENCY` and `_ENVIRONMENT` below list its keys.
-Times are in milliseconds (compile times in seconds), shares in [0, 1], quality on each metric's own
-scale.
+The report is a dictionary; report_check.py lists its keys.
 """
 
 import json
 import math
-import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,20 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from l2s_jax.evaluation import plot
+from l2s_jax.evaluation.report_check import RATIOS, SYSTEMS, check, plain
 from l2s_jax.files import write_bytes
-
-_TASK = ("name", "split", "examples", "metric", "metric_signatures", "labels")
-_SYSTEMS = ("llm", "slm", "l2s", "l2s_mismatched")
-_SYSTEM = (
-    "description", "params", "params_read_per_token", "quality", "cut_share", "latency",
-    "latency_batch",
-)  # fmt: skip
-_LATENCY = (
-    "batch_size", "prompt_tokens", "new_tokens", "encode_ms", "prefill_ms", "decode_ms_per_token",
-    "total_ms", "compile_s",
-)  # fmt: skip
-_ENVIRONMENT = ("device", "dtype", "encoder_dtype")
-_RATIOS = ("quality_ratio", "speedup", "decode_speedup", "speedup_batch")
 
 _NAMES = {"llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched"}
 _METRIC_NAMES = {
@@ -49,7 +34,7 @@ def compare(systems: Mapping[str, Any], metric: str) -> dict[str, float]:
     total time at batch 1 and at the larger batch, `decode_speedup` of the time per decoded token.
     """
     if "llm" not in systems:
-        return dict.fromkeys(_RATIOS, math.nan)
+        return dict.fromkeys(RATIOS, math.nan)
     llm, l2s = systems["llm"], systems["l2s"]
     return {
         "quality_ratio": _ratio(l2s["quality"][metric], llm["quality"][metric]),
@@ -70,8 +55,8 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
     Raises:
       ValueError: a key is missing, or the primary quality or a total time is no usable number.
     """
-    report = _plain(report, "report")
-    _check(report)
+    report = plain(report, "report")
+    check(report)
     figure = quality_latency_figure(report)
     files = {
         "report.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode(),
@@ -102,6 +87,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "`max_new_tokens` cut off. *Speedup*: the LLM's total time over this system's. "
         "*Mismatched* is the control: L2S fed the representations of another prompt, whose quality "
         "collapses if L2S relies on the LLM.",
+        *_significance(report),
         "## Latency",
         f"{_speedups(ratios, batch_size)}Times are medians after warm-up, for the whole batch. "
         "Compilation happens once per shape and is in no other column. "
@@ -170,6 +156,32 @@ def _systems_table(report: Mapping[str, Any]) -> str:
     return _table(header, rows)
 
 
+def _significance(report: Mapping[str, Any]) -> list[str]:
+    """The blocks of a section, none where nothing was tested."""
+    pairs = report.get("significance", {})
+    header = ("difference", "metric", "points", "95% interval", "p")
+    rows = [
+        [
+            " less ".join(_name(key) for key in pair.split("_vs_")), _metric_name(metric),
+            f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}",
+            "below 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}",
+        ]
+        for pair, metrics in pairs.items()
+        for metric, found in metrics.items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    return [
+        "## Differences",
+        "*p* is how likely a difference of this size is between two systems that are equally good, "
+        "by a paired bootstrap over the examples; below 0.05 it is usually called significant. "
+        "The *interval* holds the difference in 95% of the resamples. sacreBLEU's p of BLEU and "
+        "chrF is close to that of a one-sided test, so that it can be below 0.05 where the "
+        "interval holds 0.",
+        _table(header, rows, left=2),
+    ]
+
+
 def _latency_table(systems: Mapping[str, Any], key: str) -> str:
     header = (
         "system", "prompt tokens", "new tokens", "encode ms", "prefill ms", "ms per token",
@@ -215,7 +227,7 @@ def _finding(report: Mapping[str, Any]) -> str:
 def _conclusion(report: Mapping[str, Any]) -> str:
     metric = report["task"]["metric"]
     quality = {name: s["quality"][metric] for name, s in report["systems"].items()}
-    slm, l2s, control = (quality[name] for name in _SYSTEMS[1:])
+    slm, l2s, control = (quality[name] for name in SYSTEMS[1:])
     beside = f" against {quality['llm']:.1f}" if "llm" in quality else ""
     side = "below" if slm <= l2s else "above"
     collapse = "collapses to" if control < l2s / 2 else "does not collapse but reaches"
@@ -284,67 +296,3 @@ def _text(value: Any) -> str:
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
-
-
-def _plain(value: Any, where: str) -> Any:
-    """The same value in JSON's types; numbers keep their precision, non-finite ones become None."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if getattr(value, "shape", None) == ():
-        value = value.item()
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    raise ValueError(f"{where} is {value!r}: expected text, a number, a list or a mapping")
-
-
-def _check(report: Mapping[str, Any]) -> None:
-    _require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
-    _require(report["environment"], "report.environment", _ENVIRONMENT)
-    _require(report["task"], "report.task", _TASK)
-    task, metric = report["task"], report["task"]["metric"]
-    _require(task["metric_signatures"], "report.task.metric_signatures", ())
-    _require_numbers(task, "report.task", ("examples",), ("examples",))
-    _require(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
-    # An LLM that only encodes is no system, and nothing is compared with it.
-    compared = any(report["l2s_vs_llm"][name] is not None for name in _RATIOS)
-    _require(report["systems"], "report.systems", _SYSTEMS if compared else _SYSTEMS[1:])
-    _require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", _RATIOS)
-    counts = ("params", "params_read_per_token")
-    for name, system in report["systems"].items():
-        where = f"report.systems.{name}"
-        _require(system, where, _SYSTEM)
-        _require_numbers(system, where, (*counts, "cut_share"), counts)
-        _require(system["quality"], f"{where}.quality", (metric,))
-        _require_numbers(system["quality"], f"{where}.quality", system["quality"], (metric,))
-        for key in ("latency", "latency_batch"):
-            _require(system[key], f"{where}.{key}", _LATENCY)
-            _require_numbers(system[key], f"{where}.{key}", _LATENCY, ("total_ms",))
-            if system[key]["total_ms"] <= 0:
-                raise ValueError(
-                    f"{where}.{key}.total_ms is {system[key]['total_ms']}: expected more than 0"
-                )
-
-
-def _require(value: Any, where: str, keys: Iterable[str]) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}: expected a mapping")
-    for key in keys:
-        if key not in value:
-            raise ValueError(f"missing key {where}.{key}: present are {', '.join(value) or 'none'}")
-
-
-def _require_numbers(
-    value: Mapping[str, Any], where: str, keys: Iterable[str], finite: Sequence[str] = ()
-) -> None:
-    for key in keys:
-        number = value[key]
-        if number is None and key not in finite:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"{where}.{key} is {number!r}: expected a finite number")

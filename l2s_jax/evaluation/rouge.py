@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-import statistics
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -30,10 +29,10 @@ _MARK = "mark"
 _NONE = ""
 
 
-def score(
+def scores(
     names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """The mean over examples of the F-measure, 0 to 100, with each example's best reference.
+) -> dict[str, list[float]]:
+    """The F-measure of each example, 0 to 100, with its best reference.
 
     Porter stemming is on. ROUGE-Lsum compares sentence by sentence, see `split_sentences`.
     """
@@ -47,7 +46,7 @@ def score(
         scorer.score_multi([split_sentences(r) for r in group], split_sentences(prediction))
         for prediction, group in zip(predictions, references, strict=True)
     ]
-    return {name: 100.0 * statistics.fmean(r[name].fmeasure for r in results) for name in names}
+    return {name: [100.0 * r[name].fmeasure for r in results] for name in names}
 
 
 def split_sentences(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -16,6 +16,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example, load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
 from l2s_jax.hub import cached, find, is_name, reference
+from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,16 +24,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of examples and responses to them: what these are worth, the more the better.
+Score = Callable[[Sequence[Example], Sequence[str]], float]
+
 
 class Context:
     """An experiment's surroundings. JAX is imported where devices are asked for, not before.
 
     Attributes:
       mode: "make": what is missing is made. "find": it is an error. "look": nothing is asked for.
+      score: on the primary metric, for `train.select` "quality".
     """
 
-    def __init__(self, config: ConfigDict, workdir: str, mode: str):
-        self.config, self.workdir, self.mode = config, workdir, mode
+    def __init__(self, config: ConfigDict, workdir: str, mode: str, score: Score | None = None):
+        self.config, self.workdir, self.mode, self.score = config, workdir, mode, score
         self.task = load_task(config.task)
         self.buckets = buckets_of(config)
         self._hashes = Hashes(workdir, keep=mode == "make")
@@ -86,6 +91,21 @@ class Context:
         """The first `limit` examples of a split; all of them where it is 0."""
         examples = self.examples(split)
         return list(itertools.islice(examples, limit)) if limit else examples
+
+    def validation(self) -> Sequence[Example]:
+        """The examples by which checkpoints are compared, with the data's own responses."""
+        return self.first("validation", self.config.evaluation.validation_examples)
+
+    def selection(self, train: ConfigDict) -> dict[str, Any]:
+        """Inputs of a training whose checkpoint is chosen by what the system says."""
+        if train.select != "quality":
+            return {}
+        config, metric = self.config, self.config.evaluation.metrics[0]
+        how = {"metric": metric, "max_new_tokens": config.decoding.max_new_tokens}
+        if metric == "bleu":
+            setting = config.evaluation.bleu_tokenizer
+            how["bleu_tokenizer"] = bleu_tokenizer(setting, config.task.language)
+        return {"selection": how}
 
     @functools.cache  # noqa: B019  every stage asks; TFDS takes a while to say where its files are
     def content(self, split: str, *, responses: bool = True, limit: int = 0) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from l2s_jax.data.tasks import Example
-from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.context import Context, Score
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage
 from l2s_jax.experiment.labels import LabelStage
@@ -34,14 +34,16 @@ from l2s_jax.experiment.vocabulary import VocabularyStage
 class Experiment:
     """The stages of an experiment in its workdir; every result is made, or found, on first use."""
 
-    def __init__(self, config: ConfigDict, workdir: str, mode: str = "make"):
+    def __init__(
+        self, config: ConfigDict, workdir: str, mode: str = "make", score: Score | None = None
+    ):
         """`mode`: "make" makes what is missing; with "find", that is an error; "look" is for
-        `Stage.state` alone.
+        `Stage.state` alone. `score` is what `train.select` "quality" chooses by.
 
         Raises:
           ValueError: a task that no data could have.
         """
-        self.context = context = Context(config, workdir, mode)
+        self.context = context = Context(config, workdir, mode, score)
         self.llm_tokenizer = TokenizerStage(
             context, "tokenizer", config.tokenizer, path=config.llm.path
         )

@@ -41,10 +41,9 @@ class FeatureStage(Stage):
 
     def made(self) -> str:
         """The cache, with H of the prompts that are learnt and validated with."""
-        limit = self.context.config.evaluation.validation_examples
         self.put_into(
             train=self._tokenized(self.context.examples("train")),
-            validation=self._tokenized(self.context.first("validation", limit)),
+            validation=self._tokenized(self.context.validation()),
         )
         return self.cache
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class L2sStage(TrainedStage):
     """LLM-to-SLM: l2s/model is what `l2s_jax.load` reads."""
 
+    since = ("labels.splits",)
+
     def __init__(
         self,
         context: Context,
@@ -67,6 +69,10 @@ class L2sStage(TrainedStage):
     def examples(self) -> Sequence[Example]:
         """The labels."""
         return self._labels.examples()
+
+    def validation(self) -> Sequence[Example]:
+        """Labels too."""
+        return self._labels.validation_of(self.record)
 
     def make(self) -> None:
         """Trains projector and SLM."""

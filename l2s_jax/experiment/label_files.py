@@ -31,17 +31,19 @@ class Label(NamedTuple):
 
 
 class LabelFiles:
-    """train-NUMBER.jsonl, with the hash of a prompt and its response in each line.
+    """SPLIT-NUMBER.jsonl, with the hash of a prompt and its response in each line.
 
     Lines of version 0.1 do not say whether the LLM was stopped: these count as whole.
     """
 
-    def __init__(self, directory: str):
-        self._directory = directory
+    def __init__(self, directory: str, split: str = "train"):
+        self._directory, self._split = directory, split
 
     def files(self) -> list[str]:
         """Paths of the files that are there, oldest first."""
-        return sorted(glob.glob(os.path.join(glob.escape(self._directory), "train-*.jsonl")))
+        return sorted(
+            glob.glob(os.path.join(glob.escape(self._directory), f"{self._split}-*.jsonl"))
+        )
 
     def keys(self, files: Sequence[str]) -> set[str]:
         """Keys of all labels in some files."""
@@ -68,7 +70,7 @@ class LabelFiles:
 
     def write(self, number: int, keys: Sequence[str], values: Sequence[Label]) -> None:
         """Adds a file."""
-        path = os.path.join(self._directory, f"train-{number:05d}.jsonl")
+        path = os.path.join(self._directory, f"{self._split}-{number:05d}.jsonl")
         records = (
             {"prompt": key, "response": response, **({"cut": True} if cut else {})}
             for key, (response, cut) in zip(keys, values, strict=True)
@@ -122,15 +124,17 @@ def label(
     make_generator: Callable[[], Any],
     directory: str,
     *,
+    split: str = "train",
     seed: int | None = None,
     together: bool = False,
 ) -> list[Example]:
     """`examples` with responses by the generator, which is made only if some are missing.
 
     Args:
-      examples: the train split.
+      examples: of the split, or its first ones.
       make_generator: gives a `Generator`.
       directory: where labels are, and will be.
+      split: whose labels they are; each has files of its own.
       seed: of labels that are sampled, each by this and its place; None: they are not.
       together: the processes of a job are one generator, and answer every file together; else
         each answers files of its own.
@@ -140,18 +144,21 @@ def label(
     """
     prompts = [example.prompt for example in examples]
     keys = keys_of(prompts, sampled=seed is not None)
-    store = LabelFiles(directory)
+    store = LabelFiles(directory, split)
     generator = functools.cache(lambda: make_generator())
 
     def make(places: list[int], own: bool) -> list[Label]:
-        settings: dict[str, Any] = {"description": f"labels {places[0]} to {places[-1]}"}
+        where = f"labels of {split}, {places[0]} to {places[-1]}"
+        settings: dict[str, Any] = {"description": where}
         if seed is not None:
             settings["seeds"] = [seed_of(seed, place) for place in places]
         outputs = generator().generate([prompts[i] for i in places], **settings)
         return [Label(output.text, output.cut) for output in outputs]
 
     def announce(missing: list[int]) -> None:
-        log.info("labels: the LLM answers %d of %d prompts", len(missing), len(set(keys)))
+        log.info(
+            "labels: the LLM answers %d of %d prompts of %s", len(missing), len(set(keys)), split
+        )
 
     files = shards.fill(store, keys, make, size=SHARD, together=together, announce=announce)
     labels = store.read(files)

@@ -1,9 +1,9 @@
-"""The stage of labels: what the LLM answers to the prompts of the train split."""
+"""The stage of labels: what the LLM answers to the prompts that are learnt and validated with."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from l2s_jax import models
@@ -13,14 +13,19 @@ from l2s_jax.experiment import label_files
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import RecordedStage
-from l2s_jax.experiment.workdir import is_old
+from l2s_jax.experiment.workdir import Record, holds, is_old
+
+_SPLITS = ("train", "validation")
 
 
 class LabelStage(RecordedStage):
-    """The train split as SLM and L2S learn it: with the LLM's responses, or the data's own.
+    """The data as SLM and L2S learn it: with the LLM's responses, or the data's own.
 
-    Labels are kept by their prompts. So these are no inputs: the stage grows with the data.
+    So are the first examples of the validation split, by which a checkpoint is chosen. Labels are
+    kept by their prompts. So these are no inputs: the stage grows with the data.
     """
+
+    since = ("splits",)
 
     def __init__(self, context: Context, llm: LlmStage):
         super().__init__(context, "labels", llm)
@@ -41,6 +46,7 @@ class LabelStage(RecordedStage):
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_new_tokens": label_tokens(config),
             "search": self._settings.search.to_dict(),
+            "splits": _SPLITS,
             **({"truncate": config.task.truncate.to_dict()} if config.task.truncate else {}),
             **({"seed": config.seed} if self._sampled else {}),
         }
@@ -57,16 +63,29 @@ class LabelStage(RecordedStage):
     def _sampled(self) -> bool:
         return self._settings.search.temperature > 0
 
-    def _keys(self) -> list[str]:
-        prompts = [example.prompt for example in self.context.examples("train")]
+    def _unlabelled(self, split: str) -> Sequence[Example]:
+        context = self.context
+        return context.validation() if split == "validation" else context.examples(split)
+
+    def _keys(self, split: str) -> list[str]:
+        prompts = [example.prompt for example in self._unlabelled(split)]
         return label_files.keys_of(prompts, sampled=self._sampled)
+
+    def _own_splits(self) -> Sequence[str]:
+        """Those that the stage makes: a folder of before has the train split alone."""
+        return (self.record.read() or {}).get("splits", _SPLITS[:1])
 
     def _labelled(self) -> tuple[int, int]:
         """(prompts that have a label, prompts)."""
-        store, keys = label_files.LabelFiles(self.record.directory), self._keys()
-        if is_old(self.record.read() or {}):
-            return min(store.count(), len(keys)), len(keys)
-        return len(set(keys) & store.keys(store.files())), len(set(keys))
+        is_of_version_0_1 = is_old(self.record.read() or {})
+        labelled = prompts = 0
+        for split in self._own_splits():
+            store, keys = label_files.LabelFiles(self.record.directory, split), self._keys(split)
+            if is_of_version_0_1:
+                return min(store.count(), len(keys)), len(keys)
+            labelled += len(set(keys) & store.keys(store.files()))
+            prompts += len(set(keys))
+        return labelled, prompts
 
     def is_made(self) -> bool:
         """Whether every prompt has a label."""
@@ -84,22 +103,42 @@ class LabelStage(RecordedStage):
 
     def adopt(self) -> None:
         """Version 0.1 kept labels by the places of their prompts."""
-        label_files.LabelFiles(self.record.directory).give_keys(self._keys())
+        label_files.LabelFiles(self.record.directory).give_keys(self._keys("train"))
 
     def make(self) -> None:
         """Has the LLM answer what is missing."""
         self.examples()
 
-    @functools.cache  # noqa: B019  it lives as long as its process
-    def examples(self) -> Sequence[Example]:
-        """The train split."""
-        examples = self.context.examples("train")
+    def examples(self, split: str = "train") -> Sequence[Example]:
+        """The train split, or the first examples of the validation split."""
         if not self.is_used():
-            return examples
+            return self._unlabelled(split)
+        own = self._labelled_splits
+        return own[split] if split in own else self._label(split, self._generator)
+
+    def validation_of(self, record: Record) -> Sequence[Example]:
+        """The first examples of the validation split, as a stage with this record knows them."""
+        from l2s_jax.cluster import distributed
+
+        labelled = distributed.on_primary(lambda: holds(record.read() or {}, "labels.splits"))
+        return self.examples("validation") if labelled else self._unlabelled("validation")
+
+    @functools.cached_property
+    def _labelled_splits(self) -> dict[str, Sequence[Example]]:
+        """Those that the stage makes, by one generator, which does not stay in memory."""
+        from l2s_jax.cluster import distributed
+
+        self.open()
+        generator = functools.cache(lambda: self._generator())
+        splits = distributed.on_primary(self._own_splits)
+        return {split: self._label(split, generator) for split in splits}
+
+    def _label(self, split: str, make_generator: Callable[[], Any]) -> Sequence[Example]:
         return label_files.label(
-            examples,
-            self._generator,
+            self._unlabelled(split),
+            make_generator,
             self.open(),
+            split=split,
             seed=self.context.config.seed if self._sampled else None,
             together=self.context.label_mesh.is_multi_process,
         )

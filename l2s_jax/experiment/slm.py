@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class SlmStage(LanguageModelStage):
     """The SLM alone."""
 
+    since = ("labels.splits",)
+
     def __init__(
         self,
         context: Context,
@@ -49,3 +51,7 @@ class SlmStage(LanguageModelStage):
     def examples(self) -> Sequence[Example]:
         """The labels."""
         return self._labels.examples()
+
+    def validation(self) -> Sequence[Example]:
+        """Labels too."""
+        return self._labels.validation_of(self.record)

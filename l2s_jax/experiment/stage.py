@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from l2s_jax.experiment.context import Context
-from l2s_jax.experiment.workdir import Record, changes, is_old, only_longer
+from l2s_jax.experiment.workdir import Record, changes, holds, is_old, only_longer, without
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +51,12 @@ class RecordedStage(Stage):
 
     Attributes:
       version: of the code that makes it: higher where that gives another result of the same inputs.
+      since: names of inputs that came after there were records. Work that was begun without one is
+        no other work, and goes on as it was begun.
     """
 
     version: int = 1
+    since: tuple[str, ...] = ()
 
     def __init__(self, context: Context, name: str, *needs: Stage, folder: str = ""):
         """`folder`: where the record is, if not in one of the stage's name."""
@@ -139,7 +142,15 @@ class RecordedStage(Stage):
         return ("done", "") if self.is_made() else ("begun", self.progress())
 
     def _changes(self, found: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
-        return changes(found, inputs, self.old_inputs(), self.version)
+        return changes(found, self._as_begun(found, inputs), self.old_inputs(), self.version)
+
+    def _as_begun(self, found: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs without those that were not there yet when a record was written."""
+        return functools.reduce(
+            lambda left, key: without(left, key) if not holds(found, key) else left,
+            self.since,
+            inputs,
+        )
 
     def _open(self, inputs: dict[str, Any]) -> None:
         found = self.record.read()
@@ -166,6 +177,7 @@ class RecordedStage(Stage):
                     self.name,
                 )
                 self.adopt()
+            inputs = self._as_begun(found, inputs)
         if changed or old:
             self.record.write(inputs, self.version, self.sources())
 

@@ -17,6 +17,8 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.files import atomic_directory
+from l2s_jax.settings.declare import recorded
+from l2s_jax.settings.training import Train
 from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 
@@ -65,6 +67,10 @@ class TrainedStage(RecordedStage):
     def examples(self) -> Sequence[Example]:
         """What it learns."""
 
+    def validation(self) -> Sequence[Example]:
+        """By what its checkpoints are compared."""
+        return self.context.validation()
+
     def is_made(self) -> bool:
         """Whether the model is there."""
         return os.path.isdir(os.path.join(self.record.directory, "model"))
@@ -91,7 +97,7 @@ class TrainedStage(RecordedStage):
         config = self.context.config
         prompts, responses = self.prompts.tokenizer, self.responses.tokenizer
         limit = config.evaluation.validation_examples
-        settings = self.section.train.to_dict()
+        settings = recorded(Train, self.section.train.to_dict())
         inputs = {
             "data": {**data, "validation": self.context.content("validation", limit=limit)},
             "models": models.VERSION,
@@ -103,7 +109,7 @@ class TrainedStage(RecordedStage):
         }
         if prompts.identity != responses.identity:
             inputs["prompt_tokenizer"] = prompts.identity
-        return inputs
+        return inputs | self.context.selection(self.section.train)
 
     def started(
         self, found: tuple[nn.Module, Params] | None, model: str, where: str
@@ -185,6 +191,7 @@ class TrainedStage(RecordedStage):
 
         from l2s_jax.cluster import distributed, sharding
         from l2s_jax.data.batches import training_batches, validation_batches
+        from l2s_jax.experiment import judging
         from l2s_jax.models.lora import Lora
         from l2s_jax.training import loop
 
@@ -197,8 +204,7 @@ class TrainedStage(RecordedStage):
             adapted = Lora(system, **lora)
             params, base = adapted.split(params, jax.random.key(context.config.seed))
             frozen = {"base": base, "inner": frozen}
-        limit = context.config.evaluation.validation_examples
-        validation = self._tokenized(context.first("validation", limit))
+        validation = self._tokenized(self.validation())
         settings = {
             "prompt_name": system.prompt_name,
             "buckets": context.buckets,
@@ -207,8 +213,10 @@ class TrainedStage(RecordedStage):
         }
         batches = training_batches(data, seed=context.config.seed, **settings)
         validations = validation_batches(validation, **settings)
+        answered = judging.answered(context, train)
+        prompts = self._tokenized([Example(example.prompt, "", ()) for example in answered])
         if prepare:
-            prepare(train=data, validation=validation)
+            prepare(train=data, validation=validation, **({"samples": prompts} if answered else {}))
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
@@ -220,6 +228,7 @@ class TrainedStage(RecordedStage):
             fingerprint=distributed.on_primary(lambda: self.record.run),
             seed=context.config.seed,
             mesh=context.mesh,
+            judge=judging.make(context, train, adapted or system, prompts, answered),
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

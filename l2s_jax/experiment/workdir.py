@@ -24,6 +24,8 @@ from l2s_jax.settings.sections import Settings
 _RECORD = "stage.json"
 # Keys of a record that are no inputs.
 _VERSION, _RUN, _SOURCES = "version", "run", "sources"
+# In the place of an input that there is not, which None, an unknown one, is not.
+_ABSENT: Any = object()
 # Trained for longer, a model is the same one, further on.
 _STEPS = "train.steps"
 
@@ -113,6 +115,25 @@ def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: li
     return changed == [_STEPS] and inputs["train"]["steps"] > found["train"]["steps"]
 
 
+def holds(values: Mapping[str, Any], key: str) -> bool:
+    """Whether there is a value at a dotted key."""
+    first, _, rest = key.partition(".")
+    if not isinstance(values, Mapping) or first not in values:
+        return False
+    return holds(values[first], rest) if rest else True
+
+
+def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The values without the one at a dotted key, if there is one."""
+    first, _, rest = key.partition(".")
+    if not rest:
+        return {name: value for name, value in values.items() if name != first}
+    inner = values.get(first)
+    if not isinstance(inner, Mapping):
+        return dict(values)
+    return {**values, first: without(inner, rest)}
+
+
 def _differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
     """Paths at which two JSON values differ; `common`: of those that both have."""
     if new is None and prefix:
@@ -124,7 +145,7 @@ def _differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) 
         path
         for name in sorted(names)
         for path in _differences(
-            old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."), common=common
+            old.get(name), new.get(name, _ABSENT), f"{prefix}.{name}".lstrip("."), common=common
         )
     ]
 

@@ -1,7 +1,7 @@
 """Published geometries, for measuring and planning without the weights.
 
 Sources: the config.json files of the models of the same names on huggingface.co; llama-3-70b is
-meta-llama/Meta-Llama-3-70B.
+meta-llama/Meta-Llama-3-70B, which has the shape of Meta-Llama-3-70B-Instruct.
 """
 
 from __future__ import annotations
@@ -95,3 +95,4 @@ GEOMETRIES: dict[str, ModelConfig] = {
         rotary=Rotary(128, 5e5),
     ),
 }
+GEOMETRIES["llama-3-70b-instruct"] = GEOMETRIES["llama-3-70b"]

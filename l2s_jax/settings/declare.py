@@ -77,12 +77,13 @@ def setting(
     fits: Callable[[Any], bool] | None = None,
     expected: str = "",
     allowed: Allowed | None = None,
+    added: bool = False,
 ) -> Any:
     """A field of a section; its kind is that of the default.
 
     Either a range, or a choice, or what `fits` says, which `expected` puts in words, or what
     `allowed` says. The default may be none of the choice: it then stands for what is still to be
-    set.
+    set. `added`: there are records of stages without it, made when all was as at the default.
     """
     kind = type(default)
     if one_of:
@@ -92,7 +93,7 @@ def setting(
         allowed = Allowed(kind, fits, expected)
     elif not allowed:
         allowed = _range(kind, at_least, above, at_most, below)
-    metadata = {"meaning": meaning, "allowed": allowed}
+    metadata = {"meaning": meaning, "allowed": allowed, "added": added}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -153,6 +154,16 @@ def flat(section: Section, prefix: str = "") -> dict[str, Any]:
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
         values |= flat(value, f"{name}.") if isinstance(value, Section) else {name: value}
     return values
+
+
+def recorded(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of a section of a kind, as a stage records them among its inputs.
+
+    A setting that was added since there are records, and is at its default, is left out: nothing is
+    stale because it has come.
+    """
+    added = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("added")}
+    return {k: v for k, v in values.items() if k not in added or v != added[k]}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -43,6 +43,9 @@ class Evaluation(Section):
     validation_examples: int = setting(
         2000, "Of the validation split, while training; 0: all.", at_least=0
     )
+    samples: int = setting(
+        3, "Of these, whose answers are written down at each validation; 0: none.", at_least=0
+    )
     metrics: tuple[str, ...] = setting(
         ("bleu", "chrf"),
         "Measures of quality; the first is the primary one.",

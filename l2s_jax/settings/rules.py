@@ -66,6 +66,24 @@ IDLE = (
         for name in SYSTEMS
     ),
     *(
+        Idle(
+            f"{name}.train.timescale",
+            f"{name}.train.schedule",
+            lambda schedule: schedule != "inverse_sqrt",
+            "only inverse_sqrt has one",
+        )
+        for name in SYSTEMS
+    ),
+    *(
+        Idle(
+            f"{name}.train.selection_examples",
+            f"{name}.train.select",
+            lambda select: select != "quality",
+            "no checkpoint is chosen by its responses",
+        )
+        for name in SYSTEMS
+    ),
+    *(
         Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
         for name in ("slm", "l2s")
     ),

@@ -8,6 +8,9 @@ from typing import Any
 
 from l2s_jax.settings.declare import Section, setting
 
+# Of inverse_sqrt without a warm-up: of one step, the rate would be down to 3% at step 1,000.
+DEFAULT_TIMESCALE = 1000
+
 
 def _are_patterns(patterns: tuple[Any, ...]) -> bool:
     for pattern in patterns:
@@ -50,6 +53,13 @@ class Train(Section):
         one_of=("cosine", "inverse_sqrt", "constant"),
     )
     warmup_steps: int = setting(0, "Steps of its linear rise from zero.", at_least=0)
+    timescale: int = setting(
+        0,
+        "Steps after which inverse_sqrt has fallen to 71%, counted from the end of the warm-up; 0: "
+        f"as many as `warmup_steps`, or {DEFAULT_TIMESCALE} without a warm-up.",
+        at_least=0,
+        added=True,
+    )
     adam_b2: float = setting(
         0.98, "Decay of AdamW's mean of squared gradients.", at_least=0, below=1
     )
@@ -78,8 +88,16 @@ class Train(Section):
     )
     select: str = setting(
         "best",
-        "The checkpoint that a run returns: that of the best validation accuracy, or the last.",
-        one_of=("best", "last"),
+        "The checkpoint that a run returns: best, that of the best accuracy per token on the "
+        "validation split; quality, that whose responses to prompts of it score best on the "
+        "primary metric; last.",
+        one_of=("best", "quality", "last"),
+    )
+    selection_examples: int = setting(
+        200,
+        "Examples of the validation split that are answered for it at each validation.",
+        at_least=1,
+        added=True,
     )
     trainable: tuple[str, ...] = setting(
         (),

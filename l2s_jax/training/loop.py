@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -50,6 +50,21 @@ class Batches(Protocol):
         ...
 
 
+class Judged(NamedTuple):
+    """What else a validation finds.
+
+    scores: by name, beside those of `validation_scores`.
+    samples: texts by what they are, of a few examples.
+    """
+
+    scores: Mapping[str, float]
+    samples: Sequence[Mapping[str, str]]
+
+
+# Of `TrainConfig.select`: by which score a checkpoint is chosen.
+_RANKS = {"best": "val_accuracy", "quality": "val_quality", "last": None}
+
+
 def validation_scores(
     score: Any, params: Params, frozen: Params, batches: Iterable[Mapping[str, AnyArray]]
 ) -> dict[str, float]:
@@ -64,6 +79,7 @@ def validation_scores(
         float(sum(np.float64(batch[name]) for batch in sums))
         for name in ("loss", "tokens", "correct")
     )
+    tokens = max(tokens, 1.0)  # an LLM that says nothing gives labels without a token
     return {
         "val_loss": loss / tokens,
         "val_perplexity": math.exp(min(loss / tokens, 50.0)),
@@ -83,6 +99,7 @@ def fit(
     fingerprint: str,
     seed: int,
     mesh: Mesh,
+    judge: Callable[[Params, Params], Judged] | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
@@ -92,7 +109,8 @@ def fit(
 
     All processes of a job call it alike, but for `batches` and `validation`, which give each its
     own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
-    through once for each validation.
+    through once for each validation. There `judge(params, frozen)` says what more is known of the
+    parameters, which lie on the mesh: with `config.select` "quality" a score `val_quality`.
     """
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
@@ -103,7 +121,7 @@ def fit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,
     )
-    best_metric = "val_accuracy" if config.select == "best" else None
+    best_metric = _RANKS[config.select]
     with (
         jax.set_mesh(mesh),
         Checkpoints(os.path.join(directory, "checkpoints"), best_metric=best_metric) as checkpoints,
@@ -151,6 +169,10 @@ def fit(
                         meter.flush()
                         weights = _weights(state)
                         scores = validation_scores(score_fn, weights, frozen, map(put, validation))
+                        if judge:
+                            more = judge(weights, frozen)
+                            scores |= more.scores
+                            writer.write_samples(step, more.samples)
                         writer.write(step, scores)
                         checkpoints.save(
                             step,

@@ -15,10 +15,12 @@ import optax
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster.paths import matching, path_name
+from l2s_jax.settings.training import DEFAULT_TIMESCALE
 
 
 def _inverse_sqrt(config: ConfigDict) -> optax.Schedule:
-    peak, offset = config.learning_rate, max(config.warmup_steps, 1)
+    peak = config.learning_rate
+    offset = config.timescale or config.warmup_steps or DEFAULT_TIMESCALE
     # It is also asked about steps of the warm-up, which are negative here.
     return lambda step: peak * jnp.sqrt(offset / (jnp.maximum(step, 0) + offset))
 
@@ -43,8 +45,8 @@ OPTIMIZERS: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
 def schedule(config: ConfigDict) -> optax.Schedule:
     """Step -> learning rate: linear warm-up to `learning_rate`, then `schedule`.
 
-    cosine: down to zero at `steps`. inverse_sqrt: falls as 1/sqrt(step) (Vaswani et al. 2017).
-    constant: stays.
+    cosine: down to zero at `steps`. inverse_sqrt: falls as sqrt(t / (t + steps since)), t being the
+    timescale; where that is the warm-up's, as 1/sqrt(step) (Vaswani et al. 2017). constant: stays.
     """
     warmup, after = config.warmup_steps, SCHEDULES[config.schedule](config)
     if not warmup:

@@ -7,14 +7,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from l2s_jax.data.text import whole
 from l2s_jax.files import write_bytes
 
 _FILE = "metrics.jsonl"
+_SAMPLES = "samples.jsonl"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE_SECONDS = 30.0
@@ -27,7 +29,10 @@ class MetricWriter:
       finite as null. A line is handed to the operating system whole as soon as it is written, so a
       killed run keeps every line but possibly the last, which is dropped when the file is opened
       again. So are the lines of `start_step` and later: a resumed run writes them anew.
-    - TensorBoard event files, tags `name/metric`, finite values only, purged in the same way.
+    - `samples.jsonl`, one object {"step": step, name: text, ...} per sample, kept in the same way.
+      It is there once there are samples.
+    - TensorBoard event files, tags `name/metric`, finite values only, and `name/samples`, purged in
+      the same way.
     - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`.
       Where stderr is no terminal, a line every 30 seconds and one at the end.
 
@@ -52,7 +57,9 @@ class MetricWriter:
 
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, _FILE)
-        _keep_lines_before(path, start_step)
+        self._samples = os.path.join(directory, _SAMPLES)
+        for lines in (path, self._samples):
+            _keep_lines_before(lines, start_step)
         self._jsonl = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._tensorboard = SummaryWriter(directory, purge_step=start_step)
         self._name = name
@@ -69,6 +76,16 @@ class MetricWriter:
             if math.isfinite(value):
                 self._tensorboard.add_scalar(f"{self._name}/{key}", value, int(step))
         self._progress.describe(_postfix(values))
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Records texts by what they are, such as {"prompt": ..., "response": ...}."""
+        if not samples:
+            return
+        samples = [{name: whole(text) for name, text in s.items()} for s in samples]
+        with open(self._samples, "a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": int(step), **sample}, ensure_ascii=False) + "\n")
+        self._tensorboard.add_text(f"{self._name}/samples", _page(samples), int(step))
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""
@@ -94,6 +111,9 @@ class NoWriter:
         pass
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Nothing."""
 
     def advance(self, step: int) -> None:
@@ -159,6 +179,16 @@ class _Lines:
             **self._fixed,
         )
         print(line, file=sys.stderr, flush=True)
+
+
+def _page(samples: Sequence[Mapping[str, str]]) -> str:
+    """Samples as TensorBoard shows them, in Markdown: texts as they are, line by line."""
+    lines = []
+    for sample in samples:
+        for name, text in sample.items():
+            lines += [f"**{name}**", "", *(f"    {line}" for line in text.splitlines()), ""]
+        lines += ["---", ""]
+    return "\n".join(lines)
 
 
 def _progress(name: str, start: int, total: int) -> _Bar | _Lines:

@@ -1,0 +1,106 @@
+"""What a report has to hold, and in which types, so that programs can read report.json.
+
+The report is a dictionary; the names of keys below list what it holds. Times are in milliseconds
+(compile times in seconds), shares in [0, 1], quality on each metric's own scale.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_TASK = ("name", "split", "examples", "metric", "metric_signatures", "labels")
+SYSTEMS = ("llm", "slm", "l2s", "l2s_mismatched")
+_SYSTEM = (
+    "description", "params", "params_read_per_token", "quality", "cut_share", "latency",
+    "latency_batch",
+)  # fmt: skip
+_LATENCY = (
+    "batch_size", "prompt_tokens", "new_tokens", "encode_ms", "prefill_ms", "decode_ms_per_token",
+    "total_ms", "compile_s",
+)  # fmt: skip
+_ENVIRONMENT = ("device", "dtype", "encoder_dtype")
+RATIOS = ("quality_ratio", "speedup", "decode_speedup", "speedup_batch")
+_DIFFERENCE = ("difference", "low", "high", "p", "test")
+
+
+def plain(value: Any, where: str) -> Any:
+    """The same value in JSON's types; numbers keep their precision, non-finite ones become None."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    raise ValueError(f"{where} is {value!r}: expected text, a number, a list or a mapping")
+
+
+def check(report: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names a key: it is missing, or holds what it can't.
+
+    A report without "significance", as older ones are, is whole.
+    """
+    _require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
+    _require(report["environment"], "report.environment", _ENVIRONMENT)
+    _require(report["task"], "report.task", _TASK)
+    task, metric = report["task"], report["task"]["metric"]
+    _require(task["metric_signatures"], "report.task.metric_signatures", ())
+    _require_numbers(task, "report.task", ("examples",), ("examples",))
+    _require(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
+    # An LLM that only encodes is no system, and nothing is compared with it.
+    compared = any(report["l2s_vs_llm"][name] is not None for name in RATIOS)
+    _require(report["systems"], "report.systems", SYSTEMS if compared else SYSTEMS[1:])
+    _require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
+    _check_significance(report.get("significance", {}))
+    counts = ("params", "params_read_per_token")
+    for name, system in report["systems"].items():
+        where = f"report.systems.{name}"
+        _require(system, where, _SYSTEM)
+        _require_numbers(system, where, (*counts, "cut_share"), counts)
+        _require(system["quality"], f"{where}.quality", (metric,))
+        _require_numbers(system["quality"], f"{where}.quality", system["quality"], (metric,))
+        for key in ("latency", "latency_batch"):
+            _require(system[key], f"{where}.{key}", _LATENCY)
+            _require_numbers(system[key], f"{where}.{key}", _LATENCY, ("total_ms",))
+            if system[key]["total_ms"] <= 0:
+                raise ValueError(
+                    f"{where}.{key}.total_ms is {system[key]['total_ms']}: expected more than 0"
+                )
+
+
+def _check_significance(pairs: Any) -> None:
+    where = "report.significance"
+    _require(pairs, where, ())
+    for pair, metrics in pairs.items():
+        _require(metrics, f"{where}.{pair}", ())
+        for name, found in metrics.items():
+            _require(found, f"{where}.{pair}.{name}", _DIFFERENCE)
+            numbers_of_it = _DIFFERENCE[:-1]
+            _require_numbers(found, f"{where}.{pair}.{name}", numbers_of_it, numbers_of_it)
+
+
+def _require(value: Any, where: str, keys: Iterable[str]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}: expected a mapping")
+    for key in keys:
+        if key not in value:
+            raise ValueError(f"missing key {where}.{key}: present are {', '.join(value) or 'none'}")
+
+
+def _require_numbers(
+    value: Mapping[str, Any], where: str, keys: Iterable[str], finite: Sequence[str] = ()
+) -> None:
+    for key in keys:
+        number = value[key]
+        if number is None and key not in finite:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{where}.{key} is {number!r}: expected a finite number")
