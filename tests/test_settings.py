@@ -295,6 +295,10 @@ def test_heads_that_do_not_divide_are_refused(section, changes, message):
             {"l2s.fusion": "cross", "slm.model": model_config("gpt2").to_dict()},
             "config.l2s.fusion='cross' with config.slm.model.family='gpt2': it has no cross-atten",
         ),
+        (
+            {"llm.path": "x", "llm.layer": 2.0, "l2s.layers": ((2, 3),)},
+            "config.llm.layer=2 with config.l2s.layers=((2, 3),): H is that of the layers there, ",
+        ),
         ({"task.splits": {}}, "config.task.splits has none: expected 'train' too"),
         (
             {"task.splits": {"train": "a", "validation": "b"}},
@@ -331,7 +335,6 @@ WITHOUT_EFFECT = [
             "feed_forward_width": 8,
         }.items()
     ),
-    ("l2s.layers", ((2, 3),), "llm.layer", 1.0, "H is that of the layers there"),
     ("llm.train.steps", 0, "llm.train.learning_rate", 0.5, "the LLM is not trained"),
     ("llm.train.optimizer", "adafactor", "llm.train.adam_b2", 0.9, "only AdamW"),
     ("slm.train.optimizer", "adafactor", "slm.train.adam_b2", 0.9, "only AdamW"),

@@ -54,7 +54,6 @@ IDLE = (
         Idle("slm.model.*", f"slm.cut.{name}", bool, "the SLM is cut out of a checkpoint")
         for name in flat(Cut())
     ),
-    Idle("llm.layer", "l2s.layers", bool, "H is that of the layers there"),
     Idle("llm.train.*", "llm.train.steps", _is_off, "the LLM is not trained"),
     *(
         Idle(
@@ -200,6 +199,11 @@ def _unusable(settings: Settings) -> Iterator[str]:
         yield (
             f"config.l2s.fusion='cross' with config.slm.model.family={s.slm.model.family!r}: it "
             "has no cross-attention, expected 'add' or 'replace'"
+        )
+    if s.l2s.layers and s.llm.layer:
+        yield (
+            f"config.llm.layer={s.llm.layer:g} with config.l2s.layers={s.l2s.layers}: H is that of "
+            "the layers there, expected config.llm.layer=0"
         )
     for split in ("train", "validation", s.evaluation.split):
         if split not in s.task.splits:
