@@ -1,7 +1,8 @@
 """Multi30k, English to German, with a pretrained LLM: SmolLM2-135M-Instruct.
 
+    name=multi30k_en_de_smollm2
     python -m l2s_jax.convert --input="$(launch/smollm2.sh)" --output=checkpoints/smollm2 --to=hf
-    python -m l2s_jax.main --config=configs/multi30k_en_de_smollm2.py --workdir=runs/smollm2_en_de
+    python -m l2s_jax.main --config=configs/$name.py --workdir=runs/$name
 
 The data are those of configs/multi30k_en_de.py.
 """
@@ -48,4 +49,25 @@ def get_config() -> ConfigDict:
         evaluate_every=75,
         log_every=5,
     )
+    # What half of the LLM's layers know of a sentence is enough, and costs half of the reading.
+    config.llm.layer = 0.5
+    config.labels.update(source="llm", batch_size=64)
+    config.features.cache = "runs/features"
+
+    config.slm.cut.num_layers = 6
+    config.slm.vocabulary = "task"
+    for section in (config.slm, config.l2s):
+        section.train.update(
+            steps=2700,
+            batch_size=32,
+            learning_rate=5e-4,
+            parameter_scale=False,
+            warmup_steps=100,
+            label_smoothing=0.1,
+            dropout_rate=0.0,
+            evaluate_every=300,
+            log_every=10,
+        )
+    config.decoding.update(max_new_tokens=96, batch_size=64)
+    config.evaluation.latency.update(prompt_tokens=16, new_tokens=32)
     return config

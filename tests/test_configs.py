@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 from l2s_jax.checkpoints.pretrained import family_of
 from l2s_jax.config import buckets_of, settled
 from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.models.cutting import cut_config
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.llama import LlamaConfig
+from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import (
     LanguageModel,
     LlmToSlm,
@@ -29,6 +31,7 @@ from l2s_jax.models.systems import (
     parameter_count,
 )
 from l2s_jax.models.t5 import T5Config
+from l2s_jax.settings.cut import Cut
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -106,6 +109,22 @@ CHECKPOINTS = {
     # One more row than GPT-2 for a padding token.
     "checkpoints/lamini-gpt-124m": (GPT2Config(vocab_size=50_258), 124_440_576, "lamini"),
     "checkpoints/pythia-160m": (GPTNeoXConfig(), 162_322_944, "pythia"),
+    "checkpoints/smollm2": (
+        LlamaConfig(
+            vocab_size=49_152,
+            width=576,
+            num_heads=9,
+            num_kv_heads=3,
+            head_width=64,
+            feed_forward_width=1536,
+            num_layers=30,
+            rotary=Rotary(64, 1e5),
+            tied_head=True,
+            pad_id=2,
+        ),
+        134_515_008,
+        "smollm2",
+    ),
     "checkpoints/qwen3-8b": (_QWEN3, 8_190_735_360, "qwen3"),
     "checkpoints/qwen3-0.6b": (
         dataclasses.replace(
@@ -152,8 +171,10 @@ def test_plain_import_and_docstring_command(name: str) -> None:
     module = importlib.import_module(f"configs.{name}")
     assert module.get_config().task.name in (
         name,
+        "aeslc",
         "l2s_synthetic",
         "multi30k_en_de",
+        "multi30k_en_fr",
         "wmt14_en_de",
     )
     command = module.__doc__.replace("$name", name)
@@ -179,7 +200,10 @@ def test_every_setting_has_an_effect(config: ConfigDict) -> None:
 def test_settings_are_usable(config: ConfigDict, tmp_path: pathlib.Path) -> None:
     Experiment(config, str(tmp_path))
     if not config.tokenizer.train_vocab_size:
-        assert config.slm.path, "a random SLM's vocabulary is that of the tokenizer trained here"
+        is_cut = Cut(**config.slm.cut.to_dict()).is_used
+        assert config.slm.path or is_cut, (
+            "a random SLM's vocabulary is that of the tokenizer trained here"
+        )
 
 
 # What may differ between the training of the SLM alone and that of L2S: why. Not their labels,
@@ -224,15 +248,16 @@ def test_buckets_ascend_and_hold_the_maxima(config: ConfigDict) -> None:
 def model_of(config: ConfigDict, name: str, tmp_path: pathlib.Path) -> tuple[ModelConfig, str]:
     """The config, and whose tokenizer, of the LLM or SLM that a run would train or load."""
     section = config[name]
-    if section.path:
-        geometry, _, tokenizer = CHECKPOINTS[section.path]
-        return geometry, tokenizer
+    cut = Cut(**config.slm.cut.to_dict())
+    if section.path or (name == "slm" and cut.is_used):
+        geometry, _, tokenizer = CHECKPOINTS[section.path or config.llm.path]
+        return cut_config(geometry, cut) if name == "slm" else geometry, tokenizer
     experiment = Experiment(config, str(tmp_path))
     own = name == "slm" and section.tokenizer.train_vocab_size
     size = own or config.tokenizer.train_vocab_size
     tokenizer = SimpleNamespace(vocab_size=size, pad_id=0, eos_id=1)
     experiment.llm_tokenizer.tokenizer = experiment.slm_tokenizer.tokenizer = tokenizer
-    made, params = getattr(experiment, name).starting_point(name)
+    made, params = getattr(experiment, name).starting_point()
     assert params is None
     return made, "its own" if own else "trained here"
 
