@@ -198,7 +198,7 @@ def test_what_is_out_of_range_is_refused_in_a_line_that_names_it(data):
     [
         ({"stepz": 3}, "x.stepz: no such setting, did you mean 'steps'?"),
         ({"accumulation": 3}, "x.batch_size=64: expected a multiple of accumulation=3"),
-        ({"select": "first"}, "x.select='first': expected one of ('best', 'last')"),
+        ({"select": "first"}, "x.select='first': expected one of ('best', 'quality', 'last')"),
         ({"schedule": "linear"}, "x.schedule='linear': expected one of ('cosine', 'inverse_sqrt'"),
         ({"label_smoothing": 1}, "x.label_smoothing=1: expected a number >= 0, below 1"),
         (
