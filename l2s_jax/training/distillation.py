@@ -1,0 +1,74 @@
+"""Logit distillation: the divergence from the distributions that an LLM has over the next token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int
+
+from l2s_jax.cluster.sharding import AnyArray
+
+# In the place of a logit that does not count: of minus infinity, gradients would be no numbers.
+_NOTHING = -1e30
+
+
+class Distillation(NamedTuple):
+    """How a loss is mixed: `(1 - weight) * cross entropy + weight * temperature^2 * divergence`.
+
+    The gradient of a divergence shrinks with the square of the temperature, which the factor makes
+    up for (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    weight: float
+    temperature: float
+
+
+def divergence(
+    logits: Float32[AnyArray, "B S V"],
+    mask: Bool[AnyArray, "B S"],
+    teacher_ids: Int[AnyArray, "B S k"],
+    teacher_log_probs: Float32[AnyArray, "B S k"],
+    temperature: float,
+) -> Float32[Array, ""]:
+    """Sum of KL(LLM || SLM) in nats over the tokens where `mask` is true.
+
+    The outcomes are the k tokens that the LLM finds likeliest, and all others together. Merging
+    outcomes never makes a divergence larger, and it stays zero only where the k probabilities are
+    the LLM's. Scaled to a sum of one without the others, they would teach an SLM too much certainty
+    (Anshumann et al. 2025, arXiv 2503.16870).
+
+    Args:
+      logits: of the SLM.
+      mask: of the response.
+      teacher_ids: different ids of the SLM; one that it has not, such as -1, belongs to the others.
+      teacher_log_probs: the LLM's, at `temperature`.
+      temperature: what `logits` are divided by.
+    """
+    vocabulary = logits.shape[-1]
+    scaled = logits / temperature
+    known = (teacher_ids >= 0) & (teacher_ids < vocabulary)
+    probs = jnp.where(known, jnp.exp(teacher_log_probs), 0.0)
+    inside = jnp.where(known, teacher_ids, 0)
+    own = jnp.take_along_axis(scaled, inside, axis=-1)
+    rows, steps = jnp.indices(teacher_ids.shape[:2], sparse=True)
+    others = scaled.at[
+        rows[..., None], steps[..., None], jnp.where(known, teacher_ids, vocabulary)
+    ].set(_NOTHING, mode="drop")
+    total = jax.nn.logsumexp(scaled, axis=-1)
+    # Not one minus the sum of `own`, of which nothing is left where the SLM is certain.
+    rest_own = jax.nn.logsumexp(others, axis=-1)
+    rest = jnp.maximum(1.0 - jnp.sum(probs, axis=-1), 0.0)
+    # An SLM that has no other tokens has nothing to learn about them.
+    rest = jnp.where(rest_own > _NOTHING / 2, rest, 0.0)
+    loss = jnp.sum(_relative(probs, own - total[..., None]), axis=-1)
+    loss = loss + _relative(rest, rest_own - total)
+    return jnp.sum(loss * mask)
+
+
+def _relative(probs: jax.Array, log_others: jax.Array) -> jax.Array:
+    """p * (log p - log q), zero where p is."""
+    some = probs > 0
+    log_probs = jnp.log(jnp.where(some, probs, 1.0))
+    return jnp.where(some, probs * (log_probs - log_others), 0.0)
