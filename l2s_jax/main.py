@@ -25,7 +25,7 @@ from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
 
-STAGES = ("tokenizer", "slm_tokenizer", "llm", "labels", "slm", "features", "l2s")
+STAGES = ("tokenizer", "slm_tokenizer", "llm", "labels", "logits", "slm", "features", "l2s")
 MODES = ("train", "evaluate", "generate", "plan", "status")
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -1,6 +1,5 @@
 """Logit distillation: the divergence against float64 NumPy, and training with it."""
 
-
 import jax
 import numpy as np
 import pytest

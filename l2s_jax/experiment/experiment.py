@@ -1,13 +1,14 @@
 """An experiment: the graph of its stages.
 
-    tokenizer -> LLM -> labels -> SLM alone
-                   \\-> features, labels -> L2S
+    tokenizer -> LLM -> labels, logits -> SLM alone
+                   \\-> features, labels, logits -> L2S
 
 Each stage leaves its result in a folder of its own, is skipped where the result is there and was
 made from the same inputs, and continues where it was interrupted:
 
     DIR/tokenizer/spiece.model  DIR/slm_tokenizer/spiece.model  (where the SLM has its own)
-    DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/slm/model/  DIR/l2s/model/
+    DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/logits/logits-*.array_record
+    DIR/slm/model/  DIR/l2s/model/
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.slm import SlmStage
 from l2s_jax.experiment.stage import Stage
 from l2s_jax.experiment.tokenizers import TokenizerStage
@@ -52,15 +54,19 @@ class Experiment:
         )
         self.llm = LlmStage(context, self.llm_tokenizer)
         self.labels = LabelStage(context, self.llm)
-        self.slm = SlmStage(context, self.slm_tokenizer, self.labels)
+        self.logits = LogitStage(context, self.llm, self.labels, self.slm_tokenizer)
+        self.slm = SlmStage(context, self.slm_tokenizer, self.labels, self.logits)
         self.features = FeatureStage(context, self.llm)
-        self.l2s = L2sStage(context, self.llm, self.slm_tokenizer, self.labels, self.features)
+        self.l2s = L2sStage(
+            context, self.llm, self.slm_tokenizer, self.labels, self.logits, self.features
+        )
         # In the order in which they are made.
         self.stages: tuple[Stage, ...] = (
             self.llm_tokenizer,
             self.slm_tokenizer,
             self.llm,
             self.labels,
+            self.logits,
             self.slm,
             self.features,
             self.l2s,
@@ -96,8 +102,10 @@ class Experiment:
         if any(stage.name == until and not stage.is_used() for stage in self.stages):
             used = ", ".join(stage.name for stage in self.stages if stage.is_used())
             raise ValueError(f"--until={until}: the config has no such stage, but {used}")
+        if until not in ("tokenizer", "slm_tokenizer"):
+            self.logits.check()
         for stage in self.stages:
-            # Tokenizers, labels and features are made when a model needs them.
+            # Tokenizers, labels, logits and features are made when a model needs them.
             if stage.is_used() and (stage in self.systems or stage.name == until):
                 stage.made()
             if stage is self.llm and until not in ("tokenizer", "slm_tokenizer"):

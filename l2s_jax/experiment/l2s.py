@@ -12,6 +12,7 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.slm import start_inputs
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
@@ -29,11 +30,13 @@ class L2sStage(TrainedStage):
         llm: LlmStage,
         tokenizer: TokenizerStage,
         labels: LabelStage,
+        logits: LogitStage,
         features: FeatureStage,
     ):
-        needs = (llm, tokenizer.source, labels, features)
+        needs = (llm, tokenizer.source, labels, logits, features)
         super().__init__(context, "l2s", *needs, prompts=llm.prompts, responses=tokenizer)
         self._llm, self._labels, self._features = llm, labels, features
+        self._logits = self.teacher = logits
 
     @property
     def shared_vocabulary(self) -> bool:
@@ -45,6 +48,7 @@ class L2sStage(TrainedStage):
         return {
             **start_inputs(self.context),
             **self._labels.learnt_inputs(),
+            **self._logits.learnt_inputs(),
             **self._features.learnt_inputs(),
             **self.training_inputs(self._labels.content()),
             **self.lora_inputs(),

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from l2s_jax.files import UNFINISHED, replacing, write_bytes
 
 _SUFFIX, _INDEX_SUFFIX = ".array_record", ".index"
-# What is kept is close to noise: zstd would make it a fifth smaller, and four times as slow to read.
+# zstd would make H, which is close to noise, a fifth smaller, and reading it four times as slow.
 _WRITER = "group_size:1,uncompressed"
 _AGAIN = "remove it, and the same command makes it again"
 

@@ -22,6 +22,7 @@ from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from l2s_jax.experiment.logits import LogitStage
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import LanguageModel, Params, System
 
@@ -34,7 +35,10 @@ class TrainedStage(RecordedStage):
 
     Attributes:
       prompts, responses: whose tokens the prompts and the responses are.
+      teacher: the LLM's distributions, which it may learn from beside labels; None: it can't.
     """
+
+    teacher: LogitStage | None = None
 
     def __init__(
         self,
@@ -178,6 +182,7 @@ class TrainedStage(RecordedStage):
         from l2s_jax.data.batches import training_batches, validation_batches
         from l2s_jax.models.lora import Lora
         from l2s_jax.training import loop
+        from l2s_jax.training.distillation import Distillation
 
         context, train, examples = self.context, self.section.train, self.examples()
         data = self._tokenized(examples)
@@ -200,6 +205,11 @@ class TrainedStage(RecordedStage):
         validations = validation_batches(validation, **settings)
         if prepare:
             prepare(train=data, validation=validation)
+        distillation = None
+        if self.teacher and self.teacher.is_used():
+            self.teacher.put_into(data)
+            taught = context.config.distillation
+            distillation = Distillation(taught.weight, taught.temperature)
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
@@ -211,6 +221,7 @@ class TrainedStage(RecordedStage):
             fingerprint=distributed.on_primary(lambda: self.record.run),
             seed=context.config.seed,
             mesh=context.mesh,
+            distillation=distillation,
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

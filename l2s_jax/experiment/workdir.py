@@ -101,8 +101,8 @@ def changes(
       version: of the stage's code.
     """
     if is_old(found):
-        return _differences(found, plain({**inputs, **old}), common=True)
-    changed = _differences(
+        return differences(found, plain({**inputs, **old}), common=True)
+    changed = differences(
         {k: v for k, v in found.items() if k not in (_VERSION, _RUN, _SOURCES)}, plain(inputs)
     )
     return changed if found[_VERSION] == version else ["the code", *changed]
@@ -113,8 +113,11 @@ def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: li
     return changed == [_STEPS] and inputs["train"]["steps"] > found["train"]["steps"]
 
 
-def _differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
-    """Paths at which two JSON values differ; `common`: of those that both have."""
+def differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
+    """Paths at which two JSON values differ; `common`: of those that both have.
+
+    What is None in the new one is unknown, and taken as it is in the old one.
+    """
     if new is None and prefix:
         return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -123,7 +126,7 @@ def _differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) 
     return [
         path
         for name in sorted(names)
-        for path in _differences(
+        for path in differences(
             old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."), common=common
         )
     ]

@@ -52,19 +52,27 @@ def divergence(
     probs = jnp.where(known, jnp.exp(teacher_log_probs), 0.0)
     inside = jnp.where(known, teacher_ids, 0)
     own = jnp.take_along_axis(scaled, inside, axis=-1)
-    rows, steps = jnp.indices(teacher_ids.shape[:2], sparse=True)
-    others = scaled.at[
-        rows[..., None], steps[..., None], jnp.where(known, teacher_ids, vocabulary)
-    ].set(_NOTHING, mode="drop")
     total = jax.nn.logsumexp(scaled, axis=-1)
     # Not one minus the sum of `own`, of which nothing is left where the SLM is certain.
-    rest_own = jax.nn.logsumexp(others, axis=-1)
+    rest_own = log_sum_of_others(scaled, jnp.where(known, teacher_ids, vocabulary))
     rest = jnp.maximum(1.0 - jnp.sum(probs, axis=-1), 0.0)
     # An SLM that has no other tokens has nothing to learn about them.
     rest = jnp.where(rest_own > _NOTHING / 2, rest, 0.0)
     loss = jnp.sum(_relative(probs, own - total[..., None]), axis=-1)
     loss = loss + _relative(rest, rest_own - total)
     return jnp.sum(loss * mask)
+
+
+def log_sum_of_others(
+    logits: Float32[AnyArray, "B S V"], ids: Int[AnyArray, "B S k"]
+) -> Float32[Array, "B S"]:
+    """log(sum(exp(logits))) over all but `ids` in [0, V]; below -1e29 where there is no other.
+
+    An id of V is none.
+    """
+    rows, steps = jnp.indices(ids.shape[:2], sparse=True)
+    others = jnp.asarray(logits).at[rows[..., None], steps[..., None], ids]
+    return jax.nn.logsumexp(others.set(_NOTHING, mode="drop"), axis=-1)
 
 
 def _relative(probs: jax.Array, log_others: jax.Array) -> jax.Array:
