@@ -1,12 +1,17 @@
 """Logit distillation: the divergence against float64 NumPy, and training with it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.training.distillation import divergence
+from l2s_jax.models.lora import Lora
+from l2s_jax.training import update
+from l2s_jax.training.distillation import Distillation, divergence
 
 ROWS, TOKENS, VOCABULARY = 4, 3, 11
 compiled = jax.jit(divergence, static_argnums=4)
@@ -142,3 +147,99 @@ def test_padding_does_not_count():
     for teacher in ((ids, log_probs), blank):
         gradient = np.abs(gradient_of(logits, mask, *teacher, 1.0)).max(-1)
         assert (gradient > 0).tolist() == mask.tolist()
+
+
+def taught(batch, k, seed=0):
+    """A batch with an LLM's k likeliest tokens, and all of its probabilities [B, S, V]."""
+    random = np.random.default_rng(seed)
+    shape = (*batch["response_ids"].shape, small.VOCABULARY)
+    teacher = softmax(2 * random.standard_normal(shape))
+    ids = np.argsort(-teacher, -1)[..., :k].astype(np.int32)
+    log_probs = np.log(np.take_along_axis(teacher, ids, -1)).astype(np.float32)
+    return {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}, teacher
+
+
+def one_step(system, trained, frozen, batch, distillation, mesh=None, **config):
+    """(change of the parameters by one step of plain gradient descent, metrics)."""
+    config = small.make_train_config(100, learning_rate=1e-2, **config)
+    optimizer = optax.sgd(1.0)
+    mesh = mesh or small.mesh_of()
+    shardings = update.state_shardings(trained, optimizer, config, mesh)
+    step = update.make_step(system, optimizer, config, 0, shardings, distillation)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda p: update.init_state(p, optimizer, config), out_shardings=shardings)(
+            trained
+        )
+        placed = update.sharding.put_batch(batch, mesh)
+        state, metrics = step(state, update.sharding.put_parameters(frozen, mesh), placed)
+    change = jax.tree.map(lambda a, b: np.asarray(a) - b, jax.device_get(state.params), trained)
+    return change, jax.device_get(metrics)
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [("slm", 1), ("add", 4)])
+def test_a_step_follows_the_mixed_loss_over_tokens(name, accumulation):
+    system = small.make_system(name)
+    trained, frozen = small.make_params(system)
+    batch, teacher = taught(small.make_batch(system, rows=8), small.VOCABULARY)
+    mask = batch["response_mask"]
+
+    def mean_loss(trained):
+        logits = system.logits(trained, frozen, batch)
+        labels = jax.nn.one_hot(batch["response_ids"], small.VOCABULARY)
+        entropy = -jnp.sum(labels * jax.nn.log_softmax(logits), -1)
+        apart = jnp.sum(teacher * (np.log(teacher) - jax.nn.log_softmax(logits / 2)), -1)
+        return jnp.sum((0.7 * entropy + 0.3 * 2**2 * apart) * mask) / mask.sum()
+
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(trained)
+    distillation = Distillation(weight=0.3, temperature=2.0)
+    change, metrics = one_step(
+        system, trained, frozen, batch, distillation, accumulation=accumulation
+    )
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    small.assert_same(change, jax.tree.map(lambda g: -g, gradient), rtol=1e-3, atol=1e-5)
+    alone = one_step(system, trained, frozen, batch, None)[1]
+    assert "divergence" not in alone
+    expected = 0.7 * alone["loss"] + 0.3 * 4 * metrics["divergence"]
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+def test_a_step_is_the_same_on_every_mesh(axes):
+    system = small.make_system("add")
+    trained, frozen = small.make_params(system)
+    batch, _ = taught(small.make_batch(system, rows=8), 5)
+    distillation = Distillation(weight=0.5, temperature=1.0)
+    alone = one_step(system, trained, frozen, batch, distillation)
+    spread = one_step(system, trained, frozen, batch, distillation, small.mesh_of(*axes))
+    small.assert_same(spread, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_lora_learns_the_distributions_too():
+    system = small.make_system("slm")
+    params, _ = small.make_params(system)
+    lora = Lora(system, rank=2, alpha=4.0, pattern=".*attention/.*kernel")
+    trained, base = lora.split(params, jax.random.key(0))
+    batch, _ = taught(small.make_batch(system, rows=8), 5)
+    frozen = {"base": base, "inner": {}}
+    distillation = Distillation(weight=1.0, temperature=1.0)
+    change, metrics = one_step(lora, trained, frozen, batch, distillation)
+    logits = np.asarray(jax.jit(system.logits)(params, {}, batch))
+    teacher_parts = batch["teacher_ids"], batch["teacher_log_probs"]
+    mask = batch["response_mask"]
+    expected = reference(logits, mask, *teacher_parts, 1.0) / mask.sum()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(change))
+
+
+def test_an_slm_that_is_the_llm_has_nothing_to_learn():
+    system = small.make_system("slm")
+    trained, _ = small.make_params(system)
+    batch = small.make_batch(system, rows=8)
+    teacher = jax.nn.log_softmax(jax.jit(system.logits)(trained, {}, batch))
+    log_probs, ids = jax.device_get(jax.lax.top_k(teacher, 6))
+    batch |= {"teacher_ids": ids, "teacher_log_probs": log_probs}
+    change, metrics = one_step(system, trained, {}, batch, Distillation(1.0, 1.0))
+    assert abs(metrics["divergence"]) < 1e-5
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(change)) < 1e-4
+    sideways, _ = one_step(system, trained, {}, batch, Distillation(0.9, 1.0))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(sideways)) > 1e-3
