@@ -93,10 +93,12 @@ class Logits:
     def left_out(self) -> dict[str, float]:
         """The share of probability of all other tokens: its mean over tokens, and percentile 99.
 
-        Of 50,000 examples, if there are more.
+        Of 50,000 examples, if there are more. Zeros where all responses are empty.
         """
         chosen = np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(int)
         shares = np.exp(np.concatenate([self[index][1][:, -1] for index in chosen]))
+        if not shares.size:
+            return {"mean": 0.0, "p99": 0.0}
         return {"mean": float(shares.mean()), "p99": float(np.percentile(shares, 99))}
 
 

@@ -116,20 +116,22 @@ def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: li
 def differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
     """Paths at which two JSON values differ; `common`: of those that both have.
 
-    What is None in the new one is unknown, and taken as it is in the old one.
+    What is None in the new one is unknown, and taken as it is in the old one; what is not in it is
+    another value.
     """
     if new is None and prefix:
         return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [prefix]
     names = old.keys() & new.keys() if common else old.keys() | new.keys()
-    return [
-        path
-        for name in sorted(names)
-        for path in differences(
-            old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."), common=common
-        )
-    ]
+    changed = []
+    for name in sorted(names):
+        path = f"{prefix}.{name}".lstrip(".")
+        if name in new:
+            changed += differences(old.get(name), new[name], path, common=common)
+        else:
+            changed.append(path)
+    return changed
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:
