@@ -88,7 +88,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The page of a checked report, GitHub-flavoured; it embeds quality_latency.png."""
     task, systems, ratios = report["task"], report["systems"], report["l2s_vs_llm"]
     batch_size = systems["l2s"]["latency_batch"]["batch_size"]
-    trained = _LABELS.get(task["labels"], task["labels"]) + distilled.clause(task)
+    trained = f"{_LABELS.get(task['labels'], task['labels'])}{distilled.clause(task)}"
     blocks = [
         f"# LLM-to-SLM on {task['name']}",
         f"**{_conclusion(report)}**",
