@@ -85,17 +85,20 @@ def test_with_all_tokens_it_is_the_divergence_over_the_vocabulary(k, temperature
     assert 0 < compiled(*inputs[:2], *few, temperature) < found
 
 
-def test_its_gradient_is_that_of_the_probabilities():
-    inputs, _ = case(2)
-    logits, mask, ids, log_probs = inputs
-    own = softmax(logits.astype(np.float64))
-    p = np.exp(log_probs.astype(np.float64))
-    q = np.take_along_axis(own, ids, -1)
-    # Outside: what the SLM gives to all others, shared as it shares it.
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_its_gradient_is_that_of_the_probabilities(temperature):
+    (logits, mask, ids, log_probs), _ = case(2, 4, temperature)
+    ids[..., 2] = -1  # what the SLM has no id for belongs to the others
+    own = softmax(logits.astype(np.float64) / temperature)
+    known = np.array([0, 1, 3])
+    p = np.exp(log_probs.astype(np.float64))[..., known]
+    q = np.take_along_axis(own, ids[..., known], -1)
+    # Outside: what the LLM gives to all others, shared as the SLM shares it.
     ratio = (1 - p.sum(-1, keepdims=True)) / (1 - q.sum(-1, keepdims=True))
     expected = own * (1 - ratio)
-    np.put_along_axis(expected, ids, q - p, -1)
-    np.testing.assert_allclose(gradient_of(*inputs, 1.0), expected * mask[..., None], atol=1e-5)
+    np.put_along_axis(expected, ids[..., known], q - p, -1)
+    found = gradient_of(logits, mask, ids, log_probs, temperature)
+    np.testing.assert_allclose(found, expected * mask[..., None] / temperature, atol=1e-5)
 
 
 def test_it_is_zero_only_where_the_probabilities_are_the_llms():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,21 +47,7 @@ def divergence(
       teacher_log_probs: the LLM's, at `temperature`.
       temperature: what `logits` are divided by.
     """
-    vocabulary = logits.shape[-1]
-    scaled = logits / temperature
-    known = (teacher_ids >= 0) & (teacher_ids < vocabulary)
-    probs = jnp.where(known, jnp.exp(teacher_log_probs), 0.0)
-    inside = jnp.where(known, teacher_ids, 0)
-    own = jnp.take_along_axis(scaled, inside, axis=-1)
-    total = jax.nn.logsumexp(scaled, axis=-1)
-    # Not one minus the sum of `own`, of which nothing is left where the SLM is certain.
-    rest_own = log_sum_of_others(scaled, jnp.where(known, teacher_ids, vocabulary))
-    rest = jnp.maximum(1.0 - jnp.sum(probs, axis=-1), 0.0)
-    # An SLM that has no other tokens has nothing to learn about them.
-    rest = jnp.where(rest_own > _NOTHING / 2, rest, 0.0)
-    loss = jnp.sum(_relative(probs, own - total[..., None]), axis=-1)
-    loss = loss + _relative(rest, rest_own - total)
-    return jnp.sum(loss * mask)
+    return _divergence(temperature, jnp.asarray(logits), mask, teacher_ids, teacher_log_probs)
 
 
 def log_sum_of_others(
@@ -70,9 +57,54 @@ def log_sum_of_others(
 
     An id of V is none.
     """
+    return jax.nn.logsumexp(_put(jnp.asarray(logits), ids, _NOTHING), axis=-1)
+
+
+# By its own rule, the gradient takes one array as large as the logits; else there would be four.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divergence(temperature: float, *inputs: AnyArray) -> jax.Array:
+    return _forward(temperature, *inputs)[0]
+
+
+def _forward(
+    temperature: float, logits: AnyArray, mask: AnyArray, ids: AnyArray, log_probs: AnyArray
+) -> tuple[jax.Array, tuple[AnyArray, ...]]:
+    vocabulary = logits.shape[-1]
+    scaled = logits / temperature
+    known = (ids >= 0) & (ids < vocabulary)
+    probs = jnp.where(known, jnp.exp(log_probs), 0.0)
+    total = jax.nn.logsumexp(scaled, axis=-1)
+    own = jnp.take_along_axis(scaled, jnp.where(known, ids, 0), axis=-1) - total[..., None]
+    ids = jnp.where(known, ids, vocabulary)
+    # Not one minus the sum of `own`, of which nothing is left where the SLM is certain.
+    others = log_sum_of_others(scaled, ids)
+    # An SLM that has no other tokens has nothing to learn about them.
+    rest = jnp.maximum(1.0 - jnp.sum(probs, axis=-1), 0.0)
+    rest = jnp.where(others > _NOTHING / 2, rest, 0.0)
+    loss = jnp.sum(_relative(probs, own), axis=-1) + _relative(rest, others - total)
+    return jnp.sum(loss * mask), (logits, mask, ids, probs, rest, own, total, others)
+
+
+def _backward(
+    temperature: float, kept: tuple[AnyArray, ...], factor: AnyArray
+) -> tuple[jax.Array | None, ...]:
+    """The SLM's probability less the LLM's; all others have theirs in the SLM's proportions."""
+    logits, mask, ids, probs, rest, own, total, others = kept
+    scaled = logits / temperature
+    whole = (jnp.sum(probs, axis=-1) + rest)[..., None]
+    gradient = whole * jnp.exp(scaled - total[..., None])
+    gradient -= rest[..., None] * jnp.exp(scaled - others[..., None])
+    gradient = _put(gradient, ids, whole * jnp.exp(own) - probs)
+    return gradient * (factor * mask / temperature)[..., None], None, None, None
+
+
+_divergence.defvjp(_forward, _backward)
+
+
+def _put(x: jax.Array, ids: AnyArray, values: AnyArray | float) -> jax.Array:
+    """x [B, S, V] with values [B, S, k] at ids [B, S, k], none at V."""
     rows, steps = jnp.indices(ids.shape[:2], sparse=True)
-    others = jnp.asarray(logits).at[rows[..., None], steps[..., None], ids]
-    return jax.nn.logsumexp(others.set(_NOTHING, mode="drop"), axis=-1)
+    return x.at[rows[..., None], steps[..., None], ids].set(values, mode="drop")
 
 
 def _relative(probs: jax.Array, log_others: jax.Array) -> jax.Array:
