@@ -149,6 +149,22 @@ def test_two_processes_with_the_whole_model_each_answer_as_one(jobs, tmp_path):
     assert not list((runs / config.stem).glob("*.old*"))
 
 
+def test_a_process_without_a_part_of_what_the_llm_makes_waits_for_the_others(tmp_path):
+    config = tiny.write_task(tmp_path / "data")
+    # The LLM is made here, and one file holds all that it answers, or reads.
+    flags = (
+        *("--config.labels.source=llm", "--config.labels.max_new_tokens=8"),
+        *("--config.distillation.weight=0.5", "--config.distillation.top_k=4", "--until=logits"),
+    )
+    result, logs = launch(config, tmp_path / "two", *flags)
+    assert result.returncode == 0, logs
+    run = tmp_path / "two" / config.stem
+    assert len(list((run / "labels").glob("train-*.jsonl"))) == 1
+    assert len(list((run / "logits").glob("*.array_record"))) == 1
+    assert any("4 likeliest tokens leave out" in line for line in logs[0])
+    assert not [line for line in logs[1] if "[Gloo]" not in line]
+
+
 def start_children(directory, seconds, count):
     where = f"127.0.0.1:{free_port()}"
     child = [sys.executable, str(TESTS / "job_child.py"), str(directory), str(seconds), where]

@@ -118,6 +118,17 @@ def test_the_llm_may_have_a_dtype_of_its_own():
     assert dtypes == ("float32", "bfloat16")
 
 
+def test_distillation_adds_the_llms_likeliest_tokens_to_a_batch(tmp_path):
+    config = small_config(data=4)
+    sizes = []
+    for weight, top_k in ((0.0, 32), (0.5, 6), (0.5, 1000)):
+        config.distillation.update(weight=weight, top_k=top_k)
+        report = planned(config, tmp_path / f"{top_k}", "cpu:4", programs=["train"])
+        sizes.append(report["programs"]["train"]["bytes_per_chip"]["arguments"])
+    tokens = 4 * 16  # on each device; an id in int32 and a float32 for each of k, or all of 64
+    assert [size - sizes[0] for size in sizes[1:]] == [tokens * 6 * 8, tokens * 64 * 8]
+
+
 def test_training_from_a_cache_holds_no_llm(tmp_path):
     config = small_config(data=4)
     config.features.cache = "features"

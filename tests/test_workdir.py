@@ -60,6 +60,13 @@ def test_a_stage_with_the_same_inputs_is_found_again(tmp_path):
     assert Made(tmp_path, {**again, "seed": None}, "find").made() == directory
 
 
+def test_what_a_stage_is_no_longer_made_from_has_changed(tmp_path):
+    Made(tmp_path, {"seed": 0, "lora": {"rank": 2, "alpha": 1.0}}).made()
+    assert Made(tmp_path, {"seed": 0}, "look").state() == ("stale", "lora changed")
+    less = {"seed": 0, "lora": {"rank": 2}}
+    assert Made(tmp_path, less, "look").state() == ("stale", "lora.alpha changed")
+
+
 def test_changed_inputs_move_what_was_there_aside_each_time(tmp_path, caplog):
     caplog.set_level("INFO")
     for rate in (1, 2, 3):

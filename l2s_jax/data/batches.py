@@ -101,7 +101,8 @@ def training_batches(
     Returns:
       An iterator with `get_state()` and `set_state(state)` over dicts of `{prompt_name}_ids` int32
       and `{prompt_name}_mask` bool [B, T], `response_ids` int32 and `response_mask` bool [B, S],
-      and, where `data` has it, `{prompt_name}_hidden` [B, T, D].
+      and, where `data` has them, `{prompt_name}_hidden` [B, T, D], `teacher_ids` int32 and
+      `teacher_log_probs` float32 [B, S, k].
 
     Raises:
       ValueError: the buckets do not ascend or are too small, or there are fewer examples than

@@ -46,6 +46,17 @@ class Hidden(Protocol):
         ...
 
 
+class Teacher(Protocol):
+    """Where an LLM's distributions over the tokens of the responses are read from."""
+
+    def padded(self, indices: np.ndarray, response_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32, log-probabilities float32) [B, response_tokens, k] of the likeliest tokens.
+
+        Of responses `indices` [B], none where -1. Ids are -1 where there is none.
+        """
+        ...
+
+
 class Loss(NamedTuple):
     """What texts lost because they were too long.
 
@@ -93,8 +104,8 @@ class TokenizedExamples:
     """Token ids of examples, computed on first use, all at once, and kept as two flat arrays.
 
     A prompt over its maximum loses text of its fields (fitting.py). A response over its maximum
-    is cut, and one that was cut before stays so: no eos follows it. Once `hidden` is set, batches
-    hold what it reads too.
+    is cut, and one that was cut before stays so: no eos follows it. Once `hidden` or `teacher` is
+    set, batches hold what it reads too.
 
     Args:
       examples: what to tokenize; references are not used.
@@ -132,6 +143,7 @@ class TokenizedExamples:
         self.prompt_pad_id = prompt_tokenizer.pad_id
         self.response_pad_id = response_tokenizer.pad_id
         self.hidden: Hidden | None = None
+        self.teacher: Teacher | None = None
         self._keep_cut = keep_cut
 
     def __len__(self) -> int:
@@ -163,6 +175,16 @@ class TokenizedExamples:
         prompts = self._tokens.prompts._replace(values=self._tokens.prompts.values.astype("<i4"))
         return [hashlib.sha256(prompts[i].tobytes()).digest()[:16] for i in range(len(self))]
 
+    @functools.cached_property
+    def pair_keys(self) -> list[bytes]:
+        """Half of the SHA-256 of the ids of each prompt and its response, after the cut."""
+        responses = self._tokens.responses
+        responses = responses._replace(values=responses.values.astype("<i4"))
+        return [
+            hashlib.sha256(key + responses[i].tobytes()).digest()[:16]
+            for i, key in enumerate(self.prompt_keys)
+        ]
+
     def padded_prompts(
         self, indices: np.ndarray, prompt_tokens: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -191,6 +213,9 @@ class TokenizedExamples:
         }
         if self.hidden is not None:
             batch[f"{prompt_name}_hidden"] = self.hidden.padded(indices, prompt_tokens)
+        if self.teacher is not None:
+            ids, log_probs = self.teacher.padded(indices, response_tokens)
+            batch |= {"teacher_ids": ids, "teacher_log_probs": log_probs}
         return batch
 
     @functools.cached_property

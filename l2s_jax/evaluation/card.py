@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from l2s_jax.evaluation import distilled
 from l2s_jax.evaluation.card_head import card_head
 from l2s_jax.evaluation.report import dtypes
 from l2s_jax.files import write_text
@@ -61,7 +62,7 @@ def write_card(
         f"- Projector: {parameter_count(trained['projector']):,} parameters; its output is",
         f"  {_FUSIONS[system.fusion]}",
         f"- Vocabulary: {_vocabulary(system)}",
-        f"- Trained on: the `train` split of {task['name']}, {labels}",
+        f"- Trained on: the `train` split of {task['name']}, {labels}{distilled.clause(task)}",
         f"- Prompt: `{json.dumps(config.task.chat.user or config.task.prompt, ensure_ascii=False)}`"
         + (", in the LLM's chat format" if config.task.chat.user else ""),
         "",

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from l2s_jax.evaluation import plot
+from l2s_jax.evaluation import distilled, plot
 from l2s_jax.evaluation.report_check import RATIOS, SYSTEMS, check, plain
 from l2s_jax.files import write_bytes
 
@@ -73,7 +73,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The page of a checked report, GitHub-flavoured; it embeds quality_latency.png."""
     task, systems, ratios = report["task"], report["systems"], report["l2s_vs_llm"]
     batch_size = systems["l2s"]["latency_batch"]["batch_size"]
-    trained = _LABELS.get(task["labels"], task["labels"])
+    trained = f"{_LABELS.get(task['labels'], task['labels'])}{distilled.clause(task)}"
     blocks = [
         f"# LLM-to-SLM on {task['name']}",
         f"**{_conclusion(report)}**",

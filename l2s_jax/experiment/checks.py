@@ -30,5 +30,7 @@ def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh, label_mesh
         batches.append(("llm.train", settings.llm.train.batch_size, mesh))
     if settings.labels.source == "llm":
         batches.append(("labels", settings.labels.batch_size, label_mesh))
+    if settings.distillation.weight:
+        batches.append(("distillation", settings.distillation.batch_size, label_mesh))
     for section, rows, split_over in batches:
         sharding.check_rows(rows, split_over, f"config.{section}.batch_size")

@@ -1,13 +1,14 @@
 """An experiment: the graph of its stages.
 
-    tokenizer -> LLM -> labels -> vocabulary -> SLM alone
-                   \\-> features, labels, vocabulary -> L2S
+    tokenizer -> LLM -> labels -> vocabulary, logits -> SLM alone
+                   \\-> features, labels, vocabulary, logits -> L2S
 
 Each stage leaves its result in a folder of its own, is skipped where the result is there and was
 made from the same inputs, and continues where it was interrupted:
 
     DIR/tokenizer/spiece.model  DIR/slm_tokenizer/spiece.model  (where the SLM has its own)
-    DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/vocabulary/  DIR/slm/model/  DIR/l2s/model/
+    DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/vocabulary/  DIR/logits/logits-*.array_record
+    DIR/slm/model/  DIR/l2s/model/
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.slm import SlmStage
 from l2s_jax.experiment.stage import Stage
 from l2s_jax.experiment.start import SlmStart
@@ -57,8 +59,11 @@ class Experiment:
         self.llm = LlmStage(context, self.llm_tokenizer)
         self.labels = LabelStage(context, self.llm)
         self.vocabulary = VocabularyStage(context, self.slm_tokenizer, self.labels)
+        self.logits = LogitStage(
+            context, self.llm, self.labels, self.slm_tokenizer, self.vocabulary
+        )
         self.features = FeatureStage(context, self.llm)
-        start, learnt = SlmStart(context, self.llm), (self.labels, self.vocabulary)
+        start, learnt = SlmStart(context, self.llm), (self.labels, self.vocabulary, self.logits)
         self.slm = SlmStage(context, start, self.slm_tokenizer, *learnt)
         self.l2s = L2sStage(context, self.llm, start, self.slm_tokenizer, *learnt, self.features)
         # In the order in which they are made.
@@ -68,6 +73,7 @@ class Experiment:
             self.llm,
             self.labels,
             self.vocabulary,
+            self.logits,
             self.slm,
             self.features,
             self.l2s,
@@ -105,8 +111,9 @@ class Experiment:
             raise ValueError(f"--until={until}: the config has no such stage, but {used}")
         if until not in ("tokenizer", "slm_tokenizer"):
             self.vocabulary.check()
+            self.logits.check()
         for stage in self.stages:
-            # Tokenizers, labels and features are made when a model needs them.
+            # Tokenizers, labels, logits and features are made when a model needs them.
             if stage.is_used() and (stage in self.systems or stage.name == until):
                 stage.made()
             if stage is self.llm and until not in ("tokenizer", "slm_tokenizer"):

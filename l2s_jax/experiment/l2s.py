@@ -12,6 +12,7 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
@@ -34,12 +35,14 @@ class L2sStage(TrainedStage):
         tokenizer: TokenizerStage,
         labels: LabelStage,
         vocabulary: VocabularyStage,
+        logits: LogitStage,
         features: FeatureStage,
     ):
-        needs = (llm, tokenizer.source, labels, vocabulary, features)
+        needs = (llm, tokenizer.source, labels, vocabulary, logits, features)
         super().__init__(context, "l2s", *needs, prompts=llm.prompts, responses=vocabulary)
         self._llm, self._start, self._labels, self._features = llm, start, labels, features
-        self._tokenizer = tokenizer
+        self._tokenizer, self._logits = tokenizer, logits
+        self.teacher = logits
 
     @property
     def shared_vocabulary(self) -> bool:
@@ -51,6 +54,7 @@ class L2sStage(TrainedStage):
         return {
             **self._start.inputs(),
             **self._labels.learnt_inputs(),
+            **self._logits.learnt_inputs(),
             **self._features.learnt_inputs(),
             **self.training_inputs(self._labels.content()),
             **self.lora_inputs(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
@@ -30,16 +31,19 @@ class SlmStage(LanguageModelStage):
         tokenizer: TokenizerStage,
         labels: LabelStage,
         vocabulary: VocabularyStage,
+        logits: LogitStage,
     ):
-        needs = (*start.needs, tokenizer.source, labels, vocabulary)
+        needs = (*start.needs, tokenizer.source, labels, vocabulary, logits)
         super().__init__(context, "slm", *needs, prompts=tokenizer, responses=vocabulary)
-        self._start, self._labels = start, labels
+        self._start, self._labels, self._logits = start, labels, logits
+        self.teacher = logits
 
     def inputs(self) -> dict[str, Any]:
         """What it starts from, what it learns, its training."""
         return {
             **self._start.inputs(),
             **self._labels.learnt_inputs(),
+            **self._logits.learnt_inputs(),
             **self.training_inputs(self._labels.content()),
             **self.lora_inputs(),
         }

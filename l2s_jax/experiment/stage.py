@@ -112,8 +112,12 @@ class RecordedStage(Stage):
         distributed.on_primary(lambda: open_or_find(inputs))
         return self.record.directory
 
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
     def made(self) -> str:
-        """The stage's folder, with its result, which is made if it is missing."""
+        """The stage's folder, with its result, which is made if it is missing.
+
+        The processes of a job call it together, the first time.
+        """
         directory = self.open()
         if self.context.mode == "look":
             return directory

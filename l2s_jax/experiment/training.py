@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flax import linen as nn
     from jax.sharding import Mesh
 
+    from l2s_jax.experiment.logits import LogitStage
     from l2s_jax.experiment.vocabulary import VocabularyStage
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import LanguageModel, Params, System
@@ -39,7 +40,10 @@ class TrainedStage(RecordedStage):
 
     Attributes:
       prompts, responses: whose tokens the prompts and the responses are.
+      teacher: the LLM's distributions, which it may learn from beside labels; None: it can't.
     """
+
+    teacher: LogitStage | None = None
 
     def __init__(
         self,
@@ -194,6 +198,7 @@ class TrainedStage(RecordedStage):
         from l2s_jax.experiment import judging
         from l2s_jax.models.lora import Lora
         from l2s_jax.training import loop
+        from l2s_jax.training.distillation import Distillation
 
         context, train, examples = self.context, self.section.train, self.examples()
         data = self._tokenized(examples)
@@ -217,6 +222,11 @@ class TrainedStage(RecordedStage):
         prompts = self._tokenized([Example(example.prompt, "", ()) for example in answered])
         if prepare:
             prepare(train=data, validation=validation, **({"samples": prompts} if answered else {}))
+        distillation = None
+        if self.teacher and self.teacher.is_used():
+            self.teacher.put_into(data)
+            taught = context.config.distillation
+            distillation = Distillation(taught.weight, taught.temperature)
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
@@ -229,6 +239,7 @@ class TrainedStage(RecordedStage):
             seed=context.config.seed,
             mesh=context.mesh,
             judge=judging.make(context, train, adapted or system, prompts, answered),
+            distillation=distillation,
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

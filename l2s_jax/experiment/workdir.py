@@ -24,8 +24,6 @@ from l2s_jax.settings.sections import Settings
 _RECORD = "stage.json"
 # Keys of a record that are no inputs.
 _VERSION, _RUN, _SOURCES = "version", "run", "sources"
-# In the place of an input that there is not, which None, an unknown one, is not.
-_ABSENT: Any = object()
 # Trained for longer, a model is the same one, further on.
 _STEPS = "train.steps"
 
@@ -103,8 +101,8 @@ def changes(
       version: of the stage's code.
     """
     if is_old(found):
-        return _differences(found, plain({**inputs, **old}), common=True)
-    changed = _differences(
+        return differences(found, plain({**inputs, **old}), common=True)
+    changed = differences(
         {k: v for k, v in found.items() if k not in (_VERSION, _RUN, _SOURCES)}, plain(inputs)
     )
     return changed if found[_VERSION] == version else ["the code", *changed]
@@ -134,20 +132,25 @@ def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {**values, first: without(inner, rest)}
 
 
-def _differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
-    """Paths at which two JSON values differ; `common`: of those that both have."""
+def differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -> list[str]:
+    """Paths at which two JSON values differ; `common`: of those that both have.
+
+    What is None in the new one is unknown, and taken as it is in the old one; what is not in it is
+    another value.
+    """
     if new is None and prefix:
         return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [prefix]
     names = old.keys() & new.keys() if common else old.keys() | new.keys()
-    return [
-        path
-        for name in sorted(names)
-        for path in _differences(
-            old.get(name), new.get(name, _ABSENT), f"{prefix}.{name}".lstrip("."), common=common
-        )
-    ]
+    changed = []
+    for name in sorted(names):
+        path = f"{prefix}.{name}".lstrip(".")
+        if name in new:
+            changed += differences(old.get(name), new[name], path, common=common)
+        else:
+            changed.append(path)
+    return changed
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:

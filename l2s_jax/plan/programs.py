@@ -24,6 +24,7 @@ from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
 from l2s_jax.settings.search import changed
 from l2s_jax.training import optim, update
+from l2s_jax.training.distillation import Distillation
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
 
@@ -101,8 +102,13 @@ class Compiler:
         optimizer = optim.optimizer(settings, params)
         shardings = update.state_shardings(params, optimizer, settings, self.mesh)
 
+        taught = self.config.distillation
+        distillation = Distillation(taught.weight, taught.temperature) if taught.weight else None
+
         def make_step(system: Any) -> Any:
-            return update.make_step(system, optimizer, settings, self.config.seed, shardings)
+            return update.make_step(
+                system, optimizer, settings, self.config.seed, shardings, distillation
+            )
 
         state = update.abstract_state(params, optimizer, settings, shardings)
         prompt, response = buckets_of(self.config)[-1]
@@ -114,6 +120,10 @@ class Compiler:
         if self.config.features.cache:
             shape = (rows, prompt, self.plan.system.hidden_width)
             batch["llm_hidden"] = self._array(shape, jnp.bfloat16)
+        if distillation:
+            shape = (rows, response, min(taught.top_k, self.plan.system.slm_config.vocab_size))
+            batch["teacher_ids"] = self._array(shape, jnp.int32)
+            batch["teacher_log_probs"] = self._array(shape, jnp.float32)
         arguments = (state, self._placed(frozen), batch)
         flat, _, flat_frozen = self._flat.adapted
         whole = (make_step(flat), (state, flat_frozen, batch))

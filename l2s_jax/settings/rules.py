@@ -99,6 +99,16 @@ IDLE = (
         "there is no COMET",
     ),
     Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
+    Idle("distillation.*", "distillation.weight", _is_off, "nothing is learnt of distributions"),
+    *(
+        Idle(
+            f"{name}.train.label_smoothing",
+            "distillation.weight",
+            lambda weight: weight == 1,
+            "the labels are no part of the loss",
+        )
+        for name in ("slm", "l2s")
+    ),
 )
 # Of these, settings/search.py says itself what has no effect.
 _SEARCHES = (("decoding", "search"), ("labels", "search"))
@@ -193,6 +203,13 @@ def _unusable(settings: Settings) -> Iterator[str]:
         yield (
             "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
             "take a tokenizer from"
+        )
+    if s.distillation.weight and s.slm.tokenizer.train_vocab_size:
+        yield (
+            f"config.distillation.weight={s.distillation.weight:g} with "
+            f"config.slm.tokenizer.train_vocab_size={s.slm.tokenizer.train_vocab_size}: the SLM's "
+            "vocabulary is then not the LLM's, whose distributions it would learn; expected one of "
+            "them to be 0"
         )
     made = not s.slm.path and not s.slm.cut.is_used
     if s.l2s.fusion == "cross" and made and s.slm.model.family != "t5":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Allowed, Section, setting
+from l2s_jax.settings.distillation import Distillation
 from l2s_jax.settings.evaluation import Evaluation
 from l2s_jax.settings.geometry import MODELS, Model, T5Model
 from l2s_jax.settings.search import Search
@@ -260,6 +261,7 @@ class Settings(Section):
         expected="pairs of prompt tokens and response tokens",
     )
     labels: Labels = Labels()
+    distillation: Distillation = Distillation()
     features: Features = Features()
     llm: Llm = Llm()
     slm: Slm = Slm()

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -188,6 +188,28 @@ def choose(whole: Tokenizer, responses: Iterable[Sequence[int]], size: int = 0) 
 def whole_of(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer that one is cut from, or that it is."""
     return tokenizer.whole if isinstance(tokenizer, CutTokenizer) else tokenizer
+
+
+class _WholeIds:
+    """A cut tokenizer whose responses have the ids of the whole."""
+
+    def __init__(self, tokenizer: CutTokenizer):
+        self._cut = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cut.whole, name)
+
+    def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._cut.kept[ids].tolist() for ids in self._cut.encode_responses(texts)]
+
+
+def as_whole(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that writes responses with the same pieces, by the ids that the whole has."""
+    return (
+        cast("Tokenizer", _WholeIds(tokenizer))
+        if isinstance(tokenizer, CutTokenizer)
+        else tokenizer
+    )
 
 
 def kept_by(tokenizer: Tokenizer) -> np.ndarray | None:

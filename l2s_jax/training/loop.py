@@ -19,6 +19,7 @@ from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.systems import Params
 from l2s_jax.training import optim
 from l2s_jax.training.checkpoint import Checkpoints
+from l2s_jax.training.distillation import Distillation
 from l2s_jax.training.meter import Meter
 from l2s_jax.training.progress import MetricWriter, NoWriter
 from l2s_jax.training.update import (
@@ -100,6 +101,7 @@ def fit(
     seed: int,
     mesh: Mesh,
     judge: Callable[[Params, Params], Judged] | None = None,
+    distillation: Distillation | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
@@ -109,14 +111,15 @@ def fit(
 
     All processes of a job call it alike, but for `batches` and `validation`, which give each its
     own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
-    through once for each validation. There `judge(params, frozen)` says what more is known of the
-    parameters, which lie on the mesh: with `config.select` "quality" a score `val_quality`.
+    through once for each validation, and is scored without `distillation`. There
+    `judge(params, frozen)` says what more is known of the parameters, which lie on the mesh: with
+    `config.select` "quality" a score `val_quality`.
     """
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
     replicated = NamedSharding(mesh, P())
     rows = sharding.batch_rows(mesh, config.batch_size)
-    step_fn = make_step(system, optimizer, config, seed, shardings)
+    step_fn = make_step(system, optimizer, config, seed, shardings, distillation)
     score_fn = jax.jit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster import sharding
 from l2s_jax.models.systems import Batch, Params
 from l2s_jax.training import losses, optim
+from l2s_jax.training.distillation import Distillation, divergence
 from l2s_jax.training.flops import training_flops
 
 
@@ -80,13 +81,23 @@ def batch_loss(
     batch: Batch,
     dropout_key: Key[Array, ""] | None,
     label_smoothing: float,
+    distillation: Distillation | None = None,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    """Sum of the loss over a batch's response tokens, and sums of what is reported."""
+    """Sum of the loss over a batch's response tokens, and sums of what is reported.
+
+    With `distillation` the batch holds "teacher_ids" and "teacher_log_probs" [B, S, k].
+    """
     logits = system.logits(params, frozen, batch, dropout_key)
     targets, mask = batch["response_ids"], batch["response_mask"]
     loss, tokens = losses.cross_entropy(logits, targets, mask, label_smoothing)
     correct = losses.correct_tokens(logits, targets, mask)
-    return loss, {"loss": loss, "tokens": tokens, "correct": correct}
+    if distillation is None:
+        return loss, {"loss": loss, "tokens": tokens, "correct": correct}
+    weight, temperature = distillation
+    teacher = batch["teacher_ids"], batch["teacher_log_probs"]
+    apart = divergence(logits, mask, *teacher, temperature)
+    loss = (1 - weight) * loss + weight * temperature**2 * apart
+    return loss, {"loss": loss, "tokens": tokens, "correct": correct, "divergence": apart}
 
 
 def train_step(
@@ -98,6 +109,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     seed: int,
+    distillation: Distillation | None = None,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update. The gradient is that of the mean loss over the whole batch's response tokens.
 
@@ -115,14 +127,16 @@ def train_step(
     def part(carry: Any, inputs: Any) -> tuple[Any, None]:
         index, rows = inputs
         dropout_key = jax.random.fold_in(key, index) if config.dropout_rate else None
-        new = gradient(state.params, frozen, rows, dropout_key, config.label_smoothing)
+        smoothing = config.label_smoothing
+        new = gradient(state.params, frozen, rows, dropout_key, smoothing, distillation)
         return jax.tree.map(jnp.add, carry, new), None
 
     parts = jax.tree.map(
         lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch
     )
     zero = jax.tree.map(jnp.zeros_like, state.params)
-    sums = {name: jnp.zeros(()) for name in ("loss", "tokens", "correct")}
+    mean = ("loss", "divergence") if distillation else ("loss",)
+    sums = {name: jnp.zeros(()) for name in (*mean, "tokens", "correct")}
     if config.accumulation == 1:
         (grads, sums), _ = part((zero, sums), (0, batch))
     else:
@@ -143,7 +157,7 @@ def train_step(
         average = optax.incremental_update(params, average, 1.0 - decay)
         average = optim.keep_fixed(trained, average, state.average)
     metrics = {
-        "loss": sums["loss"] / tokens,
+        **{name: sums[name] / tokens for name in mean},
         "accuracy": sums["correct"] / tokens,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": optim.schedule(config)(state.step),
@@ -157,6 +171,7 @@ def make_step(
     config: ConfigDict,
     seed: int,
     shardings: TrainState,
+    distillation: Distillation | None = None,
 ) -> Any:
     """`train_step` as it is compiled: (state, frozen, batch) -> (state, metrics).
 
@@ -164,7 +179,14 @@ def make_step(
     have the step's number.
     """
     return jax.jit(
-        functools.partial(train_step, system=system, optimizer=optimizer, config=config, seed=seed),
+        functools.partial(
+            train_step,
+            system=system,
+            optimizer=optimizer,
+            config=config,
+            seed=seed,
+            distillation=distillation,
+        ),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step),
     )

@@ -1,0 +1,169 @@
+"""The LLM reads responses: its distributions over their tokens, computed once and kept."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float16, Int32
+from tqdm import tqdm
+
+from l2s_jax.cluster import distributed, sharding
+from l2s_jax.data.batches import Buckets
+from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.experiment import shards
+from l2s_jax.experiment.logit_files import LogitFiles, Logits, encoded, token_bytes
+from l2s_jax.models.systems import Batch, LanguageModel, Params
+from l2s_jax.training.distillation import log_sum_of_others
+
+log = logging.getLogger(__name__)
+
+# Few enough that not much is lost when a run is killed.
+SHARD_BYTES = 1 << 22
+# Each stays open once it has been read from.
+_MOST_SHARDS = 512
+
+Score = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array]]
+
+
+class Scorer:
+    """The LLM on a mesh: a batch of whole responses -> (ids, log-probabilities), see `likeliest`.
+
+    Where several processes have one mesh, all call it alike, and all have the whole result.
+    """
+
+    def __init__(
+        self, system: LanguageModel, params: Params, mesh: Mesh, *, top_k: int, temperature: float
+    ):
+        self._mesh, self._params = mesh, params
+        self._score = jax.jit(
+            lambda params, batch: likeliest(system, params, batch, top_k, temperature),
+            out_shardings=NamedSharding(mesh, P()),
+        )
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        placed = sharding.put(dict(batch), sharding.batch_sharding(self._mesh))
+        with jax.set_mesh(self._mesh):
+            return self._score(self._params, placed)
+
+
+def likeliest(
+    system: LanguageModel, params: Params, batch: Batch, top_k: int, temperature: float
+) -> tuple[Int32[Array, "B S k"], Float16[Array, "B S k+1"]]:
+    """The k likeliest tokens in the place of each of a response, and log-probabilities.
+
+    The last log-probability is that of all other tokens; minus infinity where there is none.
+    """
+    logits = system.logits(params, {}, batch) / temperature
+    kept, ids = sharding.top_k(logits, top_k)
+    rest = log_sum_of_others(logits, ids)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    log_probs = jnp.concatenate([kept, rest[..., None]], axis=-1) - total[..., None]
+    return ids, log_probs.astype(jnp.float16)
+
+
+def scored(
+    data: TokenizedExamples,
+    directory: str,
+    make_scorer: Callable[[], Score],
+    *,
+    top_k: int,
+    vocabulary: int,
+    buckets: Buckets,
+    batch_size: int,
+    together: bool,
+) -> Logits:
+    """The LLM's distributions of `data`, from a folder; what is missing is computed first.
+
+    Args:
+      data: prompts and responses as the LLM reads them.
+      directory: where shards are, and will be.
+      make_scorer: gives, only where something is missing, what reads batches (see `Scorer`).
+      top_k: how many tokens are kept.
+      vocabulary: of the LLM.
+      buckets: lengths (prompt, response) that batches are padded to, ascending.
+      batch_size: examples that it reads at a time.
+      together: the processes of a job read every shard together; else each reads its own.
+
+    Raises:
+      ValueError: a shard is damaged, or the disk is too small.
+    """
+    store, lengths = LogitFiles(directory), data.response_lengths
+    size = token_bytes(top_k, vocabulary)
+    scorer = functools.cache(make_scorer)
+    bar = tqdm(desc="logits", disable=True)
+
+    def announce(missing: list[int]) -> None:
+        nonlocal bar
+        tokens = int(lengths[missing].sum())
+        distributed.on_primary(lambda: _check_disk(directory, size * tokens, tokens))
+        log.info("logits: the LLM reads %d of %d responses", len(missing), len(set(data.pair_keys)))
+        silent = not distributed.is_primary()
+        bar = tqdm(total=len(missing), desc="logits", disable=silent, file=sys.stderr)
+
+    def make(places: list[int], own: bool) -> list[np.ndarray]:
+        rows: dict[int, np.ndarray] = {}
+        for indices, result in _batches(data, np.array(places), scorer(), buckets, batch_size):
+            bar.update(len(indices))
+            if own:
+                for index, ids, log_probs in zip(indices, *map(np.asarray, result), strict=False):
+                    tokens = lengths[index]
+                    rows[index] = encoded(ids[:tokens], log_probs[:tokens], vocabulary)
+        return [rows[place] for place in places] if own else []
+
+    mean_bytes = max(size * int(lengths.sum()) // max(len(data), 1), 1)
+    in_shard = max(SHARD_BYTES // mean_bytes, -(-len(data) // _MOST_SHARDS), 1)
+    files = shards.fill(
+        store, data.pair_keys, make, size=in_shard, together=together, announce=announce
+    )
+    bar.close()
+    distributed.on_primary(store.tidy)
+    return Logits(store, files, data, top_k, vocabulary)
+
+
+def _batches(
+    data: TokenizedExamples, places: np.ndarray, score: Score, buckets: Buckets, batch_size: int
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """(indices, what comes of them in the first rows) of all `places`, in order of their buckets.
+
+    Rows that do not fill a batch of their bucket move up to the next one.
+    """
+    widths = np.asarray(buckets)
+    bucket = np.maximum(
+        np.searchsorted(widths[:, 0], data.prompt_lengths[places]),
+        np.searchsorted(widths[:, 1], data.response_lengths[places]),
+    )
+    order = np.argsort(bucket, kind="stable")
+
+    def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
+        for start in range(0, len(places), batch_size):
+            chosen = order[start : start + batch_size]
+            indices = np.full(batch_size, -1, np.int64)
+            indices[: len(chosen)] = places[chosen]
+            prompt, response = buckets[bucket[chosen].max()]
+            yield places[chosen], score(data.padded(indices, prompt, response, "llm"))
+
+    # The devices are at the next batch while the host takes this one.
+    batches: Iterator[Any] = itertools.chain(dispatched(), [None])
+    for (indices, result), _ in itertools.pairwise(batches):
+        yield indices, jax.block_until_ready(result)
+
+
+def _check_disk(directory: str, needed: int, tokens: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ValueError(
+            f"{directory}: {free / 1e9:.1f} GB are free there, the LLM's distributions over "
+            f"{tokens:,} tokens take {needed / 1e9:.1f} GB more; expected a larger disk, or a "
+            "smaller config.distillation.top_k"
+        )
