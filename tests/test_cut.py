@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from unittest import mock
 
 import hf
 import jax
@@ -21,6 +22,7 @@ import l2s_jax
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.cutting import load_cut
 from l2s_jax.convert import main as convert
+from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.serving import bundle
 from l2s_jax.settings.cut import Cut
 from l2s_jax.tokenizers import load_tokenizer
@@ -307,6 +309,38 @@ def test_status_and_a_second_run_find_it_done(job, capsys):
     before = (workdir / "l2s/model/params.safetensors").stat().st_mtime_ns
     assert tiny.run(f"--config={config}", f"--workdir={workdir}") == 0
     assert (workdir / "l2s/model/params.safetensors").stat().st_mtime_ns == before
+
+
+def test_distributions_over_the_whole_are_learnt_by_the_part(job, tmp_path):
+    config, _ = job
+    flags = ["--config.labels.source=data", "--config.distillation.weight=0.5"]
+    flags += ["--config.distillation.top_k=30", "--config.slm.vocabulary=20"]
+    experiments = []
+
+    class Noted(Experiment):
+        def make(self, until=""):
+            experiments.append(self)
+            super().make(until)
+
+    with mock.patch("l2s_jax.experiment.experiment.Experiment", Noted):
+        run = [f"--config={config}", f"--workdir={tmp_path}", *flags, "--until=vocabulary"]
+        assert tiny.run(*run) == 0
+    (experiment,) = experiments
+    data = experiment.l2s._tokenized(experiment.labels.examples())
+    experiment.logits.put_into(data)
+    batch = data.padded(np.arange(4), 32, 32, "llm")
+    # The LLM, asked for its distributions over what the SLM writes, without any file.
+    system, trained, frozen = experiment.llm.load(experiment.context.mesh, "float")
+    kept = np.array(json.loads((tmp_path / "vocabulary/vocabulary.json").read_text())["kept"])
+    whole = {**batch, "response_ids": kept[batch["response_ids"]].astype(np.int32)}
+    expected = np.asarray(jax.nn.softmax(system.logits(trained, frozen, whole)))
+    there = batch["response_mask"]
+    found = np.zeros((*there.shape, len(kept) + 1))
+    rows, places = np.indices(there.shape)
+    for k in range(batch["teacher_ids"].shape[-1]):
+        probabilities = np.exp(batch["teacher_log_probs"][..., k].astype(np.float32))
+        np.add.at(found, (rows, places, batch["teacher_ids"][..., k]), probabilities)
+    np.testing.assert_allclose(found[there][:, :-1], expected[there][:, kept], atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,8 @@ class _WholeIds:
 
 def as_whole(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that writes responses with the same pieces, by the ids that the whole has."""
-    return (
-        cast("Tokenizer", _WholeIds(tokenizer))
-        if isinstance(tokenizer, CutTokenizer)
-        else tokenizer
-    )
+    is_cut = isinstance(tokenizer, CutTokenizer)
+    return cast("Tokenizer", _WholeIds(tokenizer)) if is_cut else tokenizer
 
 
 def kept_by(tokenizer: Tokenizer) -> np.ndarray | None:
