@@ -15,6 +15,7 @@ from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import toy
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.label_files import LabelFiles, keys_of
+from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.workdir import read_config, write_config
 
 
@@ -101,6 +102,15 @@ def test_a_mended_model_makes_all_that_it_made_stale(copy, monkeypatch):
     monkeypatch.setattr(models, "VERSION", models.VERSION + 1)
     assert states(copy)["labels"] == ("stale", "models changed")
     assert stale(copy) == ["labels", "slm", "l2s", "evaluation"]
+
+
+def test_labels_by_other_code_are_other_labels_for_those_who_learn_them(copy, monkeypatch):
+    monkeypatch.setattr(LabelStage, "version", LabelStage.version + 1)
+    assert states(copy)["labels"] == ("stale", "the code changed")
+    assert tiny.run(f"--workdir={copy / 'run'}", "--until=labels") == 0
+    assert states(copy)["labels"] == ("done", "")
+    assert states(copy)["slm"] == ("stale", "labels.version changed")
+    assert stale(copy) == ["slm", "l2s", "evaluation"]
 
 
 def test_another_tokenizer_in_the_llms_directory_makes_its_labels_stale(copy):

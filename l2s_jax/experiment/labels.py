@@ -53,7 +53,7 @@ class LabelStage(RecordedStage):
 
     def learnt_inputs(self) -> dict[str, Any]:
         """What the labels mean as inputs of those who learn them."""
-        return {"labels": self.inputs() if self.is_used() else "data"}
+        return {"labels": self.as_input() if self.is_used() else "data"}
 
     def content(self) -> dict[str, Any]:
         """Hashes of the data that is learnt, as `TrainedStage.training_inputs` takes them."""

@@ -65,7 +65,7 @@ class LogitStage(RecordedStage):
         """What the distributions mean as inputs of those who learn them."""
         if not self.is_used():
             return {}
-        return {"distillation": {"weight": self._settings.weight, **self.inputs()}}
+        return {"distillation": {"weight": self._settings.weight, **self.as_input()}}
 
     @property
     def _is_cut(self) -> bool:

@@ -67,6 +67,11 @@ class RecordedStage(Stage):
     def inputs(self) -> dict[str, Any]:
         """All that the result depends on, JSON-able; None where that is not known here."""
 
+    def as_input(self) -> dict[str, Any]:
+        """What the result means as an input of another stage: made of what, and by which code."""
+        code = {"version": self.version} if self.version > 1 else {}
+        return {**self.inputs(), **code}
+
     @abc.abstractmethod
     def is_made(self) -> bool:
         """Whether the result is on disk, whole; of whatever inputs."""
