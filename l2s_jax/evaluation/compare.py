@@ -64,7 +64,9 @@ def compare(config: ConfigDict, workdir: str, flags: Sequence[str]) -> dict[str,
     """
     grid = make_grid(config, flags)
     _check(grid, workdir)
-    workdirs.check_shared(_made(workdir))
+    distributed.on_primary(lambda: os.makedirs(workdir, exist_ok=True))
+    workdirs.check_shared(workdir)
+    _check_tokens(grid, workdir)
     for place, variant in enumerate(grid.variants):
         log.info("variant %s (%d of %d)", variant.name, place + 1, len(grid.variants))
         with _named(variant):
@@ -102,6 +104,16 @@ def _check(grid: Grid, workdir: str) -> None:
     distributed.on_primary(lambda: check_room(grid, workdir))
 
 
+def _check_tokens(grid: Grid, workdir: str) -> None:
+    """Finds out what tokenizers, which may be trained for it, say of all variants."""
+    for variant in grid.variants:
+        with _named(variant):
+            experiment = _experiment(grid, workdir, variant, "make")
+            experiment.vocabulary.check()
+            if not experiment.llm.is_used():
+                experiment.llm.check()
+
+
 @contextlib.contextmanager
 def _named(variant: Variant) -> Iterator[None]:
     """Has whatever goes wrong inside say in which variant it does."""
@@ -112,11 +124,6 @@ def _named(variant: Variant) -> Iterator[None]:
     except Exception:
         log.error("variant %s: failed", variant.name)
         raise
-
-
-def _made(workdir: str) -> str:
-    distributed.on_primary(lambda: os.makedirs(workdir, exist_ok=True))
-    return workdir
 
 
 def _experiment(grid: Grid, workdir: str, variant: Variant, mode: str) -> Experiment:

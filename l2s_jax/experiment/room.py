@@ -41,8 +41,8 @@ def check_room(grid: Grid, workdir: str) -> None:
     for variant in grid.variants:
         folders = [grid.directory(workdir, variant), *([workdir] if own else [])]
         looks = [Experiment(variant.config, folder, "look") for folder in folders]
-        sizes = _sizes(variant.config)
-        for name, size in sizes.items():
+        found = sizes(variant.config)
+        for name, size in found.items():
             if any(_is_done(look, name) for look in looks):
                 continue
             needed[_key(variant.config, name)] = size
@@ -60,22 +60,22 @@ def _is_done(look: Experiment, name: str) -> bool:
     return stage.state()[0] == "done"
 
 
-def _sizes(config: ConfigDict) -> dict[str, int]:
+def sizes(config: ConfigDict) -> dict[str, int]:
     """Bytes of the model and the checkpoints of each stage that trains, as far as known."""
     models = models_of(config)
     llm, slm = models["llm"], models["slm"]
     pieces = {"llm": config.tokenizer.train_vocab_size}
     pieces["slm"] = config.slm.tokenizer.train_vocab_size or pieces["llm"]
-    sizes = {}
+    found = {}
     if llm and config.llm.train.steps:
-        sizes["llm"] = _parameters(llm, pieces["llm"]) * _copies(config.llm)
+        found["llm"] = _parameters(llm, pieces["llm"]) * _copies(config.llm)
     if slm:
         alone = _parameters(slm, pieces["slm"])
-        sizes["slm"] = alone * _copies(config.slm)
+        found["slm"] = alone * _copies(config.slm)
         width = config.l2s.projector_width or slm.width
         projector = width * (slm.width + (llm.width if llm else 0))
-        sizes["l2s"] = (alone + projector) * _copies(config.l2s)
-    return sizes
+        found["l2s"] = (alone + projector) * _copies(config.l2s)
+    return found
 
 
 def _parameters(model: ModelConfig, pieces: int) -> int:
