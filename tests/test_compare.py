@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from sacrebleu.metrics.bleu import BLEU
 
-from l2s_jax.evaluation import compare_report, significance
+from l2s_jax.evaluation import compare_report, evaluate, significance
 from l2s_jax.training import loop
 
 VARY = ("--vary=l2s.fusion=add,cross", "--vary=seed=0,1")
@@ -161,17 +162,13 @@ def test_the_difference_to_the_base_is_that_of_means_over_seeds(job):
 def test_people_read_a_table_and_a_plot(job):
     _, workdir, _ = job
     page, report = (workdir / "compare.md").read_text(), report_of(workdir)
-    for row in report["rows"]:
-        quality = row["quality"]["bleu"]
-        (line,) = (
-            line
-            for line in page.partition("## Against")[0].splitlines()
-            if line.startswith(f"| {compare_report.row_name(row)} ")
-        )
-        cells = [cell.strip() for cell in line.split("|")]
-        assert cells[2] == str(len(row["answers"]))
-        assert cells[3].startswith(f"{quality['mean']:.1f}")
-        assert ("±" in line) == (len(row["answers"]) > 1)
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    for number, (row, line) in enumerate(zip(report["rows"], lines[2:], strict=False), 1):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        name, seeds = compare_report.row_name(row), len(row["answers"])
+        assert cells[:3] == [str(number), name, str(seeds)]
+        assert cells[3].startswith(f"{row['quality']['bleu']['mean']:.1f}")
+        assert ("±" in cells[3]) == (seeds > 1)
     assert "standard deviation (n - 1)" in page and "2 seeds" in page
     assert (workdir / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (workdir / "compare.svg").read_bytes()
@@ -198,7 +195,7 @@ def test_a_variant_is_a_workdir(job, copy, capfd, tmp_path):
     assert report["systems"]["l2s"]["quality"]["bleu"] == row["quality"]["bleu"]["seeds"][0]
 
 
-def test_a_killed_grid_goes_on_where_it_was(copy, job):
+def test_a_killed_grid_goes_on_where_it_was(copy, monkeypatch):
     command, workdir = copy
     variant = workdir / "compare" / VARIANTS[3]
     for stage in ("l2s", "answers_l2s"):
@@ -221,6 +218,13 @@ def test_a_killed_grid_goes_on_where_it_was(copy, job):
     process.wait()
     assert (variant / "l2s/checkpoints").exists()
     assert not (workdir / "compare.json").exists()
+    latency, timed = evaluate.latency, []
+
+    def seen(generators, *args):
+        timed.append(generators)
+        return latency(generators, *args)
+
+    monkeypatch.setattr(evaluate, "latency", seen)
     assert tiny.run(*command) == 0
     after = times(workdir)
     assert {path: after[path] for path in before} == before
@@ -228,6 +232,11 @@ def test_a_killed_grid_goes_on_where_it_was(copy, job):
     for one, other in zip(found["rows"], expected["rows"], strict=True):
         assert one["quality"] == other["quality"]
         assert one["answers"] == other["answers"]
+    # All are timed together, and have the same LLM in memory once.
+    (generators,) = timed
+    assert len(generators) == len(found["rows"])
+    _, _, add, cross = (jax.tree.leaves(one.frozen) for one in generators.values())
+    assert add and all(one is other for one, other in zip(add, cross, strict=True))
 
 
 def test_a_variant_that_fails_says_its_name_and_the_others_stay(copy, capfd, monkeypatch):

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from l2s_jax.evaluation import plot
+from l2s_jax.evaluation import numbered, plot
 from l2s_jax.evaluation.report import (
     count,
     difference,
@@ -79,8 +79,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "all rows were measured in turns, in one run. A system that is the same in several "
         "variants has one row.",
         _table(report),
-        "*Read per token*: parameters read to decode one token. *Cut*: share of the outputs that "
-        "`max_new_tokens` cut off.",
+        "*#* is the number in the plot. *Read per token*: parameters read to decode one token. "
+        "*Cut*: share of the outputs that `max_new_tokens` cut off.",
         "## Against the base",
         "*Points*: the mean less that of the base. The *interval* holds the difference in 95% of "
         "the resamples of the examples, *p* is how likely a difference of this size is between two "
@@ -107,15 +107,16 @@ def quality_time_figure(report: Mapping[str, Any]) -> Figure:
         x, y = row["latency"]["total_ms"], row["quality"][metric]
         color = _BASE_COLOR if row["is_base"] else _COLORS[row["system"]]
         label = f"{_spread(y)}, {ms(x)} ms"
-        points.append(
-            plot.Point(str(place), row_name(row), label, x, y["mean"], color, hollow=False)
-        )
+        name, spread = row_name(row), y["sd"] or 0.0
+        points.append(numbered.Numbered(str(place), name, label, x, y["mean"], spread, color))
     latency = report["rows"][0]["latency"]
-    return plot.scatter(
+    return numbered.scatter(
         points,
         title=f"{metric_name(metric)} and time of {len(points)} systems on {task['name']}",
         subtitle=f"{task['split']}, {task['examples']:,} examples; "
-        f"{latency['prompt_tokens']} prompt tokens, {latency['new_tokens']} new tokens",
+        f"{latency['prompt_tokens']} prompt tokens, {latency['new_tokens']} new tokens; "
+        f"{'bars: standard deviation over seeds; ' if len(report['seeds']) > 1 else ''}"
+        "the axes do not begin at 0",
         x_label="time per request at batch 1 (ms)",
         y_label=metric_name(metric),
     )
@@ -124,20 +125,20 @@ def quality_time_figure(report: Mapping[str, Any]) -> Figure:
 def _table(report: Mapping[str, Any]) -> str:
     metrics = list(report["task"]["metric_signatures"])
     header = (
-        "system", "seeds", *map(metric_name, metrics), "cut", "parameters", "read per token",
+        "#", "system", "seeds", *map(metric_name, metrics), "cut", "parameters", "read per token",
         "ms per token", "ms per request",
     )  # fmt: skip
     rows = (
         [
-            row_name(row), str(len(row["answers"])),
+            str(place), row_name(row), str(len(row["answers"])),
             *(_spread(row["quality"][name]) for name in metrics),
             number(row["cut_share"], ".1%"), count(row["params"]),
             count(row["params_read_per_token"]), ms(row["latency"]["decode_ms_per_token"]),
             ms(row["latency"]["total_ms"]),
         ]
-        for row in report["rows"]
+        for place, row in enumerate(report["rows"], 1)
     )  # fmt: skip
-    return table(header, rows)
+    return table(header, rows, left=2)
 
 
 def _against_base(report: Mapping[str, Any]) -> str:
