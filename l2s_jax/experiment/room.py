@@ -21,7 +21,7 @@ _FLOAT32 = 4
 # Settings that a model of a stage does not depend on.
 _ELSEWHERE = ("decoding", "evaluation", "mesh", "features", "dtype", "scan_layers", "buckets")
 _NOT_OF = {
-    "llm": ("slm", "l2s", "labels", "train_seed"),
+    "llm": ("slm", "l2s", "labels", "distillation", "train_seed"),
     "slm": ("l2s",),
     "l2s": (),
 }
@@ -100,7 +100,7 @@ def _key(config: ConfigDict, name: str) -> str:
     """The same for variants that share the stage."""
     values = config.to_dict()
     for section in (*_ELSEWHERE, *_NOT_OF[name]):
-        values.pop(section)
+        values.pop(section, None)
     if name == "l2s":
         values["slm"] = {k: v for k, v in values["slm"].items() if k not in ("train", "lora")}
     return json.dumps([name, values], sort_keys=True)
