@@ -142,12 +142,12 @@ def compute_dtypes(
 def unknown_key(flags: Collection[str]) -> str:
     """What is wrong with the first of the flags --config.KEY=VALUE that no config has; or ""."""
     for flag in flags:
-        if wrong := _wrong_key(flag.partition("=")[0].removeprefix("--config.")):
+        if wrong := wrong_key(flag.partition("=")[0].removeprefix("--config.")):
             return f"{flag}: {wrong}"
     return ""
 
 
-def _wrong_key(key: str) -> str:
+def wrong_key(key: str) -> str:
     """What is wrong with a key, and the nearest that there is; "" if there is such a key."""
     known = [key.key for key in describe()]
     parts = key.split(".")
@@ -195,7 +195,7 @@ def _wrong(error: BaseException, frame: traceback.FrameSummary) -> str:
         unknown = name[1] or name[2]
         near = re.search(r'Did you mean "(\w+)"', " ".join(others))
         place = re.match(rf"config\.([\w.]*?)(?:{unknown}\b|update\(.*\b{unknown}=)", code)
-        if not near and place and (wrong := _wrong_key(f"{place[1]}{unknown}")):
+        if not near and place and (wrong := wrong_key(f"{place[1]}{unknown}")):
             return f"{code}: {wrong}"
         hint = f", did you mean {near[1]!r}?" if near else ""
         return f"{code}: no such setting, {unknown!r}{hint}"

@@ -3,6 +3,7 @@
 python -m l2s_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]
 python -m l2s_jax.main --mode=generate --workdir=DIR --input=FILE [--output=FILE]
 python -m l2s_jax.main --mode=status --workdir=DIR
+python -m l2s_jax.main --mode=compare --config=... --workdir=DIR --vary=l2s.fusion=add,cross
 python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
 Exit status: 0; 2 for bad input, with one line that says what is wrong.
@@ -29,17 +30,20 @@ app.define_help_flags()
 STAGES = (
     "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "slm", "features", "l2s",
 )  # fmt: skip
-MODES = ("train", "evaluate", "generate", "plan", "status")
+MODES = ("train", "evaluate", "generate", "plan", "status", "compare")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment; default: that of the workdir.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results are, or will be.", required=True)
 _MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "train (and evaluate), evaluate, generate, plan, or status."
+    "mode", "train", MODES, "train (and evaluate), evaluate, generate, plan, status, or compare."
 )
 _UNTIL = flags.DEFINE_enum(
     "until", None, STAGES, "train: the stage after which to stop, without an evaluation."
+)
+_VARY = flags.DEFINE_multi_string(
+    "vary", [], "compare: a setting and its values, as in l2s.fusion=add,cross; repeatable."
 )
 _SYSTEM = flags.DEFINE_enum(
     "system", "l2s", ("llm", "slm", "l2s"), "generate: the system that answers."
@@ -151,6 +155,12 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             weights=_WEIGHTS.value,
         )
         return
+    if mode == "compare":
+        from l2s_jax.evaluation.compare import compare
+
+        compare(config, workdir, _VARY.value)
+        _print_report(workdir, "compare.md")
+        return
     score = functools.partial(primary_score, config)
     experiment = Experiment(config, workdir, "make" if mode == "train" else "find", score)
     experiment.check()
@@ -162,8 +172,14 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         experiment.make(_UNTIL.value)
         return
     EvaluationStage(experiment).make()
+    _print_report(workdir, "report.md")
+
+
+def _print_report(workdir: str, name: str) -> None:
+    from l2s_jax.cluster import distributed
+
     if distributed.is_primary():
-        with open(os.path.join(workdir, "report.md"), encoding="utf-8") as file:
+        with open(os.path.join(workdir, name), encoding="utf-8") as file:
             print(file.read())
 
 
@@ -268,6 +284,8 @@ def parse_flags(argv: Sequence[str]) -> None:
         )
     if _UNTIL.value and _MODE.value != "train":
         raise ValueError(f"--until={_UNTIL.value}: expected --mode=train, not {_MODE.value}")
+    if _VARY.value and _MODE.value != "compare":
+        raise ValueError(f"--vary={_VARY.value[0]}: expected --mode=compare, not {_MODE.value}")
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
 

@@ -77,6 +77,7 @@ def test_a_finished_run_is_done_and_has_no_stage_that_it_does_not_use(copy):
         {"dtype": "bfloat16", "llm.encoder_dtype": "float32"},
         {"labels.batch_size": 4, "decoding.batch_size": 2},
         {"mesh.data": 1, "scan_layers": True},
+        {"train_seed": 0},
     ],
 )
 def test_what_does_not_define_a_model_leaves_it_valid(copy, changes):
@@ -88,6 +89,7 @@ def test_what_does_not_define_a_model_leaves_it_valid(copy, changes):
     [
         ({"slm.train.learning_rate": 0.5}, ["slm", "evaluation"]),
         ({"l2s.fusion": "cross"}, ["l2s", "evaluation"]),
+        ({"train_seed": 1}, ["slm", "l2s", "evaluation"]),
         ({"slm.model.width": 24}, ["slm", "l2s", "evaluation"]),
         ({"decoding.search.num_beams": 2}, ["evaluation"]),
         ({"labels.search.num_beams": 2}, ["labels", "slm", "l2s", "evaluation"]),

@@ -19,7 +19,7 @@ class Made(RecordedStage):
 
     def __init__(self, directory, inputs, mode="make"):
         models = {name: SimpleNamespace(path="") for name in ("llm", "slm")}
-        context = SimpleNamespace(workdir=str(directory), mode=mode, config=models)
+        context = SimpleNamespace(workdir=str(directory), mode=mode, config=models, shared="")
         super().__init__(context, "llm")
         self.given, self.asked_to_go_on = inputs, []
 

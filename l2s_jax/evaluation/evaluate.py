@@ -48,7 +48,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     distributed.on_primary(lambda: metrics.check(settings.metrics, **scoring))
     examples = experiment.evaluation_examples()
     prompts = [example.prompt for example in examples]
-    sources = _sources(context.config, prompts)
+    sources = sources_of(context.config, prompts)
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
     answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
@@ -71,7 +71,8 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         )
         if not distributed.is_primary():
             continue
-        _write_predictions(context.workdir, name, examples, outputs)
+        path = os.path.join(context.workdir, "predictions", f"{name}.jsonl")
+        write_predictions(path, examples, outputs)
         texts[name] = [output.text for output in outputs]
         measured[name] = metrics.measure(
             settings.metrics, texts[name], references, sources=sources, **scoring
@@ -116,7 +117,7 @@ def check_selection(config: ConfigDict) -> None:
     """
     if any(config[name].train.select == "quality" for name in SYSTEMS):
         metrics.check(config.evaluation.metrics[:1], **scoring_of(config))
-        _sources(config, [])
+        sources_of(config, [])
 
 
 def primary_score(
@@ -128,13 +129,13 @@ def primary_score(
         [name],
         responses,
         [example.references for example in examples],
-        sources=_sources(config, [example.prompt for example in examples]),
+        sources=sources_of(config, [example.prompt for example in examples]),
         **scoring_of(config),
     )
     return scores[name]
 
 
-def _sources(config: ConfigDict, prompts: Sequence[str]) -> Sequence[str]:
+def sources_of(config: ConfigDict, prompts: Sequence[str]) -> Sequence[str]:
     """What was translated, where COMET is asked for."""
     if not config.evaluation.comet:
         return ()
@@ -184,12 +185,12 @@ def _latencies(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Of one prompt and of a batch of them, by their key in the report and by system."""
     return {
-        key: _latency(generators, batch_size, settings)
+        key: latency(generators, batch_size, settings)
         for key, batch_size in (("latency", 1), ("latency_batch", settings.batch_size))
     }
 
 
-def _latency(
+def latency(
     generators: Mapping[str, Generator], batch_size: int, settings: ConfigDict
 ) -> dict[str, dict[str, float]]:
     """Medians for a whole batch of random prompts, as the report has them.
@@ -242,9 +243,9 @@ def environment(dtype: Any, encoder_dtype: Any) -> dict[str, Any]:
     }
 
 
-def _write_predictions(workdir: str, name: str, examples: Any, outputs: list[Output]) -> None:
-    directory = os.path.join(workdir, "predictions")
-    os.makedirs(directory, exist_ok=True)
+def write_predictions(path: str, examples: Sequence[Example], outputs: Sequence[Output]) -> None:
+    """Writes what a system answers to each example, as JSON Lines."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     records = (
         {
             "prompt": example.prompt,
@@ -254,4 +255,4 @@ def _write_predictions(workdir: str, name: str, examples: Any, outputs: list[Out
         }
         for example, output in zip(examples, outputs, strict=True)
     )
-    write_json_lines(os.path.join(directory, f"{name}.jsonl"), records)
+    write_json_lines(path, records)

@@ -97,10 +97,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"### Batch {batch_size}",
         _latency_table(systems, "latency_batch"),
         "## Environment",
-        _table(("", ""), ([k, _text(v)] for k, v in report["environment"].items()), left=2),
+        table(("", ""), ([k, _text(v)] for k, v in report["environment"].items()), left=2),
         "## Metrics",
         "\n".join(
-            f"- {_metric_name(name)}: `{signature}`"
+            f"- {metric_name(name)}: `{signature}`"
             for name, signature in task["metric_signatures"].items()
         ),
         "All numbers, unrounded: [report.json](report.json). The plot for a slide: "
@@ -117,7 +117,7 @@ def quality_latency_figure(report: Mapping[str, Any]) -> Figure:
     for key, system in report["systems"].items():
         x, y = system["latency"]["total_ms"], system["quality"][metric]
         is_control = key == "l2s_mismatched"
-        label = f"{'control: ' if is_control else ''}{y:.1f} {_metric_name(metric)}, {_ms(x)} ms"
+        label = f"{'control: ' if is_control else ''}{y:.1f} {metric_name(metric)}, {ms(x)} ms"
         color = _COLORS.get(key, _OTHER_COLOR)
         points.append(plot.Point(key, _name(key), label, x, y, color, hollow=is_control))
     return plot.scatter(
@@ -126,7 +126,7 @@ def quality_latency_figure(report: Mapping[str, Any]) -> Figure:
         subtitle=f"{task['name']}, {task['split']}, {task['examples']:,} examples; "
         f"{latency['prompt_tokens']} prompt tokens, {latency['new_tokens']} new tokens",
         x_label="time per request at batch 1 (ms)",
-        y_label=_metric_name(metric),
+        y_label=metric_name(metric),
     )
 
 
@@ -141,19 +141,19 @@ def _systems_table(report: Mapping[str, Any]) -> str:
     metrics = list(dict.fromkeys(m for s in systems.values() for m in s["quality"]))
     metrics.sort(key=lambda metric: metric != report["task"]["metric"])
     header = (
-        "system", "parameters", "read per token", *(_metric_name(m) for m in metrics), "cut",
+        "system", "parameters", "read per token", *(metric_name(m) for m in metrics), "cut",
         "ms per token", "total ms", "speedup",
     )  # fmt: skip
     rows = (
         [
-            _name(key), _count(s["params"]), _count(s["params_read_per_token"]),
-            *(_number(s["quality"].get(m), ".1f") for m in metrics),
-            _number(s["cut_share"], ".1%"), _ms(s["latency"]["decode_ms_per_token"]),
-            _ms(s["latency"]["total_ms"]), _speedup(systems, key, "latency"),
+            _name(key), count(s["params"]), count(s["params_read_per_token"]),
+            *(number(s["quality"].get(m), ".1f") for m in metrics),
+            number(s["cut_share"], ".1%"), ms(s["latency"]["decode_ms_per_token"]),
+            ms(s["latency"]["total_ms"]), _speedup(systems, key, "latency"),
         ]
         for key, s in systems.items()
     )  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _significance(report: Mapping[str, Any]) -> list[str]:
@@ -162,9 +162,8 @@ def _significance(report: Mapping[str, Any]) -> list[str]:
     header = ("difference", "metric", "points", "95% interval", "p")
     rows = [
         [
-            " less ".join(_name(key) for key in pair.split("_vs_")), _metric_name(metric),
-            f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}",
-            "below 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}",
+            " less ".join(_name(key) for key in pair.split("_vs_")), metric_name(metric),
+            *difference(found),
         ]
         for pair, metrics in pairs.items()
         for metric, found in metrics.items()
@@ -178,8 +177,15 @@ def _significance(report: Mapping[str, Any]) -> list[str]:
         "The *interval* holds the difference in 95% of the resamples. sacreBLEU's p of BLEU and "
         "chrF is close to that of a one-sided test, so that it can be below 0.05 where the "
         "interval holds 0.",
-        _table(header, rows, left=2),
+        table(header, rows, left=2),
     ]
+
+
+def difference(found: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(points, 95% interval, p) of what `significance` found."""
+    interval = f"{found['low']:+.1f} to {found['high']:+.1f}"
+    p = "below 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"
+    return f"{found['difference']:+.1f}", interval, p
 
 
 def _latency_table(systems: Mapping[str, Any], key: str) -> str:
@@ -190,17 +196,17 @@ def _latency_table(systems: Mapping[str, Any], key: str) -> str:
     rows = (
         [
             _name(name), str(s[key]["prompt_tokens"]), str(s[key]["new_tokens"]),
-            _ms(s[key]["encode_ms"]), _ms(s[key]["prefill_ms"]), _ms(s[key]["decode_ms_per_token"]),
-            _ms(s[key]["total_ms"]), _speedup(systems, name, key),
-            _number(s[key]["compile_s"], ".1f"),
+            ms(s[key]["encode_ms"]), ms(s[key]["prefill_ms"]), ms(s[key]["decode_ms_per_token"]),
+            ms(s[key]["total_ms"]), _speedup(systems, name, key),
+            number(s[key]["compile_s"], ".1f"),
         ]
         for name, s in systems.items()
     )  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose source is aligned too; all but the first `left` columns align right."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, its source aligned; all but the first `left` columns align right."""
     cells = [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -214,14 +220,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
 
 
 def _finding(report: Mapping[str, Any]) -> str:
-    ratios, metric = report["l2s_vs_llm"], _metric_name(report["task"]["metric"])
+    ratios, metric = report["l2s_vs_llm"], metric_name(report["task"]["metric"])
     if "llm" not in report["systems"]:
         return f"L2S on an LLM that only encodes, scored by {metric}"
     if ratios["quality_ratio"] is None:
         return f"The LLM scores no {metric} for L2S to keep"
     verb = "keeps" if ratios["quality_ratio"] <= 1 else "reaches"
     quality = f"{ratios['quality_ratio']:.1%} of the LLM's {metric}"
-    return f"L2S {verb} {quality} at {_factor(ratios['speedup'])}{_TIMES} the speed"
+    return f"L2S {verb} {quality} at {factor(ratios['speedup'])}{_TIMES} the speed"
 
 
 def _conclusion(report: Mapping[str, Any]) -> str:
@@ -243,9 +249,9 @@ def _speedups(ratios: Mapping[str, Any], batch_size: int) -> str:
     if ratios["speedup"] is None:
         return ""
     return (
-        f"L2S decodes a token {_factor(ratios['decode_speedup'])} times as fast as the LLM. A "
-        f"whole request is {_factor(ratios['speedup'])} times as fast at batch 1, a batch of "
-        f"{batch_size} {_factor(ratios['speedup_batch'])} times. "
+        f"L2S decodes a token {factor(ratios['decode_speedup'])} times as fast as the LLM. A "
+        f"whole request is {factor(ratios['speedup'])} times as fast at batch 1, a batch of "
+        f"{batch_size} {factor(ratios['speedup_batch'])} times. "
     )
 
 
@@ -253,11 +259,13 @@ def _name(key: str) -> str:
     return _NAMES.get(key, key)
 
 
-def _metric_name(metric: str) -> str:
+def metric_name(metric: str) -> str:
+    """A metric as people read it."""
     return _METRIC_NAMES.get(metric, metric)
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
+    """A number by a format, a dash for none."""
     return _ABSENT if value is None else format(value, spec)
 
 
@@ -265,21 +273,22 @@ def _speedup(systems: Mapping[str, Any], name: str, latency: str) -> str:
     if "llm" not in systems:
         return _ABSENT
     ratio = systems["llm"][latency]["total_ms"] / systems[name][latency]["total_ms"]
-    return f"{_factor(ratio)}{_TIMES}"
+    return f"{factor(ratio)}{_TIMES}"
 
 
-def _factor(value: float | None) -> str:
-    return _number(value, ".2f" if (value or 0) < 10 else ".1f")
+def factor(value: float | None) -> str:
+    """A ratio, without a sign."""
+    return number(value, ".2f" if (value or 0) < 10 else ".1f")
 
 
-def _ms(value: float | None) -> str:
+def ms(value: float | None) -> str:
+    """Milliseconds, in about three figures."""
     size = abs(value or 0)
-    return _number(
-        value, f",.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f"
-    )
+    return number(value, f",.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f")
 
 
-def _count(value: float) -> str:
+def count(value: float) -> str:
+    """A number of parameters."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{unit}"

@@ -57,10 +57,7 @@ def compare(
     metrics = corpus_metrics(names, tokenizer)
     in_streams = streams(references)
     samples = {
-        system: {
-            **{name: _resampled(metrics[name], texts, in_streams) for name in metrics},
-            **{name: _means(scores) for name, scores in measured[system].examples.items()},
-        }
+        system: resampled(texts, measured[system], references, tokenizer=tokenizer)
         for system, texts in predictions.items()
     }
     by_sacrebleu = _paired_tests(metrics, predictions, in_streams)
@@ -71,12 +68,51 @@ def compare(
         result[pair] = {}
         for name in names:
             difference = measured[one].quality[name] - measured[other].quality[name]
-            found = _tested(difference, samples[one][name] - samples[other][name])
+            found = tested(difference, samples[one][name] - samples[other][name])
             # Of two systems that say the same, sacreBLEU says that they differ.
             if name in by_sacrebleu and found["p"] < 1:
                 found |= by_sacrebleu[name][other if one == BASE else one]
             result[pair][name] = found
     return result
+
+
+def resampled(
+    predictions: Sequence[str],
+    measured: Measured,
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: str,
+) -> dict[str, np.ndarray]:
+    """Scores [RESAMPLES] of a system, by metric, on examples that are drawn alike for all systems.
+
+    Arguments as of `compare`, of one system.
+    """
+    in_streams = streams(references)
+    return {
+        **{
+            name: _resampled(metric, predictions, in_streams)
+            for name, metric in corpus_metrics(list(measured.quality), tokenizer).items()
+        },
+        **{name: _means(scores) for name, scores in measured.examples.items()},
+    }
+
+
+def tested(difference: float, samples: np.ndarray) -> dict[str, Any]:
+    """What `compare` says of a difference, by its value in each resample [RESAMPLES].
+
+    A two-sided test: these values are shifted by the difference, so that they are about none (Efron
+    and Tibshirani 1993, section 16.4).
+    """
+    low, high = np.percentile(samples, _INTERVAL)
+    # Sums of the same numbers in another order differ in their last bits.
+    as_large = np.abs(samples - difference) >= abs(difference) - 1e-9
+    return {
+        "difference": float(difference),
+        "low": float(low),
+        "high": float(high),
+        "p": float((as_large.sum() + 1) / (RESAMPLES + 1)),
+        "test": f"paired bootstrap|two-sided|bs:{RESAMPLES}|seed:{SEED}",
+    }
 
 
 def _paired_tests(
@@ -117,24 +153,6 @@ def _means(scores: Sequence[float]) -> np.ndarray:
     """Means [RESAMPLES] of the examples drawn."""
     each = np.asarray(scores, np.float64)
     return np.array([each[drawn].mean() for drawn in _draws(len(each))])
-
-
-def _tested(difference: float, samples: np.ndarray) -> dict[str, Any]:
-    """A two-sided paired bootstrap test of a difference, by that of each resample [RESAMPLES].
-
-    These are shifted by the difference, so that they are about none (Efron and Tibshirani 1993,
-    section 16.4).
-    """
-    low, high = np.percentile(samples, _INTERVAL)
-    # Sums of the same numbers in another order differ in their last bits.
-    as_large = np.abs(samples - difference) >= abs(difference) - 1e-9
-    return {
-        "difference": float(difference),
-        "low": float(low),
-        "high": float(high),
-        "p": float((as_large.sum() + 1) / (RESAMPLES + 1)),
-        "test": f"paired bootstrap|two-sided|bs:{RESAMPLES}|seed:{SEED}",
-    }
 
 
 def _draws(examples: int) -> Iterator[np.ndarray]:

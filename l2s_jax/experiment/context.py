@@ -34,10 +34,19 @@ class Context:
     Attributes:
       mode: "make": what is missing is made. "find": it is an error. "look": nothing is asked for.
       score: on the primary metric, for `train.select` "quality".
+      shared: the folder of a comparison, of which this is a variant; "" otherwise.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str, mode: str, score: Score | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str,
+        mode: str,
+        score: Score | None = None,
+        shared: str = "",
+    ):
         self.config, self.workdir, self.mode, self.score = config, workdir, mode, score
+        self.shared = shared
         self.task = load_task(config.task)
         self.buckets = buckets_of(config)
         self._hashes = Hashes(workdir, keep=mode == "make")

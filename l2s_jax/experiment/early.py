@@ -31,8 +31,7 @@ def check_models(config: ConfigDict) -> None:
     Raises:
       ValueError: a model has too few positions, or a pattern matches nothing.
     """
-    models = {"llm": _model(config.llm)}
-    models["slm"] = _slm(config, models["llm"])
+    models = models_of(config)
     cut = Cut(**config.slm.cut.to_dict()).is_used
     for name, model in models.items():
         if model and not config[name].path and not (name == "slm" and cut):
@@ -73,6 +72,15 @@ def check_models(config: ConfigDict) -> None:
             for vocabulary in ("shared", "own")
         }
         _check_patterns(config.l2s, "config.l2s", systems)
+
+
+def models_of(config: ConfigDict) -> dict[str, ModelConfig | None]:
+    """{"llm", "slm"}: configs of the models; None of one that lies elsewhere than in a folder.
+
+    Those that are made here have a vocabulary of some size: their tokenizer is still to be made.
+    """
+    llm = _model(config.llm)
+    return {"llm": llm, "slm": _slm(config, llm)}
 
 
 def _model(section: ConfigDict) -> ModelConfig | None:

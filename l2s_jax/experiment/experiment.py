@@ -37,15 +37,21 @@ class Experiment:
     """The stages of an experiment in its workdir; every result is made, or found, on first use."""
 
     def __init__(
-        self, config: ConfigDict, workdir: str, mode: str = "make", score: Score | None = None
+        self,
+        config: ConfigDict,
+        workdir: str,
+        mode: str = "make",
+        score: Score | None = None,
+        shared: str = "",
     ):
         """`mode`: "make" makes what is missing; with "find", that is an error; "look" is for
-        `Stage.state` alone. `score` is what `train.select` "quality" chooses by.
+        `Stage.state` alone. `score` is what `train.select` "quality" chooses by. `shared` is the
+        folder of a comparison that this is a variant of: stages are links to where it keeps them.
 
         Raises:
           ValueError: a task that no data could have.
         """
-        self.context = context = Context(config, workdir, mode, score)
+        self.context = context = Context(config, workdir, mode, score, shared)
         self.llm_tokenizer = TokenizerStage(
             context, "tokenizer", config.tokenizer, path=config.llm.path
         )

@@ -30,6 +30,11 @@ class LlmStage(LanguageModelStage):
         """Whether it is trained."""
         return bool(self.section.train.steps)
 
+    @property
+    def seed(self) -> int:
+        """That of all but the SLM alone and L2S."""
+        return self.context.config.seed
+
     def inputs(self) -> dict[str, Any]:
         """What it starts from, and its training."""
         path = self.section.path

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
 import logging
+import os
 from typing import Any
 
 from l2s_jax.experiment.context import Context
-from l2s_jax.experiment.workdir import Record, changes, holds, is_old, only_longer, without
+from l2s_jax.experiment.workdir import (
+    SHARED,
+    Record,
+    changes,
+    fingerprint,
+    holds,
+    is_old,
+    only_longer,
+    without,
+)
+from l2s_jax.files import plain
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +173,33 @@ class RecordedStage(Stage):
             inputs,
         )
 
+    def _share(self, inputs: dict[str, Any]) -> None:
+        """Has the stage's folder be where all variants of a comparison have these inputs.
+
+        That is a link to the comparison's own stage, if it has these inputs, else to
+        SHARED/NAME-HASH.
+        """
+
+        def is_ours(record: Record) -> bool:
+            found = record.read()
+            return found is not None and not is_old(found) and not self._changes(found, inputs)
+
+        if not self.record.is_link and is_ours(self.record):
+            return
+        name, root = os.path.basename(self.record.directory), self.context.shared
+        own = Record(root, name)
+        digest = fingerprint({"stage": self.name, "version": self.version, "inputs": plain(inputs)})
+        places = (
+            Record(root, os.path.join(SHARED, f"{name}-{digest[:16]}{f'-{n}' if n else ''}"))
+            for n in itertools.count()
+        )
+        # (One that was trained for longer by itself is no longer what its name says.)
+        free = (place for place in places if place.read() is None or is_ours(place))
+        self.record.link(own if is_ours(own) else next(free))
+
     def _open(self, inputs: dict[str, Any]) -> None:
+        if self.context.shared:
+            self._share(inputs)
         found = self.record.read()
         if found is None:
             self.record.write(inputs, self.version, self.sources())

@@ -62,6 +62,12 @@ class TrainedStage(RecordedStage):
         """Where the model lies, which is made if it is missing."""
         return os.path.join(self.made(), "model")
 
+    @property
+    def seed(self) -> int:
+        """Of what is random in its training."""
+        config = self.context.config
+        return config.seed if config.train_seed < 0 else config.train_seed
+
     @functools.cached_property
     @abc.abstractmethod
     def loaded(self) -> tuple[System, Params, Params]:
@@ -108,7 +114,7 @@ class TrainedStage(RecordedStage):
             "tokenizer": responses.identity,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,
-            "seed": config.seed,
+            "seed": self.seed,
             "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
         }
         if prompts.identity != responses.identity:
@@ -178,7 +184,7 @@ class TrainedStage(RecordedStage):
         # On a CPU, to optimize a program that runs once takes longer than the program.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = jax.jit(system.init, compiler_options=quick)
-        return init(jax.random.key(self.context.config.seed))
+        return init(jax.random.key(self.seed))
 
     def fit(
         self,
@@ -207,7 +213,7 @@ class TrainedStage(RecordedStage):
         adapted = None
         if lora := self._lora():
             adapted = Lora(system, **lora)
-            params, base = adapted.split(params, jax.random.key(context.config.seed))
+            params, base = adapted.split(params, jax.random.key(self.seed))
             frozen = {"base": base, "inner": frozen}
         validation = self._tokenized(self.validation())
         settings = {
@@ -216,7 +222,7 @@ class TrainedStage(RecordedStage):
             "batch_size": train.batch_size,
             "rows": sharding.batch_rows(context.mesh, train.batch_size),
         }
-        batches = training_batches(data, seed=context.config.seed, **settings)
+        batches = training_batches(data, seed=self.seed, **settings)
         validations = validation_batches(validation, **settings)
         answered = judging.answered(context, train)
         prompts = self._tokenized([Example(example.prompt, "", ()) for example in answered])
@@ -236,7 +242,7 @@ class TrainedStage(RecordedStage):
             validation=validations,
             directory=self.record.directory,
             fingerprint=distributed.on_primary(lambda: self.record.run),
-            seed=context.config.seed,
+            seed=self.seed,
             mesh=context.mesh,
             judge=judging.make(context, train, adapted or system, prompts, answered),
             distillation=distillation,

@@ -21,6 +21,8 @@ from l2s_jax.settings.declare import read
 from l2s_jax.settings.moved import upgraded
 from l2s_jax.settings.sections import Settings
 
+# Of a comparison: where its variants' stages lie, each once.
+SHARED = "shared"
 _RECORD = "stage.json"
 # Keys of a record that are no inputs.
 _VERSION, _RUN, _SOURCES = "version", "run", "sources"
@@ -72,6 +74,26 @@ class Record:
         if sources:
             content[_SOURCES] = dict(sources)
         write_json(self._path, content, sort_keys=True)
+
+    @property
+    def is_link(self) -> bool:
+        """Whether the stage lies elsewhere."""
+        return os.path.islink(self.directory)
+
+    def link(self, place: Record) -> None:
+        """Has the stage lie in another record's folder; a folder that was here is moved aside."""
+        os.makedirs(place.directory, exist_ok=True)
+        folder = os.path.dirname(self.directory)
+        os.makedirs(folder, exist_ok=True)
+        # Relative, so that the whole may be moved.
+        target = os.path.relpath(os.path.realpath(place.directory), os.path.realpath(folder))
+        if self.is_link:
+            if os.readlink(self.directory) == target:
+                return
+            os.remove(self.directory)
+        elif os.path.exists(self.directory):
+            self.move_aside()
+        os.symlink(target, self.directory)
 
     def move_aside(self) -> str:
         """Renames the stage's folder to NAME.old1, NAME.old2, ...; gives the new name."""

@@ -242,6 +242,13 @@ class Settings(Section):
     """A whole experiment."""
 
     seed: int = setting(0, "Of all that is random.", at_least=0, at_most=2**32 - 1)
+    train_seed: int = setting(
+        -1,
+        "Of the SLM alone and L2S, if another: of their random parameters, the order of their "
+        "examples, their dropout; -1: `seed`.",
+        at_least=-1,
+        at_most=2**32 - 1,
+    )
     dtype: str = setting(
         "auto", "Of the products; auto: float32 on CPU, bfloat16 elsewhere.", allowed=DTYPE
     )

@@ -1,0 +1,81 @@
+"""The stage of one system's answers to the examples of a report, in a comparison of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from l2s_jax import models
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.experiment.training import TrainedStage
+
+_FILE = "predictions.jsonl"
+
+
+class Answers(NamedTuple):
+    """What a system answers.
+
+    responses: one for each example.
+    cut_share: share of them that `decoding.max_new_tokens` cut off.
+    """
+
+    responses: list[str]
+    cut_share: float
+
+
+class AnswerStage(RecordedStage):
+    """DIR/answers_SYSTEM/predictions.jsonl, in the order of the examples."""
+
+    def __init__(self, experiment: Experiment, system: TrainedStage):
+        super().__init__(experiment.context, f"answers_{system.name}", system)
+        self._experiment, self._system = experiment, system
+
+    @property
+    def _path(self) -> str:
+        return os.path.join(self.record.directory, _FILE)
+
+    def inputs(self) -> dict[str, Any]:
+        """The model, the examples, how they are decoded."""
+        config, system = self.context.config, self._system
+        settings = config.evaluation
+        limit = settings.max_examples
+        return {
+            "model": self.context.checkpoint(system.directory),
+            "models": models.VERSION,
+            "tokenizer": [system.prompts.tokenizer.identity, system.responses.tokenizer.identity],
+            "data": {settings.split: self.context.content(settings.split, limit=limit)},
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "decoding": {k: v for k, v in config.decoding.to_dict().items() if k != "batch_size"},
+            "dtypes": list(map(str, self.context.dtypes)),
+        }
+
+    def is_made(self) -> bool:
+        """Whether the answers are there."""
+        return os.path.exists(self._path)
+
+    def progress(self) -> str:
+        """They are made in one go."""
+        return ""
+
+    def make(self) -> None:
+        """Has the system answer; the processes of a job share the work."""
+        from l2s_jax.cluster import distributed
+        from l2s_jax.evaluation.evaluate import write_predictions
+
+        examples = self._experiment.evaluation_examples()
+        outputs = self._experiment.generator(self._system).generate(
+            [example.prompt for example in examples],
+            description=f"evaluating {self._system.name}",
+            shared=True,
+        )
+        distributed.on_primary(lambda: write_predictions(self._path, examples, outputs))
+
+
+def read_answers(folder: str) -> Answers:
+    """What is in the folder of an AnswerStage that is made."""
+    with open(os.path.join(folder, _FILE), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    cut = [record["cut"] for record in records]
+    return Answers([record["response"] for record in records], sum(cut) / len(cut))
