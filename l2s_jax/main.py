@@ -28,7 +28,8 @@ from l2s_jax.settings.moved import MOVED
 app.define_help_flags()
 
 STAGES = (
-    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "slm", "features", "l2s",
+    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "slm", "features",
+    "l2s_frozen", "l2s",
 )  # fmt: skip
 MODES = ("train", "evaluate", "generate", "plan", "status", "compare")
 

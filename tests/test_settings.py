@@ -299,6 +299,14 @@ def test_heads_that_do_not_divide_are_refused(section, changes, message):
             {"llm.path": "x", "llm.layer": 2.0, "l2s.layers": ((2, 3),)},
             "config.llm.layer=2 with config.l2s.layers=((2, 3),): H is that of the layers there, ",
         ),
+        (
+            {"llm.tune.rank": 2, "l2s.lora.rank": 4, "l2s.train.parameter_scale": False},
+            "config.llm.tune.rank=2 with config.l2s.lora.rank=4: the second stage trains the whole",
+        ),
+        (
+            {"llm.tune.rank": 2},
+            "config.llm.tune.rank=2 with config.l2s.train.parameter_scale=True: expected False",
+        ),
         ({"task.splits": {}}, "config.task.splits has none: expected 'train' too"),
         (
             {"task.splits": {"train": "a", "validation": "b"}},
@@ -335,6 +343,7 @@ WITHOUT_EFFECT = [
             "feed_forward_width": 8,
         }.items()
     ),
+    ("llm.tune.rank", 0, "llm.tune.steps", 5, "the LLM stays frozen"),
     ("llm.train.steps", 0, "llm.train.learning_rate", 0.5, "the LLM is not trained"),
     ("llm.train.optimizer", "adafactor", "llm.train.adam_b2", 0.9, "only AdamW"),
     ("slm.train.optimizer", "adafactor", "slm.train.adam_b2", 0.9, "only AdamW"),

@@ -41,8 +41,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"projector/outward/kernel", P("tensor", "fsdp")),
     (r"mix/weights_\d+", P()),
     (r"prompt_map/kernel", P("fsdp", "tensor")),
-    (r"lora/.*/a", P("fsdp", None)),
-    (r"lora/.*/b", P(None, "tensor")),
+    (r"(llm_)?lora/.*/a", P("fsdp", None)),
+    (r"(llm_)?lora/.*/b", P(None, "tensor")),
     (r".*/relative_bias/embedding", P()),
     (r".*/scale", P()),
 )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.cutting import cut_config
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
-from l2s_jax.models.lora import Lora
+from l2s_jax.models.lora import Adapters, Lora
 from l2s_jax.models.mix import depth
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.settings.cut import Cut
@@ -51,6 +51,8 @@ def check_models(config: ConfigDict) -> None:
             depth(llm, config.l2s.layers)
         except ValueError as error:
             raise ValueError(f"config.l2s.{error}") from None
+    if llm and config.llm.tune.rank:
+        _check_tuned(config, llm)
     if llm and slm and _has_patterns(config.l2s):
         try:
             encoder, _ = pretrained.abstract_encoder(llm, config.llm.layer)
@@ -89,6 +91,15 @@ def _model(section: ConfigDict) -> ModelConfig | None:
         return pretrained.read_config(section.path) if os.path.isdir(section.path) else None
     geometry = section.model.to_dict()
     return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
+
+
+def _check_tuned(config: ConfigDict, llm: ModelConfig) -> None:
+    """Raises a ValueError if config.llm.tune.pattern matches nothing of what encodes."""
+    tune = config.llm.tune
+    layer = depth(llm, config.l2s.layers) if config.l2s.layers else config.llm.layer
+    _, encoder = pretrained.abstract_encoder(llm, layer)
+    adapters = Adapters(tune.rank, tune.alpha, tune.pattern, "config.llm.tune.pattern")
+    jax.eval_shape(adapters.init, jax.random.key(0), encoder)
 
 
 def _slm(config: ConfigDict, llm: ModelConfig | None) -> ModelConfig | None:

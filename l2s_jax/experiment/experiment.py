@@ -30,6 +30,7 @@ from l2s_jax.experiment.stage import Stage
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
+from l2s_jax.experiment.tuned import TunedStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
 
 
@@ -71,7 +72,17 @@ class Experiment:
         self.features = FeatureStage(context, self.llm)
         start, learnt = SlmStart(context, self.llm), (self.labels, self.vocabulary, self.logits)
         self.slm = SlmStage(context, start, self.slm_tokenizer, *learnt)
-        self.l2s = L2sStage(context, self.llm, start, self.slm_tokenizer, *learnt, self.features)
+        is_tuned = bool(config.llm.tune.rank)
+        self.frozen = L2sStage(
+            context,
+            "l2s_frozen" if is_tuned else "l2s",
+            self.llm,
+            start,
+            self.slm_tokenizer,
+            *learnt,
+            self.features,
+        )
+        self.l2s = TunedStage(context, self.frozen) if is_tuned else self.frozen
         # In the order in which they are made.
         self.stages: tuple[Stage, ...] = (
             self.llm_tokenizer,
@@ -82,6 +93,7 @@ class Experiment:
             self.logits,
             self.slm,
             self.features,
+            *((self.frozen,) if is_tuned else ()),
             self.l2s,
         )
 

@@ -20,6 +20,7 @@ from l2s_jax.decoding import engine
 from l2s_jax.experiment.context import Context, Score
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import Params, System
+from l2s_jax.models.tuning import Tuned
 from l2s_jax.training.loop import Judged
 
 
@@ -35,7 +36,7 @@ def answered(context: Context, train: ConfigDict) -> Sequence[Example]:
 def make(
     context: Context,
     train: ConfigDict,
-    system: System | Lora,
+    system: System | Lora | Tuned,
     data: TokenizedExamples,
     examples: Sequence[Example],
 ) -> Judge | None:
@@ -70,7 +71,7 @@ class Judge:
 
     def __init__(
         self,
-        system: System | Lora,
+        system: System | Lora | Tuned,
         data: TokenizedExamples,
         examples: Sequence[Example],
         *,
@@ -145,9 +146,8 @@ class Judge:
     ) -> tuple[jax.Array, jax.Array]:
         """(tokens [B, S], their numbers [B])."""
         system = self._system
-        if isinstance(system, Lora):
-            params, frozen = system.merge(params, frozen["base"]), frozen["inner"]
-            system = system.system
+        if isinstance(system, Lora | Tuned):
+            system, params, frozen = system.whole(params, frozen)
         params, frozen = system.to_serve(params, frozen)
         ids, mask = batch["ids"], batch["mask"]
         if "hidden" in batch:

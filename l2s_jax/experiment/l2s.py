@@ -22,14 +22,44 @@ if TYPE_CHECKING:
     from l2s_jax.models.systems import LlmToSlm, Params
 
 
-class L2sStage(TrainedStage):
-    """LLM-to-SLM: l2s/model is what `l2s_jax.load` reads."""
+class BundleStage(TrainedStage):
+    """A stage of L2S that learns the labels; its model is what `l2s_jax.load` reads."""
 
     since = ("labels.splits",)
+    labels: LabelStage
+    teacher: LogitStage
+
+    def examples(self) -> Sequence[Example]:
+        """The labels."""
+        return self.labels.examples()
+
+    def validation(self) -> Sequence[Example]:
+        """Labels too."""
+        return self.labels.validation_of(self.record)
+
+    @functools.cached_property
+    def loaded(self) -> tuple[LlmToSlm, Params, Params]:
+        """(system, trained parameters, the LLM's frozen ones), to generate with."""
+        from l2s_jax.serving import bundle
+        from l2s_jax.serving.loading import where_to_read
+
+        config, (dtype, encoder_dtype) = self.context.config, self.context.dtypes
+        return bundle.load(
+            self.directory,
+            dtype=dtype,
+            encoder_dtype=encoder_dtype,
+            mesh=where_to_read(self.context.decoding_mesh, config.decoding.weights),
+            scan_layers=config.scan_layers,
+        )
+
+
+class L2sStage(BundleStage):
+    """LLM-to-SLM with a frozen LLM."""
 
     def __init__(
         self,
         context: Context,
+        name: str,
         llm: LlmStage,
         start: SlmStart,
         tokenizer: TokenizerStage,
@@ -39,10 +69,12 @@ class L2sStage(TrainedStage):
         features: FeatureStage,
     ):
         needs = (llm, tokenizer.source, labels, vocabulary, logits, features)
-        super().__init__(context, "l2s", *needs, prompts=llm.prompts, responses=vocabulary)
-        self._llm, self._start, self._labels, self._features = llm, start, labels, features
-        self._tokenizer, self._logits = tokenizer, logits
-        self.teacher = logits
+        settings = context.config.l2s
+        super().__init__(
+            context, name, *needs, prompts=llm.prompts, responses=vocabulary, section=settings
+        )
+        self._llm, self._start, self.labels, self._features = llm, start, labels, features
+        self._tokenizer, self.teacher = tokenizer, logits
 
     @property
     def shared_vocabulary(self) -> bool:
@@ -53,10 +85,10 @@ class L2sStage(TrainedStage):
         """The LLM, what the SLM starts from, what is learnt, how they are joined and trained."""
         return {
             **self._start.inputs(),
-            **self._labels.learnt_inputs(),
-            **self._logits.learnt_inputs(),
+            **self.labels.learnt_inputs(),
+            **self.teacher.learnt_inputs(),
             **self._features.learnt_inputs(),
-            **self.training_inputs(self._labels.content()),
+            **self.training_inputs(self.labels.content()),
             **self.lora_inputs(),
             "llm_hash": self._llm.content,
             "layer": self._llm.section.layer,
@@ -69,14 +101,6 @@ class L2sStage(TrainedStage):
     def _joined(self) -> dict[str, Any]:
         """How H comes to the SLM, beside fusion and the projector's width."""
         return {name: self.section[name] for name in ("layers", "normalize", "stack")}
-
-    def examples(self) -> Sequence[Example]:
-        """The labels."""
-        return self._labels.examples()
-
-    def validation(self) -> Sequence[Example]:
-        """Labels too."""
-        return self._labels.validation_of(self.record)
 
     def make(self) -> None:
         """Trains projector and SLM."""
@@ -119,19 +143,4 @@ class L2sStage(TrainedStage):
                 slm_tokenizer=self.responses.tokenizer,
                 generation=generator_settings(self.context.config),
             )
-        )
-
-    @functools.cached_property
-    def loaded(self) -> tuple[LlmToSlm, Params, Params]:
-        """(system, trained parameters, the LLM's frozen ones), to generate with."""
-        from l2s_jax.serving import bundle
-        from l2s_jax.serving.loading import where_to_read
-
-        config, (dtype, encoder_dtype) = self.context.config, self.context.dtypes
-        return bundle.load(
-            self.directory,
-            dtype=dtype,
-            encoder_dtype=encoder_dtype,
-            mesh=where_to_read(self.context.decoding_mesh, config.decoding.weights),
-            scan_layers=config.scan_layers,
         )

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
@@ -25,11 +25,13 @@ from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 if TYPE_CHECKING:
     from flax import linen as nn
     from jax.sharding import Mesh
+    from ml_collections import ConfigDict
 
     from l2s_jax.experiment.logits import LogitStage
     from l2s_jax.experiment.vocabulary import VocabularyStage
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import LanguageModel, Params, System
+    from l2s_jax.models.tuning import Tuned
 
 # How training goes on, which the model does not depend on.
 _NO_INPUTS = ("accumulation", "evaluate_every", "log_every", "remat")
@@ -52,10 +54,11 @@ class TrainedStage(RecordedStage):
         *needs: Stage,
         prompts: TokenizerStage,
         responses: TokenizerStage | VocabularyStage,
+        section: ConfigDict | None = None,
     ):
         super().__init__(context, name, *needs)
         self.prompts, self.responses = prompts, responses
-        self.section = context.config[name]
+        self.section = context.config[name] if section is None else section
 
     @property
     def directory(self) -> str:
@@ -188,7 +191,7 @@ class TrainedStage(RecordedStage):
 
     def fit(
         self,
-        system: System,
+        system: System | Tuned,
         params: Params,
         frozen: Params,
         prepare: Callable[..., None] | None = None,
@@ -212,7 +215,7 @@ class TrainedStage(RecordedStage):
         log.info("%s: training on %d examples, %d steps", self.name, len(data), train.steps)
         adapted = None
         if lora := self._lora():
-            adapted = Lora(system, **lora)
+            adapted = Lora(cast("System", system), **lora)
             params, base = adapted.split(params, jax.random.key(self.seed))
             frozen = {"base": base, "inner": frozen}
         validation = self._tokenized(self.validation())

@@ -21,18 +21,72 @@ from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What is trained in the place of kernels: {"path/to/module": {"a", "b"}}.
+
+    Each kernel [in, out] of a model whose path matches all of `pattern` becomes
+    `kernel + alpha / rank * a @ b` with a [in, rank] and b [rank, out], float32; all else of the
+    model stays as it is. b starts at zero, so an optimizer that measures updates by the size of a
+    parameter (`train.parameter_scale`) hardly moves it.
+    """
+
+    rank: int
+    alpha: float
+    pattern: str
+    where: str = "lora.pattern"
+
+    def _kernels(self, base: Params) -> list[str]:
+        """Paths of the kernels in `base` that are adapted, in order."""
+        flat: dict[str, Any] = flatten_dict(base, sep="/")
+        kernels = [
+            path
+            for path, leaf in flat.items()
+            if re.fullmatch("(.*/)?kernel", path) and leaf.ndim == 2
+        ]
+        return sorted(matching(self.pattern, kernels, self.where, what="kernel"))
+
+    def init(self, key: Key[Array, ""], base: Params) -> dict[str, Any]:
+        """The tree of a and b for a model's parameters: a normal, b zero.
+
+        Raises:
+          ValueError: the pattern matches no kernel.
+        """
+        flat: dict[str, Any] = flatten_dict(base, sep="/")
+        paths = self._kernels(base)
+        adapters = {}
+        for path, own_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
+            inward, outward = flat[path].shape
+            module = path.removesuffix("kernel")
+            # x @ a is then of the size of x.
+            normal = jax.random.normal(own_key, (inward, self.rank), jnp.float32)
+            adapters[f"{module}a"] = normal * inward**-0.5
+            adapters[f"{module}b"] = jnp.zeros((self.rank, outward), jnp.float32)
+        return unflatten_dict(adapters, sep="/")
+
+    def merge(self, adapters: Params, base: Params) -> dict[str, Any]:
+        """The model's parameters with their change."""
+        changes: dict[str, Any] = flatten_dict(adapters, sep="/")
+        flat: dict[str, Any] = flatten_dict(base, sep="/")
+        for path in self._kernels(base):
+            module = path.removesuffix("kernel")
+            change = jnp.matmul(
+                changes[f"{module}a"],
+                changes[f"{module}b"],
+                # So that it is the same in a training step and after it, on any device.
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            flat[path] = flat[path] + self.alpha / self.rank * change
+        return unflatten_dict(flat, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
 class Lora:
     """A system whose language model is trained by LoRA: the SLM of an L2S, or a model alone.
 
-    Each kernel [in, out] of it whose path matches all of `pattern` becomes
-    `kernel + alpha / rank * a @ b` with a [in, rank] and b [rank, out], float32; all else of the
-    model stays as it is. It has what training asks of a system, in the trees
+    It has what training asks of a system, in the trees
 
-        trained   {"lora": {"path/to/module": {"a", "b"}}}, beside an L2S's "projector"
+        trained   {"lora": the adapters}, beside an L2S's "projector"
         frozen    {"base": the model's parameters, "inner": what the system itself has frozen}
-
-    b starts at zero, so an optimizer that measures updates by the size of a parameter
-    (`train.parameter_scale`) hardly moves it.
     """
 
     system: LanguageModel | LlmToSlm
@@ -56,37 +110,17 @@ class Lora:
         return self.system.decoder
 
     @property
+    def _adapters(self) -> Adapters:
+        return Adapters(self.rank, self.alpha, self.pattern)
+
+    @property
     def _model(self) -> str:
         """The entry of the system's parameters that LoRA stands in for."""
         return self.system.name if isinstance(self.system, LanguageModel) else "slm"
 
-    def _kernels(self, base: Params) -> list[str]:
-        """Paths of the kernels in `base` that are adapted, in order."""
-        flat: dict[str, Any] = flatten_dict(base, sep="/")
-        kernels = [
-            path
-            for path, leaf in flat.items()
-            if re.fullmatch("(.*/)?kernel", path) and leaf.ndim == 2
-        ]
-        return sorted(matching(self.pattern, kernels, "lora.pattern", what="kernel"))
-
     def init(self, key: Key[Array, ""], base: Params) -> dict[str, Any]:
-        """The tree of a and b for a model's parameters: a normal, b zero.
-
-        Raises:
-          ValueError: the pattern matches no kernel.
-        """
-        flat: dict[str, Any] = flatten_dict(base, sep="/")
-        paths = self._kernels(base)
-        adapters = {}
-        for path, own_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
-            inward, outward = flat[path].shape
-            module = path.removesuffix("kernel")
-            # x @ a is then of the size of x.
-            normal = jax.random.normal(own_key, (inward, self.rank), jnp.float32)
-            adapters[f"{module}a"] = normal * inward**-0.5
-            adapters[f"{module}b"] = jnp.zeros((self.rank, outward), jnp.float32)
-        return unflatten_dict(adapters, sep="/")
+        """The adapters of a model's parameters; see `Adapters.init`."""
+        return self._adapters.init(key, base)
 
     def split(self, params: Params, key: Key[Array, ""]) -> tuple[dict[str, Any], Params]:
         """The system's parameters -> (trained, base), at which `merge` gives them back."""
@@ -96,19 +130,13 @@ class Lora:
 
     def merge(self, trained: Params, base: Params) -> dict[str, Any]:
         """(trained, base) -> parameters of the system itself; no gradient goes to `base`."""
-        adapters: dict[str, Any] = flatten_dict(trained["lora"], sep="/")
-        flat: dict[str, Any] = flatten_dict(jax.lax.stop_gradient(base), sep="/")
-        for path in self._kernels(base):
-            module = path.removesuffix("kernel")
-            change = jnp.matmul(
-                adapters[f"{module}a"],
-                adapters[f"{module}b"],
-                # So that it is the same in a training step and after it, on any device.
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            flat[path] = flat[path] + self.alpha / self.rank * change
         rest = {name: tree for name, tree in trained.items() if name != "lora"}
-        return {**rest, self._model: unflatten_dict(flat, sep="/")}
+        base = jax.lax.stop_gradient(base)
+        return {**rest, self._model: self._adapters.merge(trained["lora"], base)}
+
+    def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[Any, Any, Any]:
+        """(system, trained, frozen) of the system itself, as the model is by now."""
+        return self.system, self.merge(trained, frozen["base"]), frozen["inner"]
 
     def logits(
         self,
@@ -118,5 +146,5 @@ class Lora:
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float32[Array, "B S V"]:
         """Teacher-forced logits of the response."""
-        params = self.merge(trained, frozen["base"])
-        return self.system.logits(params, frozen["inner"], batch, dropout_key)
+        system, params, inner = self.whole(trained, frozen)
+        return system.logits(params, inner, batch, dropout_key)

@@ -110,6 +110,8 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         normalize=settings.normalize,
         stack=settings.stack,
     )
+    if config.llm.tune.rank:
+        log.info("the second stage, which adapts the LLM too, is not planned")
     key = jax.random.key(0)
     trained = jax.eval_shape(system.init, key)
     beside = frozen

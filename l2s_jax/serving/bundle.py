@@ -78,6 +78,37 @@ def save(
         llm_tokenizer.save(os.path.join(directory, _LLM_TOKENIZER))
 
 
+def save_whole(
+    system: LlmToSlm, trained: Params, frozen: Params, directory: str, **others: Any
+) -> None:
+    """As `save`, with what encodes of the LLM inside."""
+    os.makedirs(directory, exist_ok=True)
+    reference = _write_llm(system, frozen, directory)
+    save(
+        system,
+        trained,
+        directory,
+        llm_path=reference["path"],
+        llm_hash=reference["content_hash"],
+        layer=reference["layer"],
+        **others,
+    )
+
+
+def _write_llm(system: LlmToSlm, frozen: Params, directory: str) -> dict[str, Any]:
+    """Writes what encodes of the LLM; the reference to it."""
+    inside = os.path.join(directory, _LLM)
+    shapes = param_shapes(frozen)
+    write_directory(
+        inside,
+        pretrained.config_to_native(system.llm_config),
+        write_tensors(frozen, own_entries(shapes), shapes),
+        "params",
+    )
+    # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
+    return {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
+
+
 def _generation_config(system: LlmToSlm, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings as other programs read them; what is as by default is left out."""
     search, config = dict(generation.get("search", {})), without_vocabulary(system.slm_config)
@@ -107,16 +138,7 @@ def copy(source: str, target: str, *, include_llm: bool) -> None:
     fields = read_json(os.path.join(source, "config.json"))
     reference = fields["llm"]
     if include_llm or reference["path"] == _LLM:
-        inside = os.path.join(target, _LLM)
-        shapes = param_shapes(frozen)
-        write_directory(
-            inside,
-            pretrained.config_to_native(system.llm_config),
-            write_tensors(frozen, own_entries(shapes), shapes),
-            "params",
-        )
-        # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
-        reference = {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
+        reference = _write_llm(system, frozen, target)
     else:
         path = _llm_path(source, reference["path"])
         reference = {**reference, "path": path if is_name(path) else os.path.abspath(path)}

@@ -54,6 +54,7 @@ IDLE = (
         Idle("slm.model.*", f"slm.cut.{name}", bool, "the SLM is cut out of a checkpoint")
         for name in flat(Cut())
     ),
+    Idle("llm.tune.*", "llm.tune.rank", _is_off, "the LLM stays frozen"),
     Idle("llm.train.*", "llm.train.steps", _is_off, "the LLM is not trained"),
     *(
         Idle(
@@ -221,6 +222,17 @@ def _unusable(settings: Settings) -> Iterator[str]:
         yield (
             f"config.llm.layer={s.llm.layer:g} with config.l2s.layers={s.l2s.layers}: H is that of "
             "the layers there, expected config.llm.layer=0"
+        )
+    if s.llm.tune.rank and s.l2s.lora.rank:
+        yield (
+            f"config.llm.tune.rank={s.llm.tune.rank} with config.l2s.lora.rank={s.l2s.lora.rank}: "
+            "the second stage trains the whole SLM; expected one of them to be 0"
+        )
+    if s.llm.tune.rank and s.l2s.train.parameter_scale:
+        yield (
+            f"config.llm.tune.rank={s.llm.tune.rank} with config.l2s.train.parameter_scale=True: "
+            "expected False, LoRA's matrices start at zero and updates relative to their size "
+            "would be none"
         )
     for split in ("train", "validation", s.evaluation.split):
         if split not in s.task.splits:

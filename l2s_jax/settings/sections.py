@@ -12,7 +12,7 @@ from l2s_jax.settings.evaluation import Evaluation
 from l2s_jax.settings.geometry import MODELS, Model, T5Model
 from l2s_jax.settings.search import Search
 from l2s_jax.settings.task import Task
-from l2s_jax.settings.training import Lora, Train, TrainAlways
+from l2s_jax.settings.training import Lora, Train, TrainAlways, Tune
 
 _DTYPES = ("float32", "bfloat16", "auto")
 DTYPE = Allowed(
@@ -86,6 +86,7 @@ class Llm(Section):
         allowed=DTYPE,
     )
     train: Train = Train()
+    tune: Tune = Tune()
 
     def conflict(self) -> str:
         """A layer of a model that has none to choose."""

@@ -130,6 +130,25 @@ class TrainAlways(Train):
     steps: int = setting(1000, "Updates.", at_least=1)
 
 
+_PATTERN = ".*(attention|feed_forward)/.*kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune(Section):
+    """A second stage of L2S's training, in which LoRA changes what encodes of the LLM too."""
+
+    rank: int = setting(0, "Rank of the change of a kernel; 0: the LLM stays frozen.", at_least=0)
+    alpha: float = setting(16.0, "The change is multiplied by alpha / rank.", above=0)
+    pattern: str = setting(
+        _PATTERN,
+        "Regular expression over whole paths in the LLM: the kernels that are changed.",
+        fits=lambda pattern: _are_patterns((pattern,)),
+        expected="a pattern",
+    )
+    steps: int = setting(1000, "Updates; all else is as `l2s.train` says.", at_least=1)
+    learning_rate: float = setting(1e-4, "Its peak, of all that is trained then.", above=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora(Section):
     """LoRA on the SLM's kernels (Hu et al. 2021, arXiv 2106.09685)."""
@@ -137,7 +156,7 @@ class Lora(Section):
     rank: int = setting(0, "Rank of the change of a kernel; 0: kernels are trained.", at_least=0)
     alpha: float = setting(16.0, "The change is multiplied by alpha / rank.", above=0)
     pattern: str = setting(
-        ".*(attention|feed_forward)/.*kernel",
+        _PATTERN,
         "Regular expression over whole paths: the kernels that are changed.",
         fits=lambda pattern: _are_patterns((pattern,)),
         expected="a pattern",

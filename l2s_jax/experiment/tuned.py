@@ -1,0 +1,79 @@
+"""The stage of an L2S whose LLM is adapted too, on top of the one whose LLM is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.l2s import BundleStage, L2sStage
+
+
+class TunedStage(BundleStage):
+    """L2S goes on with a low-rank change of its LLM; the LLM's part is then in the bundle.
+
+    Adapters are trained at config.llm.tune, and beside them projector and SLM, as config.l2s.train
+    says of all but steps and learning rate.
+    """
+
+    def __init__(self, context: Context, frozen: L2sStage):
+        tune = context.config.llm.tune
+        section = ConfigDict(context.config.l2s.to_dict())
+        section.train.update(steps=tune.steps, learning_rate=tune.learning_rate)
+        super().__init__(
+            context,
+            "l2s",
+            frozen,
+            prompts=frozen.prompts,
+            responses=frozen.responses,
+            section=section,
+        )
+        self._frozen, self._tune = frozen, tune
+        self.labels, self.teacher = frozen.labels, frozen.teacher
+
+    def inputs(self) -> dict[str, Any]:
+        """What it goes on from, what is adapted, what it learns, its training."""
+        return {
+            "frozen": self._frozen.as_input(),
+            "tune": {name: self._tune[name] for name in ("rank", "alpha", "pattern")},
+            **self.labels.learnt_inputs(),
+            **self.teacher.learnt_inputs(),
+            **self.training_inputs(self.labels.content()),
+        }
+
+    def make(self) -> None:
+        """Trains projector, SLM and the LLM's adapters."""
+        import jax
+
+        from l2s_jax.models.families import make_module
+        from l2s_jax.models.lora import Adapters
+        from l2s_jax.models.tuning import Tuned
+        from l2s_jax.models.vocabulary import without_vocabulary
+        from l2s_jax.serving import bundle
+        from l2s_jax.serving.loading import generator_settings
+
+        directory, (dtype, encoder_dtype) = self._frozen.directory, self.context.dtypes
+        system, params, frozen = bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype)
+        whole = make_module(without_vocabulary(system.slm_config))
+        slm_config, _ = self.started((whole, params["slm"]), "slm", directory)
+        llm_config = dataclasses.replace(system.llm_config, remat=self.section.train.remat)
+        system = dataclasses.replace(system, llm_config=llm_config, slm_config=slm_config)
+        settings = self.inputs()["tune"]
+        tuned = Tuned(system, Adapters(**settings, where="config.llm.tune.pattern"))
+        trained, base = tuned.split(params, frozen, jax.random.key(self.seed))
+        trained = self.fit(tuned, trained, base)
+        system, trained, frozen = tuned.whole(trained, base)
+        self.write_model(
+            functools.partial(
+                bundle.save_whole,
+                system,
+                jax.device_get(trained),
+                jax.device_get(frozen),
+                llm_tokenizer=self.prompts.tokenizer,
+                slm_tokenizer=self.responses.tokenizer,
+                generation=generator_settings(self.context.config),
+            )
+        )

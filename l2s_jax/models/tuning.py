@@ -1,0 +1,77 @@
+"""The LLM's encoding side, trained with the rest of L2S through LoRA: a second stage of training.
+
+The first stage has the LLM frozen, as the paper has it. Here a low-rank change of its kernels is
+trained beside projector and SLM. What comes out is an ordinary encoder, so that decoding is as
+before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float32, Key
+
+from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.lora import Adapters
+from l2s_jax.models.systems import Batch, LlmToSlm, Params
+
+_LORA = "llm_lora"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """An L2S system whose LLM is adapted too; it has what training asks of a system, in the trees
+
+        trained   the system's, and {"llm_lora": the adapters}
+        frozen    {"base": what encodes of the LLM}
+
+    Layers of the LLM are not stacked.
+    """
+
+    system: LlmToSlm
+    adapters: Adapters
+
+    @property
+    def name(self) -> str:
+        """That of the system."""
+        return self.system.name
+
+    @property
+    def prompt_name(self) -> str:
+        """Prefix of the batch keys that hold the prompt."""
+        return self.system.prompt_name
+
+    @property
+    def decoder(self) -> ModelConfig:
+        """Config of the model that decodes."""
+        return self.system.decoder
+
+    def split(
+        self, trained: Params, frozen: Params, key: Key[Array, ""]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The system's (trained, frozen) -> those of this, at which `whole` gives them back.
+
+        Raises:
+          ValueError: the adapters' pattern matches no kernel of the LLM.
+        """
+        return {**trained, _LORA: self.adapters.init(key, frozen)}, {"base": frozen}
+
+    def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[LlmToSlm, Any, Any]:
+        """(system, trained, frozen), with the LLM as it is by now; no gradient goes to the base."""
+        rest = {name: tree for name, tree in trained.items() if name != _LORA}
+        base = jax.lax.stop_gradient(frozen["base"])
+        return self.system, rest, self.adapters.merge(trained[_LORA], base)
+
+    def logits(
+        self,
+        trained: Params,
+        frozen: Mapping[str, Params],
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "B S V"]:
+        """Teacher-forced logits of the response."""
+        system, params, encoder = self.whole(trained, frozen)
+        return system.logits(params, encoder, batch, dropout_key)
