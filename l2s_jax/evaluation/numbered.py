@@ -36,7 +36,7 @@ def scatter(
     figure = Figure(figsize=(_WIDTH, height), dpi=200, facecolor="white")
     renderer = FigureCanvasAgg(figure).get_renderer()
     bottom, top = 0.76 / height, 1 - 1.07 / height
-    axes = figure.add_axes((0.085, bottom, _LIST_LEFT - 0.11, top - bottom))
+    axes = figure.add_axes((0.1, bottom, _LIST_LEFT - 0.125, top - bottom))
     for number, p in enumerate(points, 1):
         if p.spread:
             axes.errorbar(p.x, p.y, yerr=p.spread, color=p.color, capsize=4, elinewidth=1.5)
