@@ -296,7 +296,7 @@ def test_the_status_is_printed_without_jax(job):
     assert lines[1][2:] == ["<-", "labels"]
     config = read_config(str(job / "run"))
     config.llm.tune.rank = 2  # which alone adds a stage to the graph
-    assert main.STAGES == tuple(stage.name for stage in Experiment(config, "nowhere").stages)
+    assert tuple(stage.name for stage in Experiment(config, "nowhere").stages) == main.STAGES
 
 
 def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, capfd):
