@@ -18,9 +18,8 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.decoding import engine
 from l2s_jax.experiment.context import Context, Score
-from l2s_jax.models.lora import Lora
+from l2s_jax.models.lora import Adapted
 from l2s_jax.models.systems import Params, System
-from l2s_jax.models.tuning import Tuned
 from l2s_jax.training.loop import Judged
 
 
@@ -36,7 +35,7 @@ def answered(context: Context, train: ConfigDict) -> Sequence[Example]:
 def make(
     context: Context,
     train: ConfigDict,
-    system: System | Lora | Tuned,
+    system: System | Adapted,
     data: TokenizedExamples,
     examples: Sequence[Example],
 ) -> Judge | None:
@@ -71,7 +70,7 @@ class Judge:
 
     def __init__(
         self,
-        system: System | Lora | Tuned,
+        system: System | Adapted,
         data: TokenizedExamples,
         examples: Sequence[Example],
         *,
@@ -146,7 +145,7 @@ class Judge:
     ) -> tuple[jax.Array, jax.Array]:
         """(tokens [B, S], their numbers [B])."""
         system = self._system
-        if isinstance(system, Lora | Tuned):
+        if isinstance(system, Adapted):
             system, params, frozen = system.whole(params, frozen)
         params, frozen = system.to_serve(params, frozen)
         ids, mask = batch["ids"], batch["mask"]

@@ -5,6 +5,7 @@ It knows no family: it rewrites a parameter tree, and what comes out of training
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -80,19 +81,10 @@ class Adapters:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """A system whose language model is trained by LoRA: the SLM of an L2S, or a model alone.
+class Adapted(abc.ABC):
+    """A system of which adapters are trained; it has what training asks of a system."""
 
-    It has what training asks of a system, in the trees
-
-        trained   {"lora": the adapters}, beside an L2S's "projector"
-        frozen    {"base": the model's parameters, "inner": what the system itself has frozen}
-    """
-
-    system: LanguageModel | LlmToSlm
-    rank: int
-    alpha: float
-    pattern: str
+    system: Any
 
     @property
     def name(self) -> str:
@@ -108,6 +100,37 @@ class Lora:
     def decoder(self) -> ModelConfig:
         """Config of the model that decodes."""
         return self.system.decoder
+
+    @abc.abstractmethod
+    def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[Any, Any, Any]:
+        """(system, trained, frozen) of the system itself, as it is by now."""
+
+    def logits(
+        self,
+        trained: Params,
+        frozen: Mapping[str, Params],
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "B S V"]:
+        """Teacher-forced logits of the response."""
+        system, params, inner = self.whole(trained, frozen)
+        return system.logits(params, inner, batch, dropout_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Adapted):
+    """A system whose language model is trained by LoRA: the SLM of an L2S, or a model alone.
+
+    The trees are
+
+        trained   {"lora": the adapters}, beside an L2S's "projector"
+        frozen    {"base": the model's parameters, "inner": what the system itself has frozen}
+    """
+
+    system: LanguageModel | LlmToSlm
+    rank: int
+    alpha: float
+    pattern: str
 
     @property
     def _adapters(self) -> Adapters:
@@ -137,14 +160,3 @@ class Lora:
     def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[Any, Any, Any]:
         """(system, trained, frozen) of the system itself, as the model is by now."""
         return self.system, self.merge(trained, frozen["base"]), frozen["inner"]
-
-    def logits(
-        self,
-        trained: Params,
-        frozen: Mapping[str, Params],
-        batch: Batch,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float32[Array, "B S V"]:
-        """Teacher-forced logits of the response."""
-        system, params, inner = self.whole(trained, frozen)
-        return system.logits(params, inner, batch, dropout_key)

@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Key
 
-from l2s_jax.models.families import ModelConfig
-from l2s_jax.models.lora import Adapters
-from l2s_jax.models.systems import Batch, LlmToSlm, Params
+from l2s_jax.models.lora import Adapted, Adapters
+from l2s_jax.models.systems import LlmToSlm, Params
 
 _LORA = "llm_lora"
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuned:
-    """An L2S system whose LLM is adapted too; it has what training asks of a system, in the trees
+class Tuned(Adapted):
+    """An L2S system whose LLM is adapted too, in the trees
 
         trained   the system's, and {"llm_lora": the adapters}
         frozen    {"base": what encodes of the LLM}
@@ -33,21 +32,6 @@ class Tuned:
 
     system: LlmToSlm
     adapters: Adapters
-
-    @property
-    def name(self) -> str:
-        """That of the system."""
-        return self.system.name
-
-    @property
-    def prompt_name(self) -> str:
-        """Prefix of the batch keys that hold the prompt."""
-        return self.system.prompt_name
-
-    @property
-    def decoder(self) -> ModelConfig:
-        """Config of the model that decodes."""
-        return self.system.decoder
 
     def split(
         self, trained: Params, frozen: Params, key: Key[Array, ""]
@@ -64,14 +48,3 @@ class Tuned:
         rest = {name: tree for name, tree in trained.items() if name != _LORA}
         base = jax.lax.stop_gradient(frozen["base"])
         return self.system, rest, self.adapters.merge(trained[_LORA], base)
-
-    def logits(
-        self,
-        trained: Params,
-        frozen: Mapping[str, Params],
-        batch: Batch,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float32[Array, "B S V"]:
-        """Teacher-forced logits of the response."""
-        system, params, encoder = self.whole(trained, frozen)
-        return system.logits(params, encoder, batch, dropout_key)
