@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from l2s_jax.settings import rules
+from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Section, nearest, read
 from l2s_jax.settings.geometry import Model
 from l2s_jax.settings.moved import MOVED
@@ -106,6 +107,11 @@ def buckets_of(config: ConfigDict) -> tuple[tuple[int, int], ...]:
 def label_tokens(config: ConfigDict) -> int:
     """Where the LLM's responses to the train split are cut."""
     return config.labels.max_new_tokens or config.max_response_tokens
+
+
+def cut_of(slm: ConfigDict) -> Cut:
+    """What config.slm is cut out of a model."""
+    return Cut(**slm.cut.to_dict())
 
 
 def label_mesh(config: ConfigDict) -> dict[str, int]:

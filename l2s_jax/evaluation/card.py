@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from l2s_jax.config import cut_of
 from l2s_jax.evaluation import distilled
 from l2s_jax.evaluation.card_head import card_head
 from l2s_jax.evaluation.report import dtypes
@@ -17,7 +18,6 @@ from l2s_jax.files import write_text
 from l2s_jax.hub import is_name, reference
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.serving.bundle import CARD
-from l2s_jax.settings.cut import Cut
 
 _FUSIONS = {
     "add": "added to the small model's embedding of the prompt",
@@ -99,7 +99,7 @@ def _vocabulary(system: LlmToSlm) -> str:
 
 def _described(section: ConfigDict, name: str) -> str:
     """Where a model came from."""
-    if name == "slm" and (cut := Cut(**section.cut.to_dict())).is_used:
+    if name == "slm" and (cut := cut_of(section)).is_used:
         kept = ", ".join(
             f"{field}={value}" for field, value in dataclasses.asdict(cut).items() if value
         )

@@ -13,12 +13,12 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.models.cutting import cut_config
+from l2s_jax.config import cut_of
+from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
 from l2s_jax.models.lora import Adapters, Lora
-from l2s_jax.models.mix import depth
+from l2s_jax.models.mix import encoding_layer
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
-from l2s_jax.settings.cut import Cut
 from l2s_jax.training import optim
 
 # Stands for the number of pieces of a tokenizer that is still to be made.
@@ -32,7 +32,7 @@ def check_models(config: ConfigDict) -> None:
       ValueError: a model has too few positions, or a pattern matches nothing.
     """
     models = models_of(config)
-    cut = Cut(**config.slm.cut.to_dict()).is_used
+    cut = cut_of(config.slm).is_used
     for name, model in models.items():
         if model and not config[name].path and not (name == "slm" and cut):
             check_positions(
@@ -46,18 +46,14 @@ def check_models(config: ConfigDict) -> None:
         if model and config[name].train.steps:
             _check_patterns(config[name], f"config.{name}", {"": LanguageModel(name, model)})
     llm, slm = models["llm"], models["slm"]
-    if llm and config.l2s.layers:
-        try:
-            depth(llm, config.l2s.layers)
-        except ValueError as error:
-            raise ValueError(f"config.l2s.{error}") from None
+    layer = encoding_layer(llm, config.llm.layer, config.l2s.layers) if llm else 0
     if llm and config.llm.tune.rank:
-        _check_tuned(config, llm)
+        tune = config.llm.tune
+        adapters = Adapters(tune.rank, tune.alpha, tune.pattern, "config.llm.tune.pattern")
+        _, shapes = _encoder(llm, layer)
+        jax.eval_shape(adapters.init, jax.random.key(0), shapes)
     if llm and slm and _has_patterns(config.l2s):
-        try:
-            encoder, _ = pretrained.abstract_encoder(llm, config.llm.layer)
-        except ValueError as error:
-            raise ValueError(f"config.llm.layer: {error}") from None
+        encoder, _ = _encoder(llm, layer)
         width = config.l2s.projector_width or slm.width
         # Which of them it will be is a matter of the tokenizers.
         systems = {
@@ -93,25 +89,21 @@ def _model(section: ConfigDict) -> ModelConfig | None:
     return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
 
 
-def _check_tuned(config: ConfigDict, llm: ModelConfig) -> None:
-    """Raises a ValueError if config.llm.tune.pattern matches nothing of what encodes."""
-    tune = config.llm.tune
-    layer = depth(llm, config.l2s.layers) if config.l2s.layers else config.llm.layer
-    _, encoder = pretrained.abstract_encoder(llm, layer)
-    adapters = Adapters(tune.rank, tune.alpha, tune.pattern, "config.llm.tune.pattern")
-    jax.eval_shape(adapters.init, jax.random.key(0), encoder)
+def _encoder(llm: ModelConfig, layer: float) -> tuple[ModelConfig, Any]:
+    """(config, shapes) of what encodes of an LLM."""
+    try:
+        return pretrained.abstract_encoder(llm, layer)
+    except ValueError as error:
+        raise ValueError(f"config.llm.layer: {error}") from None
 
 
 def _slm(config: ConfigDict, llm: ModelConfig | None) -> ModelConfig | None:
     """The config of the SLM, which may be cut out of its path's model, or out of the LLM."""
-    cut = Cut(**config.slm.cut.to_dict())
+    cut = cut_of(config.slm)
     if not cut.is_used:
         return _model(config.slm)
     source = _model(config.slm) if config.slm.path else llm
-    try:
-        return source and cut_config(source, cut)
-    except ValueError as error:
-        raise ValueError(f"config.slm.cut.{error}") from None
+    return source and cut_as_set(source, cut)
 
 
 def _has_patterns(section: ConfigDict) -> bool:

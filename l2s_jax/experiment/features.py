@@ -55,7 +55,7 @@ class FeatureStage(Stage):
         """Has the batches of these splits hold H; what is missing is computed first."""
         from l2s_jax.cluster import sharding
         from l2s_jax.experiment import feature_cache
-        from l2s_jax.models.mix import layers_of
+        from l2s_jax.models.mix import hidden_width, layers_of
 
         context, train = self.context, self.context.config.l2s.train
         llm, _ = self._llm.encoder(entries=())
@@ -80,7 +80,7 @@ class FeatureStage(Stage):
                 },
                 encoder,
                 split=split,
-                width=llm.config.width * max(len(layers), 1),
+                width=hidden_width(llm.config, self._llm.layers),
                 buckets=[prompt_tokens for prompt_tokens, _ in context.buckets],
                 batch_size=train.batch_size if whole else rows,
             )

@@ -82,12 +82,10 @@ class LlmStage(LanguageModelStage):
         if not self.layers:
             return self.section.layer
         from l2s_jax.checkpoints import pretrained
-        from l2s_jax.models.mix import depth
+        from l2s_jax.models.mix import encoding_layer
 
-        try:
-            return depth(pretrained.read_config(self.directory), self.layers)
-        except ValueError as error:
-            raise ValueError(f"config.l2s.{error}") from None
+        config = pretrained.read_config(self.directory)
+        return encoding_layer(config, self.section.layer, self.layers)
 
     @property
     def reference(self) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from l2s_jax.config import cut_of
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
-from l2s_jax.settings.cut import Cut
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -25,7 +25,7 @@ class SlmStart:
     def __init__(self, context: Context, llm: LlmStage):
         self._context, self._llm = context, llm
         self._section = context.config.slm
-        self._cut = Cut(**self._section.cut.to_dict())
+        self._cut = cut_of(self._section)
         self.needs = (llm,) if self._cut.is_used and not self._section.path else ()
 
     @property

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.t5 import T5Config
-from l2s_jax.settings.cut import Cut
+from l2s_jax.settings.cut import STACKS, Cut
 
 _LAYER = re.compile(r"(.*?)layers_(\d+)/(.*)")
 
@@ -31,7 +31,7 @@ def kept_layers(config: ModelConfig, cut: Cut) -> dict[str, tuple[int, ...]]:
     """
     stacks = ("encoder_", "decoder_") if isinstance(config, T5Config) else ("",)
     kept = {}
-    for stack in ("", "encoder_", "decoder_"):
+    for stack in STACKS:
         count, layers = getattr(cut, f"num_{stack}layers"), getattr(cut, f"{stack}layers")
         if stack not in stacks:
             if name := f"num_{stack}layers" if count else f"{stack}layers" if layers else "":
@@ -66,6 +66,14 @@ def cut_config(config: ModelConfig, cut: Cut) -> ModelConfig:
     if cut.feed_forward_width:
         changes["feed_forward_width"] = cut.feed_forward_width
     return dataclasses.replace(config, **changes)
+
+
+def cut_as_set(config: ModelConfig, cut: Cut) -> ModelConfig:
+    """As `cut_config`, of a cut that config.slm.cut sets, which errors name."""
+    try:
+        return cut_config(config, cut)
+    except ValueError as error:
+        raise ValueError(f"config.slm.cut.{error}") from None
 
 
 def kept_paths(paths: Sequence[str], layers: Mapping[str, Sequence[int]]) -> list[str]:

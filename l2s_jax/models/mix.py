@@ -23,17 +23,29 @@ def layers_of(groups: Groups) -> tuple[int, ...]:
     return tuple(sorted({layer for group in groups for layer in group}))
 
 
-def depth(config: Any, groups: Groups) -> int:
-    """How many layers of a decoder-only LLM some groups need; 0 of a T5, whose encoder runs whole.
+def hidden_width(config: Any, groups: Groups) -> int:
+    """Numbers of H for each token: the LLM's width, times the layers that are joined."""
+    return config.width * max(len(layers_of(groups)), 1)
+
+
+def encoding_layer(config: Any, layer: float, groups: Groups) -> float:
+    """How many layers of an LLM encode, as config.llm.layer says it.
+
+    That is `layer`, or where config.l2s.layers has groups, the last that these name; 0 of a T5,
+    whose encoder runs whole.
 
     Raises:
-      ValueError: a layer that the LLM does not have.
+      ValueError: the groups name a layer that the LLM does not have.
     """
+    if not groups:
+        return layer
     is_encoder = hasattr(config, "num_encoder_layers")
     total = config.num_encoder_layers if is_encoder else config.num_layers
     last = layers_of(groups)[-1]
     if last > total:
-        raise ValueError(f"layers={groups}: the LLM has {total} layers, expected 1 to {total}")
+        raise ValueError(
+            f"config.l2s.layers={groups}: the LLM has {total} layers, expected 1 to {total}"
+        )
     return 0 if is_encoder else last
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import qwix
 
 from l2s_jax.models.families import ModelConfig
-from l2s_jax.models.vocabulary import RESPONSE_TABLE
+from l2s_jax.models.vocabulary import response_table
 
 WEIGHTS = ("float", "int8")
 
@@ -43,7 +43,7 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
         quantized = qwix.quantize(whole, jnp.int8, channelwise_axes=axes)
         return quantized if isinstance(leaf, jax.Array) else jax.device_get(quantized)
 
-    table = RESPONSE_TABLE if config.vocabulary else "token_embedding"
+    table = response_table(config)
 
     def serve(path: tuple, leaf: Any) -> Any:
         *_, owner, name = (key.key for key in path)

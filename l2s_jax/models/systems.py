@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 from l2s_jax.cluster.sharding import AnyArray, split_parameters
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
-from l2s_jax.models.mix import Groups, layers_of
+from l2s_jax.models.mix import Groups, hidden_width, layers_of
 from l2s_jax.models.representation import represent
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
@@ -234,7 +234,7 @@ class LlmToSlm:
     @property
     def hidden_width(self) -> int:
         """Numbers of H for each token: the LLM's width, times the layers that are joined."""
-        return self.llm_config.width * max(len(layers_of(self.layers)), 1)
+        return hidden_width(self.llm_config, self.layers)
 
     @property
     def beside_hidden(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
-from l2s_jax.models.vocabulary import RESPONSE_TABLE, response_size
+from l2s_jax.models.vocabulary import response_size, response_table
 
 
 class Encoder(nn.Module):
@@ -265,6 +265,5 @@ class T5(nn.Module):
             for key, layer in decoder.items()
             if key.startswith("layers_")
         )
-        table = RESPONSE_TABLE if self.config.vocabulary else "token_embedding"
-        head = params[table if self.config.tied_head else "head"]
+        head = params[response_table(self.config) if self.config.tied_head else "head"]
         return size(decoder) - cross_inputs + size(head)

@@ -110,6 +110,11 @@ def response_size(config: Any) -> int:
     return config.vocab_size if config.vocabulary is None else len(config.vocabulary)
 
 
+def response_table(config: Any) -> str:
+    """The parameter that responses are embedded by, and that a tied head is."""
+    return "token_embedding" if config.vocabulary is None else RESPONSE_TABLE
+
+
 def cut(params: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """A whole model's parameters as the module of `config` takes them.
 

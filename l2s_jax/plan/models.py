@@ -11,18 +11,17 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.config import compute_dtypes
+from l2s_jax.config import compute_dtypes, cut_of
 from l2s_jax.hub import cached, is_name
-from l2s_jax.models.cutting import cut_config
+from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
-from l2s_jax.models.mix import depth
+from l2s_jax.models.mix import encoding_layer
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.models.vocabulary import of_size, with_vocabulary
-from l2s_jax.settings.cut import Cut
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -91,14 +90,14 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         scan_layers=config.scan_layers,
         remat=settings.train.remat,
     )
+    layer = encoding_layer(llm, config.llm.layer, settings.layers)
     try:
         encoder, frozen = pretrained.abstract_encoder(
             dataclasses.replace(llm, dtype=encoder_dtype, scan_layers=config.scan_layers),
-            depth(llm, settings.layers) if settings.layers else config.llm.layer,
+            layer,
         )
     except ValueError as error:
-        where = "config.l2s." if settings.layers else "config.llm.layer: "
-        raise ValueError(f"{where}{error}") from None
+        raise ValueError(f"config.llm.layer: {error}") from None
     frozen = jax.eval_shape(lambda params: to_serve(params, encoder, "float"), frozen)
     system = LlmToSlm(
         llm_config=encoder,
@@ -127,12 +126,9 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
 
 def _slm(config: ConfigDict, llm: ModelConfig) -> ModelConfig:
     """The config of the SLM, with what is cut out of a model or left out of its vocabulary."""
-    section, cut = config.slm, Cut(**config.slm.cut.to_dict())
+    section, cut = config.slm, cut_of(config.slm)
     if cut.is_used:
-        try:
-            slm = cut_config(_model(config, "slm") if section.path else llm, cut)
-        except ValueError as error:
-            raise ValueError(f"config.slm.cut.{error}") from None
+        slm = cut_as_set(_model(config, "slm") if section.path else llm, cut)
     else:
         slm = _model(config, "slm")
     if not section.vocabulary.isdecimal():

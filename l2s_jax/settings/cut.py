@@ -8,7 +8,8 @@ from l2s_jax.settings.declare import Section, setting
 
 _COUNT = "How many layers are kept, evenly spaced, the first and the last among them; 0: all."
 _LIST = "Which layers are kept, from 0, ascending; without any, as the number says."
-_STACKS = ("", "encoder_", "decoder_")
+# What the names of settings have before `layers`, of each kind of stack.
+STACKS = ("", "encoder_", "decoder_")
 
 
 def _count(of: str) -> int:
@@ -50,7 +51,7 @@ class Cut(Section):
 
     def conflict(self) -> str:
         """A number and a list of the same layers."""
-        for stack in _STACKS:
+        for stack in STACKS:
             count, layers = getattr(self, f"num_{stack}layers"), getattr(self, f"{stack}layers")
             if count and layers:
                 return f"num_{stack}layers={count} and {stack}layers={layers}: expected one of them"
