@@ -486,7 +486,7 @@ def test_a_chunk_of_a_stream_updates_the_cache_that_it_is_given(name, rows):
     settings = {"max_new_tokens": new, "search": GREEDY}
     state = jax.eval_shape(functools.partial(start, system, **settings), *arguments)
     ended = jnp.zeros(rows, bool)
-    lowered = advance.lower(system, arguments[0], state, ended, **settings)
+    lowered = advance.lower(system, *arguments[:2], state, ended, **settings)
     compiled = lowered.compile(COMPILATION)
     shapes, transposed = shapes_of(cache)
     hlo = compiled.as_text()

@@ -225,10 +225,10 @@ def test_tokens_are_all_that_were_decoded_also_after_a_stop(systems, tokenizer):
 def test_beams_take_each_others_responses_and_leave_the_prompt():
     random, parents = np.random.default_rng(0), np.array([[1, 1, 0], [2, 0, 2]])
     slots = random.standard_normal((6, 2, 7, 3)).astype(np.float32)
-    mask = np.ones((6, 7), bool)
+    mask = np.ones((6, 4), bool)
     layers = (KeyValue(slots, slots + 1),)
-    positions = np.zeros((6, 7), np.int32)
-    cache = CausalCache(jnp.int32(0), positions[:, 0], positions, mask, layers, prompt_slots=4)
+    positions = np.zeros((6, 4), np.int32)
+    cache = CausalCache(jnp.int32(0), mask, positions, positions[:, 0], layers)
     (taken,) = take_hypotheses(cache, jnp.asarray(parents)).layers
     rows = (parents + np.array([[0], [3]])).reshape(-1)
     for got, had in ((taken.key, slots), (taken.value, slots + 1)):

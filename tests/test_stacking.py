@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
-from l2s_jax.models.cache import CausalCache
+from l2s_jax.models.cache import CausalCache, KeyValue
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
@@ -237,7 +237,9 @@ def test_a_scanned_module_does_not_decode(call):
     params = stack_layers(small.make_params(LanguageModel("llm", config))[0]["llm"])
     module = make_module(config)
     prompt, mask = jnp.ones((1, 2, 16)), np.ones((1, 2), bool)
-    cache = CausalCache(jnp.zeros((), int), jnp.ones(1, int), jnp.ones((1, 2), int), mask, (), 1)
+    layer = KeyValue(*[jnp.zeros((1, 2, 4, 8))] * 2)
+    places = jnp.zeros((1, 2), jnp.int32)
+    cache = CausalCache(jnp.int32(0), jnp.asarray(mask), places, places[:, 0], (layer,))
     arguments = (prompt, mask, 2) if call == "prefill" else (np.ones(1, int), cache)
     with pytest.raises(ValueError, match="scan_layers: prefill, step"):
         module.apply({"params": params}, *arguments, method=call)

@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.beam import Hypotheses, beam_search
+from l2s_jax.decoding.exact import ExactLoop, ExactState
 from l2s_jax.decoding.logits import History, history_of
 from l2s_jax.decoding.loop import Decoded, Loop, State, decoding_steps
 from l2s_jax.models.cache import take_hypotheses
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
 from l2s_jax.settings.search import Search
 
@@ -101,12 +103,20 @@ def make_loop(
     return Loop(system.step, ends, system.decoder.pad_id, max_new_tokens, search)
 
 
-def _end_ids(system: System, end_ids: tuple[int, ...] | None) -> tuple[int, ...]:
+def _end_ids(system: System | Exact, end_ids: tuple[int, ...] | None) -> tuple[int, ...]:
     return (system.decoder.eos_id,) if end_ids is None else end_ids
 
 
+def _exact(
+    system: Exact, max_new_tokens: int, search: Search, end_ids: tuple[int, ...] | None
+) -> ExactLoop:
+    if not search.exact:
+        raise ValueError("an exact system: expected a search with exact=True")
+    return ExactLoop(system, _end_ids(system, end_ids), max_new_tokens, search)
+
+
 def decode(
-    system: System,
+    system: System | Exact,
     trained: Params,
     frozen: Params,
     ids: Int[AnyArray, "B T"],
@@ -133,8 +143,11 @@ def decode(
         its limit: what a measurement wants.
 
     Returns:
-      Hypotheses of a beam search, else Decoded.
+      Hypotheses of a beam search, Drafted of an Exact system, else Decoded.
     """
+    if isinstance(system, Exact):
+        exact = _exact(system, max_new_tokens, search, end_ids)
+        return exact.run(trained, frozen, exact.start(trained, frozen, ids, mask, limits, seeds))
     settings = {"max_new_tokens": max_new_tokens, "search": search}
     logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     return decode_cache(
@@ -151,7 +164,7 @@ jitted_decode = jax.jit(
     jax.jit, static_argnames=("system", "max_new_tokens", "search", "mismatched", "end_ids")
 )
 def start(
-    system: System,
+    system: System | Exact,
     trained: Params,
     frozen: Params,
     ids: Int[AnyArray, "B T"],
@@ -163,8 +176,11 @@ def start(
     search: Search = GREEDY,
     mismatched: bool = False,
     end_ids: tuple[int, ...] | None = None,
-) -> State:
+) -> State | ExactState:
     """The state after the first token; arguments as of `decode`, no beam search."""
+    if isinstance(system, Exact):
+        exact = _exact(system, max_new_tokens, search, end_ids)
+        return exact.start(trained, frozen, ids, mask, limits, seeds)
     settings = {"max_new_tokens": max_new_tokens, "search": search}
     logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     loop = make_loop(system, max_new_tokens, search, end_ids)
@@ -177,15 +193,19 @@ def start(
     donate_argnames="state",
 )
 def advance(
-    system: System,
+    system: System | Exact,
     trained: Params,
-    state: State,
+    frozen: Params,
+    state: State | ExactState,
     ended: Bool[Array, " B"],
     *,
     max_new_tokens: int,
     search: Search = GREEDY,
     end_ids: tuple[int, ...] | None = None,
-) -> State:
+) -> State | ExactState:
     """A chunk of tokens more, where `ended` rows have no more to say."""
     state = state.replace(done=state.done | ended)
+    if isinstance(system, Exact):
+        exact = _exact(system, max_new_tokens, search, end_ids)
+        return exact.advance(trained, frozen, state)
     return make_loop(system, max_new_tokens, search, end_ids).advance(trained, state)

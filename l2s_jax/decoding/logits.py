@@ -20,17 +20,24 @@ class History(struct.PyTreeNode):
     tokens: step-major, so that one more token of every row is one contiguous write. What the
       response continues ends at P, whatever its length, and L is P + S.
     start: where each row's first token is.
-    end: how many positions are filled, the same for every row.
+    end: how many positions are filled, of all rows or of each.
     """
 
     tokens: Int32[Array, "L B"]
     start: Int32[Array, " B"]
-    end: Int32[Array, ""]
+    end: Int32[Array, "*rows"]
+
+    def write(self, tokens: Int32[Array, "K B"]) -> History:
+        """Puts K tokens of every row after its last; its end stays where it is."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        if self.end.ndim:
+            each = jax.vmap(lambda old, new, at: update(old, new, at, axis=0), (1, 1, 0), 1)
+            return self.replace(tokens=each(self.tokens, tokens, self.end))
+        return self.replace(tokens=update(self.tokens, tokens, self.end, axis=0))
 
     def append(self, token: Int32[Array, " B"]) -> History:
         """One more token in every row."""
-        tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, token[None], self.end, axis=0)
-        return self.replace(tokens=tokens, end=self.end + 1)
+        return self.write(token[None]).replace(end=self.end + 1)
 
     def repeat(self, times: int) -> History:
         """Each row `times` times, next to each other."""
@@ -48,7 +55,7 @@ class History(struct.PyTreeNode):
     def valid(self) -> Bool[Array, "L B"]:
         """Where tokens are."""
         positions = jnp.arange(self.tokens.shape[0])[:, None]
-        return (positions >= self.start[None]) & (positions < self.end)
+        return (positions >= self.start[None]) & (positions < self.end.reshape(1, -1))
 
 
 def history_of(ids: Int[AnyArray, "B P"], mask: Bool[AnyArray, "B P"], capacity: int) -> History:
@@ -64,12 +71,13 @@ def constrain(
     search: Search,
     logits: Float32[Array, "B V"],
     history: History | None,
-    count: Int32[Array, ""],
+    count: Int32[Array, "*rows"],
     end_ids: tuple[int, ...],
 ) -> Float32[Array, "B V"]:
     """Repetition penalty, n-gram bans and the minimum length, in transformers' order.
 
-    history: where search.needs_history. count: tokens of the response so far.
+    history: where search.needs_history. count: tokens of the response so far, of all rows or of
+    each.
     """
     if search.needs_history:
         if history is None:
@@ -79,7 +87,7 @@ def constrain(
         if search.no_repeat_ngram_size:
             logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
     if search.min_new_tokens and end_ids:
-        early = count < search.min_new_tokens
+        early = count.reshape(-1, 1) < search.min_new_tokens
         ends = jnp.array(end_ids)
         logits = logits.at[:, ends].set(jnp.where(early, -jnp.inf, logits[:, ends]))
     return logits
@@ -118,10 +126,11 @@ def _ban_repeated_ngrams(
         return logits
     # A window bans its last token if the tokens before it are the last size - 1 tokens so far.
     # Positions below 0 are clipped, which only happens where no window is complete.
-    suffix = jnp.clip(history.end - (size - 1) + jnp.arange(size - 1), 0)
+    first = jnp.broadcast_to(history.end - (size - 1), history.start.shape)
     matches = valid[:windows] & valid[size - 1 :]
     for offset in range(size - 1):
-        matches &= tokens[offset : offset + windows] == tokens[suffix[offset]][None]
+        place = jnp.clip(first + offset, 0)[None]
+        matches &= tokens[offset : offset + windows] == jnp.take_along_axis(tokens, place, axis=0)
     return jnp.where(_mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
 
 
@@ -143,6 +152,22 @@ def truncate(search: Search, logits: Float32[Array, "B V"]) -> Float32[Array, "B
         least = jnp.max(logits, axis=1, keepdims=True) + jnp.log(search.min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def pick(
+    search: Search,
+    logits: Float32[Array, "B V"],
+    count: Int32[Array, "*rows"],
+    keys: Key[Array, " B"] | None,
+) -> Int32[Array, " B"]:
+    """The next token of each row, of logits that `constrain` gave.
+
+    count: tokens of the response so far. keys: of each row, for sampling.
+    """
+    if keys is None:
+        return greatest(logits)
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(count, keys.shape))
+    return sample(truncate(search, logits), keys)
 
 
 def sample(logits: Float32[Array, "B V"], keys: Key[Array, " B"]) -> Int32[Array, " B"]:

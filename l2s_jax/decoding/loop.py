@@ -17,10 +17,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
-from l2s_jax.decoding.logits import History, among, constrain, greatest, sample, truncate
+from l2s_jax.decoding.logits import History, among, constrain, pick
 from l2s_jax.settings.search import Search
 
 Cache = TypeVar("Cache")
+S = TypeVar("S", bound=Any)
 Step = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 CHUNK = 8
@@ -116,28 +117,12 @@ class Loop:
 
     def advance(self, params: Any, state: State, unroll: int = 1) -> State:
         """A chunk of tokens more, `unroll` steps in each turn of the compiled loop."""
-        # The compiled loop carries the keys and values of one row without their row axis, which XLA
-        # leaves out of the step's products: with it, the CPU backend copies them at every step.
-        squeezed = jax.tree.map(lambda leaf: leaf.ndim == 4 and leaf.shape[0] == 1, state.cache)
 
-        def reshaped(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
-            leaves = jax.tree.map(
-                lambda leaf, one: change(leaf) if one else leaf, state.cache, squeezed
-            )
-            return state.replace(cache=leaves)
-
-        def squeeze(state: State) -> State:
-            return reshaped(state, lambda leaf: leaf[0])
-
-        def expand(state: State) -> State:
-            return reshaped(state, lambda leaf: leaf[None])
-
-        def one_step(state: State, _: None) -> tuple[State, None]:
-            state = expand(state)
+        def one_step(state: State) -> State:
             logits, cache = self.step(params, state.token, state.cache)
-            return squeeze(self._choose(state.replace(cache=cache), logits)), None
+            return self._choose(state.replace(cache=cache), logits)
 
-        return expand(jax.lax.scan(one_step, squeeze(state), length=CHUNK, unroll=unroll)[0])
+        return repeat(one_step, state, CHUNK, unroll)
 
     def finish(self, state: State) -> Decoded:
         """What was decoded, S = capacity."""
@@ -163,11 +148,7 @@ class Loop:
     def _choose(self, state: State, logits: Float32[Array, "B V"]) -> State:
         search = self.search
         logits = constrain(search, logits, state.history, state.count, self.end_ids)
-        if state.keys is not None:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
-            token = sample(truncate(search, logits), keys)
-        else:
-            token = greatest(logits)
+        token = pick(search, logits, state.count, state.keys)
         token = jnp.where(state.done, self.pad_id, token)
         count = state.count + 1
         ended = ~state.done & (among(token, self.end_ids))
@@ -182,6 +163,30 @@ class Loop:
             done=state.done | ended | (count >= state.limits),
             history=None if state.history is None else state.history.append(token),
         )
+
+
+def repeat(one: Callable[[S], S], state: S, times: int, unroll: int = 1) -> S:
+    """`one` so many times, as a loop whose state has a `cache` that is changed in place."""
+    # The compiled loop carries the keys and values of one row without their row axis, which XLA
+    # leaves out of the step's products: with it, the CPU backend copies them at every step.
+    squeezed = jax.tree.map(lambda leaf: leaf.ndim == 4 and leaf.shape[0] == 1, state.cache)
+
+    def reshaped(state: S, change: Callable[[jax.Array], jax.Array]) -> S:
+        leaves = jax.tree.map(
+            lambda leaf, single: change(leaf) if single else leaf, state.cache, squeezed
+        )
+        return state.replace(cache=leaves)
+
+    def squeeze(state: S) -> S:
+        return reshaped(state, lambda leaf: leaf[0])
+
+    def expand(state: S) -> S:
+        return reshaped(state, lambda leaf: leaf[None])
+
+    def turn(state: S, _: None) -> tuple[S, None]:
+        return squeeze(one(expand(state))), None
+
+    return expand(jax.lax.scan(turn, squeeze(state), length=times, unroll=unroll)[0])
 
 
 def decoding_steps(max_new_tokens: int) -> int:

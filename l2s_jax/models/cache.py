@@ -1,8 +1,11 @@
 """The key/value cache of cached decoding: its shapes, dtypes and axes, declared once.
 
-A cache is a plain pytree that a model's `prefill` makes and its `step` returns anew. Leaves with a
-batch axis carry it first; `index` is the one scalar. On a mesh, leaves are split by rows, and keys
-and values also by heads, where these divide: see `place`.
+A cache is a plain pytree that a model's `prefill` makes and its `extend` returns anew. Leaves with
+a batch axis carry it first. On a mesh, leaves are split by rows, and keys and values also by heads,
+where these divide: see `place`.
+
+`index` says how many tokens of the response are held: one number where all rows stand together, or
+one per row. A row goes back by a smaller number, what is held beyond it is not seen.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ class KeyValue(struct.PyTreeNode):
 class DecoderCache(struct.PyTreeNode):
     """State of an encoder-decoder's decoder between two steps.
 
-    index: tokens decoded so far, the same for every row.
-    self_attention: one KeyValue [B, N, S, H] per layer; positions >= index are not yet written.
+    index: tokens decoded so far, the start token included.
+    self_attention: one KeyValue [B, N, S, H] per layer; positions >= index hold nothing.
     cross_attention: one KeyValue [B, N, T, H] per layer, computed once from the encoder's output.
     prompt_mask: true at real prompt positions.
     """
 
-    index: Int32[Array, ""]
+    index: Int32[Array, "*rows"]
     self_attention: tuple[KeyValue, ...]
     cross_attention: tuple[KeyValue, ...]
     prompt_mask: Bool[AnyArray, "B T"]
@@ -43,20 +46,23 @@ class DecoderCache(struct.PyTreeNode):
 class CausalCache(struct.PyTreeNode):
     """State of a decoder-only model between two steps: the prompt's slots, then the response's.
 
-    index: the slot that the next token goes to, the same for every row.
-    next_position: the next token's position, which padding does not count in.
-    positions: of the token in each slot.
-    mask: true where a slot holds a real token.
-    layers: one KeyValue [B, G, K, H] per layer.
-    prompt_slots: how many slots, the first ones, are the prompt's.
+    index: tokens of the response so far.
+    prompt_mask: true where a slot of the prompt holds a real token.
+    prompt_positions: of the token in each slot of the prompt, padding not counted.
+    prompt_lengths: real tokens of each prompt: the position of the response's first.
+    layers: one KeyValue [B, G, T + S, H] per layer; slots >= T + index hold nothing.
     """
 
-    index: Int32[Array, ""]
-    next_position: Int32[Array, " B"]
-    positions: Int32[Array, "B K"]
-    mask: Bool[Array, "B K"]
+    index: Int32[Array, "*rows"]
+    prompt_mask: Bool[AnyArray, "B T"]
+    prompt_positions: Int32[Array, "B T"]
+    prompt_lengths: Int32[Array, " B"]
     layers: tuple[KeyValue, ...]
-    prompt_slots: int = struct.field(pytree_node=False)
+
+    @property
+    def prompt_slots(self) -> int:
+        """How many slots, the first ones, are the prompt's."""
+        return self.prompt_mask.shape[1]
 
 
 Cache = TypeVar("Cache", bound=DecoderCache | CausalCache)
@@ -70,6 +76,11 @@ def place(cache: Cache) -> Cache:
     )
 
 
+def block(index: Int32[Array, "*rows"], size: int) -> Int32[Array, "#B {size}"]:
+    """The places of the `size` tokens after the first `index`, of all rows or of each."""
+    return index.reshape(-1, 1) + jnp.arange(size, dtype=jnp.int32)[None]
+
+
 def empty_key_value(
     batch_size: int, num_heads: int, length: int, head_width: int, dtype: DTypeLike
 ) -> KeyValue:
@@ -78,18 +89,24 @@ def empty_key_value(
     return KeyValue(zeros, zeros)
 
 
-def write_position(cache: KeyValue, new: KeyValue, index: Int32[Array, ""]) -> KeyValue:
-    """Puts the one position of `new` [B, N, 1, H] at `index` of `cache` [B, N, S, H]."""
+def write(cache: KeyValue, new: KeyValue, index: Int32[Array, "*rows"]) -> KeyValue:
+    """Puts the K positions of `new` [B, N, K, H] at `index` and on of `cache` [B, N, S, H].
 
-    def write(old: jax.Array, one: jax.Array) -> jax.Array:
-        one = one.astype(old.dtype)
+    `index` is one place, or one for each row. All K must fit.
+    """
+    update = jax.lax.dynamic_update_slice_in_dim
+
+    def put(old: jax.Array, part: jax.Array) -> jax.Array:
+        part = part.astype(old.dtype)
         if old.shape[0] == 1:
             # Without the axis that the products leave out and the decoding loop does not carry:
             # with it, XLA's CPU backend writes into a copy.
-            return jax.lax.dynamic_update_slice_in_dim(old[0], one[0], index, axis=1)[None]
-        return jax.lax.dynamic_update_slice_in_dim(old, one, index, axis=2)
+            return update(old[0], part[0], index.reshape(()), axis=1)[None]
+        if index.ndim:
+            return jax.vmap(lambda old, part, at: update(old, part, at, axis=1))(old, part, index)
+        return update(old, part, index, axis=2)
 
-    return KeyValue(write(cache.key, new.key), write(cache.value, new.value))
+    return KeyValue(put(cache.key, new.key), put(cache.value, new.value))
 
 
 def take_hypotheses(cache: Cache, parents: Int32[Array, "prompts beams"]) -> Cache:

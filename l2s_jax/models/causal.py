@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
-from l2s_jax.models.cache import CausalCache, KeyValue, place, write_position
+from l2s_jax.models.cache import CausalCache, KeyValue, block, place, write
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias, unit
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
@@ -75,13 +75,13 @@ class CausalAttention(nn.Module):
         positions: Int32[Array, "B Q"],
         bias: Float32[Array, "B 1 Q K"],
         cache: KeyValue | None = None,
-        index: Int32[Array, ""] | None = None,
+        index: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """What the positions x take from each other or from the cache, and the keys and values
         attended to.
 
-        With `cache`, Q is 1 and its key and value go to slot `index` of the cache.
+        With `cache`, their keys and values go to slot `index` and on of the cache.
         """
         query, key = self._split_heads(self.query(x)), self._split_heads(self.key(x))
         if self.norm_epsilon is not None:
@@ -89,7 +89,7 @@ class CausalAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
-        held = new if cache is None or index is None else write_position(cache, new, index)
+        held = new if cache is None or index is None else write(cache, new, index)
 
         mixed = attend(
             query.astype(self.dtype),
@@ -140,7 +140,7 @@ class CausalModel(nn.Module):
         """All positions at once, slots in order under the mask.
 
         kept: of each layer: "keys", its keys and values, which prefill needs; "states", what it
-          gives; "", nothing.
+          gives; "both", in this order; "", nothing.
         """
         c = self.config
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
@@ -155,9 +155,9 @@ class CausalModel(nn.Module):
             bias = biases[i] if len(biases) > 1 else biases[0]
             x, key_value = layer(x, positions, bias, deterministic=deterministic)
             x = split_rows(x)
-            return x, {"": None, "keys": key_value, "states": x}[kept]
+            return x, {"": None, "keys": key_value, "states": x, "both": (key_value, x)}[kept]
 
-        part = num_layers is not None or kept == "keys"
+        part = num_layers is not None or kept in ("keys", "both")
         layers = each_layer(self.layers)[:num_layers] if part else self.layers
         x, held = run_layers(run, layers, c, x, which[:num_layers])
         return x, tuple(held) if kept else ()
@@ -240,50 +240,78 @@ class CausalModel(nn.Module):
         self, prompt: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], max_steps: int
     ) -> tuple[Float32[Array, "B V"], CausalCache]:
         """Embedded prompt -> (logits of the first token, cache for `max_steps` more)."""
-        positions = token_positions(mask)
-        x, held = self._run(prompt, positions, mask, True, kept="keys")
+        x, held = self._run(prompt, token_positions(mask), mask, True, kept="keys")
+        return self._continued(x, held, mask, max_steps)
 
-        def extend(slots: AnyArray, axis: int) -> jax.Array:
-            padding = [(0, 0)] * slots.ndim
-            padding[axis] = (0, max_steps)
-            return jnp.pad(slots, padding)
+    def read(
+        self,
+        prompt: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        max_steps: int,
+        layers: tuple[int, ...],
+    ) -> tuple[Float32[Array, "B T KD"], Float32[Array, "B V"], CausalCache]:
+        """(what `represent` gives of these layers, and what `prefill` gives), in one pass."""
+        x, held = self._run(prompt, token_positions(mask), mask, True, kept="both")
+        keys, states = zip(*held, strict=True)
+        hidden = jnp.concatenate([unit(states[layer - 1]) for layer in layers], axis=-1)
+        return hidden, *self._continued(x, keys, mask, max_steps)
 
+    def _continued(
+        self,
+        x: Float32[Array, "B T D"],
+        held: tuple[KeyValue, ...],
+        mask: Bool[AnyArray, "B T"],
+        max_steps: int,
+    ) -> tuple[Float32[Array, "B V"], CausalCache]:
+        """What `prefill` gives, of the states and the keys and values of all layers."""
+        room = [(0, 0), (0, 0), (0, max_steps), (0, 0)]
         cache = place(
             CausalCache(
-                index=jnp.full((), prompt.shape[1], jnp.int32),
-                next_position=jnp.sum(mask, axis=1, dtype=jnp.int32),
-                positions=extend(positions, 1),
-                mask=extend(mask, 1),
-                layers=jax.tree.map(lambda slots: extend(slots, 2), held),
-                prompt_slots=prompt.shape[1],
+                index=jnp.zeros((), jnp.int32),
+                prompt_mask=jnp.asarray(mask),
+                prompt_positions=token_positions(mask),
+                prompt_lengths=jnp.sum(mask, axis=1, dtype=jnp.int32),
+                layers=jax.tree.map(lambda slots: jnp.pad(slots, room), held),
             )
         )
         return self._logits(_last_real(x, mask))[:, 0], cache
+
+    def extend(
+        self, x: Float32[Array, "B K D"], cache: CausalCache
+    ) -> tuple[Float32[Array, "B K V"], CausalCache]:
+        """K embedded tokens that follow what the cache holds -> (logits after each, the cache with
+        them in); as K times `step`.
+        """
+        rows, count = x.shape[:2]
+        length = cache.layers[0].key.shape[2] - cache.prompt_slots
+        own = jnp.broadcast_to(block(cache.index, count), (rows, count))
+        slots = jnp.arange(length, dtype=jnp.int32)
+        of_prompt = jnp.broadcast_to(
+            cache.prompt_mask[:, None, :], (rows, count, cache.prompt_slots)
+        )
+        own_slots = slots[None, None, :] <= own[:, :, None]
+        visible = jnp.concatenate([of_prompt, own_slots], axis=2)
+        positions = cache.prompt_lengths[:, None] + own
+        key_positions = jnp.concatenate(
+            [cache.prompt_positions, cache.prompt_lengths[:, None] + slots[None]], axis=1
+        )
+        biases, which = _biases(self.config.windows, visible, positions, key_positions)
+        x = split_rows(self.enter(x, positions))
+        written = []
+        layers = each_layer(self.layers)
+        for layer, i, held in zip(layers, which, cache.layers, strict=True):
+            x, key_value = layer(x, positions, biases[i], held, cache.prompt_slots + cache.index)
+            x = split_rows(x)
+            written.append(key_value)
+        cache = cache.replace(index=cache.index + count, layers=tuple(written))
+        return self._logits(x), cache
 
     def step(
         self, token: Int[AnyArray, " B"], cache: CausalCache
     ) -> tuple[Float32[Array, "B V"], CausalCache]:
         """(logits of the next token, the cache with this one in)."""
-        position = cache.next_position[:, None]
-        update = jax.lax.dynamic_update_slice_in_dim
-        positions = update(cache.positions, position, cache.index, axis=1)
-        mask = update(cache.mask, jnp.ones_like(position, bool), cache.index, axis=1)
-        biases, which = _biases(self.config.windows, mask[:, None, :], position, positions)
-        x = split_rows(self.enter(self.embed_response(token[:, None]), position))
-        written = []
-        layers = each_layer(self.layers)
-        for layer, i, held in zip(layers, which, cache.layers, strict=True):
-            x, key_value = layer(x, position, biases[i], held, cache.index)
-            x = split_rows(x)
-            written.append(key_value)
-        cache = cache.replace(
-            index=cache.index + 1,
-            next_position=cache.next_position + 1,
-            positions=positions,
-            mask=mask,
-            layers=tuple(written),
-        )
-        return self._logits(x)[:, 0], cache
+        logits, cache = self.extend(self.embed_response(token[:, None]), cache)
+        return logits[:, 0], cache
 
     @nn.nowrap
     def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:

@@ -122,3 +122,13 @@ class L2S(nn.Module):
     def step(self, token: Int[AnyArray, " B"], cache: Any) -> tuple[Float32[Array, "B V_slm"], Any]:
         """(logits of the next token, the cache with this one in)."""
         return self.slm.step(token, cache)
+
+    def extend(
+        self, tokens: Int[AnyArray, "B K"], cache: Any, whole: bool = False
+    ) -> tuple[Float32[Array, "B K V_slm"], Any]:
+        """(logits after each of K tokens, the cache with them in).
+
+        `whole`: the tokens are ids of the whole vocabulary, also where responses have a part of it.
+        """
+        embed = self.slm.embed if whole else self.slm.embed_response
+        return self.slm.extend(embed(tokens), cache)

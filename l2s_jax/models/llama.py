@@ -136,7 +136,7 @@ class Layer(nn.Module):
         positions: Int32[Array, "B Q"],
         bias: Float32[Array, "B 1 Q K"],
         cache: KeyValue | None = None,
-        index: Int32[Array, ""] | None = None,
+        index: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """As CausalAttention, on the residual stream."""

@@ -36,16 +36,16 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(
-        self, query_positions: Int[Array, " Q"], key_positions: Int[Array, " K"]
-    ) -> Float32[Array, "1 N Q K"]:
-        """The bias of all rows."""
+        self, query_positions: Int[Array, "#B Q"], key_positions: Int[Array, " K"]
+    ) -> Float32[Array, "#B N Q K"]:
+        """The bias of all rows, or of each where queries have a place per row."""
         shape = (self.num_buckets, self.num_heads)
         embedding = self.param("embedding", self.initializer, shape, jnp.float32)
-        ahead = key_positions[None, :] - query_positions[:, None]
+        ahead = key_positions[None, None, :] - query_positions[:, :, None]
         one_sided = self.num_buckets // 2 if self.bidirectional else self.num_buckets
         distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
         table = jnp.asarray(bucket_table(one_sided, self.max_distance))
         bucket = table[jnp.minimum(distance, self.max_distance)]
         if self.bidirectional:
             bucket = bucket + one_sided * (ahead > 0)
-        return jnp.take(embedding, bucket, axis=0).astype(jnp.float32).transpose(2, 0, 1)[None]
+        return jnp.take(embedding, bucket, axis=0).astype(jnp.float32).transpose(0, 3, 1, 2)

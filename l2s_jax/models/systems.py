@@ -6,6 +6,7 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
     encode(trained, frozen, ids, mask) -> hidden [B, T, D]            once per prompt
     prefill(trained, frozen, ids, mask, hidden, max_steps) -> (logits [B, V], cache)    likewise
     step(trained, token, cache) -> (logits [B, V], cache)             once per token
+    extend(trained, tokens, cache) -> (logits [B, K, V], cache)       K tokens at once, as K steps
     continued(ids, mask) -> (ids, mask)           what a response continues, in its own tokens
     to_serve(trained, frozen, weights) -> (trained, frozen)    what generation passes as them
 
@@ -93,6 +94,13 @@ def _respond(
     return module.score(encoded, mask, response_ids, deterministic)
 
 
+def _extend(
+    module: Any, tokens: Int[AnyArray, "B K"], cache: Any
+) -> tuple[Float32[Array, "B K V"], Any]:
+    """Logits after each of K tokens, by a model of any family, and the cache with them in."""
+    return module.extend(module.embed_response(tokens), cache)
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A model of any family on its own; `trained` is {name: its parameters}, `frozen` is empty."""
@@ -169,6 +177,12 @@ class LanguageModel:
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
+
+    def extend(
+        self, trained: Params, tokens: Int[AnyArray, "B K"], cache: Any
+    ) -> tuple[Float32[Array, "B K V"], Any]:
+        """K tokens after what the cache holds: logits after each."""
+        return self._apply(trained, tokens, cache, method=_extend)
 
     def continued(
         self, ids: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]
@@ -314,6 +328,12 @@ class LlmToSlm:
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One decoded token."""
         return self._apply(trained, token, cache, method="step")
+
+    def extend(
+        self, trained: Params, tokens: Int[AnyArray, "B K"], cache: Any, whole: bool = False
+    ) -> tuple[Float32[Array, "B K V"], Any]:
+        """K tokens after what the cache holds: logits after each. `whole` as of `L2S.extend`."""
+        return self._apply(trained, tokens, cache, whole, method="extend")
 
     def continued(
         self, ids: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]

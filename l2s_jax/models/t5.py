@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
-from l2s_jax.models.cache import DecoderCache, KeyValue, empty_key_value, place
+from l2s_jax.models.cache import DecoderCache, KeyValue, block, empty_key_value, place
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
@@ -41,11 +41,12 @@ class Encoder(nn.Module):
         x, _ = self._run(x, mask, deterministic, keep=False)
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
-    def states(
+    def with_states(
         self, x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]
-    ) -> Sequence[Float32[Array, "B T D"]]:
-        """What each layer gives, no norm applied."""
-        return tuple(self._run(x, mask, True, keep=True)[1])
+    ) -> tuple[Float32[Array, "B T D"], Sequence[Float32[Array, "B T D"]]]:
+        """(the hidden states, what each layer gives, no norm applied); without dropout."""
+        x, states = self._run(x, mask, True, keep=True)
+        return self.final_norm(x), tuple(states)
 
     def _run(
         self,
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
         keep: bool,
     ) -> tuple[Float32[Array, "B T D"], Any]:
         positions = jnp.arange(x.shape[1])
-        bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
+        bias = self.relative_bias(positions[None], positions) + mask_bias(mask)[:, None, None, :]
 
         def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, jax.Array | None]:
             x = split_rows(layer(x, bias, deterministic))
@@ -92,7 +93,7 @@ class Decoder(nn.Module):
         """A whole response x, after the encoder's output under the prompt's mask."""
         positions = jnp.arange(x.shape[1])
         causal = positions[None, :] <= positions[:, None]
-        bias = self.relative_bias(positions, positions) + mask_bias(causal)[None, None]
+        bias = self.relative_bias(positions[None], positions) + mask_bias(causal)[None, None]
         cross_bias = mask_bias(mask)[:, None, None, :]
 
         def run(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
@@ -104,13 +105,14 @@ class Decoder(nn.Module):
         x, _ = run_layers(run, self.layers, self.config, x, range(self.config.num_decoder_layers))
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 
-    def step(
-        self, x: Float32[Array, "B 1 D"], cache: DecoderCache
-    ) -> tuple[Float32[Array, "B 1 D"], DecoderCache]:
-        """One position x -> (its state, the cache with that position in it)."""
-        keys = jnp.arange(cache.self_attention[0].key.shape[2])
-        bias = self.relative_bias(cache.index[None], keys)
-        bias = bias + mask_bias(keys <= cache.index)[None, None, None, :]
+    def extend(
+        self, x: Float32[Array, "B K D"], cache: DecoderCache
+    ) -> tuple[Float32[Array, "B K D"], DecoderCache]:
+        """K positions x that follow what the cache holds -> (their states, the cache with them)."""
+        keys = jnp.arange(cache.self_attention[0].key.shape[2], dtype=jnp.int32)
+        own = block(cache.index, x.shape[1])
+        visible = keys[None, None, :] <= own[:, :, None]
+        bias = self.relative_bias(own, keys) + mask_bias(visible)[:, None]
         cross_bias = mask_bias(cache.prompt_mask)[:, None, None, :]
         x = split_rows(x)
         written = []
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
             x, key_value = layer(x, bias, cross, cross_bias, own, cache.index)
             x = split_rows(x)
             written.append(key_value)
-        cache = cache.replace(index=cache.index + 1, self_attention=tuple(written))
+        cache = cache.replace(index=cache.index + x.shape[1], self_attention=tuple(written))
         return self.final_norm(x), cache
 
 
@@ -173,10 +175,31 @@ class T5(nn.Module):
 
         Or its residual stream after each of so many layers, at unit root mean square, side by side.
         """
+        return self._read(embedded, mask, layers)[0]
+
+    def _read(
+        self,
+        embedded: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        layers: tuple[int, ...],
+    ) -> tuple[Float32[Array, "B T KD"], Float32[Array, "B T D"]]:
+        """(what `represent` gives, the encoder's output)."""
         if not layers:
-            return self.encode(embedded, mask)
-        states = self.encoder.states(embedded, mask)
-        return jnp.concatenate([unit(states[layer - 1]) for layer in layers], axis=-1)
+            hidden = self.encode(embedded, mask)
+            return hidden, hidden
+        hidden, states = self.encoder.with_states(embedded, mask)
+        return jnp.concatenate([unit(states[layer - 1]) for layer in layers], axis=-1), hidden
+
+    def read(
+        self,
+        prompt: Float32[Array, "B T D"],
+        mask: Bool[AnyArray, "B T"],
+        max_steps: int,
+        layers: tuple[int, ...],
+    ) -> tuple[Float32[Array, "B T KD"], Float32[Array, "B V"], DecoderCache]:
+        """(what `represent` gives, and what `prefill` gives), of an embedded prompt read once."""
+        represented, hidden = self._read(prompt, mask, layers)
+        return represented, *self.prefill(hidden, mask, max_steps)
 
     def _logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
         if self.config.tied_head:
@@ -242,12 +265,21 @@ class T5(nn.Module):
         start = jnp.full(mask.shape[:1], self.config.decoder_start_id, jnp.int32)
         return self.step(start, self.empty_cache(hidden, mask, max_steps + 1))
 
+    def extend(
+        self, x: Float32[Array, "B K D"], cache: DecoderCache
+    ) -> tuple[Float32[Array, "B K V"], DecoderCache]:
+        """K embedded tokens that follow what the cache holds -> (logits after each, the cache with
+        them in); as K times `step`.
+        """
+        x, cache = self.decoder.extend(x, cache)
+        return self._logits(x), cache
+
     def step(
         self, token: Int[AnyArray, " B"], cache: DecoderCache
     ) -> tuple[Float32[Array, "B V"], DecoderCache]:
         """(logits of the next token, the cache with this one in)."""
-        x, cache = self.decoder.step(self.embed_response(token[:, None]), cache)
-        return self._logits(x)[:, 0], cache
+        logits, cache = self.extend(self.embed_response(token[:, None]), cache)
+        return logits[:, 0], cache
 
     @nn.nowrap
     def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:

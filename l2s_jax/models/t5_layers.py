@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
-from l2s_jax.models.cache import KeyValue, write_position
+from l2s_jax.models.cache import KeyValue, write
 from l2s_jax.models.layers import Attention, Dropout, Linear, RMSNorm
 from l2s_jax.models.relative import RelativeBias
 from l2s_jax.models.vocabulary import Vocabulary
@@ -135,22 +135,22 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float32[Array, "B Q D"],
-        bias: Float32[Array, "1 N Q K"],
+        bias: Float32[Array, "#B N Q K"],
         cross: KeyValue,
         cross_bias: Float32[Array, "B 1 1 T"],
         cache: KeyValue | None = None,
-        index: Int32[Array, ""] | None = None,
+        index: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """x and what the layer adds to it, and the keys and values attended to.
 
-        Without `cache`, the Q positions attend to each other under `bias`; with it, Q is 1, its
-        key and value go to `index` of the cache, and the query attends to the cache.
+        Without `cache`, the Q positions attend to each other under `bias`; with it, their keys and
+        values go to `index` and on of the cache, and they attend to the cache.
         """
         y = self.attention_norm(x)
         key_value = self.attention.key_value(y)
         if cache is not None and index is not None:
-            key_value = write_position(cache, key_value, index)
+            key_value = write(cache, key_value, index)
         y = self.attention(y, key_value, bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
         y = self.cross_attention(self.cross_attention_norm(x), cross, cross_bias, deterministic)

@@ -293,7 +293,7 @@ class Generator:
                 return
             # Not around the loop: it would hold while the caller has the progress.
             with jax.set_mesh(self.mesh):
-                state = advance(self.system, self.trained, state, stopped, **settings)
+                state = advance(self.system, *weights, state, stopped, **settings)
 
     def _collect(self, decoded: Decoded | Hypotheses) -> Iterator[Output]:
         """The output of each row."""

@@ -64,6 +64,24 @@ class Search(Section):
     no_repeat_ngram_size: int = setting(
         0, "No n-gram of that size occurs twice; 0: any may.", at_least=0
     )
+    # Leviathan et al. 2023, arXiv 2211.17192.
+    exact: bool = setting(
+        False,
+        "L2S drafts tokens and its LLM keeps those that it would have written itself: the text is "
+        "the LLM's.",
+        added=True,
+    )
+    draft_tokens: int = setting(
+        4, "The most tokens that are drafted before the LLM reads them.", at_least=1, added=True
+    )
+    draft_tolerance: float = setting(
+        0.0,
+        "A drafted token also passes where the LLM gives it at least a share 1 - t of its best "
+        "token's probability. 0: the text is the LLM's; 1: it is the SLM's.",
+        at_least=0,
+        at_most=1,
+        added=True,
+    )
     stop: tuple[str, ...] = setting(
         (),
         "Texts that end a response, and are not part of it.",
@@ -91,6 +109,8 @@ class Search(Section):
                 f"num_beams={self.num_beams} with stop={list(self.stop)}: expected one of them, "
                 "stop texts end greedy and sampled responses"
             )
+        if self.num_beams > 1 and self.exact:
+            return f"num_beams={self.num_beams} with exact=True: expected one of them"
         if self.num_return > self.num_beams:
             return f"num_return={self.num_return}: expected at most num_beams={self.num_beams}"
         for decider, (expected, names) in _ONLY_WITH.items():
@@ -121,6 +141,7 @@ _ONLY_WITH = {
         "num_beams above 1, only beam search looks at it",
         ("num_return", "length_penalty", "early_stopping"),
     ),
+    "exact": ("exact=True, only exact decoding drafts", ("draft_tokens", "draft_tolerance")),
 }
 
 

@@ -1,0 +1,380 @@
+"""The LLM's own text, drafted by the SLM (Leviathan et al. 2023, arXiv 2211.17192), as one loop.
+
+Of each row the SLM drafts K tokens, and the LLM reads them as one block. What it would have said
+itself is kept, then comes the token that it says instead. Rows go on at their own pace: both caches
+have a place per row, and go back to what was kept.
+
+A sampled token is the greatest of logits plus noise that only depends on the row's seed and the
+token's place (the Gumbel-max trick). Draft and LLM get the same noise, so that they mostly agree
+where their distributions do (Daliri et al. 2024, arXiv 2408.07978), and what is kept is what the
+LLM alone would have sampled with that seed, token for token. Neither K nor other rows matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
+
+from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.decoding.logits import History, among, constrain, greatest, history_of, pick
+from l2s_jax.decoding.loop import Decoded, repeat
+from l2s_jax.models.exact import Exact
+from l2s_jax.models.systems import Params
+from l2s_jax.settings.search import Search
+
+# How much of what was tested before still counts after a block.
+_MEMORY = 0.8
+# Tokens tested, and passed, before the first: a guess that counts as much as a few tokens.
+_TESTED, _PASSED = 4.0, 3.0
+# Blocks in a call of `advance`.
+_BLOCKS = 2
+
+
+class Drafted(Decoded):
+    """What exact decoding gives back.
+
+    blocks: how many blocks the LLM read of each row.
+    tested: how often a drafted token of each place in a block came to be tested.
+    passed: how often it passed.
+    """
+
+    blocks: Int32[Array, " B"]
+    tested: Int32[Array, "B M"]
+    passed: Int32[Array, "B M"]
+
+
+class ExactState(struct.PyTreeNode):
+    """Where the loop stands. Fields as of loop.State and of Drafted, and:
+
+    history: what the response continues, if need be, then the response; rows have their own ends.
+    lengths: tokens so far, of which the LLM's cache holds all but the last.
+    held: tokens that the SLM's cache holds: all but the last, or the last two.
+    cache: (the LLM's, the SLM's); None of an LLM that nobody asks.
+    origin: the index of each cache before the response.
+    rate: tokens tested and passed lately, [2].
+    """
+
+    history: History
+    lengths: Int32[Array, " B"]
+    limits: Int32[Array, " B"]
+    held: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    finished: Bool[Array, " B"]
+    keys: Key[Array, " B"] | None
+    cache: tuple[Any, Any]
+    origin: tuple[Int32[Array, ""], Int32[Array, ""]]
+    rate: Float32[Array, " two"]
+    blocks: Int32[Array, " B"]
+    tested: Int32[Array, "B M"]
+    passed: Int32[Array, "B M"]
+    room: int = struct.field(pytree_node=False)
+
+    @property
+    def tokens(self) -> Int32[Array, "S B"]:
+        """The responses, as of loop.State; what comes after a row's length is no part of it."""
+        return self.history.tokens[-self.room :]
+
+
+class _Draft(struct.PyTreeNode):
+    """A block as it is drafted; `cache` is the SLM's."""
+
+    history: History
+    count: Int32[Array, " B"]
+    token: Int32[Array, " B"]
+    cache: Any
+
+
+def block_sizes(most: int) -> tuple[int, ...]:
+    """The numbers of tokens that may be drafted at once: `most` and its half."""
+    return tuple(sorted({max(most // 2, 1), most}))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactLoop:
+    """The loop of an Exact system; `capacity` and `end_ids` as of loop.Loop."""
+
+    system: Exact
+    end_ids: tuple[int, ...]
+    capacity: int
+    search: Search
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a row may write: those after its last are drafts."""
+        return self.capacity + self.search.draft_tokens + 1
+
+    def start(
+        self,
+        trained: Params,
+        frozen: Params,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+        limits: Int[AnyArray, " B"],
+        seeds: UInt32[AnyArray, " B"] | None = None,
+    ) -> ExactState:
+        """The state after the first token; arguments as of engine.decode."""
+        search, system = self.search, self.system
+        rows, limits = ids.shape[0], jnp.asarray(limits)
+        read = system.read(trained, frozen, ids, mask, self._room)
+        continued = system.continued(ids, mask)
+        if not search.needs_history:
+            continued = ids[:, :0], mask[:, :0]
+        history = history_of(*continued, self._room)
+        history = history.replace(end=jnp.broadcast_to(history.end, (rows,)))
+        keys = None
+        if search.temperature:
+            if seeds is None:
+                raise ValueError("sampling: expected seeds")
+            keys = jax.vmap(jax.random.key)(seeds)
+        none = jnp.zeros(rows, jnp.int32)
+        by_place = jnp.zeros((rows, search.draft_tokens), jnp.int32)
+        state = ExactState(
+            history=history,
+            lengths=none,
+            limits=jnp.minimum(limits, self.capacity),
+            held=none,
+            done=limits <= 0,
+            finished=limits <= 0,
+            keys=keys,
+            cache=(
+                None if self._unheard else _at(read.cache, read.cache.index, none),
+                _at(read.draft_cache, read.draft_cache.index, none),
+            ),
+            origin=(read.cache.index, read.draft_cache.index),
+            rate=jnp.array([_TESTED, _PASSED], jnp.float32),
+            blocks=none,
+            tested=by_place,
+            passed=by_place,
+            room=self._room,
+        )
+        drafted = self._draft_token(read.draft_logits, history, none, keys)
+        token, _ = self._decide(read.logits, drafted, history, none, keys)
+        return self._keep(state, token[:, None], jnp.ones(rows, jnp.int32))
+
+    @property
+    def _unheard(self) -> bool:
+        """Whether everything passes."""
+        return self.search.draft_tolerance == 1
+
+    def run(self, trained: Params, frozen: Params, state: ExactState) -> Drafted:
+        """To the end of every row."""
+        if self.capacity > 1:
+            state = jax.lax.while_loop(
+                lambda state: ~jnp.all(state.done),
+                lambda state: self._advance(trained, frozen, state, 1),
+                state,
+            )
+        return self.finish(state)
+
+    def advance(self, trained: Params, frozen: Params, state: ExactState) -> ExactState:
+        """A few blocks more."""
+        return self._advance(trained, frozen, state, _BLOCKS)
+
+    def finish(self, state: ExactState) -> Drafted:
+        """What was decoded, S = capacity."""
+        tokens = state.tokens[: self.capacity].T
+        there = jnp.arange(self.capacity)[None] < state.lengths[:, None]
+        return Drafted(
+            jnp.where(there, tokens, self.system.decoder.pad_id),
+            state.lengths,
+            state.finished,
+            state.blocks,
+            state.tested,
+            state.passed,
+        )
+
+    def _advance(
+        self, trained: Params, frozen: Params, state: ExactState, blocks: int
+    ) -> ExactState:
+        sizes = block_sizes(self.search.draft_tokens)
+        turns = [functools.partial(self._block, trained, frozen, size=size) for size in sizes]
+        cost = self.system.draft_cost(trained, frozen)
+
+        def one(state: ExactState) -> ExactState:
+            if len(turns) == 1:
+                return turns[0](state)
+            return jax.lax.switch(self._choose_size(state.rate, sizes, cost), turns, state)
+
+        return repeat(one, state, blocks)
+
+    def _choose_size(
+        self, rate: Float32[Array, " two"], sizes: tuple[int, ...], cost: float
+    ) -> Int32[Array, ""]:
+        """The place in `sizes` of the one that gives the most tokens for its time.
+
+        By equation 1 and theorem 3.8 of Leviathan et al., with the share that passed lately.
+        """
+        share = jnp.clip(rate[1] / rate[0], 0.0, 0.99)
+        bonus = 0 if self.search.draft_tolerance else 1
+        gains = [
+            (1 - share ** (size + bonus)) / ((1 - share) * (1 + cost * size)) for size in sizes
+        ]
+        return jnp.argmax(jnp.stack(gains)).astype(jnp.int32)
+
+    def _block(
+        self, trained: Params, frozen: Params, state: ExactState, *, size: int
+    ) -> ExactState:
+        """`size` drafted tokens, and what the LLM makes of them."""
+        of_llm, of_slm = state.cache
+        drafts, of_slm = self._draft(trained, state, of_slm, size)
+        rows = state.lengths.shape[0]
+        if self._unheard:
+            kept, passed = drafts, jnp.full(rows, size, jnp.int32)
+        else:
+            kept, passed, of_llm = self._judge(frozen, state, of_llm, drafts)
+        live = ~state.done
+        passed = jnp.where(live, passed, 0)
+        # A tolerated token is the SLM's wherever a block ends: the LLM adds none of its own.
+        most = size if self.search.draft_tolerance else size + 1
+        state = state.replace(
+            cache=(of_llm, of_slm),
+            held=jnp.where(live, state.lengths + size - 1, state.held),
+            blocks=state.blocks + live,
+        )
+        state = self._count(state, live, passed, size)
+        return self._keep(state, kept, jnp.where(live, jnp.minimum(passed + 1, most), 0))
+
+    def _draft(
+        self, trained: Params, state: ExactState, cache: Any, size: int
+    ) -> tuple[Int32[Array, "B {size}"], Any]:
+        """(the next tokens by the SLM, its cache with all but the last of them)."""
+        history, lengths = state.history, state.lengths
+        # What the SLM's cache lacks: the last token, or the last two. Where it is one, the other is
+        # read and written over.
+        first = history.end - lengths + state.held
+        places = jnp.stack([first, first + 1])
+        tokens = jnp.take_along_axis(history.tokens, places, axis=0).T
+        origin = state.origin[1]
+        logits, cache = self.system.draft(trained, tokens, _at(cache, origin, state.held))
+        cache = _at(cache, origin, lengths)
+        which = (lengths - 1 - state.held)[:, None, None]
+        logits = jnp.take_along_axis(logits, which, axis=1)[:, 0]
+
+        def token_of(logits: jax.Array, history: History, count: jax.Array) -> jax.Array:
+            return self._draft_token(logits, history, count, state.keys)
+
+        token = token_of(logits, history, lengths)
+
+        def one(draft: _Draft) -> _Draft:
+            logits, cache = self.system.draft(trained, draft.token[:, None], draft.cache)
+            token = token_of(logits[:, 0], draft.history, draft.count)
+            return _Draft(draft.history.append(token), draft.count + 1, token, cache)
+
+        draft = _Draft(history.append(token), lengths + 1, token, cache)
+        if size > 1:
+            draft = repeat(one, draft, size - 1)
+        places = (history.end[:, None] + jnp.arange(size)[None]).T
+        return jnp.take_along_axis(draft.history.tokens, places, axis=0).T, draft.cache
+
+    def _draft_token(
+        self,
+        logits: Float32[Array, "B V_slm"],
+        history: History,
+        count: Int32[Array, " B"],
+        keys: Key[Array, " B"] | None,
+    ) -> Int32[Array, " B"]:
+        """The SLM's token, an id of the LLM."""
+        search = self.search
+        if keys is None and not search.needs_history and not search.min_new_tokens:
+            return self.system.ids_of(greatest(logits))
+        logits = constrain(search, self.system.widen(logits), history, count, self.end_ids)
+        return pick(search, logits, count, keys)
+
+    def _judge(
+        self,
+        frozen: Params,
+        state: ExactState,
+        cache: Any,
+        drafts: Int32[Array, "B K"],
+    ) -> tuple[Int32[Array, "B K+1"], Int32[Array, " B"], Any]:
+        """(the tokens that are kept if all before them pass, how many drafts pass, the cache)."""
+        history, lengths, size = state.history, state.lengths, drafts.shape[1]
+        last = jnp.take_along_axis(history.tokens, (history.end - 1)[None], axis=0).T
+        tokens = jnp.concatenate([last, drafts], axis=1)
+        logits, cache = self.system.judge(frozen, tokens, _at(cache, state.origin[0], lengths - 1))
+        # The token after all drafts has no draft: none is one that does not pass.
+        candidates = jnp.concatenate([drafts, jnp.full_like(last, -1)], axis=1)
+        known = history.write(drafts.T)
+
+        def decide(logits: jax.Array, drafted: jax.Array, place: jax.Array) -> Any:
+            before = known.replace(end=history.end + place)
+            return self._decide(logits, drafted, before, lengths + place, state.keys)
+
+        decided = jax.vmap(decide, in_axes=(1, 1, 0), out_axes=1)
+        kept, agree = decided(logits, candidates, jnp.arange(size + 1, dtype=jnp.int32))
+        agree = agree[:, :size]
+        return kept, jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1), cache
+
+    def _decide(
+        self,
+        logits: Float32[Array, "B V"],
+        drafted: Int32[Array, " B"],
+        history: History,
+        count: Int32[Array, " B"],
+        keys: Key[Array, " B"] | None,
+    ) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
+        """(the token that is kept, whether it is the drafted one); a draft of -1 never passes."""
+        logits = constrain(self.search, logits, history, count, self.end_ids)
+        own = pick(self.search, logits, count, keys)
+        if self.system.acceptance is not None:
+            rows = jax.vmap(jax.random.key)(jnp.arange(len(drafted), dtype=jnp.uint32))
+            chance = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(rows, count))
+            passes = (chance < self.system.acceptance) & (drafted >= 0)
+        else:
+            passes = drafted == own
+        if tolerance := self.search.draft_tolerance:
+            least = jnp.max(logits, axis=1) + (
+                math.log1p(-tolerance) if tolerance < 1 else -jnp.inf
+            )
+            place = jnp.maximum(drafted, 0)[:, None]
+            given = jnp.take_along_axis(logits, place, axis=1)[:, 0]
+            passes |= (given >= least) & (drafted >= 0)
+        return jnp.where(passes, drafted, own), passes
+
+    def _count(
+        self, state: ExactState, live: Bool[Array, " B"], passed: Int32[Array, " B"], size: int
+    ) -> ExactState:
+        """The state with this block in its counts."""
+        places = jnp.arange(state.tested.shape[1])[None]
+        tested = live[:, None] & (places <= passed[:, None]) & (places < size)
+        agreed = live[:, None] & (places < passed[:, None])
+        lately = jnp.stack([jnp.sum(tested), jnp.sum(agreed)]).astype(jnp.float32)
+        return state.replace(
+            rate=_MEMORY * state.rate + lately,
+            tested=state.tested + tested,
+            passed=state.passed + agreed,
+        )
+
+    def _keep(
+        self, state: ExactState, tokens: Int32[Array, "B K"], count: Int32[Array, " B"]
+    ) -> ExactState:
+        """The state with the first `count` of these tokens, up to an end or the limit."""
+        size = tokens.shape[1]
+        places = jnp.arange(size)[None]
+        ends = among(tokens, self.end_ids) & (places < count[:, None])
+        ended = jnp.any(ends, axis=1)
+        count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
+        room = jnp.where(state.done, 0, state.limits - state.lengths)
+        finished = ended & (count <= room)
+        count = jnp.minimum(count, room)
+        lengths = state.lengths + count
+        history = state.history.write(tokens.T)
+        return state.replace(
+            history=history.replace(end=history.end + count),
+            lengths=lengths,
+            held=jnp.minimum(state.held, lengths - 1),
+            finished=state.finished | finished,
+            done=state.done | finished | (lengths >= state.limits),
+        )
+
+
+def _at(cache: Any, origin: Int32[Array, ""], held: Int32[Array, " B"]) -> Any:
+    """The cache with so many tokens of each row's response."""
+    return cache.replace(index=origin + held)
