@@ -71,8 +71,12 @@ def _parser() -> _Parser:
     )
     parser.add_argument(
         "--include-llm",
-        action="store_true",
-        help="of an L2S model: copy what encodes of the LLM too, instead of referring to it",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("whole",),
+        help="of an L2S model: copy what encodes of the LLM too, instead of referring to it; "
+        "--include-llm=whole copies all of it, for exact decoding",
     )
     parser.add_argument(
         "--verify",

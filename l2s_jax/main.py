@@ -47,7 +47,7 @@ _VARY = flags.DEFINE_multi_string(
     "vary", [], "compare: a setting and its values, as in l2s.fusion=add,cross; repeatable."
 )
 _SYSTEM = flags.DEFINE_enum(
-    "system", "l2s", ("llm", "slm", "l2s"), "generate: the system that answers."
+    "system", "l2s", ("llm", "slm", "l2s", "exact"), "generate: the system that answers."
 )
 _INPUT = flags.DEFINE_string(
     "input", "-", "generate: prompts, one per line, or records in a .jsonl file; -: stdin."

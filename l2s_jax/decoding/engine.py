@@ -146,6 +146,8 @@ def decode(
       Hypotheses of a beam search, Drafted of an Exact system, else Decoded.
     """
     if isinstance(system, Exact):
+        if mismatched:
+            raise ValueError("mismatched with an exact system: its text is the LLM's, not L2S's")
         exact = _exact(system, max_new_tokens, search, end_ids)
         return exact.run(trained, frozen, exact.start(trained, frozen, ids, mask, limits, seeds))
     settings = {"max_new_tokens": max_new_tokens, "search": search}
@@ -204,8 +206,10 @@ def advance(
     end_ids: tuple[int, ...] | None = None,
 ) -> State | ExactState:
     """A chunk of tokens more, where `ended` rows have no more to say."""
-    state = state.replace(done=state.done | ended)
     if isinstance(system, Exact):
+        assert isinstance(state, ExactState)
         exact = _exact(system, max_new_tokens, search, end_ids)
-        return exact.advance(trained, frozen, state)
-    return make_loop(system, max_new_tokens, search, end_ids).advance(trained, state)
+        return exact.advance(trained, frozen, state.replace(done=state.done | ended))
+    assert isinstance(state, State)
+    loop = make_loop(system, max_new_tokens, search, end_ids)
+    return loop.advance(trained, state.replace(done=state.done | ended))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -15,13 +16,15 @@ from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
 from l2s_jax.data.tasks import Example, load_task
-from l2s_jax.evaluation import comet, metrics, report, significance
+from l2s_jax.evaluation import comet, exactness, metrics, report, significance
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import write_json_lines
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import parameter_count
-from l2s_jax.serving.generator import Generator, Output
+from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.output import Output
 from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.settings.rules import SYSTEMS
 
@@ -32,6 +35,7 @@ DESCRIPTIONS = {
     "slm": "the small model on its own, trained on the same labels as L2S",
     "l2s": "the frozen large model encodes, the small model decodes",
     "l2s_mismatched": "control: L2S fed the large model's representations of another prompt",
+    "exact": "L2S drafts, the large model keeps what it would have written itself",
 }
 
 
@@ -53,6 +57,8 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     experiment.make()
     answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
     generators = {stage.name: experiment.generator(stage) for stage in answering}
+    if context.config.decoding.search.exact:
+        generators["exact"] = experiment.exact_generator()
     references = [example.references for example in examples]
     if "bleu" in settings.metrics and distributed.is_primary():
         metrics.warn_of_spaces(references, scoring["tokenizer"])
@@ -60,6 +66,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     systems: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[str]] = {}
     measured: dict[str, metrics.Measured] = {}
+    answers: dict[str, list[Output]] = {}
     for name, description in DESCRIPTIONS.items():
         if (generator := generators.get(name.removesuffix("_mismatched"))) is None:
             continue  # an LLM that only encodes
@@ -69,6 +76,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
             mismatched=name.endswith("_mismatched"),
             shared=True,
         )
+        answers[name] = outputs
         if not distributed.is_primary():
             continue
         path = os.path.join(context.workdir, "predictions", f"{name}.jsonl")
@@ -80,24 +88,46 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         systems[name] = {
             "description": description,
             "params": parameter_count((generator.trained, generator.frozen)),
-            "params_read_per_token": generator.system.parameters_read_per_token(generator.trained),
+            "params_read_per_token": _read_per_token(generator, outputs),
             "quality": measured[name].quality,
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
 
+    drafts: dict[str, Any] = {}
+    if "exact" in generators:
+        drafts = exactness.drafting(answers["exact"])
+        drafts["against_llm"] = exactness.against_llm(
+            prompts, answers["exact"], answers["llm"], generators["llm"]
+        )
+
     def latencies() -> dict[str, dict[str, dict[str, float]]]:
-        return _latencies(generators, settings.latency)
+        measured = _latencies(generators, settings.latency, drafts.get("acceptance"))
+        if drafts:
+            drafts["times"] = exactness.times(generators["exact"], drafts, measured["latency"])
+        return measured
 
     together = context.decoding_mesh.is_multi_process
     timed = latencies() if together else distributed.on_primary(latencies)
 
     def written() -> dict[str, Any]:
+        if drafts:
+            systems["exact"]["drafts"] = drafts
         differences = significance.compare(
             texts, measured, references, tokenizer=scoring["tokenizer"]
         )
         return _written(experiment, systems, timed, references, differences)
 
     return distributed.on_primary(written)
+
+
+def _read_per_token(generator: Generator, outputs: Sequence[Output]) -> int:
+    """Numbers that a token reads; of exact decoding an LLM's share, as it is read once a block."""
+    system = generator.system
+    if not isinstance(system, Exact):
+        return system.parameters_read_per_token(generator.trained)
+    of_llm = system.llm.parameters_read_per_token({"llm": generator.frozen})
+    share = of_llm / exactness.drafting(outputs)["tokens_per_block"]
+    return system.l2s.parameters_read_per_token(generator.trained) + round(share)
 
 
 def scoring_of(config: ConfigDict) -> dict[str, str]:
@@ -181,17 +211,23 @@ def _written(
 
 
 def _latencies(
-    generators: Mapping[str, Generator], settings: ConfigDict
+    generators: Mapping[str, Generator], settings: ConfigDict, acceptance: float | None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Of one prompt and of a batch of them, by their key in the report and by system."""
+    """Of one prompt and of a batch of them, by their key in the report and by system.
+
+    `acceptance` is the share of drafts that passed on the task, where something was drafted.
+    """
     return {
-        key: latency(generators, batch_size, settings)
+        key: latency(generators, batch_size, settings, acceptance)
         for key, batch_size in (("latency", 1), ("latency_batch", settings.batch_size))
     }
 
 
 def latency(
-    generators: Mapping[str, Generator], batch_size: int, settings: ConfigDict
+    generators: Mapping[str, Generator],
+    batch_size: int,
+    settings: ConfigDict,
+    acceptance: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Medians for a whole batch of random prompts, as the report has them.
 
@@ -204,7 +240,10 @@ def latency(
     }
     runs = {
         name: Stopwatch(
-            generator.system,
+            # On random prompts LLM and SLM don't agree as on the task.
+            dataclasses.replace(generator.system, acceptance=acceptance)
+            if isinstance(generator.system, Exact)
+            else generator.system,
             generator.trained,
             generator.frozen,
             generator.prompt_tokenizer.vocab_size,

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from l2s_jax.cluster import sharding
 from l2s_jax.data.prompts import random_prompts
 from l2s_jax.decoding.engine import GREEDY, decode, prefill
+from l2s_jax.decoding.exact import ExactLoop
 from l2s_jax.decoding.loop import decoding_steps
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
 from l2s_jax.settings.search import Search
 
@@ -27,7 +30,7 @@ class Stopwatch:
 
     def __init__(
         self,
-        system: System,
+        system: System | Exact,
         trained: Params,
         frozen: Params,
         vocab_size: int,
@@ -59,7 +62,8 @@ class Stopwatch:
             sharding.batch_sharding(mesh),
         )
         settings = {"max_new_tokens": new_tokens, "search": search}
-        self._steps = max(new_tokens - 1 if search.num_beams > 1 else decoding_steps(new_tokens), 1)
+        whole_chunks = search.num_beams == 1 and not isinstance(system, Exact)
+        self._steps = max(decoding_steps(new_tokens) if whole_chunks else new_tokens - 1, 1)
 
         encode = _compiled(mesh, system.encode, trained, frozen, ids, mask)
         began = time.perf_counter()
@@ -102,13 +106,57 @@ class Stopwatch:
         jax.block_until_ready(self._whole())
 
 
+def block_ms(
+    system: System,
+    trained: Params,
+    vocab_size: int,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    tokens: int,
+    mesh: Mesh | None = None,
+    repeats: int = 5,
+) -> float:
+    """Milliseconds that a system takes to read a block of `tokens` of one response at once.
+
+    Of many blocks in one program, one after the other, so that what calls it does not count.
+    """
+    mesh = mesh or sharding.one_device()
+    rows = sharding.batch_ways(mesh)
+    prompts = random_prompts(rows, prompt_tokens, vocab_size)
+    arguments = sharding.put((prompts, np.ones(prompts.shape, bool)), sharding.batch_sharding(mesh))
+
+    def read(trained: Params, ids: jax.Array, mask: jax.Array, times: int) -> jax.Array:
+        hidden = system.encode(trained, {}, ids, mask)
+        logits, cache = system.prefill(trained, {}, ids, mask, hidden, new_tokens + tokens)
+
+        def one(_: int, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            token, cache = carry
+            block = jnp.broadcast_to(token[:, None], (rows, tokens))
+            found, after = system.extend(trained, block, cache)
+            # Back to where it was: the next block takes the same place.
+            cache = after.replace(index=cache.index)
+            return jnp.argmax(found[:, -1], axis=-1).astype(jnp.int32), cache
+
+        first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.lax.fori_loop(0, times, one, (first, cache))[0]
+
+    many = 8
+    program = _compiled(mesh, read, trained, *arguments, 1)
+    samples = []
+    for _ in range(repeats + 1):
+        few, all_ = (_timed(lambda n=n: program(trained, *arguments, n)) for n in (1, 1 + many))
+        samples.append((all_ - few) / many)
+    return float(np.median(samples[1:]))
+
+
 def _compiled(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*arguments).compile()
 
 
 def _cache_bytes(
-    system: System,
+    system: System | Exact,
     trained: Params,
     frozen: Params,
     ids: jax.Array,
@@ -116,6 +164,11 @@ def _cache_bytes(
     **settings: Any,
 ) -> int:
     def cache(trained: Params, frozen: Params, ids: jax.Array, mask: jax.Array) -> Any:
+        if isinstance(system, Exact):
+            loop = ExactLoop(system, (), settings["max_new_tokens"], settings["search"])
+            limits = jnp.ones(ids.shape[0], jnp.int32)
+            seeds = limits.astype(jnp.uint32)
+            return loop.start(trained, frozen, ids, mask, limits, seeds).cache
         hidden = system.encode(trained, frozen, ids, mask)
         return prefill(system, trained, frozen, ids, mask, hidden, **settings)[1]
 

@@ -11,17 +11,23 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from l2s_jax.evaluation import distilled, plot
+from l2s_jax.evaluation import distilled, exactness, plot
 from l2s_jax.evaluation.report_check import RATIOS, SYSTEMS, check, plain
 from l2s_jax.files import write_bytes
 
-_NAMES = {"llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched"}
+_NAMES = {
+    "llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched",
+    "exact": "exact",
+}  # fmt: skip
 _METRIC_NAMES = {
     "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum", "exact_match": "exact match", "comet": "COMET",
 }  # fmt: skip
 _LABELS = {"data": "the responses in the data", "llm": "responses that the LLM generated"}
-_COLORS = {"llm": "#333333", "slm": "#8a6d00", "l2s": "#0b62a4", "l2s_mismatched": "#a33b3b"}
+_COLORS = {
+    "llm": "#333333", "slm": "#8a6d00", "l2s": "#0b62a4", "l2s_mismatched": "#a33b3b",
+    "exact": "#2f7d32",
+}  # fmt: skip
 _OTHER_COLOR = "#5b5b5b"
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _ABSENT = "\N{EN DASH}"
@@ -88,6 +94,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "*Mismatched* is the control: L2S fed the representations of another prompt, whose quality "
         "collapses if L2S relies on the LLM.",
         *_significance(report),
+        *(exactness.lines(systems["exact"]["drafts"]) if "exact" in systems else ()),
         "## Latency",
         f"{_speedups(ratios, batch_size)}Times are medians after warm-up, for the whole batch. "
         "Compilation happens once per shape and is in no other column. "

@@ -28,7 +28,7 @@ from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.slm import SlmStage
 from l2s_jax.experiment.stage import Stage
 from l2s_jax.experiment.start import SlmStart
-from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.experiment.tokenizers import TokenizerStage, check_one_tokenizer
 from l2s_jax.experiment.training import TrainedStage
 from l2s_jax.experiment.tuned import TunedStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
@@ -130,6 +130,7 @@ class Experiment:
         if until not in ("tokenizer", "slm_tokenizer"):
             self.vocabulary.check()
             self.logits.check()
+            self.check_exact()
         for stage in self.stages:
             # Tokenizers, labels, logits and features are made when a model needs them.
             if stage.is_used() and (stage in self.systems or stage.name == until):
@@ -145,11 +146,42 @@ class Experiment:
         settings = self.context.config.evaluation
         return self.context.first(settings.split, settings.max_examples)
 
-    def generator(self, stage: TrainedStage, **settings: Any) -> Any:
-        """Text in, text out, with the model of a stage; settings as of `make_generator`."""
+    def check_exact(self) -> None:
+        """Checks that the LLM can decide on what the SLM drafts, where the config asks for it.
+
+        Raises:
+          ValueError: the LLM only encodes, or the SLM's vocabulary is another.
+        """
+        setting = "config.decoding.search.exact=True"
+        if not self.context.config.decoding.search.exact:
+            return
+        if not self.llm.answers:
+            raise ValueError(
+                f"{setting}: {self.llm.directory}: the model has no head or decoder to decide with"
+            )
+        tokenizers = (self.llm_tokenizer.tokenizer, self.slm_tokenizer.tokenizer)
+        check_one_tokenizer(self.context.config, *tokenizers, setting, "exact=False")
+
+    def exact_generator(self, **settings: Any) -> Any:
+        """As `generator`, of L2S and the LLM in exact decoding."""
+        from l2s_jax.models.exact import Exact
         from l2s_jax.serving.loading import make_generator
 
         settings = {"mesh": self.context.decoding_mesh, **settings}
+        l2s, trained, _ = self.l2s.loaded
+        llm, parameters, _ = self.llm.loaded
+        tokenizer = self.llm.responses.tokenizer
+        loaded = Exact(l2s, llm), trained, parameters["llm"]
+        return make_generator(self.context.config, loaded, tokenizer, tokenizer, **settings)
+
+    def generator(self, stage: TrainedStage, **settings: Any) -> Any:
+        """Text in, text out, with the model of a stage; settings as of `make_generator`."""
+        from l2s_jax.serving.loading import make_generator
+        from l2s_jax.settings.search import Search, alone
+
+        settings = {"mesh": self.context.decoding_mesh, **settings}
+        search = settings.get("search", Search(**self.context.config.decoding.search.to_dict()))
+        settings["search"] = alone(search)
         return make_generator(
             self.context.config,
             stage.loaded,

@@ -14,7 +14,7 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import RecordedStage, log
-from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.experiment.tokenizers import TokenizerStage, check_one_tokenizer
 from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.experiment.workdir import differences
 from l2s_jax.files import plain, read_json, write_json
@@ -118,16 +118,13 @@ class LogitStage(RecordedStage):
                 f"{setting}: {self._llm.directory}: the model has no head or decoder, so it has no "
                 "distributions over tokens to learn; expected config.distillation.weight=0"
             )
-        llm, slm = self._llm.responses.tokenizer, self._slm_tokenizer.tokenizer
-        if (llm.fingerprint, llm.eos_id) != (slm.fingerprint, slm.eos_id):
-            what = "ends responses with another token than"
-            if llm.fingerprint != slm.fingerprint:
-                what = "makes other tokens than"
-            raise ValueError(
-                f"{setting}: the tokenizer of config.slm.path={self.context.config.slm.path!r} "
-                f"{what} the LLM's, over whose tokens the distributions are; expected an SLM with "
-                "the LLM's tokenizer, or config.distillation.weight=0"
-            )
+        check_one_tokenizer(
+            self.context.config,
+            self._llm.responses.tokenizer,
+            self._slm_tokenizer.tokenizer,
+            setting,
+            "config.distillation.weight=0",
+        )
 
     def make(self) -> None:
         """Has the LLM read what is missing."""

@@ -106,3 +106,22 @@ class TokenizerStage(RecordedStage):
                 "expected config.tokenizer.train_vocab_size=0, or the LLM of the same run"
             )
         return trained
+
+
+def check_one_tokenizer(
+    config: ConfigDict, llm: Tokenizer, slm: Tokenizer, setting: str, otherwise: str
+) -> None:
+    """Checks that LLM and SLM write with the same tokens, as `setting` needs it.
+
+    Raises:
+      ValueError: they don't; `otherwise` is what else can be set.
+    """
+    if (llm.fingerprint, llm.eos_id) == (slm.fingerprint, slm.eos_id):
+        return
+    what = "ends responses with another token than"
+    if llm.fingerprint != slm.fingerprint:
+        what = "makes other tokens than"
+    raise ValueError(
+        f"{setting}: the tokenizer of config.slm.path={config.slm.path!r} {what} the LLM's, which "
+        f"reads what the SLM writes; expected an SLM with the LLM's tokenizer, or {otherwise}"
+    )

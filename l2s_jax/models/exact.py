@@ -62,9 +62,9 @@ class Exact:
         max_steps: int,
     ) -> Read:
         """Prompts, with room for `max_steps` tokens in both caches."""
-        layers = layers_of(self.l2s.layers)
-        if not layers and not isinstance(self.llm.config, T5Config):
-            layers = (self.l2s.llm_config.num_layers,)  # ty: ignore
+        layers, encoder = layers_of(self.l2s.layers), self.l2s.llm_config
+        if not layers and not isinstance(encoder, T5Config):
+            layers = (encoder.num_layers,)
         llm: Any = make_module(dataclasses.replace(self.llm.config, scan_layers=False))
         embedded = llm.apply({"params": frozen}, ids, method="embed")
         hidden, logits, cache = llm.apply(

@@ -11,6 +11,7 @@ import numpy as np
 from l2s_jax.data.batches import evaluation_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import check_positions
 from l2s_jax.models.systems import LlmToSlm, System
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -99,8 +100,22 @@ def buckets(least: int, most: int, factor: int) -> tuple[int, ...]:
     return (*sizes, most)
 
 
-def check_lengths(system: System, prompt_tokens: int, new_tokens: int) -> None:
-    """Raises a ValueError if a model of the system lacks positions for the longest rows."""
+def check_lengths(
+    system: System | Exact, prompt_tokens: int, new_tokens: int, draft_tokens: int = 0
+) -> None:
+    """Raises a ValueError if a model of the system lacks positions for the longest rows.
+
+    `draft_tokens` are those of an Exact system, which are read beyond a response's last.
+    """
+    if isinstance(system, Exact):
+        if draft_tokens > new_tokens:
+            raise ValueError(
+                f"draft_tokens={draft_tokens}: expected at most the {new_tokens} new tokens that a "
+                "response may have"
+            )
+        for part in (system.l2s, system.llm):
+            check_lengths(part, prompt_tokens, new_tokens + draft_tokens)
+        return
     joint = isinstance(system, LlmToSlm)
     longest = "the longest of prompt_lengths (config.buckets)"
     # What a decoder-only SLM continues has a place per token of the LLM's, whatever the fusion.

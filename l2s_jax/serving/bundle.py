@@ -1,9 +1,9 @@
 """A trained L2S model on disk: config.json, params.safetensors (projector and SLM), tokenizers.
 
-config.json refers to the LLM's directory by path and content hash; `copy` can take along what
-encodes of it, in llm/. The SLM's tokenizer lies beside the parameters, with vocabulary.json where
-responses have a part of it; the LLM's in llm_tokenizer/ if it is another. README.md, the model
-card, is written once there is a report.
+config.json refers to the LLM's directory by path and content hash; `copy` can take it along, or
+what encodes of it, in llm/. The SLM's tokenizer lies beside the parameters, with vocabulary.json
+where responses have a part of it; the LLM's in llm_tokenizer/ if it is another. README.md, the
+model card, is written once there is a report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
 from l2s_jax.checkpoints.files import TensorFiles, content_hash, write_directory
 from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import read_json, write_json
-from l2s_jax.hub import is_name
+from l2s_jax.hub import find, is_name
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.models.vocabulary import with_vocabulary, without_vocabulary
 from l2s_jax.tokenizers.cut import read_kept, whole_of
@@ -52,11 +52,13 @@ def save(
     llm_tokenizer: Tokenizer,
     slm_tokenizer: Tokenizer,
     generation: Mapping[str, Any],
+    llm_whole: bool = False,
 ) -> None:
     """Writes projector, SLM and tokenizers.
 
     A relative `llm_path` is relative to the bundle's directory, or a name on the hub; `layer` is
-    config.llm.layer; `generation` are the settings that `l2s_jax.load` starts from.
+    config.llm.layer; `llm_whole` says that all of the LLM is inside; `generation` are the settings
+    that `l2s_jax.load` starts from.
     """
     fields = {
         "format": pretrained.FORMAT,
@@ -66,7 +68,12 @@ def save(
         "shared_vocabulary": system.shared_vocabulary,
         **{name: value for name in _JOINED if (value := getattr(system, name))},
         "slm": pretrained.config_to_native(system.slm_config),
-        "llm": {"path": llm_path, "content_hash": llm_hash, "layer": layer},
+        "llm": {
+            "path": llm_path,
+            "content_hash": llm_hash,
+            "layer": layer,
+            **({"whole": True} if llm_whole else {}),
+        },
         "generation": dict(generation),
     }
     shapes = _shapes(system)
@@ -109,6 +116,14 @@ def _write_llm(system: LlmToSlm, frozen: Params, directory: str) -> dict[str, An
     return {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
 
 
+def _write_whole_llm(source: str, layer: float, directory: str) -> dict[str, Any]:
+    """Writes the LLM of a directory; the reference to it, of which `layer` encodes."""
+    inside = os.path.join(directory, _LLM)
+    module, params = pretrained.load(source)
+    pretrained.save_native(module.config, params, inside)
+    return {"path": _LLM, "content_hash": content_hash(inside), "layer": layer}
+
+
 def _generation_config(system: LlmToSlm, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings as other programs read them; what is as by default is left out."""
     search, config = dict(generation.get("search", {})), without_vocabulary(system.slm_config)
@@ -129,15 +144,29 @@ def _generation_config(system: LlmToSlm, generation: Mapping[str, Any]) -> dict[
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def copy(source: str, target: str, *, include_llm: bool) -> None:
-    """Copies an L2S model, with a reference to its LLM or the part of it that encodes inside.
+def copy(source: str, target: str, *, include_llm: bool | str) -> None:
+    """Copies an L2S model, with a reference to its LLM or with the LLM inside.
 
-    What is inside already stays inside.
+    Args:
+      source: the model's directory.
+      target: a directory that there is, or not.
+      include_llm: True takes the part of the LLM along that encodes, "whole" all of it, for exact
+        decoding. What is inside already stays inside.
+
+    Raises:
+      ValueError: as of `load`; "whole" of a model that has no more than what encodes; or another
+        include_llm.
     """
+    if include_llm not in (False, True, "whole"):
+        raise ValueError(f"include_llm={include_llm!r}: expected True, False or 'whole'")
+    fields, _ = _read_fields(source)
+    whole = include_llm == "whole" or fields["llm"].get("whole")
+    llm_directory = find(whole_llm(source)) if whole else ""
     system, trained, frozen = load(source)
-    fields = read_json(os.path.join(source, "config.json"))
     reference = fields["llm"]
-    if include_llm or reference["path"] == _LLM:
+    if whole:
+        reference = _write_whole_llm(llm_directory, reference["layer"], target)
+    elif include_llm or reference["path"] == _LLM:
         reference = _write_llm(system, frozen, target)
     else:
         path = _llm_path(source, reference["path"])
@@ -150,6 +179,7 @@ def copy(source: str, target: str, *, include_llm: bool) -> None:
         llm_path=reference["path"],
         llm_hash=reference["content_hash"],
         layer=reference["layer"],
+        llm_whole=bool(whole),
         llm_tokenizer=llm_tokenizer,
         slm_tokenizer=slm_tokenizer,
         generation=fields["generation"],
@@ -166,6 +196,24 @@ def llm_path(directory: str) -> str:
         return _llm_path(directory, fields["llm"]["path"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
+
+
+def whole_llm(directory: str) -> str:
+    """Where the whole LLM of the L2S model in a directory is, as `llm_path` gives it.
+
+    Raises:
+      ValueError: the model has no more of it than what encodes.
+    """
+    fields, _ = _read_fields(directory)
+    path = llm_path(directory)
+    inside = os.path.normpath(os.path.join(directory, _LLM))
+    partial = path == inside and not fields["llm"].get("whole")
+    if partial or (not is_name(path) and pretrained.encodes_only(path)):
+        raise ValueError(
+            f"{directory}: has what encodes of its LLM, and exact decoding asks all of it; "
+            "expected a model that refers to a whole LLM, or one copied with --include-llm=whole"
+        )
+    return path
 
 
 def _llm_path(directory: str, path: str) -> str:

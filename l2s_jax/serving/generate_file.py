@@ -23,7 +23,7 @@ from l2s_jax.data.tasks import Blank, Task, load_task
 from l2s_jax.files import replacing
 from l2s_jax.serving.generator import Output
 from l2s_jax.serving.loading import load_generator
-from l2s_jax.settings.search import Search, changed
+from l2s_jax.settings.search import Search, alone, changed
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def generate_file(
     and its response is written as it is decoded.
 
     Args:
+      system: llm, slm, l2s or exact; l2s is exact where the search is.
       search, stop: settings of `Search` that differ from the config's, values as text.
       max_new_tokens: at most the config's.
       seed: of the first prompt, the next ones have the numbers after it.
@@ -81,6 +82,15 @@ def generate_file(
     if stop:
         changes["stop"] = stop
     chosen = changed(config.decoding.search.to_dict(), changes)
+    if system == "l2s" and chosen.exact:
+        system = "exact"
+    elif system in ("llm", "slm"):
+        if changes.get("exact"):
+            raise ValueError(
+                f"--search=exact=true with --system={system}: it drafts nothing; expected "
+                "--system=exact"
+            )
+        chosen = alone(chosen)
     if stream:
         records = _read_records(source, task, kind)
     else:

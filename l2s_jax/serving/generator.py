@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,29 +17,15 @@ from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.text import integer_list, text_list
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
+from l2s_jax.decoding.exact import Drafted
 from l2s_jax.decoding.loop import CHUNK, Decoded
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
 from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths
+from l2s_jax.serving.output import Drafts, Output, output_of
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
-
-
-class Output(NamedTuple):
-    """One generated response; `cut` says that the limit on new tokens ended it.
-
-    `tokens` is how many were decoded, what ended it included. After a stop text these are more than
-    `text` has: the stop's own, and the rest of the chunk that it was found in.
-
-    Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
-    after the best, best first.
-    """
-
-    text: str
-    tokens: int
-    cut: bool
-    score: float | None = None
-    others: tuple[Output, ...] = ()
 
 
 class Generator:
@@ -53,7 +39,7 @@ class Generator:
 
     def __init__(
         self,
-        system: System,
+        system: System | Exact,
         trained: Params,
         frozen: Params,
         prompt_tokenizer: Tokenizer,
@@ -70,11 +56,13 @@ class Generator:
 
         A call that truncates prompts warns of their number. `max_new_tokens` and `search` hold for
         calls that name none; no call may have more new tokens. `weights` is one of
-        models.serving.WEIGHTS. `mesh`: None is one device.
+        models.serving.WEIGHTS. `mesh`: None is one device. An Exact system decodes exactly,
+        whatever `search.exact` says, and no other does.
 
         Raises:
-          ValueError: the mesh does not divide the batch_size or a parameter, or a model has too few
-            positions for the longest prompts and responses.
+          ValueError: the mesh does not divide the batch_size or a parameter, a model has too few
+            positions for the longest prompts and responses, or the search is not one of the
+            system's.
         """
         check_lengths(system, prompt_lengths[-1], max_new_tokens)
         self.system = system
@@ -89,8 +77,8 @@ class Generator:
         self._end_ids = response_tokenizer.end_ids
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self.search = search if isinstance(search, Search) else Search(**search)
         self.prompt_lengths = tuple(prompt_lengths)
+        self.search = self._search(search if isinstance(search, Search) else Search(**search))
         # (rows, prompt tokens, kind of program) that have been compiled.
         self._ready: set[tuple[int, int, Any]] = set()
 
@@ -148,9 +136,9 @@ class Generator:
         Raises:
           TypeError: `prompts` is one string, or holds something else than strings.
           ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
-            differ, or a seed does not fit in 32 bits.
+            differ, a seed does not fit in 32 bits, or the search is not one of the system's.
         """
-        search = self.search if search is None else search
+        search = self._search(search)
         limit, capacity = self._limit(max_new_tokens)
         prompts = text_list(prompts, "prompts")
         seeds = range(len(prompts)) if seeds is None else integer_list(seeds, "seeds")
@@ -174,7 +162,7 @@ class Generator:
                 bar.update(len(indices))
         if processes > 1:
             shares = distributed.exchange(list(outputs.items()))
-            outputs = {index: _output_of(fields) for share in shares for index, fields in share}
+            outputs = {index: output_of(fields) for share in shares for index, fields in share}
         return [outputs[index] for index in range(len(prompts))]
 
     def stream(
@@ -190,7 +178,7 @@ class Generator:
         A piece ends between characters, never within one. Arguments and errors as of `generate`;
         a beam search cannot be streamed.
         """
-        search = self.search if search is None else search
+        search = self._search(search)
         if search.num_beams > 1:
             raise ValueError(
                 f"num_beams={search.num_beams}: expected 1, a beam search has no response before "
@@ -204,6 +192,22 @@ class Generator:
             tokens = decoded.tokens[: decoded.lengths[0], 0]
             if piece := text.extend(tokens, last=bool(decoded.done[0])):
                 yield piece
+
+    def _search(self, search: Search | None) -> Search:
+        """The search of a call, as the system decodes."""
+        if search is None:
+            return self.search
+        if not isinstance(self.system, Exact):
+            if search.exact:
+                raise ValueError(
+                    f"exact=True: the system {self.system.name} has no LLM to ask; expected one "
+                    "that was loaded with its whole LLM, as by load(..., exact=True)"
+                )
+            return search
+        search = dataclasses.replace(search, exact=True)
+        longest = self.prompt_lengths[-1]
+        check_lengths(self.system, longest, self.max_new_tokens, search.draft_tokens)
+        return search
 
     def _limit(self, max_new_tokens: int | None) -> tuple[int, int]:
         """(the most new tokens of a call, of the program that it runs)."""
@@ -299,10 +303,17 @@ class Generator:
         """The output of each row."""
         decoded = sharding.gather(decoded)
         if isinstance(decoded, Decoded):
-            for tokens, length, finished in zip(
-                decoded.tokens, decoded.lengths, decoded.finished, strict=True
+            for row, (tokens, length, finished) in enumerate(
+                zip(decoded.tokens, decoded.lengths, decoded.finished, strict=True)
             ):
-                yield self._output(tokens[:length], finished)
+                output = self._output(tokens[:length], finished)
+                if isinstance(decoded, Drafted):
+                    tested, passed = (
+                        tuple(counts[row].tolist()) for counts in (decoded.tested, decoded.passed)
+                    )
+                    drafts = Drafts(int(decoded.blocks[row]), tested, passed)
+                    output = output._replace(drafts=drafts)
+                yield output
             return
         for row in range(len(decoded.tokens)):
             best, *others = (
@@ -341,9 +352,3 @@ class Generator:
             )
             for text, limit in zip(texts, batch.limits, strict=True)
         ]
-
-
-def _output_of(fields: Sequence[Any]) -> Output:
-    """An Output from what JSON made of it."""
-    *own, others = fields
-    return Output(*own, others=tuple(map(_output_of, others)))

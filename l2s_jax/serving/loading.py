@@ -14,12 +14,14 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.config import buckets_of, compute_dtypes
 from l2s_jax.hub import find
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, Params, System
 from l2s_jax.models.vocabulary import with_vocabulary
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.model import Model
+from l2s_jax.settings.search import Search, alone
 from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,7 +39,7 @@ def generator_settings(config: ConfigDict) -> dict[str, Any]:
 
 def make_generator(
     config: ConfigDict,
-    loaded: tuple[System, Params, Params],
+    loaded: tuple[System | Exact, Params, Params],
     prompt_tokenizer: Tokenizer,
     response_tokenizer: Tokenizer,
     **settings: Any,
@@ -55,6 +57,7 @@ def load(
     dtype: str = "auto",
     encoder_dtype: str = "auto",
     mesh: Mesh | Mapping[str, int] | None = None,
+    exact: bool = False,
     **settings: Any,
 ) -> Model:
     """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
@@ -67,11 +70,12 @@ def load(
       mesh: of the devices of this process, along its axes as in config.mesh; data is what is left.
         {} splits batches between all of them, {"tensor": 4} the model between each four. None: one
         device.
+      exact: the whole LLM is loaded too, and decides on what L2S drafts: the text is the LLM's.
       settings: arguments of `Generator` to use instead of the model's own.
 
     Raises:
-      ValueError: no L2S model is there, its LLM is gone or no longer the same, or the mesh does not
-        fit the devices, the batch size or the model.
+      ValueError: no L2S model is there, its LLM is gone or no longer the same, or not all there
+        with `exact`, or the mesh does not fit the devices, the batch size or the model.
     """
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
@@ -82,8 +86,13 @@ def load(
         mesh = sharding.make_mesh({**rest, **mesh}, jax.local_devices())
     placed = where_to_read(mesh, settings.get("weights", "float"))
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
-    loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
     tokenizers = bundle.load_tokenizers(directory)
+    if exact:
+        loaded = load_exact(directory, tokenizers[0], dtype=common, mesh=placed)
+        tokenizers = tokenizers[0], tokenizers[0]
+    else:
+        settings["search"] = _alone(settings.get("search", {}))
+        loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
     return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
 
 
@@ -109,8 +118,29 @@ def load_alone(
     return LanguageModel(name, config), {name: params}, {}
 
 
+def load_exact(
+    directory: str, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None
+) -> tuple[Exact, Params, Params]:
+    """(system, the L2S's parameters, the whole LLM's) of an L2S model's directory.
+
+    `tokenizer` is the LLM's, `mesh` as `where_to_read` gives it.
+
+    Raises:
+      ValueError: as of `bundle.load`; what is there of the LLM only encodes; or the LLM and the SLM
+        have two tokenizers.
+    """
+    l2s, trained, _ = bundle.load(directory, dtype=dtype, mesh=mesh)
+    llm_directory = find(bundle.whole_llm(directory))
+    llm, parameters, _ = load_alone("llm", llm_directory, tokenizer, dtype=dtype, mesh=mesh)
+    return Exact(l2s, llm), trained, parameters["llm"]
+
+
+def _alone(search: Search | Mapping[str, Any]) -> Search:
+    return alone(search if isinstance(search, Search) else Search(**search))
+
+
 def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
-    """The Generator of system `name` ("llm", "slm" or "l2s") that a run left in `workdir`.
+    """The Generator of system `name` (llm, slm, l2s or exact) that a run left in `workdir`.
 
     On config.mesh, see `sharding.decoding_mesh`. Settings as of `make_generator`.
 
@@ -120,13 +150,20 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
     sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
     settings = {"mesh": mesh, **settings}
-    directory = os.path.join(workdir, name, "model")
+    exact = name == "exact"
+    if not exact:
+        settings["search"] = _alone(settings.get("search", config.decoding.search.to_dict()))
+    directory = os.path.join(workdir, "l2s" if exact else name, "model")
     if name == "llm" and not config.llm.train.steps:
         directory = find(config.llm.path)
     if not os.path.exists(directory):
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
     placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))
+    if exact:
+        prompts, _ = bundle.load_tokenizers(directory)
+        loaded = load_exact(directory, prompts, dtype=dtype, mesh=placed)
+        return make_generator(config, loaded, prompts, prompts, **settings)
     if name == "l2s":
         return make_generator(
             config,

@@ -26,12 +26,13 @@ class Model(Generator):
         super().__init__(*arguments, **settings)
         self.directory = directory
 
-    def save_pretrained(self, directory: str, *, include_llm: bool = False) -> None:
+    def save_pretrained(self, directory: str, *, include_llm: bool | str = False) -> None:
         """Writes a copy of the model that `l2s_jax.load` reads.
 
         Args:
           directory: a new or an empty folder.
-          include_llm: with what encodes of the LLM inside, instead of a reference to where it is.
+          include_llm: with what encodes of the LLM inside, instead of a reference to where it is;
+            "whole": with all of the LLM, for exact decoding.
 
         Raises:
           ValueError: there is something in the folder, or it can't be written.
@@ -45,7 +46,7 @@ class Model(Generator):
             raise ValueError(f"{directory}: cannot be written: {error.strerror}") from None
 
     def push_to_hub(
-        self, name: str, *, private: bool = False, include_llm: bool | None = None
+        self, name: str, *, private: bool = False, include_llm: bool | str | None = None
     ) -> str:
         """Publishes the model, so that `l2s_jax.load(name)` loads it anywhere.
 

@@ -218,6 +218,26 @@ def _unusable(settings: Settings) -> Iterator[str]:
             f"config.l2s.fusion='cross' with config.slm.model.family={s.slm.model.family!r}: it "
             "has no cross-attention, expected 'add' or 'replace'"
         )
+    if s.labels.search.exact:
+        yield "config.labels.search.exact=True: expected False, the LLM makes labels alone"
+    if s.decoding.search.exact:
+        exact = "config.decoding.search.exact=True"
+        if s.slm.tokenizer.train_vocab_size:
+            yield (
+                f"{exact} with config.slm.tokenizer.train_vocab_size="
+                f"{s.slm.tokenizer.train_vocab_size}: the LLM could not read what the SLM drafts; "
+                "expected one tokenizer for both"
+            )
+        if s.llm.tune.rank:
+            yield (
+                f"{exact} with config.llm.tune.rank={s.llm.tune.rank}: the LLM that encodes is "
+                "then not the one that decides; expected one of them to be off"
+            )
+        if s.decoding.search.draft_tokens > s.decoding.max_new_tokens:
+            yield (
+                f"config.decoding.search.draft_tokens={s.decoding.search.draft_tokens}: expected "
+                f"at most config.decoding.max_new_tokens={s.decoding.max_new_tokens}"
+            )
     if s.l2s.layers and s.llm.layer:
         yield (
             f"config.llm.layer={s.llm.layer:g} with config.l2s.layers={s.l2s.layers}: H is that of "

@@ -130,6 +130,12 @@ class Search(Section):
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
+def alone(search: Search) -> Search:
+    """The search of a system that drafts nothing."""
+    drafting = ("exact", *_ONLY_WITH["exact"][1])
+    return dataclasses.replace(search, **{name: _DEFAULTS[name] for name in drafting})
+
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Search)}
 # Settings that say nothing where another one has its default.
 _ONLY_WITH = {

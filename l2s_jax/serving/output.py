@@ -1,0 +1,45 @@
+"""What a Generator gives for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Drafts(NamedTuple):
+    """How a response was drafted.
+
+    Of each place in a block: how often a drafted token there was looked at, and how often it was
+    kept. `blocks` is how many the LLM read.
+    """
+
+    blocks: int
+    tested: tuple[int, ...]
+    passed: tuple[int, ...]
+
+
+class Output(NamedTuple):
+    """One generated response; `cut` says that the limit on new tokens ended it.
+
+    `tokens` is how many were decoded, what ended it included. After a stop text these are more than
+    `text` has: the stop's own, and the rest of the chunk that it was found in.
+
+    Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
+    after the best, best first. Of exact decoding: `drafts`.
+    """
+
+    text: str
+    tokens: int
+    cut: bool
+    score: float | None = None
+    others: tuple[Output, ...] = ()
+    drafts: Drafts | None = None
+
+
+def output_of(fields: Sequence[Any]) -> Output:
+    """An Output from what JSON made of it."""
+    *own, others, drafts = fields
+    if drafts is not None:
+        blocks, tested, passed = drafts
+        drafts = Drafts(blocks, tuple(tested), tuple(passed))
+    return Output(*own, others=tuple(map(output_of, others)), drafts=drafts)

@@ -1,0 +1,137 @@
+"""Exact decoding as users have it: in a run, from the command line, and from a model's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+import l2s_jax
+from l2s_jax.convert import main as convert
+from l2s_jax.serving import bundle
+from l2s_jax.settings.search import Search
+
+EXACT = "--config.decoding.search.exact=true"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, workdir) of a finished run whose report has the exact mode."""
+    root = tmp_path_factory.mktemp("exact")
+    config = tiny.write_task(root / "task")
+    assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}", EXACT) == 0
+    return config, root / "run"
+
+
+def responses(workdir, name):
+    with open(workdir / "predictions" / f"{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["response"] for line in file]
+
+
+def prompts_of(config):
+    with open(config.parent / "test.jsonl", encoding="utf-8") as file:
+        return [f"reverse: {json.loads(line)['words']}" for line in file]
+
+
+def test_a_report_has_the_exact_mode_beside_the_others(run):
+    _, workdir = run
+    report = json.loads((workdir / "report.json").read_text())
+    exact, drafts = report["systems"]["exact"], report["systems"]["exact"]["drafts"]
+    assert responses(workdir, "exact") == responses(workdir, "llm")
+    assert exact["quality"] == report["systems"]["llm"]["quality"]
+    assert drafts["against_llm"] == {"equal": 11, "of": 11, "different": []}
+    assert 0 < drafts["acceptance"] <= 1 <= drafts["tokens_per_block"] <= 5
+    assert len(drafts["acceptance_by_place"]) == 4
+    assert drafts["times"]["block_tokens"] == 5
+    assert exact["latency"]["total_ms"] > 0
+    page = (workdir / "report.md").read_text()
+    assert "## Exact decoding" in page and "11 of 11 texts are the LLM's own." in page
+
+
+@pytest.mark.parametrize("flags", [["--system=exact"], ["--search=exact=true,draft_tokens=2"]])
+def test_generate_says_what_the_llm_says(run, tmp_path, flags):
+    config, workdir = run
+    source, said = tmp_path / "prompts.txt", {}
+    with open(config.parent / "test.jsonl", encoding="utf-8") as file:
+        source.write_text("".join(f"{json.loads(line)['words']}\n" for line in file))
+    for name, extra in (("exact", flags), ("llm", ["--system=llm"])):
+        target = tmp_path / f"{name}.txt"
+        assert not tiny.run(
+            "--mode=generate", f"--workdir={workdir}", f"--input={source}", f"--output={target}",
+            *extra,
+        )  # fmt: skip
+        said[name] = target.read_text()
+    assert said["exact"] == said["llm"] and said["llm"].strip()
+
+
+def test_a_folder_with_the_whole_llm_decodes_exactly_anywhere(run, tmp_path, capsys):
+    config, workdir = run
+    source, whole = str(workdir / "l2s" / "model"), str(tmp_path / "whole")
+    assert not convert([f"--input={source}", f"--output={whole}", "--include-llm=whole"])
+    encodes = str(tmp_path / "encodes")
+    assert not convert([f"--input={source}", f"--output={encodes}", "--include-llm"])
+    # Elsewhere, without the run that it is from.
+    shutil.move(whole, tmp_path / "moved")
+    prompts, expected = prompts_of(config), responses(workdir, "llm")
+    model = l2s_jax.load(str(tmp_path / "moved"), exact=True)
+    outputs = model.generate(prompts)
+    assert [output.text for output in outputs] == expected
+    assert all(output.drafts.blocks or output.tokens == 1 for output in outputs)
+    assert "".join(model.stream(prompts[0])) == expected[0]
+    stop = expected[0][1:3]
+    (stopped,) = model.generate(prompts[:1], search=Search(stop=(stop,)))
+    assert stopped.text == expected[0].split(stop)[0]
+    # As the SLM's, the same folder answers as before.
+    alone, before = (l2s_jax.load(path).generate(prompts) for path in (tmp_path / "moved", source))
+    assert alone == before
+    # What is whole stays so.
+    assert not convert([f"--input={tmp_path / 'moved'}", f"--output={tmp_path / 'again'}"])
+    again = l2s_jax.load(str(tmp_path / "again"), exact=True)
+    assert [output.text for output in again.generate(prompts)] == expected
+
+    with pytest.raises(ValueError, match=r"exact decoding asks all of it.*--include-llm=whole"):
+        l2s_jax.load(encodes, exact=True)
+    capsys.readouterr()
+    target = str(tmp_path / "not")
+    assert convert([f"--input={encodes}", f"--output={target}", "--include-llm=whole"]) == 2
+    assert "exact decoding asks all of it" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        convert([f"--input={source}", f"--output={target}", "--include-llm=some"])
+    with pytest.raises(ValueError, match="include_llm='all'"):
+        bundle.copy(source, target, include_llm="all")
+
+
+def test_what_exact_decoding_cannot_do_is_one_line(run):
+    model = l2s_jax.load(str(run[1] / "l2s" / "model"))
+    with pytest.raises(ValueError, match=r"load.*exact=True"):
+        model.generate(["reverse: one"], search=Search(exact=True))
+    exact = l2s_jax.load(str(run[1] / "l2s" / "model"), exact=True)
+    for search, line in (
+        ({"draft_tokens": 9}, "draft_tokens=9: expected at most the 8 new tokens"),
+        ({"num_beams": 2, "exact": False}, "num_beams=2 with exact=True"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            exact.generate(["reverse: one"], search=Search(**{"exact": True, **search}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--config.decoding.search.draft_tolerance=1.5"], "draft_tolerance=1.5"),
+        (["--config.decoding.search.draft_tokens=0"], "draft_tokens=0"),
+        (["--config.decoding.search.draft_tokens=9"], "expected at most"),
+        (["--config.decoding.search.num_beams=2"], "num_beams=2 with exact=True"),
+        (["--config.slm.tokenizer.train_vocab_size=30"], "one tokenizer for both"),
+        (["--config.llm.tune.rank=2"], "the LLM that encodes is then not the one"),
+        (["--config.labels.source=llm", "--config.labels.search.exact=true"], "makes labels alone"),
+    ],
+)
+def test_a_config_that_cannot_be_exact_is_refused_before_any_work(flags, line, tmp_path, capsys):
+    config = tiny.write_task(tmp_path / "task")
+    workdir = tmp_path / "run"
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}", EXACT, *flags) == 2
+    (error,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error:")]
+    assert line in error
+    assert not workdir.exists()
