@@ -84,6 +84,8 @@ def output(tmp_path_factory):
         *(
             "--no-tune",
             "--vocabulary=1000",
+            "--acceptance=0.7",
+            "--draft_tokens=2",
             "--batch_sizes=2",
             "--prompt_tokens=8",
             "--new_tokens=5",

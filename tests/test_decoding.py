@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
-from l2s_jax.models.systems import LanguageModel
+from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.search import Search
 
@@ -497,3 +498,33 @@ def test_a_chunk_of_a_stream_updates_the_cache_that_it_is_given(name, rows):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= bytes_of(state.cache) == bytes_of(cache)
     assert memory.temp_size_in_bytes < 0.5 * bytes_of(cache)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("families", ["t5", "llama"])
+def test_exact_decoding_updates_both_caches_in_place(families, rows):
+    new, search = 500, Search(exact=True)
+    if families == "t5":
+        l2s, trained, _, _ = case("add")
+        llm = LanguageModel("llm", small.t5_config(width=24, num_encoder_layers=2, head_width=8))
+    else:
+        llm = LanguageModel("llm", CAUSAL["llama"])
+        l2s = LlmToSlm(CAUSAL["llama"], CAUSAL["llama"], projector_width=16)
+        trained = jax.eval_shape(l2s.init, jax.random.key(0))
+    system = Exact(l2s, llm)
+    whole = jax.eval_shape(llm.init, jax.random.key(0))["llm"]
+    prompts = jnp.zeros((rows, 7), jnp.int32), jnp.ones((rows, 7), bool)
+    arguments = trained, whole, *prompts, jnp.full(rows, new)
+    settings = {"max_new_tokens": new, "search": search}
+    state = jax.eval_shape(functools.partial(start, system, **settings), *arguments)
+    compiled = jitted_decode.lower(system, *arguments, **settings).compile(COMPILATION)
+    # But for those of the prompt, which nothing is written to.
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.cache) if leaf.ndim == 4}
+    shapes = {shape for shape in shapes if shape[2] > new}
+    turned = {(*shape[:2], *shape[:1:-1]) for shape in shapes}
+    lines = computations_per_token(compiled.as_text())
+
+    writing = "dynamic-update-slice" if rows == 1 else "scatter"
+    assert made_by(writing, shapes, lines)
+    assert not made_by("copy", shapes | turned, lines)
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.9 * bytes_of(state.cache)

@@ -29,7 +29,7 @@ import jax
 from tqdm import tqdm
 
 from l2s_jax.bench import machine
-from l2s_jax.bench.arguments import Parser, count, integers
+from l2s_jax.bench.arguments import Parser, count, integers, share
 from l2s_jax.bench.contest import Contest
 from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random
@@ -97,6 +97,8 @@ def _parser() -> Parser:
     add("--new_tokens", type=integers, default="32,128,256", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
     add("--vocabulary", type=count, default=0, help="pieces that l2s-cut and slm-cut write with")
+    add("--acceptance", type=share, help="exact: the share of drafts that pass, by chance")
+    add("--draft_tokens", type=count, default=4, help="exact: at once (default: %(default)s)")
     add("--repeats", type=count, default=5, help="of each case (default: %(default)s)")
     add("--threads", type=count, default=machine.cores(), help="CPU cores of each (default: all)")
     add(
@@ -136,6 +138,7 @@ def run(options: argparse.Namespace) -> None:
             "dtype": options.dtype,
             "weights": weights,
             "repeats": options.repeats,
+            **({} if options.acceptance is None else {"acceptance": options.acceptance}),
             "not_measured": contest.failures,
             "environment": _environment(contest.device, options.threads),
         }
@@ -182,6 +185,8 @@ def _setup(options: argparse.Namespace, folder: str) -> tuple[Setup, str]:
         vocab_size=min(config.vocab_size for config in configs.values()),
         real_weights=set(weights.values()) == {"of the checkpoint"},
         vocabulary=options.vocabulary,
+        draft_tokens=options.draft_tokens,
+        acceptance=options.acceptance,
         accelerator=False,
         fast_bfloat16=machine.has_fast_bfloat16(),
         **{f"{name}_positions": getattr(c, "max_positions", None) for name, c in configs.items()},

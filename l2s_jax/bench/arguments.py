@@ -21,6 +21,17 @@ def integers(text: str) -> list[int]:
     return values
 
 
+def share(text: str) -> float:
+    """ "0.8" -> 0.8."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
+    return value
+
+
 def count(text: str) -> int:
     """ "8" -> 8."""
     values = integers(text)

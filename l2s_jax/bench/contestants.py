@@ -42,6 +42,8 @@ class Setup:
     llm_positions: int | None = None  # how many tokens a model can take; None: any number
     slm_positions: int | None = None
     vocabulary: int = 0  # pieces that those with a cut vocabulary write with
+    draft_tokens: int = 4  # of exact decoding: the most at once
+    acceptance: float | None = None  # the share of drafts that pass there
 
     def prompts(self, case: Case) -> np.ndarray:
         """int32 [B, T], which everybody gets."""
@@ -108,6 +110,7 @@ CONTESTANTS: Mapping[str, Entry] = {
     "l2s-bfloat16": _ours("L2S, its LLM in bfloat16", "l2s", encoder_dtype="bfloat16"),
     "l2s-int8": _ours("L2S, int8", "l2s", weights="int8"),
     "l2s-cut": _ours("L2S, vocabulary cut", "l2s", is_cut=True),
+    "exact": _ours("LLM, drafted by L2S", "exact"),
     "llm": _ours("LLM", "llm"),
     "llm-int8": _ours("LLM, int8", "llm", weights="int8"),
     "slm": _ours("SLM alone", "slm"),
@@ -190,6 +193,8 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
             return "this CPU has no products in bfloat16"
     if CONTESTANTS[name].arguments.get("is_cut") and not setup.vocabulary:
         return "the size of its vocabulary is not given: --vocabulary"
+    if name == "exact" and setup.acceptance is None:
+        return "its projector is random: how many drafts pass is not given, --acceptance"
     if name == "hf-llm-assisted":
         if not setup.real_weights:
             return "random weights accept no draft, expected checkpoints"
@@ -201,6 +206,7 @@ def unfit(name: str, setup: Setup, case: Case) -> str:
         "l2s": {"llm": case.prompt_tokens, "slm": whole},
         "llm": {"llm": whole},
         "slm": {"slm": whole},
+        "exact": dict.fromkeys(("llm", "slm"), whole + setup.draft_tokens),
     }.get(arguments.get("name", ""), {})
     if arguments.get("assisted"):
         needed["slm"] = whole  # it writes drafts of the same row

@@ -12,15 +12,18 @@ from l2s_jax.bench.contestants import Case, Setup, has_weights
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes
+from l2s_jax.decoding.engine import GREEDY
 from l2s_jax.evaluation.latency import Stopwatch
+from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.vocabulary import of_size, with_vocabulary
+from l2s_jax.settings.search import Search
 
 
 class _Ours:
-    """One of our systems: "llm", "slm" or "l2s", whose LLM may encode in another dtype."""
+    """One of our systems: "llm", "slm", "exact", or "l2s", whose LLM may have another dtype."""
 
     def __init__(self, setup: Setup, name: str, encoder_dtype: str, weights: str, vocabulary: int):
         self._setup = setup
@@ -31,13 +34,23 @@ class _Ours:
     def prepare(self, case: Case) -> dict[str, float]:
         self._stopwatch: Any = None  # Its programs and cache go before the next ones come.
         self._stopwatch = Stopwatch(
-            self._system, self._trained, self._frozen, self._setup.vocab_size, **case._asdict()
+            self._system,
+            self._trained,
+            self._frozen,
+            self._setup.vocab_size,
+            search=self._search(),
+            **case._asdict(),
         )
-        return {
-            "compile_s": self._stopwatch.compile_s,
-            "bytes_read_per_token": bytes_of_weights(self._system, self._trained)
-            + self._stopwatch.cache_bytes,
-        }
+        facts = {"compile_s": self._stopwatch.compile_s}
+        if not isinstance(self._system, Exact):
+            read = bytes_of_weights(self._system, self._trained)
+            facts["bytes_read_per_token"] = read + self._stopwatch.cache_bytes
+        return facts
+
+    def _search(self) -> Search:
+        if not isinstance(self._system, Exact):
+            return GREEDY
+        return Search(exact=True, draft_tokens=self._setup.draft_tokens)
 
     def measure(self) -> dict[str, float]:
         times = self._stopwatch.measure()
@@ -84,9 +97,17 @@ def bytes_of_weights(system: System, trained: Params) -> int:
 
 def _load(
     setup: Setup, name: str, encoder_dtype: str, weights: str, vocabulary: int
-) -> tuple[System, Params, Params]:
+) -> tuple[System | Exact, Params, Params]:
     """(system, trained, frozen) as they serve; projector and prompt map are random."""
     dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
+    if name == "exact":
+        # What encodes is a part of the LLM, in its dtype.
+        l2s, trained, _ = _load(setup, "l2s", setup.dtype, weights, vocabulary)
+        llm, parameters, _ = _load(setup, "llm", encoder_dtype, weights, 0)
+        assert isinstance(l2s, LlmToSlm)
+        assert isinstance(llm, LanguageModel)
+        system = Exact(l2s, llm, acceptance=setup.acceptance)
+        return system, trained, dict(parameters["llm"])
     if name != "l2s":
         config, params = _model(setup.llm if name == "llm" else setup.slm, dtype)
         config = _cut(config, vocabulary)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.logits import History, among, constrain, greatest, history_of, pick
-from l2s_jax.decoding.loop import Decoded, repeat
+from l2s_jax.decoding.loop import Decoded, repeat, repeat_while
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
 from l2s_jax.settings.search import Search
@@ -168,7 +168,7 @@ class ExactLoop:
         if self.capacity > 1:
             state = jax.lax.while_loop(
                 lambda state: ~jnp.all(state.done),
-                lambda state: self._advance(trained, frozen, state, 1),
+                lambda state: self._advance(trained, frozen, state, self.capacity),
                 state,
             )
         return self.finish(state)
@@ -190,19 +190,22 @@ class ExactLoop:
             state.passed,
         )
 
-    def _advance(
-        self, trained: Params, frozen: Params, state: ExactState, blocks: int
-    ) -> ExactState:
+    def _advance(self, trained: Params, frozen: Params, state: ExactState, most: int) -> ExactState:
+        """Up to `most` blocks of each size, as long as the size is the best one."""
         sizes = block_sizes(self.search.draft_tokens)
-        turns = [functools.partial(self._block, trained, frozen, size=size) for size in sizes]
         cost = self.system.draft_cost(trained, frozen)
+        for place, size in enumerate(sizes):
+            began = jnp.max(state.blocks)
 
-        def one(state: ExactState) -> ExactState:
-            if len(turns) == 1:
-                return turns[0](state)
-            return jax.lax.switch(self._choose_size(state.rate, sizes, cost), turns, state)
+            def goes_on(state: ExactState, place: int = place, began: Any = began) -> jax.Array:
+                best = self._choose_size(state.rate, sizes, cost) == place
+                left = jnp.max(state.blocks) - began < most
+                return best & left & ~jnp.all(state.done)
 
-        return repeat(one, state, blocks)
+            # A loop that may not run at all, and no branch: caches are copied in and out of one.
+            block = functools.partial(self._block, trained, frozen, size=size)
+            state = repeat_while(goes_on, block, state)
+        return state
 
     def _choose_size(
         self, rate: Float32[Array, " two"], sizes: tuple[int, ...], cost: float

@@ -167,26 +167,39 @@ class Loop:
 
 def repeat(one: Callable[[S], S], state: S, times: int, unroll: int = 1) -> S:
     """`one` so many times, as a loop whose state has a `cache` that is changed in place."""
-    # The compiled loop carries the keys and values of one row without their row axis, which XLA
-    # leaves out of the step's products: with it, the CPU backend copies them at every step.
-    squeezed = jax.tree.map(lambda leaf: leaf.ndim == 4 and leaf.shape[0] == 1, state.cache)
-
-    def reshaped(state: S, change: Callable[[jax.Array], jax.Array]) -> S:
-        leaves = jax.tree.map(
-            lambda leaf, single: change(leaf) if single else leaf, state.cache, squeezed
-        )
-        return state.replace(cache=leaves)
-
-    def squeeze(state: S) -> S:
-        return reshaped(state, lambda leaf: leaf[0])
-
-    def expand(state: S) -> S:
-        return reshaped(state, lambda leaf: leaf[None])
+    squeeze, expand = _rows_of(state)
 
     def turn(state: S, _: None) -> tuple[S, None]:
         return squeeze(one(expand(state))), None
 
     return expand(jax.lax.scan(turn, squeeze(state), length=times, unroll=unroll)[0])
+
+
+def repeat_while(holds: Callable[[S], Bool[Array, ""]], one: Callable[[S], S], state: S) -> S:
+    """`one` as long as `holds`, likewise."""
+    squeeze, expand = _rows_of(state)
+    turn: Callable[[S], S] = lambda state: squeeze(one(expand(state)))  # noqa: E731
+    return expand(jax.lax.while_loop(holds, turn, squeeze(state)))
+
+
+def _rows_of(state: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """(what takes the row axis from the cache of a state like this, what gives it back).
+
+    Compiled loops carry the keys and values of one row without their row axis, which XLA leaves out
+    of the step's products: with it, the CPU backend copies them at every step.
+    """
+    squeezed = jax.tree.map(lambda leaf: leaf.ndim == 4 and leaf.shape[0] == 1, state.cache)
+
+    def reshaped(state: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
+        leaves = jax.tree.map(
+            lambda leaf, single: change(leaf) if single else leaf, state.cache, squeezed
+        )
+        return state.replace(cache=leaves)
+
+    return (
+        lambda state: reshaped(state, lambda leaf: leaf[0]),
+        lambda state: reshaped(state, lambda leaf: leaf[None]),
+    )
 
 
 def decoding_steps(max_new_tokens: int) -> int:

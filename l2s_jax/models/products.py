@@ -22,6 +22,9 @@ from l2s_jax.cluster.sharding import AnyArray, program_mesh
 # longer so.
 SPLIT_K = 128
 
+# As many as a step has, or a block of drafted tokens.
+FEW_QUERIES = 16
+
 
 def product(
     spec: str,
@@ -137,9 +140,9 @@ def by_keys(
     rows, heads, queries, _ = query.shape
     query = _in_groups(query, key.shape[1])
     # XLA's CPU backend multiplies [M, K] by [K, N] and first transposes what comes otherwise: for
-    # one query, the cache at every step. So the keys are the first factor then, the values always
-    # the second. `einsum` keeps that order only if the result's letters have it too.
-    if queries == 1:
+    # a few queries, the cache at every step. So the keys are the first factor then, the values
+    # always the second. `einsum` keeps that order only if the result's letters have it too.
+    if queries <= FEW_QUERIES:
         scores = jnp.einsum(
             "bgkh,bgrqh->bgkrq", key, query, preferred_element_type=jnp.float32
         ).transpose(0, 1, 3, 4, 2)
