@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.beam import Hypotheses, beam_search
-from l2s_jax.decoding.exact import ExactLoop, ExactState
+from l2s_jax.decoding.drafted import ExactState
+from l2s_jax.decoding.exact import ExactLoop
 from l2s_jax.decoding.logits import History, history_of
 from l2s_jax.decoding.loop import Decoded, Loop, State, decoding_steps
 from l2s_jax.models.cache import take_hypotheses

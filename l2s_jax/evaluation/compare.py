@@ -165,7 +165,7 @@ def _measured(grid: Grid, workdir: str) -> dict[str, Any]:
         sizes = [
             {
                 "params": parameter_count((one.trained, one.frozen)),
-                "params_read_per_token": one.system.parameters_read_per_token(one.trained),
+                "params_read_per_token": evaluate.read_per_token(one),
                 "latency": latency,
             }
             for one, latency in zip(generators.values(), times, strict=True)

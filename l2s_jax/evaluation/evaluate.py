@@ -88,7 +88,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         systems[name] = {
             "description": description,
             "params": parameter_count((generator.trained, generator.frozen)),
-            "params_read_per_token": _read_per_token(generator, outputs),
+            "params_read_per_token": read_per_token(generator, outputs),
             "quality": measured[name].quality,
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
@@ -120,7 +120,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     return distributed.on_primary(written)
 
 
-def _read_per_token(generator: Generator, outputs: Sequence[Output]) -> int:
+def read_per_token(generator: Generator, outputs: Sequence[Output] = ()) -> int:
     """Numbers that a token reads; of exact decoding an LLM's share, as it is read once a block."""
     system = generator.system
     if not isinstance(system, Exact):

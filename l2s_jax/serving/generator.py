@@ -16,8 +16,8 @@ from tqdm import tqdm
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.text import integer_list, text_list
 from l2s_jax.decoding.beam import Hypotheses
+from l2s_jax.decoding.drafted import Drafted
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
-from l2s_jax.decoding.exact import Drafted
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System

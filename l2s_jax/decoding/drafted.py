@@ -1,0 +1,56 @@
+"""What exact decoding holds between two blocks, and what it gives back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+from jaxtyping import Array, Bool, Float32, Int32, Key
+
+from l2s_jax.decoding.logits import History
+from l2s_jax.decoding.loop import Decoded
+
+
+class Drafted(Decoded):
+    """What exact decoding gives back.
+
+    blocks: how many blocks the LLM read of each row.
+    tested: how often a drafted token of each place in a block came to be tested.
+    passed: how often it passed.
+    """
+
+    blocks: Int32[Array, " B"]
+    tested: Int32[Array, "B M"]
+    passed: Int32[Array, "B M"]
+
+
+class ExactState(struct.PyTreeNode):
+    """Where the loop stands. Fields as of loop.State and of Drafted, and:
+
+    history: what the response continues, if need be, then the response; rows have their own ends.
+    lengths: tokens so far, of which the LLM's cache holds all but the last.
+    held: tokens that the SLM's cache holds: all but the last, or the last two.
+    cache: (the LLM's, the SLM's); None of an LLM that nobody asks.
+    origin: the index of each cache before the response.
+    rate: tokens tested and passed lately, [2].
+    """
+
+    history: History
+    lengths: Int32[Array, " B"]
+    limits: Int32[Array, " B"]
+    held: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    finished: Bool[Array, " B"]
+    keys: Key[Array, " B"] | None
+    cache: tuple[Any, Any]
+    origin: tuple[Int32[Array, ""], Int32[Array, ""]]
+    rate: Float32[Array, " two"]
+    blocks: Int32[Array, " B"]
+    tested: Int32[Array, "B M"]
+    passed: Int32[Array, "B M"]
+    room: int = struct.field(pytree_node=False)
+
+    @property
+    def tokens(self) -> Int32[Array, "S B"]:
+        """The responses, as of loop.State; what comes after a row's length is no part of it."""
+        return self.history.tokens[-self.room :]
