@@ -329,6 +329,5 @@ def test_a_model_comes_to_agree_with_the_llm_on_what_it_writes(runs):
         return sums["loss"] / sums["tokens"], sums["correct"] / sums["tokens"]
 
     without, own = (score(params) for params, _ in runs.values())
-    print(without, own)
     assert own[0] < 0.7 * without[0]
     assert own[1] > without[1]
