@@ -364,6 +364,7 @@ WITHOUT_EFFECT = [
     ("labels.source", "data", "labels.mesh.tensor", 2, "the LLM does not answer"),
     ("distillation.weight", 0.0, "distillation.top_k", 8, "nothing is learnt of distributions"),
     ("distillation.weight", 0.0, "distillation.temperature", 2.0, "nothing is learnt of"),
+    ("distillation.weight", 0.0, "distillation.batch_size", 8, "nothing is learnt of"),
     ("distillation.weight", 1.0, "slm.train.label_smoothing", 0.1, "no part of the loss"),
     ("distillation.weight", 1.0, "l2s.train.label_smoothing", 0.1, "no part of the loss"),
 ]

@@ -93,7 +93,12 @@ def load_native(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module,
 
 
 def load(
-    directory: str, *, dtype: Any = jnp.float32, serve: bool = False, mesh: Mesh | None = None
+    directory: str,
+    *,
+    dtype: Any = jnp.float32,
+    serve: bool = False,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[nn.Module, Params]:
     """(module, params) of a directory of either kind; see `load_hf`.
 
@@ -103,8 +108,9 @@ def load(
       serve: kernels are held in the compute dtype, as `serving.to_serve` would hold them.
       mesh: with one, params are global arrays that lie on it by the rules of sharding.py; each
         process reads the part that its own devices hold, and casts and places it array by array.
+      scan_layers: layers are stacked (models/stacking.py), as the module then takes them.
     """
-    return _load(directory, dtype, serve=serve, mesh=mesh)
+    return _load(directory, dtype, serve=serve, mesh=mesh, scan_layers=scan_layers)
 
 
 def load_encoder(
@@ -125,13 +131,7 @@ def load_encoder(
     parameter tree, where they are given.
     """
     return _load(
-        directory,
-        dtype,
-        layer=layer,
-        serve=serve,
-        mesh=mesh,
-        scan_layers=scan_layers,
-        kept=entries,
+        directory, dtype, layer=layer, serve=serve, mesh=mesh, scan_layers=scan_layers, kept=entries
     )
 
 

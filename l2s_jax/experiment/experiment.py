@@ -25,6 +25,7 @@ from l2s_jax.experiment.l2s import L2sStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.logits import LogitStage
+from l2s_jax.experiment.on_policy import OwnResponses
 from l2s_jax.experiment.slm import SlmStage
 from l2s_jax.experiment.stage import Stage
 from l2s_jax.experiment.start import SlmStart
@@ -70,7 +71,9 @@ class Experiment:
             context, self.llm, self.labels, self.slm_tokenizer, self.vocabulary
         )
         self.features = FeatureStage(context, self.llm)
-        start, learnt = SlmStart(context, self.llm), (self.labels, self.vocabulary, self.logits)
+        self.own_responses = OwnResponses(context, self.llm, self.slm_tokenizer)
+        start = SlmStart(context, self.llm)
+        learnt = (self.labels, self.vocabulary, self.logits, self.own_responses)
         self.slm = SlmStage(context, start, self.slm_tokenizer, *learnt)
         is_tuned = bool(config.llm.tune.rank)
         self.frozen = L2sStage(
@@ -130,6 +133,7 @@ class Experiment:
         if until not in ("tokenizer", "slm_tokenizer"):
             self.vocabulary.check()
             self.logits.check()
+            self.own_responses.check()
             self.check_exact()
         for stage in self.stages:
             # Tokenizers, labels, logits and features are made when a model needs them.

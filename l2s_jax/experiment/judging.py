@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,10 +15,10 @@ from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
-from l2s_jax.decoding import engine
 from l2s_jax.experiment.context import Context, Score
 from l2s_jax.models.lora import Adapted
 from l2s_jax.models.systems import Params, System
+from l2s_jax.training.answering import answer
 from l2s_jax.training.loop import Judged
 
 
@@ -144,25 +143,14 @@ class Judge:
         self, params: Params, frozen: Params, batch: Mapping[str, Any]
     ) -> tuple[jax.Array, jax.Array]:
         """(tokens [B, S], their numbers [B])."""
-        system = self._system
-        if isinstance(system, Adapted):
-            system, params, frozen = system.whole(params, frozen)
-        params, frozen = system.to_serve(params, frozen)
-        ids, mask = batch["ids"], batch["mask"]
-        if "hidden" in batch:
-            hidden = batch["hidden"].astype(jnp.float32)
-        else:
-            hidden = system.encode(params, frozen, ids, mask)
-        logits, cache, _ = engine.prefill(
-            system, params, frozen, ids, mask, hidden, max_new_tokens=self._capacity
-        )
-        decoded: Any = engine.decode_cache(
-            system,
+        return answer(
+            self._system,
             params,
-            logits,
-            cache,
+            frozen,
+            batch["ids"],
+            batch["mask"],
             batch["limits"],
+            hidden=batch.get("hidden"),
             max_new_tokens=self._capacity,
             end_ids=self._data.response_tokenizer.end_ids,
         )
-        return decoded.tokens, decoded.lengths

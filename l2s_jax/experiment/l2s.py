@@ -13,6 +13,7 @@ from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.logits import LogitStage
+from l2s_jax.experiment.on_policy import OwnResponses
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
@@ -28,6 +29,7 @@ class BundleStage(TrainedStage):
     since = ("labels.splits",)
     labels: LabelStage
     teacher: LogitStage
+    own_responses: OwnResponses
 
     def examples(self) -> Sequence[Example]:
         """The labels."""
@@ -66,6 +68,7 @@ class L2sStage(BundleStage):
         labels: LabelStage,
         vocabulary: VocabularyStage,
         logits: LogitStage,
+        own_responses: OwnResponses,
         features: FeatureStage,
     ):
         needs = (llm, tokenizer.source, labels, vocabulary, logits, features)
@@ -75,6 +78,7 @@ class L2sStage(BundleStage):
         )
         self._llm, self._start, self.labels, self._features = llm, start, labels, features
         self._tokenizer, self.teacher = tokenizer, logits
+        self.own_responses = own_responses
 
     @property
     def shared_vocabulary(self) -> bool:
@@ -87,6 +91,7 @@ class L2sStage(BundleStage):
             **self._start.inputs(),
             **self.labels.learnt_inputs(),
             **self.teacher.learnt_inputs(),
+            **self.own_responses.inputs(),
             **self._features.learnt_inputs(),
             **self.training_inputs(self.labels.content()),
             **self.lora_inputs(),

@@ -13,8 +13,9 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.on_policy import check_teacher
 from l2s_jax.experiment.stage import RecordedStage, log
-from l2s_jax.experiment.tokenizers import TokenizerStage, check_one_tokenizer
+from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.experiment.workdir import differences
 from l2s_jax.files import plain, read_json, write_json
@@ -110,21 +111,9 @@ class LogitStage(RecordedStage):
         Raises:
           ValueError: the LLM only encodes, or the SLM's vocabulary is another.
         """
-        if not self.is_used():
-            return
-        setting = f"config.distillation.weight={self._settings.weight:g}"
-        if not self._llm.answers:
-            raise ValueError(
-                f"{setting}: {self._llm.directory}: the model has no head or decoder, so it has no "
-                "distributions over tokens to learn; expected config.distillation.weight=0"
-            )
-        check_one_tokenizer(
-            self.context.config,
-            self._llm.responses.tokenizer,
-            self._slm_tokenizer.tokenizer,
-            setting,
-            "config.distillation.weight=0",
-        )
+        if self.is_used():
+            weight = self._settings.weight
+            check_teacher("weight", weight, self.context, self._llm, self._slm_tokenizer)
 
     def make(self) -> None:
         """Has the LLM read what is missing."""

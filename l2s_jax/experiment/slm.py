@@ -9,6 +9,7 @@ from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.logits import LogitStage
+from l2s_jax.experiment.on_policy import OwnResponses
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
@@ -23,6 +24,7 @@ class SlmStage(LanguageModelStage):
     """The SLM alone."""
 
     since = ("labels.splits",)
+    own_responses: OwnResponses
 
     def __init__(
         self,
@@ -32,11 +34,12 @@ class SlmStage(LanguageModelStage):
         labels: LabelStage,
         vocabulary: VocabularyStage,
         logits: LogitStage,
+        own_responses: OwnResponses,
     ):
-        needs = (*start.needs, tokenizer.source, labels, vocabulary, logits)
+        needs = (*start.needs, tokenizer.source, labels, vocabulary, logits, *own_responses.needs)
         super().__init__(context, "slm", *needs, prompts=tokenizer, responses=vocabulary)
         self._start, self._labels, self._logits = start, labels, logits
-        self.teacher = logits
+        self.teacher, self.own_responses = logits, own_responses
 
     def inputs(self) -> dict[str, Any]:
         """What it starts from, what it learns, its training."""
@@ -44,6 +47,7 @@ class SlmStage(LanguageModelStage):
             **self._start.inputs(),
             **self._labels.learnt_inputs(),
             **self._logits.learnt_inputs(),
+            **self.own_responses.inputs(),
             **self.training_inputs(self._labels.content()),
             **self.lora_inputs(),
         }

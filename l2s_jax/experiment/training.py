@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from l2s_jax.experiment.logits import LogitStage
+    from l2s_jax.experiment.on_policy import OwnResponses
     from l2s_jax.experiment.vocabulary import VocabularyStage
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import LanguageModel, Params, System
@@ -43,9 +44,11 @@ class TrainedStage(RecordedStage):
     Attributes:
       prompts, responses: whose tokens the prompts and the responses are.
       teacher: the LLM's distributions, which it may learn from beside labels; None: it can't.
+      own_responses: likewise, those that it may learn on what it writes itself.
     """
 
     teacher: LogitStage | None = None
+    own_responses: OwnResponses | None = None
 
     def __init__(
         self,
@@ -236,6 +239,7 @@ class TrainedStage(RecordedStage):
             self.teacher.put_into(data)
             taught = context.config.distillation
             distillation = Distillation(taught.weight, taught.temperature)
+        own, responses = self.own_responses, self.responses.tokenizer
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
@@ -249,6 +253,7 @@ class TrainedStage(RecordedStage):
             mesh=context.mesh,
             judge=judging.make(context, train, adapted or system, prompts, answered),
             distillation=distillation,
+            policy=own.load(responses, self.name) if own else None,
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

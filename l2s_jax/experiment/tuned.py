@@ -33,6 +33,7 @@ class TunedStage(BundleStage):
         )
         self._frozen, self._tune = frozen, tune
         self.labels, self.teacher = frozen.labels, frozen.teacher
+        self.own_responses = frozen.own_responses
 
     def inputs(self) -> dict[str, Any]:
         """What it goes on from, what is adapted, what it learns, its training."""
@@ -41,6 +42,7 @@ class TunedStage(BundleStage):
             "tune": {name: self._tune[name] for name in ("rank", "alpha", "pattern")},
             **self.labels.learnt_inputs(),
             **self.teacher.learnt_inputs(),
+            **self.own_responses.inputs(),
             **self.training_inputs(self.labels.content()),
         }
 

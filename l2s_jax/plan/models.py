@@ -111,6 +111,8 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     )
     if config.llm.tune.rank:
         log.info("the second stage, which adapts the LLM too, is not planned")
+    if config.distillation.on_policy:
+        log.info("batches that L2S writes itself, and the whole LLM that scores them: not planned")
     key = jax.random.key(0)
     trained = jax.eval_shape(system.init, key)
     beside = frozen

@@ -9,7 +9,7 @@ from l2s_jax.settings.declare import Section, setting
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Section):
-    """Logit distillation, of the SLM alone and of L2S alike."""
+    """What the SLM alone and L2S learn alike of the LLM's distributions."""
 
     weight: float = setting(
         0.0,
@@ -32,4 +32,14 @@ class Distillation(Section):
     )
     batch_size: int = setting(
         32, "Examples that the LLM reads at a time, on the devices of `labels.mesh`.", at_least=1
+    )
+    # Agarwal et al. 2024, arXiv 2306.13649.
+    on_policy: float = setting(
+        0.0,
+        "Share of the batches whose responses the model in training writes itself: on these it "
+        "learns nothing but the LLM's distributions over the next token. `weight` is about the "
+        "other batches.",
+        at_least=0,
+        below=1,
+        added=True,
     )

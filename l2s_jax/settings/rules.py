@@ -100,7 +100,15 @@ IDLE = (
         "there is no COMET",
     ),
     Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
-    Idle("distillation.*", "distillation.weight", _is_off, "nothing is learnt of distributions"),
+    *(
+        Idle(
+            f"distillation.{name}",
+            "distillation.weight",
+            _is_off,
+            "nothing is learnt of distributions that are kept",
+        )
+        for name in ("temperature", "top_k", "batch_size")
+    ),
     *(
         Idle(
             f"{name}.train.label_smoothing",
@@ -205,13 +213,14 @@ def _unusable(settings: Settings) -> Iterator[str]:
             "config.tokenizer.train_vocab_size=0: expected a size, there is no config.llm.path to "
             "take a tokenizer from"
         )
-    if s.distillation.weight and s.slm.tokenizer.train_vocab_size:
-        yield (
-            f"config.distillation.weight={s.distillation.weight:g} with "
-            f"config.slm.tokenizer.train_vocab_size={s.slm.tokenizer.train_vocab_size}: the SLM's "
-            "vocabulary is then not the LLM's, whose distributions it would learn; expected one of "
-            "them to be 0"
-        )
+    for name in ("weight", "on_policy"):
+        share = getattr(s.distillation, name)
+        if share and s.slm.tokenizer.train_vocab_size:
+            yield (
+                f"config.distillation.{name}={share:g} with config.slm.tokenizer.train_vocab_size="
+                f"{s.slm.tokenizer.train_vocab_size}: the SLM's vocabulary is then not the LLM's, "
+                "whose distributions it would learn; expected one of them to be 0"
+            )
     made = not s.slm.path and not s.slm.cut.is_used
     if s.l2s.fusion == "cross" and made and s.slm.model.family != "t5":
         yield (

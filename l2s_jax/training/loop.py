@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.systems import Params
-from l2s_jax.training import optim
+from l2s_jax.training import on_policy, optim
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.distillation import Distillation
 from l2s_jax.training.meter import Meter
+from l2s_jax.training.on_policy import OnPolicy
 from l2s_jax.training.progress import MetricWriter, NoWriter
 from l2s_jax.training.update import (
     Trainable,
@@ -102,6 +103,7 @@ def fit(
     mesh: Mesh,
     judge: Callable[[Params, Params], Judged] | None = None,
     distillation: Distillation | None = None,
+    policy: OnPolicy | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
@@ -113,13 +115,17 @@ def fit(
     own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
     through once for each validation, and is scored without `distillation`. There
     `judge(params, frozen)` says what more is known of the parameters, which lie on the mesh: with
-    `config.select` "quality" a score `val_quality`.
+    `config.select` "quality" a score `val_quality`. With `policy` the system answers the prompts of
+    some batches itself, and these are the responses that it learns; other batches are as without.
     """
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
     replicated = NamedSharding(mesh, P())
     rows = sharding.batch_rows(mesh, config.batch_size)
     step_fn = make_step(system, optimizer, config, seed, shardings, distillation)
+    if policy:
+        write_fn = on_policy.make_writer(system, policy, seed, mesh)
+        own_step_fn = make_step(system, optimizer, config, seed, shardings, llm=policy.llm)
     score_fn = jax.jit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,
@@ -131,6 +137,7 @@ def fit(
     ):
         abstract = abstract_state(params, optimizer, config, shardings)
         frozen = sharding.put_parameters(frozen, mesh)
+        of_llm = sharding.put_parameters(policy.params, mesh) if policy else {}
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
         start = checkpoints.latest_step
         if start is None:
@@ -155,19 +162,28 @@ def fit(
                 start_step=start + 1,
                 name=os.path.basename(directory),
             ) as writer:
-                meter = Meter(writer, config, mesh, config.batch_size / len(rows))
+                share = config.batch_size / len(rows)
+                meter = Meter(writer, config, mesh, share, has_own=policy is not None)
                 flops: dict[Any, float] = {}
                 for step in range(start + 1, config.steps + 1):
                     with meter.waiting():
                         batch = next(batches)
                     placed = put(batch)
-                    shapes = tuple((name, value.shape) for name, value in placed.items())
+                    own = bool(policy) and on_policy.is_own(step, policy.share, seed)
+                    llm = policy.llm if policy and own else None
+                    run, given = (own_step_fn, (frozen, of_llm)) if own else (step_fn, frozen)
+                    shapes = own, *((name, value.shape) for name, value in placed.items())
                     first = shapes not in flops
                     with meter.compiling(first=first):
+                        if own:
+                            written = write_fn(state.params, frozen, placed, state.step)
+                            placed = on_policy.with_responses(placed, written)
                         if first:
-                            flops[shapes] = step_flops(system, state.params, frozen, placed, config)
-                        state, metrics = step_fn(state, frozen, placed)
-                    meter.dispatched(step, metrics, batch, flops[shapes])
+                            flops[shapes] = step_flops(
+                                system, state.params, given, placed, config, llm
+                            )
+                        state, metrics = run(state, given, placed)
+                    meter.dispatched(step, metrics, batch, flops[shapes], own)
                     if step % config.evaluate_every == 0 or step == config.steps:
                         meter.flush()
                         weights = _weights(state)

@@ -17,7 +17,8 @@ from l2s_jax.training.progress import MetricWriter, NoWriter
 # What metrics.jsonl has of the clock: mean milliseconds of a step; real tokens of prompts and
 # responses per second, over all devices; operations per second and device, in 10**12, as flops.py
 # counts them, and their share of the chip's peak in bfloat16 (model FLOPs utilization), where that
-# is known; share of the time that the loop waited for batches; seconds of compilation so far.
+# is known; share of the time that the loop waited for batches; seconds of compilation so far. Of a
+# batch whose responses the model wrote, the prompts count as tokens, and the update as operations.
 TIMES = ("step_ms", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "compile_s")
 
 
@@ -29,13 +30,25 @@ class Meter:
     """
 
     def __init__(
-        self, writer: MetricWriter | NoWriter, config: ConfigDict, mesh: Mesh, share: float
+        self,
+        writer: MetricWriter | NoWriter,
+        config: ConfigDict,
+        mesh: Mesh,
+        share: float,
+        has_own: bool = False,
     ):
-        """`config` is a training's, as config.*.train.
+        """Nothing is written yet.
 
-        `share`: how many times the rows of this process the whole batch is.
+        Args:
+          writer: what it writes to.
+          config: of a training, as config.*.train.
+          mesh: of its devices.
+          share: how many times the rows of this process the whole batch is.
+          has_own: whether the model writes some of the responses itself. Lines then have the share
+            of such batches since the last line, and the last metrics of either kind of batch.
         """
         self._writer = writer
+        self._has_own = has_own
         self._every = config.log_every
         self._devices = mesh.size
         self._chip = chip_of(mesh.devices.flat[0])
@@ -48,6 +61,8 @@ class Meter:
         """Leaves what happened until now out of the next values."""
         self._start = time.perf_counter()
         self._steps, self._tokens, self._flops, self._waited = 0, 0, 0.0, 0.0
+        self._own = 0
+        self._latest: dict[str, jax.Array] = {}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -72,6 +87,7 @@ class Meter:
         metrics: dict[str, jax.Array],
         batch: Mapping[str, np.ndarray],
         flops: float,
+        own: bool = False,
     ) -> None:
         """Takes note of a step that the devices have been given.
 
@@ -79,14 +95,18 @@ class Meter:
           metrics: scalars, which may not be ready yet.
           batch: the rows of this process; bool [B, ...] under names that end in "_mask".
           flops: operations of the step, over all devices.
+          own: whether the model wrote the responses, in the place of those of `batch`.
         """
         self.flush()
-        masks = (value for key, value in batch.items() if key.endswith("_mask"))
+        others = ("response_mask",) if own else ()
+        masks = (v for key, v in batch.items() if key.endswith("_mask") and key not in others)
         self._tokens += sum(int(mask.sum()) for mask in masks)
         self._steps += 1
         self._flops += flops / self._devices
+        self._own += own
+        self._latest |= metrics
         if step % self._every == 0:
-            self._pending = step, metrics
+            self._pending = step, self._latest
         self._writer.advance(step)
 
     def flush(self) -> None:
@@ -96,6 +116,8 @@ class Meter:
         step, metrics = self._pending
         self._pending = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        if self._has_own:
+            values["on_policy_share"] = self._own / self._steps
         self._writer.write(step, values | self._times())
         self.restart()
 

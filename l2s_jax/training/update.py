@@ -16,15 +16,22 @@ from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
+from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import Batch, Params
 from l2s_jax.training import losses, optim
 from l2s_jax.training.distillation import Distillation, divergence
 from l2s_jax.training.flops import training_flops
+from l2s_jax.training.on_policy import own_loss
 
 
 @runtime_checkable
 class Trainable(Protocol):
     """What training asks of a system, LoRA's among them."""
+
+    @property
+    def prompt_name(self) -> str:
+        """Prefix of the batch keys that hold the prompt."""
+        ...
 
     def logits(
         self,
@@ -102,7 +109,7 @@ def batch_loss(
 
 def train_step(
     state: TrainState,
-    frozen: Params,
+    frozen: Any,
     batch: Batch,
     *,
     system: Trainable,
@@ -110,32 +117,39 @@ def train_step(
     config: ConfigDict,
     seed: int,
     distillation: Distillation | None = None,
+    llm: ModelConfig | None = None,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update. The gradient is that of the mean loss over the whole batch's response tokens.
 
-    With `accumulation` A the batch is taken in A parts of every A-th row, one after another.
+    With `accumulation` A the batch is taken in A parts of every A-th row, one after another. With
+    `llm` the system wrote the batch, and the loss and `frozen` are those of `on_policy.own_loss`.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
     trained = optim.trained_mask(config, state.params)
 
-    def loss(params: Params, *args: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        params: Params, frozen: Any, rows: Batch, dropout_key: Key[Array, ""] | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         fixed = jax.lax.stop_gradient(params)
-        return batch_loss(system, optim.keep_fixed(trained, params, fixed), *args)
+        params = optim.keep_fixed(trained, params, fixed)
+        if llm is not None:
+            return own_loss(system, params, frozen, rows, dropout_key, llm)
+        smoothing = config.label_smoothing
+        return batch_loss(system, params, frozen, rows, dropout_key, smoothing, distillation)
 
     gradient = jax.grad(loss, has_aux=True)
 
     def part(carry: Any, inputs: Any) -> tuple[Any, None]:
         index, rows = inputs
         dropout_key = jax.random.fold_in(key, index) if config.dropout_rate else None
-        smoothing = config.label_smoothing
-        new = gradient(state.params, frozen, rows, dropout_key, smoothing, distillation)
+        new = gradient(state.params, frozen, rows, dropout_key)
         return jax.tree.map(jnp.add, carry, new), None
 
     parts = jax.tree.map(
         lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch
     )
     zero = jax.tree.map(jnp.zeros_like, state.params)
-    mean = ("loss", "divergence") if distillation else ("loss",)
+    mean = ("loss", "divergence") if distillation and llm is None else ("loss",)
     sums = {name: jnp.zeros(()) for name in (*mean, "tokens", "correct")}
     if config.accumulation == 1:
         (grads, sums), _ = part((zero, sums), (0, batch))
@@ -156,9 +170,17 @@ def train_step(
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = optax.incremental_update(params, average, 1.0 - decay)
         average = optim.keep_fixed(trained, average, state.average)
+    if llm is None:
+        means = {name: sums[name] / tokens for name in mean}
+        means["accuracy"] = sums["correct"] / tokens
+    else:
+        means = {
+            "on_policy_loss": sums["loss"] / tokens,
+            "on_policy_agreement": sums["correct"] / tokens,
+            "on_policy_tokens": sums["tokens"] / len(batch["response_ids"]),
+        }
     metrics = {
-        **{name: sums[name] / tokens for name in mean},
-        "accuracy": sums["correct"] / tokens,
+        **means,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": optim.schedule(config)(state.step),
     }
@@ -172,6 +194,7 @@ def make_step(
     seed: int,
     shardings: TrainState,
     distillation: Distillation | None = None,
+    llm: ModelConfig | None = None,
 ) -> Any:
     """`train_step` as it is compiled: (state, frozen, batch) -> (state, metrics).
 
@@ -186,6 +209,7 @@ def make_step(
             config=config,
             seed=seed,
             distillation=distillation,
+            llm=llm,
         ),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step),
@@ -195,13 +219,19 @@ def make_step(
 def step_flops(
     system: Trainable,
     params: Params,
-    frozen: Params,
+    frozen: Any,
     batch: Mapping[str, Any],
     config: ConfigDict,
+    llm: ModelConfig | None = None,
 ) -> float:
-    """Operations of the products that one update on `batch` has to make, over all devices."""
+    """Operations of the products that one update on `batch` has to make, over all devices.
 
-    def loss(params: Params, frozen: Params, batch: Mapping[str, Any]) -> jax.Array:
+    `llm` as of `train_step`. What writes a batch is not counted.
+    """
+
+    def loss(params: Params, frozen: Any, batch: Mapping[str, Any]) -> jax.Array:
+        if llm is not None:
+            return own_loss(system, params, frozen, batch, None, llm)[0]
         return batch_loss(system, params, frozen, batch, None, 0.0)[0]
 
     return training_flops(loss, params, optim.trained_mask(config, params), frozen, batch)
