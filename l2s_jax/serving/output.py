@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Drafts(NamedTuple):
     """How a response was drafted.
@@ -16,6 +18,12 @@ class Drafts(NamedTuple):
     blocks: int
     tested: tuple[int, ...]
     passed: tuple[int, ...]
+
+
+def drafts_of(counts: Sequence[np.ndarray], row: int) -> Drafts:
+    """Those of one row of a batch, whose fields are [B], [B, M] and [B, M]."""
+    blocks, tested, passed = (one[row].tolist() for one in counts)
+    return Drafts(blocks, tuple(tested), tuple(passed))
 
 
 class Output(NamedTuple):
