@@ -76,7 +76,7 @@ def _draw_quality(
         )
         marker.set_gid(f"point {p.name}")
     values = [p.quality for p in points] + ([] if kept is None else [kept])
-    room = max(max(values) - min(values), 0.02 * max(map(abs, values)), 1e-3)
+    room = max(max(values) - min(values), 0.02 * max(map(abs, values)), 0.5)
     axes.set_ylim(min(values) - 0.2 * room, max(values) + 0.25 * room)
     if kept is not None:
         axes.axhline(kept, color=_GRAY, linewidth=1, linestyle="--", zorder=0)

@@ -60,6 +60,8 @@ def check(report: Mapping[str, Any]) -> None:
     compared = any(report["l2s_vs_llm"][name] is not None for name in RATIOS)
     require(report["systems"], "report.systems", SYSTEMS if compared else SYSTEMS[1:])
     require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
+    if not isinstance(report.get("dial", ""), str):
+        raise ValueError(f"report.dial is {report['dial']!r}: expected a text")
     _check_significance(report.get("significance", {}))
     counts = ("params", "params_read_per_token")
     for name, system in report["systems"].items():

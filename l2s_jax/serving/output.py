@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 
 class Drafts(NamedTuple):
     """How a response was drafted.
@@ -20,8 +18,8 @@ class Drafts(NamedTuple):
     passed: tuple[int, ...]
 
 
-def drafts_of(counts: Sequence[np.ndarray], row: int) -> Drafts:
-    """Those of one row of a batch, whose fields are [B], [B, M] and [B, M]."""
+def drafts_of(counts: Sequence[Any], row: int) -> Drafts:
+    """Those of one row of a batch, whose fields are arrays [B], [B, M] and [B, M]."""
     blocks, tested, passed = (one[row].tolist() for one in counts)
     return Drafts(blocks, tuple(tested), tuple(passed))
 
