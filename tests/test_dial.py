@@ -18,7 +18,10 @@ from l2s_jax.experiment.workdir import read_config
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 # So trained, LLM and L2S say different things.
-DIFFERENT = ("--config.llm.train.steps=40", "--config.llm.train.learning_rate=0.01")
+DIFFERENT = [
+    f"--config.llm.train.{setting}"
+    for setting in ("steps=40", "learning_rate=0.01", "evaluate_every=40")
+]
 FILES = ("dial.json", "dial.md", "dial.png", "dial.svg")
 
 
@@ -70,7 +73,7 @@ def test_tolerances_lie_between_the_llm_and_l2s(run):
     assert loose["drafts"]["acceptance"] == 1 > exact["drafts"]["acceptance"]
     assert loose["drafts"]["tokens_per_block"] > exact["drafts"]["tokens_per_block"] >= 1
     assert llm["drafts"] is None is l2s["drafts"]
-    assert all(p["request_ms"] > 0 < p["compile_s"] for p in dial["points"])
+    assert all(p["request_ms"] > 0 <= p["compile_s"] for p in dial["points"])
     assert dial["task"]["examples"] == 11 and dial["task"]["requests"] == 3
 
 

@@ -71,19 +71,20 @@ def dial(config: ConfigDict, workdir: str) -> dict[str, Any]:
     sources = evaluate.sources_of(config, prompts)
     experiment.make()
     points = _points(experiment)
-    answers = [
-        point.generator.generate(
-            prompts, search=point.search, description=f"dial, {point.name}", shared=True
-        )
-        for point in points
-    ]
 
     def times() -> list[dict[str, float]]:
         count = min(config.evaluation.dial_requests, len(prompts))
         return _times(points, prompts, np.linspace(0, len(prompts) - 1, count).astype(int).tolist())
 
     together = experiment.context.decoding_mesh.is_multi_process
+    # Times first: nothing is compiled yet.
     timed = times() if together else distributed.on_primary(times)
+    answers = [
+        point.generator.generate(
+            prompts, search=point.search, description=f"dial, {point.name}", shared=True
+        )
+        for point in points
+    ]
 
     def written() -> dict[str, Any]:
         texts = [[output.text for output in outputs] for outputs in answers]
@@ -158,7 +159,7 @@ def _times(
     """
     samples: list[list[float]] = [[] for _ in points]
     silent = not distributed.is_primary()
-    # Prompts that are too long were warned of when quality was measured.
+    # Prompts that are too long are warned of once, when quality is measured.
     batching.log.disabled = True
     try:
         compile_s = [
