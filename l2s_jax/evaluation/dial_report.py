@@ -180,7 +180,7 @@ def quality_time_figure(dial: Mapping[str, Any]) -> Figure:
         ],
         title=_title(dial),
         subtitle=f"{task['name']}, {task['split']}, {task['examples']:,} examples; times of "
-        f"{task['requests']:,} requests; numbers are draft tolerances",
+        f"{task['requests']:,} requests; numbers are draft tolerances; quality not from 0",
         quality=metric_name(metric),
         kept=_KEPT * whole if whole > 0 else None,
         kept_label=f"{_KEPT:.1%} of the LLM's",
