@@ -4,6 +4,7 @@ python -m l2s_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.
 python -m l2s_jax.main --mode=generate --workdir=DIR --input=FILE [--output=FILE]
 python -m l2s_jax.main --mode=status --workdir=DIR
 python -m l2s_jax.main --mode=compare --config=... --workdir=DIR --vary=l2s.fusion=add,cross
+python -m l2s_jax.main --mode=dial --workdir=DIR
 python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
 Exit status: 0; 2 for bad input, with one line that says what is wrong.
@@ -31,14 +32,17 @@ STAGES = (
     "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "slm", "features",
     "l2s_frozen", "l2s",
 )  # fmt: skip
-MODES = ("train", "evaluate", "generate", "plan", "status", "compare")
+MODES = ("train", "evaluate", "generate", "plan", "status", "compare", "dial")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment; default: that of the workdir.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results are, or will be.", required=True)
 _MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "train (and evaluate), evaluate, generate, plan, status, or compare."
+    "mode",
+    "train",
+    MODES,
+    "train (and evaluate), evaluate, generate, plan, status, compare, or dial.",
 )
 _UNTIL = flags.DEFINE_enum(
     "until", None, STAGES, "train: the stage after which to stop, without an evaluation."
@@ -161,6 +165,12 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
 
         compare(config, workdir, _VARY.value)
         _print_report(workdir, "compare.md")
+        return
+    if mode == "dial":
+        from l2s_jax.evaluation.dial import dial
+
+        dial(config, workdir)
+        _print_report(workdir, "dial.md")
         return
     score = functools.partial(primary_score, config)
     experiment = Experiment(config, workdir, "make" if mode == "train" else "find", score)

@@ -83,6 +83,7 @@ def test_a_folder_with_the_whole_llm_decodes_exactly_anywhere(run, tmp_path, cap
     stop = expected[0][1:3]
     (stopped,) = model.generate(prompts[:1], search=Search(stop=(stop,)))
     assert stopped.text == expected[0].split(stop)[0]
+    assert stopped.drafts and len(stopped.drafts.tested) == 4
     # As the SLM's, the same folder answers as before.
     alone, before = (l2s_jax.load(path).generate(prompts) for path in (tmp_path / "moved", source))
     assert alone == before

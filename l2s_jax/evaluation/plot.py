@@ -52,8 +52,8 @@ def scatter(
             markerfacecolor="white" if point.hollow else point.color, markeredgewidth=2.5,
             clip_on=False,
         )  # fmt: skip
-    _write_title(figure, title, subtitle, canvas.get_renderer())
-    _place_labels(axes, points, canvas.get_renderer())
+    write_title(figure, title, subtitle, canvas.get_renderer())
+    place_labels(axes, points, canvas.get_renderer())
     return figure
 
 
@@ -77,28 +77,40 @@ def _style_axes(axes: Axes, points: Sequence[Point]) -> None:
     axes.tick_params(labelsize=14, color="#999999", labelcolor="#444444")
 
 
-def _write_title(figure: Figure, title: str, subtitle: str, renderer: Any) -> None:
+def write_title(
+    figure: Figure,
+    title: str,
+    subtitle: str,
+    renderer: Any,
+    heights: tuple[float, float] = (0.915, 0.855),
+) -> None:
+    """Writes both lines at these heights, as small as the figure's width needs."""
     style: dict[str, Any] = {"x": 0.02, "ha": "left", "va": "baseline", "parse_math": False}
     lines = (
-        figure.text(y=0.915, s=title, fontsize=20, weight="bold", **style),
-        figure.text(y=0.855, s=subtitle, fontsize=14, color="#666666", **style),
+        figure.text(y=heights[0], s=title, fontsize=20, weight="bold", **style),
+        figure.text(y=heights[1], s=subtitle, fontsize=14, color="#666666", **style),
     )
     for line in lines:
         excess = line.get_window_extent(renderer).width / (0.96 * figure.bbox.width)
         line.set_fontsize(float(line.get_fontsize()) / max(1.0, excess))
 
 
-def _place_labels(axes: Axes, points: Sequence[Point], renderer: Any) -> None:
-    """Puts the labels near their points, where they overlap no marker and no other label."""
+def place_labels(
+    axes: Axes, points: Sequence[Point], renderer: Any, *, sizes: tuple[float, float] = (16, 14)
+) -> None:
+    """Puts the labels near their points, where they overlap no marker and no other label.
+
+    `sizes` are those of names and of what is below them, in points; an empty label has no line.
+    """
     figure: Any = axes.figure
     pixels = figure.dpi / 72
     centers = axes.transData.transform([(p.x, p.y) for p in points])
-    sizes = [_label(p, "left", figure).get_bbox(renderer).size for p in points]
+    extents = [_label(p, "left", figure, sizes).get_bbox(renderer).size for p in points]
     left, bottom, _, top = axes.bbox.extents
     allowed = Bbox.from_extents(left, bottom, figure.bbox.x1, top).padded(-3 * pixels)
     # Who is placed first decides who must move away: take the order that suits all best.
     orders = itertools.islice(itertools.permutations(range(len(points))), 24)
-    plans = (_arrange(order, centers, sizes, allowed, pixels) for order in orders)
+    plans = (_arrange(order, centers, extents, allowed, pixels) for order in orders)
     for index, place in min(plans, key=lambda plan: sum(p.cost for p in plan.values())).items():
         point, center = points[index], centers[index]
         leader = _leader(center, place.box)
@@ -106,7 +118,7 @@ def _place_labels(axes: Axes, points: Sequence[Point], renderer: Any) -> None:
             ends = axes.transData.inverted().transform(leader.vertices)
             axes.plot(*ends.T, color=point.color, linewidth=1, alpha=0.6, zorder=1, clip_on=False)
         artist = AnnotationBbox(
-            _label(point, place.align, figure), (point.x, point.y),
+            _label(point, place.align, figure, sizes), (point.x, point.y),
             xybox=tuple((place.box.p0 - center) / pixels), boxcoords="offset points",
             box_alignment=(0, 0), frameon=False, pad=0, annotation_clip=False,
         )  # fmt: skip
@@ -131,12 +143,14 @@ def _arrange(
     return places
 
 
-def _label(point: Point, align: Any, figure: Figure) -> VPacker:
+def _label(point: Point, align: Any, figure: Figure, sizes: tuple[float, float]) -> VPacker:
     style: dict[str, Any] = {"color": point.color, "parse_math": False}
+    name, below = sizes
     lines: list[Any] = [
-        TextArea(point.name, textprops={"fontsize": 16, "weight": "bold", **style}),
-        TextArea(point.label, textprops={"fontsize": 14, **style}),
+        TextArea(point.name, textprops={"fontsize": name, "weight": "bold", **style})
     ]
+    if point.label:
+        lines.append(TextArea(point.label, textprops={"fontsize": below, **style}))
     box = VPacker(children=lines, pad=0, sep=3, align=align)
     box.set_figure(figure)
     return box

@@ -95,6 +95,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "collapses if L2S relies on the LLM.",
         *_significance(report),
         *(exactness.lines(systems["exact"]["drafts"]) if "exact" in systems else ()),
+        *_dial(report.get("dial", "")),
         "## Latency",
         f"{_speedups(ratios, batch_size)}Times are medians after warm-up, for the whole batch. "
         "Compilation happens once per shape and is in no other column. "
@@ -186,6 +187,14 @@ def _significance(report: Mapping[str, Any]) -> list[str]:
         "interval holds 0.",
         table(header, rows, left=2),
     ]
+
+
+def _dial(conclusion: str) -> list[str]:
+    """The blocks of a section, none where there is no dial."""
+    if not conclusion:
+        return []
+    picture = "![Quality and likeness to the LLM's text, against time per request](dial.png)"
+    return ["## The dial", f"{conclusion} All of it: [dial.md](dial.md).", picture]
 
 
 def difference(found: Mapping[str, Any]) -> tuple[str, str, str]:

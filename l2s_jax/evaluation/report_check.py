@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _TASK = ("name", "split", "examples", "metric", "metric_signatures", "labels")
@@ -46,30 +46,33 @@ def plain(value: Any, where: str) -> Any:
 def check(report: Mapping[str, Any]) -> None:
     """Raises a ValueError that names a key: it is missing, or holds what it can't.
 
-    A report without "significance", as older ones are, is whole.
+    A report without "significance", as older ones are, is whole. So is one without "dial": what a
+    dial of the same models concludes.
     """
-    _require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
-    _require(report["environment"], "report.environment", _ENVIRONMENT)
-    _require(report["task"], "report.task", _TASK)
+    require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
+    require(report["environment"], "report.environment", _ENVIRONMENT)
+    require(report["task"], "report.task", _TASK)
     task, metric = report["task"], report["task"]["metric"]
-    _require(task["metric_signatures"], "report.task.metric_signatures", ())
-    _require_numbers(task, "report.task", ("examples",), ("examples",))
-    _require(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
+    require(task["metric_signatures"], "report.task.metric_signatures", ())
+    require_numbers(task, "report.task", ("examples",), ("examples",))
+    require(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
     # An LLM that only encodes is no system, and nothing is compared with it.
     compared = any(report["l2s_vs_llm"][name] is not None for name in RATIOS)
-    _require(report["systems"], "report.systems", SYSTEMS if compared else SYSTEMS[1:])
-    _require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
+    require(report["systems"], "report.systems", SYSTEMS if compared else SYSTEMS[1:])
+    require_numbers(report["l2s_vs_llm"], "report.l2s_vs_llm", RATIOS)
+    if not isinstance(report.get("dial", ""), str):
+        raise ValueError(f"report.dial is {report['dial']!r}: expected a text")
     _check_significance(report.get("significance", {}))
     counts = ("params", "params_read_per_token")
     for name, system in report["systems"].items():
         where = f"report.systems.{name}"
-        _require(system, where, _SYSTEM)
-        _require_numbers(system, where, (*counts, "cut_share"), counts)
-        _require(system["quality"], f"{where}.quality", (metric,))
-        _require_numbers(system["quality"], f"{where}.quality", system["quality"], (metric,))
+        require(system, where, _SYSTEM)
+        require_numbers(system, where, (*counts, "cut_share"), counts)
+        require(system["quality"], f"{where}.quality", (metric,))
+        require_numbers(system["quality"], f"{where}.quality", system["quality"], (metric,))
         for key in ("latency", "latency_batch"):
-            _require(system[key], f"{where}.{key}", _LATENCY)
-            _require_numbers(system[key], f"{where}.{key}", _LATENCY, ("total_ms",))
+            require(system[key], f"{where}.{key}", _LATENCY)
+            require_numbers(system[key], f"{where}.{key}", _LATENCY, ("total_ms",))
             if system[key]["total_ms"] <= 0:
                 raise ValueError(
                     f"{where}.{key}.total_ms is {system[key]['total_ms']}: expected more than 0"
@@ -78,16 +81,17 @@ def check(report: Mapping[str, Any]) -> None:
 
 def _check_significance(pairs: Any) -> None:
     where = "report.significance"
-    _require(pairs, where, ())
+    require(pairs, where, ())
     for pair, metrics in pairs.items():
-        _require(metrics, f"{where}.{pair}", ())
+        require(metrics, f"{where}.{pair}", ())
         for name, found in metrics.items():
-            _require(found, f"{where}.{pair}.{name}", _DIFFERENCE)
+            require(found, f"{where}.{pair}.{name}", _DIFFERENCE)
             numbers_of_it = _DIFFERENCE[:-1]
-            _require_numbers(found, f"{where}.{pair}.{name}", numbers_of_it, numbers_of_it)
+            require_numbers(found, f"{where}.{pair}.{name}", numbers_of_it, numbers_of_it)
 
 
-def _require(value: Any, where: str, keys: Iterable[str]) -> None:
+def require(value: Any, where: str, keys: Iterable[str]) -> None:
+    """Raises a ValueError that names what is missing of a mapping, or that it is none."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r}: expected a mapping")
     for key in keys:
@@ -95,9 +99,10 @@ def _require(value: Any, where: str, keys: Iterable[str]) -> None:
             raise ValueError(f"missing key {where}.{key}: present are {', '.join(value) or 'none'}")
 
 
-def _require_numbers(
-    value: Mapping[str, Any], where: str, keys: Iterable[str], finite: Sequence[str] = ()
+def require_numbers(
+    value: Mapping[str, Any], where: str, keys: Iterable[str], finite: Iterable[str] = ()
 ) -> None:
+    """Raises a ValueError that names a key without a number; None passes if not in `finite`."""
     for key in keys:
         number = value[key]
         if number is None and key not in finite:

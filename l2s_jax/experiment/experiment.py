@@ -151,20 +151,23 @@ class Experiment:
         return self.context.first(settings.split, settings.max_examples)
 
     def check_exact(self) -> None:
-        """Checks that the LLM can decide on what the SLM drafts, where the config asks for it.
+        """As `check_drafting`, where the config asks for exact decoding."""
+        if self.context.config.decoding.search.exact:
+            self.check_drafting("config.decoding.search.exact=True", "exact=False")
+
+    def check_drafting(self, what: str, otherwise: str) -> None:
+        """Checks that the LLM can decide on what the SLM drafts, as `what` wants it.
 
         Raises:
-          ValueError: the LLM only encodes, or the SLM's vocabulary is another.
+          ValueError: the LLM only encodes, or the SLM's vocabulary is another; `otherwise` is what
+            else can be asked for.
         """
-        setting = "config.decoding.search.exact=True"
-        if not self.context.config.decoding.search.exact:
-            return
         if not self.llm.answers:
             raise ValueError(
-                f"{setting}: {self.llm.directory}: the model has no head or decoder to decide with"
+                f"{what}: {self.llm.directory}: the model has no head or decoder to decide with"
             )
         tokenizers = (self.llm_tokenizer.tokenizer, self.slm_tokenizer.tokenizer)
-        check_one_tokenizer(self.context.config, *tokenizers, setting, "exact=False")
+        check_one_tokenizer(self.context.config, *tokenizers, what, otherwise)
 
     def exact_generator(self, **settings: Any) -> Any:
         """As `generator`, of L2S and the LLM in exact decoding."""

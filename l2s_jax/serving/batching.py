@@ -29,11 +29,14 @@ class Batch(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """tokens int32 [S, B], lengths int32 [B], done bool [B]."""
+    """tokens int32 [S, B], lengths int32 [B], done bool [B]; drafts: of exact decoding, as of
+    `output.drafts_of`.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
     done: np.ndarray
+    drafts: tuple[np.ndarray, ...] = ()
 
 
 def batches(

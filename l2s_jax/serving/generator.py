@@ -16,13 +16,13 @@ from tqdm import tqdm
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.text import integer_list, text_list
 from l2s_jax.decoding.beam import Hypotheses
-from l2s_jax.decoding.drafted import Drafted
+from l2s_jax.decoding.drafted import Drafted, ExactState
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
 from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths
-from l2s_jax.serving.output import Drafts, Output, output_of
+from l2s_jax.serving.output import Drafts, Output, drafts_of, output_of
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -288,7 +288,9 @@ class Generator:
                 self.system, *weights, *self._put(batch), mismatched=mismatched, **settings
             )
         while True:
-            progress = Progress(*sharding.gather((state.tokens, state.lengths, state.done)))
+            is_exact = isinstance(state, ExactState)
+            drafts = (state.blocks, state.tested, state.passed) if is_exact else ()
+            progress = Progress(*sharding.gather((state.tokens, state.lengths, state.done, drafts)))
             yield progress
             told = ended()
             stopped = np.zeros(len(batch.limits), bool)
@@ -308,11 +310,8 @@ class Generator:
             ):
                 output = self._output(tokens[:length], finished)
                 if isinstance(decoded, Drafted):
-                    tested, passed = (
-                        tuple(counts[row].tolist()) for counts in (decoded.tested, decoded.passed)
-                    )
-                    drafts = Drafts(int(decoded.blocks[row]), tested, passed)
-                    output = output._replace(drafts=drafts)
+                    counts = decoded.blocks, decoded.tested, decoded.passed
+                    output = output._replace(drafts=drafts_of(counts, row))
                 yield output
             return
         for row in range(len(decoded.tokens)):
@@ -337,6 +336,7 @@ class Generator:
     ) -> Sequence[Output]:
         """The output of each row, decoded in chunks until it holds one of search.stop."""
         texts = [ResponseText(self.response_tokenizer, search.stop) for _ in batch.limits]
+        drafts: dict[int, Drafts] = {}
         for progress in self._chunks(
             batch, capacity, search, mismatched, lambda: [text.stopped for text in texts]
         ):
@@ -344,11 +344,14 @@ class Generator:
                 if not text.stopped:
                     tokens = progress.tokens[: progress.lengths[row], row]
                     text.extend(tokens, last=bool(progress.done[row]))
+                    if progress.drafts:
+                        drafts[row] = drafts_of(progress.drafts, row)
         return [
             Output(
                 text.text,
                 len(text.tokens),
                 not text.stopped and bool(limit) and text.tokens[-1] not in self._end_ids,
+                drafts=drafts.get(row),
             )
-            for text, limit in zip(texts, batch.limits, strict=True)
+            for row, (text, limit) in enumerate(zip(texts, batch.limits, strict=True))
         ]

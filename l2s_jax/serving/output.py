@@ -18,6 +18,12 @@ class Drafts(NamedTuple):
     passed: tuple[int, ...]
 
 
+def drafts_of(counts: Sequence[Any], row: int) -> Drafts:
+    """Those of one row of a batch, whose fields are arrays [B], [B, M] and [B, M]."""
+    blocks, tested, passed = (one[row].tolist() for one in counts)
+    return Drafts(blocks, tuple(tested), tuple(passed))
+
+
 class Output(NamedTuple):
     """One generated response; `cut` says that the limit on new tokens ended it.
 

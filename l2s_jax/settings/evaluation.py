@@ -59,6 +59,16 @@ class Evaluation(Section):
         one_of=BLEU_TOKENIZERS,
     )
     comet: str = setting("", "Folder of the checkpoint that COMET scores with.")
+    dial: tuple[float, ...] = setting(
+        (0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
+        "Draft tolerances that `--mode=dial` measures.",
+        fits=lambda tolerances: bool(tolerances) and all(map(_is_share, tolerances)),
+        expected="numbers from 0 to 1",
+        added=True,
+    )
+    dial_requests: int = setting(
+        50, "Prompts of the split that it times, one by one.", at_least=1, added=True
+    )
     latency: Latency = Latency()
 
     def conflict(self) -> str:
@@ -66,6 +76,10 @@ class Evaluation(Section):
         if "comet" in self.metrics and not self.comet:
             return f"comet='' with metrics={self.metrics}: expected the folder of a checkpoint"
         return ""
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def bleu_tokenizer(setting: str, language: str) -> str:

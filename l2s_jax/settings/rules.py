@@ -203,6 +203,32 @@ def _defaults_of(section: Section) -> Section:
     return type(section)(**changes)
 
 
+def cannot_draft(settings: Settings, what: str) -> Iterator[str]:
+    """One line for each way in which the SLM could not draft for the LLM, as `what` wants it."""
+    s = settings
+    if s.decoding.search.num_beams > 1:
+        yield (
+            f"{what} with config.decoding.search.num_beams={s.decoding.search.num_beams}: expected "
+            "1, the LLM decides on one response, not on several"
+        )
+    if s.slm.tokenizer.train_vocab_size:
+        yield (
+            f"{what} with config.slm.tokenizer.train_vocab_size="
+            f"{s.slm.tokenizer.train_vocab_size}: the LLM could not read what the SLM drafts; "
+            "expected one tokenizer for both"
+        )
+    if s.llm.tune.rank:
+        yield (
+            f"{what} with config.llm.tune.rank={s.llm.tune.rank}: the LLM that encodes is "
+            "then not the one that decides; expected one of them to be off"
+        )
+    if s.decoding.search.draft_tokens > s.decoding.max_new_tokens:
+        yield (
+            f"config.decoding.search.draft_tokens={s.decoding.search.draft_tokens}: expected "
+            f"at most config.decoding.max_new_tokens={s.decoding.max_new_tokens}"
+        )
+
+
 def _unusable(settings: Settings) -> Iterator[str]:
     """One line for each way in which no run could use the settings."""
     s = settings
@@ -230,23 +256,7 @@ def _unusable(settings: Settings) -> Iterator[str]:
     if s.labels.search.exact:
         yield "config.labels.search.exact=True: expected False, the LLM makes labels alone"
     if s.decoding.search.exact:
-        exact = "config.decoding.search.exact=True"
-        if s.slm.tokenizer.train_vocab_size:
-            yield (
-                f"{exact} with config.slm.tokenizer.train_vocab_size="
-                f"{s.slm.tokenizer.train_vocab_size}: the LLM could not read what the SLM drafts; "
-                "expected one tokenizer for both"
-            )
-        if s.llm.tune.rank:
-            yield (
-                f"{exact} with config.llm.tune.rank={s.llm.tune.rank}: the LLM that encodes is "
-                "then not the one that decides; expected one of them to be off"
-            )
-        if s.decoding.search.draft_tokens > s.decoding.max_new_tokens:
-            yield (
-                f"config.decoding.search.draft_tokens={s.decoding.search.draft_tokens}: expected "
-                f"at most config.decoding.max_new_tokens={s.decoding.max_new_tokens}"
-            )
+        yield from cannot_draft(s, "config.decoding.search.exact=True")
     if s.l2s.layers and s.llm.layer:
         yield (
             f"config.llm.layer={s.llm.layer:g} with config.l2s.layers={s.l2s.layers}: H is that of "
