@@ -367,9 +367,11 @@ def test_the_floor_is_what_a_step_reads_at_the_bandwidth(output):
     slm = LanguageModel("slm", config)
     params = jax.eval_shape(slm.init, jax.random.key(0))
     count = slm.parameters_read_per_token(params)
-    whole = {r["system"]: r["bytes_read_per_token"] for r in records if r["system"] in OURS}
+    # A token of the exact mode reads as much of the LLM as drafts fail.
+    steps = [name for name in OURS if name != "exact"]
+    whole = {r["system"]: r["bytes_read_per_token"] for r in records if r["system"] in steps}
     for record in records:
-        if record["system"] not in OURS:
+        if record["system"] not in steps:
             assert "floor_ms_per_token" not in record
             continue
         if record["system"].endswith("-cut"):

@@ -104,7 +104,8 @@ def of_transformers(reference, pad_id, ends, search, ids, **options):
     """(tokens [B, N, NEW], scores [B, N] or None)."""
     fields = dataclasses.asdict(search)
     fields["num_return_sequences"] = fields.pop("num_return")
-    for name in ("temperature", "top_k", "top_p", "min_p", "stop"):
+    sampling, drafting = ("temperature", "top_k", "top_p", "min_p"), ("exact", "draft_tokens")
+    for name in (*sampling, *drafting, "draft_tolerance", "stop"):
         del fields[name]
     ids = torch.tensor(ids).long()
     found = reference.generate(

@@ -19,6 +19,7 @@ _COLORS = {
     "l2s-bfloat16": "#6aaedd",
     "l2s-int8": "#a9d3f0",
     "l2s-cut": "#06365a",
+    "exact": "#2f5d7d",
     "llm": "#333333",
     "llm-int8": "#777777",
     "slm": "#8a6d00",
