@@ -116,8 +116,8 @@ def test_bad_input_is_one_line_before_anything_is_made(job, tmp_path, capfd):
     line = refused(capfd, *flags, f"--config.slm.path={job / 't5'}")
     assert "config.distillation.on_policy=0.5: the tokenizer of config.slm.path=" in line
     assert line.endswith(
-        "makes other tokens than the LLM's, over whose tokens the distributions "
-        "are; expected an SLM with the LLM's tokenizer, or "
+        "makes other tokens than the LLM's, which reads what the SLM writes; "
+        "expected an SLM with the LLM's tokenizer, or "
         "config.distillation.on_policy=0"
     )
     encoder = tmp_path / "encoder"
