@@ -35,7 +35,7 @@ class Stack(nn.Module):
         deterministic: bool,
     ) -> Float32[Array, "B T D"]:
         positions = jax.numpy.arange(projected.shape[1])
-        bias = self.relative_bias(positions, positions) + mask_bias(mask)[:, None, None, :]
+        bias = self.relative_bias(positions[None], positions) + mask_bias(mask)[:, None, None, :]
 
         def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
             return split_rows(layer(x, bias, deterministic)), None
