@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.drafted import Drafted, ExactState
-from l2s_jax.decoding.logits import History, among, constrain, greatest, history_of, pick
+from l2s_jax.decoding.logits import History, among, constrain, greatest, history_of, keys_of, pick
 from l2s_jax.decoding.loop import repeat, repeat_while
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
@@ -84,11 +84,7 @@ class ExactLoop:
             continued = ids[:, :0], mask[:, :0]
         history = history_of(*continued, self._room)
         history = history.replace(end=jnp.broadcast_to(history.end, (rows,)))
-        keys = None
-        if search.temperature:
-            if seeds is None:
-                raise ValueError("sampling: expected seeds")
-            keys = jax.vmap(jax.random.key)(seeds)
+        keys = keys_of(search, seeds)
         none = jnp.zeros(rows, jnp.int32)
         by_place = jnp.zeros((rows, search.draft_tokens), jnp.int32)
         state = ExactState(

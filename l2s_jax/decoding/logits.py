@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray, top_k
 from l2s_jax.settings.search import Search
@@ -152,6 +152,19 @@ def truncate(search: Search, logits: Float32[Array, "B V"]) -> Float32[Array, "B
         least = jnp.max(logits, axis=1, keepdims=True) + jnp.log(search.min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def keys_of(search: Search, seeds: UInt32[AnyArray, " B"] | None) -> Key[Array, " B"] | None:
+    """What each row is sampled by; None where nothing is sampled.
+
+    Raises:
+      ValueError: sampling, and no seeds.
+    """
+    if not search.temperature:
+        return None
+    if seeds is None:
+        raise ValueError("sampling: expected seeds")
+    return jax.vmap(jax.random.key)(seeds)
 
 
 def pick(

@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
-from l2s_jax.decoding.logits import History, among, constrain, pick
+from l2s_jax.decoding.logits import History, among, constrain, keys_of, pick
 from l2s_jax.settings.search import Search
 
 Cache = TypeVar("Cache")
@@ -96,11 +96,6 @@ class Loop:
           history: what the response continues, where search.needs_history.
         """
         rows, limits = logits.shape[0], jnp.asarray(limits)
-        keys = None
-        if self.search.temperature:
-            if seeds is None:
-                raise ValueError("sampling: expected seeds")
-            keys = jax.vmap(jax.random.key)(seeds)
         state = State(
             count=jnp.int32(0),
             tokens=jnp.full((decoding_steps(self.capacity) + 1, rows), self.pad_id, jnp.int32),
@@ -109,7 +104,7 @@ class Loop:
             finished=limits <= 0,
             lengths=jnp.zeros(rows, jnp.int32),
             limits=jnp.minimum(limits, self.capacity),
-            keys=keys,
+            keys=keys_of(self.search, seeds),
             history=history if self.search.needs_history else None,
             cache=cache,
         )

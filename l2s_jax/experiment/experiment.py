@@ -184,10 +184,10 @@ class Experiment:
     def generator(self, stage: TrainedStage, **settings: Any) -> Any:
         """Text in, text out, with the model of a stage; settings as of `make_generator`."""
         from l2s_jax.serving.loading import make_generator
-        from l2s_jax.settings.search import Search, alone
+        from l2s_jax.settings.search import alone
 
         settings = {"mesh": self.context.decoding_mesh, **settings}
-        search = settings.get("search", Search(**self.context.config.decoding.search.to_dict()))
+        search = settings.get("search", self.context.config.decoding.search.to_dict())
         settings["search"] = alone(search)
         return make_generator(
             self.context.config,

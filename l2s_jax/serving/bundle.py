@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,7 +162,8 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
     fields, _ = _read_fields(source)
     whole = include_llm == "whole" or fields["llm"].get("whole")
     llm_directory = find(whole_llm(source)) if whole else ""
-    system, trained, frozen = load(source)
+    # A whole LLM is read from its own directory.
+    system, trained, frozen = load(source, entries=() if whole else None)
     reference = fields["llm"]
     if whole:
         reference = _write_whole_llm(llm_directory, reference["layer"], target)
@@ -261,13 +262,13 @@ def load(
     encoder_dtype: Any = None,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
+    entries: Sequence[str] | None = None,
 ) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
-
-    `encoder_dtype`, `mesh` and `scan_layers` are about the LLM, as of `pretrained.load_encoder`:
-    its dtype is `dtype` where none of its own is given, and on a mesh it is held as generation with
-    weights "float" holds it.
+    The arguments after `dtype` are about the LLM, as of `pretrained.load_encoder`: its dtype is
+    `dtype` where none of its own is given, and on a mesh it is held as generation with weights
+    "float" holds it.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
@@ -293,6 +294,7 @@ def load(
         serve=mesh is not None,
         mesh=mesh,
         scan_layers=scan_layers,
+        entries=entries,
     )
     if content_hash(llm_path) != expected:
         raise ValueError(

@@ -21,7 +21,7 @@ from l2s_jax.models.vocabulary import with_vocabulary
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.model import Model
-from l2s_jax.settings.search import Search, alone
+from l2s_jax.settings.search import alone
 from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -91,7 +91,7 @@ def load(
         loaded = load_exact(directory, tokenizers[0], dtype=common, mesh=placed)
         tokenizers = tokenizers[0], tokenizers[0]
     else:
-        settings["search"] = _alone(settings.get("search", {}))
+        settings["search"] = alone(settings.get("search", {}))
         loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
     return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
 
@@ -129,14 +129,11 @@ def load_exact(
       ValueError: as of `bundle.load`; what is there of the LLM only encodes; or the LLM and the SLM
         have two tokenizers.
     """
-    l2s, trained, _ = bundle.load(directory, dtype=dtype, mesh=mesh)
     llm_directory = find(bundle.whole_llm(directory))
+    # What encodes is a part of the LLM, and is read with it.
+    l2s, trained, _ = bundle.load(directory, dtype=dtype, mesh=mesh, entries=())
     llm, parameters, _ = load_alone("llm", llm_directory, tokenizer, dtype=dtype, mesh=mesh)
     return Exact(l2s, llm), trained, parameters["llm"]
-
-
-def _alone(search: Search | Mapping[str, Any]) -> Search:
-    return alone(search if isinstance(search, Search) else Search(**search))
 
 
 def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
@@ -152,7 +149,7 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     settings = {"mesh": mesh, **settings}
     exact = name == "exact"
     if not exact:
-        settings["search"] = _alone(settings.get("search", config.decoding.search.to_dict()))
+        settings["search"] = alone(settings.get("search", config.decoding.search.to_dict()))
     directory = os.path.join(workdir, "l2s" if exact else name, "model")
     if name == "llm" and not config.llm.train.steps:
         directory = find(config.llm.path)

@@ -130,8 +130,9 @@ class Search(Section):
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
-def alone(search: Search) -> Search:
-    """The search of a system that drafts nothing."""
+def alone(search: Search | Mapping[str, Any]) -> Search:
+    """The search, or that of these settings, as of a system that drafts nothing."""
+    search = search if isinstance(search, Search) else Search(**search)
     drafting = ("exact", *_ONLY_WITH["exact"][1])
     return dataclasses.replace(search, **{name: _DEFAULTS[name] for name in drafting})
 
