@@ -1,8 +1,11 @@
 """Eight fake CPU devices for every test, and checks of the shapes that signatures say."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 import xla
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +27,33 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 # JAX reads all that when it is imported.
+import jax  # noqa: E402
 import shapes  # noqa: E402
 
 shapes.check(["l2s_jax.models", "l2s_jax.decoding", "l2s_jax.training"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_go_with_their_file() -> Iterator[None]:
+    """Lets go of what a file has compiled.
+
+    Each program maps a few pieces of memory. Those of all files are more than the 65,530 that Linux
+    allows a process, beyond which XLA crashes.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """The seconds of each compilation by the backend, or of finding it in the cache on disk."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)

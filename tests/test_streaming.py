@@ -277,20 +277,6 @@ def test_the_host_executes_one_program_however_many_tokens_there_are(tmp_path):
     assert events[helper] > chunks, "executions of several programs would not be seen"
 
 
-@pytest.fixture
-def compilations():
-    """The seconds of each compilation by the backend, or of finding it in the cache on disk."""
-    seconds = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seconds
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def resident_kib():
     """Memory that this process has now; its peak may be that of an earlier test."""
     gc.collect()

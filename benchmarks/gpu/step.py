@@ -69,7 +69,9 @@ class Chunks:
         """The seconds that a chunk took."""
         jax.block_until_ready(self.state)
         began = time.perf_counter()
-        self.state = advance(self.system, self.trained, self.state, self._ended, **self._settings)
+        self.state = advance(
+            self.system, self.trained, {}, self.state, self._ended, **self._settings
+        )
         jax.block_until_ready(self.state)
         return time.perf_counter() - began
 
