@@ -7,8 +7,10 @@ from typing import Any
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
+from l2s_jax.decoding.choices import Choices
 from l2s_jax.decoding.logits import History
 from l2s_jax.decoding.loop import Decoded
+from l2s_jax.decoding.scores import Scores
 
 
 class Drafted(Decoded):
@@ -30,6 +32,8 @@ class ExactState(struct.PyTreeNode):
     history: what the response continues, if need be, then the response; rows have their own ends.
     lengths: tokens so far, of which the LLM's cache holds all but the last.
     held: tokens that the SLM's cache holds: all but the last, or the last two.
+    choices: how tokens are chosen, in place of the loop's search, or None.
+    scores: by the LLM, or None.
     cache: (the LLM's, the SLM's); None of an LLM that nobody asks.
     origin: the index of each cache before the response.
     rate: tokens tested and passed lately, [2].
@@ -42,6 +46,8 @@ class ExactState(struct.PyTreeNode):
     done: Bool[Array, " B"]
     finished: Bool[Array, " B"]
     keys: Key[Array, " B"] | None
+    choices: Choices | None
+    scores: Scores | None
     cache: tuple[Any, Any]
     origin: tuple[Int32[Array, ""], Int32[Array, ""]]
     rate: Float32[Array, " two"]

@@ -23,9 +23,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import Drafted, ExactState
-from l2s_jax.decoding.logits import History, among, constrain, greatest, history_of, keys_of, pick
+from l2s_jax.decoding.logits import History, among, greatest, history_of
 from l2s_jax.decoding.loop import repeat, repeat_while
+from l2s_jax.decoding.scores import no_scores
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
 from l2s_jax.settings.search import Search
@@ -74,19 +76,27 @@ class ExactLoop:
         mask: Bool[AnyArray, "B T"],
         limits: Int[AnyArray, " B"],
         seeds: UInt32[AnyArray, " B"] | None = None,
+        choices: Choices | None = None,
+        wanted: Bool[AnyArray, " B"] | None = None,
     ) -> ExactState:
-        """The state after the first token; arguments as of engine.decode."""
-        search, system = self.search, self.system
+        """The state after the first token.
+
+        Args:
+          ids, mask, limits, seeds: as of engine.decode.
+          choices: how each row's tokens are chosen; None: by the loop's search.
+          wanted: of which rows scores are kept; None: of none.
+        """
+        how, system = self.search if choices is None else choices, self.system
         rows, limits = ids.shape[0], jnp.asarray(limits)
         read = system.read(trained, frozen, ids, mask, self._room)
         continued = system.continued(ids, mask)
-        if not search.needs_history:
+        if choices is None and not self.search.needs_history:
             continued = ids[:, :0], mask[:, :0]
         history = history_of(*continued, self._room)
         history = history.replace(end=jnp.broadcast_to(history.end, (rows,)))
-        keys = keys_of(search, seeds)
+        keys = keys_of(how, seeds)
         none = jnp.zeros(rows, jnp.int32)
-        by_place = jnp.zeros((rows, search.draft_tokens), jnp.int32)
+        by_place = jnp.zeros((rows, self.search.draft_tokens), jnp.int32)
         state = ExactState(
             history=history,
             lengths=none,
@@ -95,6 +105,8 @@ class ExactLoop:
             done=limits <= 0,
             finished=limits <= 0,
             keys=keys,
+            choices=choices,
+            scores=None if wanted is None else no_scores(wanted, self._room),
             cache=(
                 None if self._unheard else _at(read.cache, read.cache.index, none),
                 _at(read.draft_cache, read.draft_cache.index, none),
@@ -106,9 +118,20 @@ class ExactLoop:
             passed=by_place,
             room=self._room,
         )
-        drafted = self._draft_token(read.draft_logits, history, none, keys)
-        token, _ = self._decide(read.logits, drafted, history, none, keys)
+        drafted = self._draft_token(how, read.draft_logits, history, none, keys)
+        token, _ = self._decide(how, read.logits, drafted, history, none, keys)
+        state = self._score(state, read.logits[:, None], token[:, None])
         return self._keep(state, token[:, None], jnp.ones(rows, jnp.int32))
+
+    def _how(self, state: ExactState) -> Search | Choices:
+        return self.search if state.choices is None else state.choices
+
+    def _score(
+        self, state: ExactState, logits: Float32[Array, "B K V"], tokens: Int32[Array, "B K"]
+    ) -> ExactState:
+        if state.scores is None:
+            return state
+        return state.replace(scores=state.scores.write(state.lengths, logits, tokens))
 
     @property
     def _unheard(self) -> bool:
@@ -183,7 +206,8 @@ class ExactLoop:
         if self._unheard:
             kept, passed = drafts, jnp.full(rows, size, jnp.int32)
         else:
-            kept, passed, of_llm = self._judge(frozen, state, of_llm, drafts)
+            kept, passed, of_llm, logits = self._judge(frozen, state, of_llm, drafts)
+            state = self._score(state, logits, kept)
         live = ~state.done
         passed = jnp.where(live, passed, 0)
         # A tolerated token is the SLM's wherever a block ends: the LLM adds none of its own.
@@ -213,7 +237,7 @@ class ExactLoop:
         logits = jnp.take_along_axis(logits, which, axis=1)[:, 0]
 
         def token_of(logits: jax.Array, history: History, count: jax.Array) -> jax.Array:
-            return self._draft_token(logits, history, count, state.keys)
+            return self._draft_token(self._how(state), logits, history, count, state.keys)
 
         token = token_of(logits, history, lengths)
 
@@ -230,17 +254,18 @@ class ExactLoop:
 
     def _draft_token(
         self,
+        how: Search | Choices,
         logits: Float32[Array, "B V_slm"],
         history: History,
         count: Int32[Array, " B"],
         keys: Key[Array, " B"] | None,
     ) -> Int32[Array, " B"]:
         """The SLM's token, an id of the LLM."""
-        search = self.search
-        if keys is None and not search.needs_history and not search.min_new_tokens:
+        plain = isinstance(how, Search) and not how.needs_history and not how.min_new_tokens
+        if keys is None and plain:
             return self.system.ids_of(greatest(logits))
-        logits = constrain(search, self.system.widen(logits), history, count, self.end_ids)
-        return pick(search, logits, count, keys)
+        logits = constrain(how, self.system.widen(logits), history, count, self.end_ids)
+        return pick(how, logits, count, keys)
 
     def _judge(
         self,
@@ -248,8 +273,10 @@ class ExactLoop:
         state: ExactState,
         cache: Any,
         drafts: Int32[Array, "B K"],
-    ) -> tuple[Int32[Array, "B K+1"], Int32[Array, " B"], Any]:
-        """(the tokens that are kept if all before them pass, how many drafts pass, the cache)."""
+    ) -> tuple[Int32[Array, "B K+1"], Int32[Array, " B"], Any, Float32[Array, "B K+1 V"]]:
+        """(the tokens that are kept if all before them pass, how many drafts pass, the cache, the
+        LLM's logits of these tokens).
+        """
         history, lengths, size = state.history, state.lengths, drafts.shape[1]
         last = jnp.take_along_axis(history.tokens, (history.end - 1)[None], axis=0).T
         tokens = jnp.concatenate([last, drafts], axis=1)
@@ -260,15 +287,17 @@ class ExactLoop:
 
         def decide(logits: jax.Array, drafted: jax.Array, place: jax.Array) -> Any:
             before = known.replace(end=history.end + place)
-            return self._decide(logits, drafted, before, lengths + place, state.keys)
+            counts = lengths + place
+            return self._decide(self._how(state), logits, drafted, before, counts, state.keys)
 
         decided = jax.vmap(decide, in_axes=(1, 1, 0), out_axes=1)
         kept, agree = decided(logits, candidates, jnp.arange(size + 1, dtype=jnp.int32))
         agree = agree[:, :size]
-        return kept, jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1), cache
+        return kept, jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1), cache, logits
 
     def _decide(
         self,
+        how: Search | Choices,
         logits: Float32[Array, "B V"],
         drafted: Int32[Array, " B"],
         history: History,
@@ -276,8 +305,8 @@ class ExactLoop:
         keys: Key[Array, " B"] | None,
     ) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
         """(the token that is kept, whether it is the drafted one); a draft of -1 never passes."""
-        logits = constrain(self.search, logits, history, count, self.end_ids)
-        own = pick(self.search, logits, count, keys)
+        logits = constrain(how, logits, history, count, self.end_ids)
+        own = pick(how, logits, count, keys)
         if self.system.acceptance is not None:
             rows = jax.vmap(jax.random.key)(jnp.arange(len(drafted), dtype=jnp.uint32))
             chance = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(rows, count))

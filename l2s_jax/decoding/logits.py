@@ -83,7 +83,7 @@ def constrain(
         if history is None:
             raise ValueError("penalties and bans of repetition: expected a history")
         if search.repetition_penalty != 1:
-            logits = _penalize_repetition(logits, history, search.repetition_penalty)
+            logits = penalize_repetition(logits, history, search.repetition_penalty)
         if search.no_repeat_ngram_size:
             logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
     if search.min_new_tokens and end_ids:
@@ -101,19 +101,20 @@ def among(tokens: Int32[Array, "*shape"], ids: tuple[int, ...]) -> Bool[Array, "
     return found
 
 
-def _mark(
+def mark(
     tokens: Int32[Array, "L B"], chosen: Bool[Array, "L B"], vocab_size: int
 ) -> Bool[Array, "B {vocab_size}"]:
-    """The tokens of each row where `chosen` is true."""
+    """Which tokens those are: the tokens of each row where `chosen` is true."""
     outside = jnp.where(chosen, tokens, vocab_size)
     none = jnp.zeros(vocab_size, bool)
     return jax.vmap(lambda row: none.at[row].set(True, mode="drop"), in_axes=1)(outside)
 
 
-def _penalize_repetition(
-    logits: Float32[Array, "B V"], history: History, penalty: float
+def penalize_repetition(
+    logits: Float32[Array, "B V"], history: History, penalty: float | Float32[AnyArray, "B 1"]
 ) -> Float32[Array, "B V"]:
-    seen = _mark(history.tokens, history.valid, logits.shape[1])
+    """The repetition penalty, of all rows or of each."""
+    seen = mark(history.tokens, history.valid, logits.shape[1])
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -131,7 +132,7 @@ def _ban_repeated_ngrams(
     for offset in range(size - 1):
         place = jnp.clip(first + offset, 0)[None]
         matches &= tokens[offset : offset + windows] == jnp.take_along_axis(tokens, place, axis=0)
-    return jnp.where(_mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
+    return jnp.where(mark(tokens[size - 1 :], matches, logits.shape[1]), -jnp.inf, logits)
 
 
 def truncate(search: Search, logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:

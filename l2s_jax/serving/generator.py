@@ -74,7 +74,7 @@ class Generator:
         )
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
-        self._end_ids = response_tokenizer.end_ids
+        self.end_ids = response_tokenizer.end_ids
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.prompt_lengths = tuple(prompt_lengths)
@@ -262,7 +262,7 @@ class Generator:
                 max_new_tokens=capacity,
                 search=search,
                 mismatched=mismatched,
-                end_ids=self._end_ids,
+                end_ids=self.end_ids,
             )
 
     def _put(self, batch: Batch) -> Batch:
@@ -281,7 +281,7 @@ class Generator:
         enough.
         """
         search = dataclasses.replace(search, stop=())
-        settings = {"max_new_tokens": capacity, "search": search, "end_ids": self._end_ids}
+        settings = {"max_new_tokens": capacity, "search": search, "end_ids": self.end_ids}
         weights = (self.trained, self.frozen)
         with jax.set_mesh(self.mesh):
             state = start(
@@ -350,7 +350,7 @@ class Generator:
             Output(
                 text.text,
                 len(text.tokens),
-                not text.stopped and bool(limit) and text.tokens[-1] not in self._end_ids,
+                not text.stopped and bool(limit) and text.tokens[-1] not in self.end_ids,
                 drafts=drafts.get(row),
             )
             for row, (text, limit) in enumerate(zip(texts, batch.limits, strict=True))

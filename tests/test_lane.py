@@ -1,0 +1,135 @@
+"""Requests that come and go are answered as if each were alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import random
+
+import pytest
+import small
+from test_exact import VOCABULARY, pair
+
+from l2s_jax.models.systems import LanguageModel
+from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.lane import Lane
+from l2s_jax.serving.request import Request
+from l2s_jax.settings.search import Search
+
+NEW = 11
+SEARCHES = [
+    Search(),
+    Search(temperature=0.7),
+    Search(temperature=1.3, top_k=3),
+    Search(temperature=1.0, top_p=0.7, min_new_tokens=4),
+    Search(temperature=2.0, top_k=6, top_p=0.9, min_p=0.1),
+    Search(repetition_penalty=1.7),
+    Search(no_repeat_ngram_size=2, min_new_tokens=6),
+    Search(temperature=1.0, no_repeat_ngram_size=3, repetition_penalty=1.2, stop=("5", "3 3")),
+]
+KINDS = ("t5", "cross", "gpt2", "windows", "exact", "exact-gpt2")
+
+
+class Numbers(small.NumberTokenizer):
+    vocab_size = VOCABULARY
+
+
+@functools.cache
+def system_of(kind):
+    if kind.startswith("exact"):
+        return pair("gpt2", "gpt2", "replace") if "gpt2" in kind else pair()
+    exact, trained, whole = {
+        "t5": pair(),
+        "cross": pair("t5", "t5", "cross"),
+        "gpt2": pair("gpt2", "gpt2", "replace"),
+        "windows": pair("windows", "llama", "add"),
+    }[kind]
+    if kind in ("gpt2", "windows"):
+        return LanguageModel("llm", exact.llm.config), {"llm": whole}, {}
+    return exact.l2s, trained, small.encoder_only(whole)
+
+
+def generator(kind, prompt_lengths, batch_size):
+    search = Search(exact=True, draft_tokens=3) if kind.startswith("exact") else Search()
+    return Generator(
+        *system_of(kind),
+        Numbers(),
+        Numbers(),
+        prompt_lengths=prompt_lengths,
+        max_new_tokens=NEW,
+        batch_size=batch_size,
+        search=search,
+    )
+
+
+@functools.cache
+def lane(kind):
+    made = Lane(generator(kind, (3, 6), 4), 4)
+    made.warm_up()
+    return made
+
+
+def requests(kind, count, seed):
+    """(what is asked, what `generate` says to it)."""
+    chance = random.Random(seed)
+    asked = [
+        (
+            " ".join(str(chance.randrange(2, VOCABULARY)) for _ in range(chance.randrange(1, 6))),
+            chance.choice(SEARCHES),
+            chance.choice([1, 4, NEW]),
+            chance.randrange(2**32),
+        )
+        for _ in range(count)
+    ]
+    expected = {}
+    one_by_one = generator(kind, (6,), 1)
+    for search, limit in itertools.product(SEARCHES, (1, 4, NEW)):
+        own = [i for i, one in enumerate(asked) if one[1:3] == (search, limit)]
+        exact = {"exact": True, "draft_tokens": 3} if kind.startswith("exact") else {}
+        said = one_by_one.generate(
+            [asked[i][0] for i in own],
+            search=dataclasses.replace(search, **exact),
+            max_new_tokens=limit,
+            seeds=[asked[i][3] for i in own],
+        )
+        expected.update(zip(own, said, strict=True))
+    return asked, [expected[i] for i in range(count)]
+
+
+def submit(lane, prompt, search, limit, seed, **others):
+    """The pieces that will be there."""
+    pieces = []
+    (ids,) = lane.generator.prompt_tokenizer.encode_prompts([prompt])
+    job = lane.submit(Request(ids, search, limit, seed, **others), pieces.append)
+    return job, pieces
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_are_answered_as_if_each_were_alone(kind):
+    asked, expected = requests(kind, 60, seed=1)
+    answers, left = {}, list(range(len(asked)))
+    chance = random.Random(2)
+    chance.shuffle(left)
+    while left or lane(kind).busy:
+        for _ in range(min(len(left), chance.choice([0, 0, 1, 3, 9]))):
+            place = left.pop()
+            answers[place] = submit(lane(kind), *asked[place])[1]
+        lane(kind).turn(1.0)
+    for place, output in enumerate(expected):
+        text = "".join(piece.text for piece in answers[place])
+        end = answers[place][-1].end
+        assert (text, end) == (output.text, "length" if output.cut else "stop"), asked[place]
+        assert [bool(piece.end) for piece in answers[place]][:-1].count(True) == 0
+
+
+def test_no_mix_of_requests_compiles_anything(compilations):
+    asked, _ = requests("t5", 20, seed=3)
+    made = lane("t5")
+    compilations.clear()
+    for one in asked:
+        submit(made, *one)
+        made.turn(1.0)
+    while made.busy:
+        made.turn(1.0)
+    assert not compilations
