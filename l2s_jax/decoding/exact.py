@@ -13,7 +13,6 @@ LLM alone would have sampled with that seed, token for token. Neither K nor othe
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -26,7 +25,7 @@ from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import Drafted, ExactState
 from l2s_jax.decoding.logits import History, among, greatest, history_of
-from l2s_jax.decoding.loop import repeat, repeat_while
+from l2s_jax.decoding.loop import repeat_while
 from l2s_jax.decoding.scores import no_scores
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
@@ -41,17 +40,13 @@ _BLOCKS = 2
 
 
 class _Draft(struct.PyTreeNode):
-    """A block as it is drafted; `cache` is the SLM's."""
+    """A block as it is drafted; `made` tokens of it are there, `cache` is the SLM's."""
 
+    made: Int32[Array, ""]
     history: History
     count: Int32[Array, " B"]
     token: Int32[Array, " B"]
     cache: Any
-
-
-def block_sizes(most: int) -> tuple[int, ...]:
-    """The numbers of tokens that may be drafted at once: `most` and its half."""
-    return tuple(sorted({max(most // 2, 1), most}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +135,7 @@ class ExactLoop:
 
     def run(self, trained: Params, frozen: Params, state: ExactState) -> Drafted:
         """To the end of every row."""
-        if self.capacity > 1:
-            state = jax.lax.while_loop(
-                lambda state: ~jnp.all(state.done),
-                lambda state: self._advance(trained, frozen, state, self.capacity),
-                state,
-            )
-        return self.finish(state)
+        return self.finish(self._advance(trained, frozen, state, self.capacity))
 
     def advance(self, trained: Params, frozen: Params, state: ExactState) -> ExactState:
         """A few blocks more."""
@@ -166,47 +155,40 @@ class ExactLoop:
         )
 
     def _advance(self, trained: Params, frozen: Params, state: ExactState, most: int) -> ExactState:
-        """Up to `most` blocks of each size, as long as the size is the best one."""
-        sizes = block_sizes(self.search.draft_tokens)
-        cost = self.system.draft_cost(trained, frozen)
-        for place, size in enumerate(sizes):
-            began = jnp.max(state.blocks)
+        """Up to `most` blocks."""
+        cost, began = self.system.draft_cost(trained, frozen), jnp.max(state.blocks)
+        return repeat_while(
+            lambda state: (jnp.max(state.blocks) - began < most) & ~jnp.all(state.done),
+            lambda state: self._block(trained, frozen, state, self._best_size(state.rate, cost)),
+            state,
+        )
 
-            def goes_on(state: ExactState, place: int = place, began: Any = began) -> jax.Array:
-                best = self._choose_size(state.rate, sizes, cost) == place
-                left = jnp.max(state.blocks) - began < most
-                return best & left & ~jnp.all(state.done)
-
-            # A loop that may not run at all, and no branch: caches are copied in and out of one.
-            block = functools.partial(self._block, trained, frozen, size=size)
-            state = repeat_while(goes_on, block, state)
-        return state
-
-    def _choose_size(
-        self, rate: Float32[Array, " two"], sizes: tuple[int, ...], cost: float
-    ) -> Int32[Array, ""]:
-        """The place in `sizes` of the one that gives the most tokens for its time.
+    def _best_size(self, rate: Float32[Array, " two"], cost: float) -> Int32[Array, ""]:
+        """How many drafted tokens give the most for their time.
 
         By equation 1 and theorem 3.8 of Leviathan et al., with the share that passed lately.
         """
         share = jnp.clip(rate[1] / rate[0], 0.0, 0.99)
+        sizes = 1 + jnp.arange(self.search.draft_tokens)
         bonus = 0 if self.search.draft_tolerance else 1
-        gains = [
-            (1 - share ** (size + bonus)) / ((1 - share) * (1 + cost * size)) for size in sizes
-        ]
-        return jnp.argmax(jnp.stack(gains)).astype(jnp.int32)
+        gains = (1 - share ** (sizes + bonus)) / ((1 - share) * (1 + cost * sizes))
+        return 1 + jnp.argmax(gains).astype(jnp.int32)
 
     def _block(
-        self, trained: Params, frozen: Params, state: ExactState, *, size: int
+        self, trained: Params, frozen: Params, state: ExactState, size: Int32[Array, ""]
     ) -> ExactState:
-        """`size` drafted tokens, and what the LLM makes of them."""
+        """`size` drafted tokens, and what the LLM makes of them.
+
+        The LLM reads a block of the most tokens, whatever the size: one program does for all, and
+        rows beside those that count cost it next to nothing.
+        """
         of_llm, of_slm = state.cache
         drafts, of_slm = self._draft(trained, state, of_slm, size)
         rows = state.lengths.shape[0]
         if self._unheard:
-            kept, passed = drafts, jnp.full(rows, size, jnp.int32)
+            kept, passed = drafts, jnp.broadcast_to(size, (rows,))
         else:
-            kept, passed, of_llm, logits = self._judge(frozen, state, of_llm, drafts)
+            kept, passed, of_llm, logits = self._judge(frozen, state, of_llm, drafts, size)
             state = self._score(state, logits, kept)
         live = ~state.done
         passed = jnp.where(live, passed, 0)
@@ -221,9 +203,9 @@ class ExactLoop:
         return self._keep(state, kept, jnp.where(live, jnp.minimum(passed + 1, most), 0))
 
     def _draft(
-        self, trained: Params, state: ExactState, cache: Any, size: int
-    ) -> tuple[Int32[Array, "B {size}"], Any]:
-        """(the next tokens by the SLM, its cache with all but the last of them)."""
+        self, trained: Params, state: ExactState, cache: Any, size: Int32[Array, ""]
+    ) -> tuple[Int32[Array, "B K"], Any]:
+        """(the next `size` tokens by the SLM, then anything; its cache with all but the last)."""
         history, lengths = state.history, state.lengths
         # What the SLM's cache lacks: the last token, or the last two. Where it is one, the other is
         # read and written over.
@@ -244,12 +226,13 @@ class ExactLoop:
         def one(draft: _Draft) -> _Draft:
             logits, cache = self.system.draft(trained, draft.token[:, None], draft.cache)
             token = token_of(logits[:, 0], draft.history, draft.count)
-            return _Draft(draft.history.append(token), draft.count + 1, token, cache)
+            history = draft.history.append(token)
+            return _Draft(draft.made + 1, history, draft.count + 1, token, cache)
 
-        draft = _Draft(history.append(token), lengths + 1, token, cache)
-        if size > 1:
-            draft = repeat(one, draft, size - 1)
-        places = (history.end[:, None] + jnp.arange(size)[None]).T
+        draft = _Draft(jnp.int32(1), history.append(token), lengths + 1, token, cache)
+        if self.search.draft_tokens > 1:
+            draft = repeat_while(lambda draft: draft.made < size, one, draft)
+        places = (history.end[:, None] + jnp.arange(self.search.draft_tokens)[None]).T
         return jnp.take_along_axis(draft.history.tokens, places, axis=0).T, draft.cache
 
     def _draft_token(
@@ -273,16 +256,19 @@ class ExactLoop:
         state: ExactState,
         cache: Any,
         drafts: Int32[Array, "B K"],
+        size: Int32[Array, ""],
     ) -> tuple[Int32[Array, "B K+1"], Int32[Array, " B"], Any, Float32[Array, "B K+1 V"]]:
         """(the tokens that are kept if all before them pass, how many drafts pass, the cache, the
         LLM's logits of these tokens).
         """
-        history, lengths, size = state.history, state.lengths, drafts.shape[1]
+        history, lengths, most = state.history, state.lengths, drafts.shape[1]
         last = jnp.take_along_axis(history.tokens, (history.end - 1)[None], axis=0).T
         tokens = jnp.concatenate([last, drafts], axis=1)
         logits, cache = self.system.judge(frozen, tokens, _at(cache, state.origin[0], lengths - 1))
-        # The token after all drafts has no draft: none is one that does not pass.
-        candidates = jnp.concatenate([drafts, jnp.full_like(last, -1)], axis=1)
+        places = jnp.arange(most + 1, dtype=jnp.int32)
+        # Where there is no draft, none passes.
+        drafted = jnp.concatenate([drafts, last], axis=1)
+        candidates = jnp.where((places < size)[None], drafted, -1)
         known = history.write(drafts.T)
 
         def decide(logits: jax.Array, drafted: jax.Array, place: jax.Array) -> Any:
@@ -291,8 +277,7 @@ class ExactLoop:
             return self._decide(self._how(state), logits, drafted, before, counts, state.keys)
 
         decided = jax.vmap(decide, in_axes=(1, 1, 0), out_axes=1)
-        kept, agree = decided(logits, candidates, jnp.arange(size + 1, dtype=jnp.int32))
-        agree = agree[:, :size]
+        kept, agree = decided(logits, candidates, places)
         return kept, jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1), cache, logits
 
     def _decide(
@@ -323,7 +308,7 @@ class ExactLoop:
         return jnp.where(passes, drafted, own), passes
 
     def _count(
-        self, state: ExactState, live: Bool[Array, " B"], passed: Int32[Array, " B"], size: int
+        self, state: ExactState, live: Bool[Array, " B"], passed: Int32[Array, " B"], size: Any
     ) -> ExactState:
         """The state with this block in its counts."""
         places = jnp.arange(state.tested.shape[1])[None]

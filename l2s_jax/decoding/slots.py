@@ -170,7 +170,7 @@ def read(
     prompt_slots: T of the longest prompts, for which the state has room.
     """
 
-    def start(ids: AnyArray, mask: AnyArray) -> SlotState | ExactState:
+    def start(ids: AnyArray, mask: AnyArray) -> Any:
         return loop.start(trained, frozen, ids, mask, limits, seeds, choices, wanted)
 
     longest = jax.ShapeDtypeStruct((len(ids), prompt_slots), jnp.int32)

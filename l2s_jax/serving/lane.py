@@ -31,6 +31,10 @@ PATIENCE = 8
 _NOBODY = Request((0,), Search(), 0)
 
 
+class NotRead(RuntimeError):
+    """Prompts could not be read; those that are being answered are as they were."""
+
+
 class _News(NamedTuple):
     """What rows have said, and whose they were."""
 
@@ -123,6 +127,10 @@ class Lane:
 
         pause_s: for how long prompts may be read while others are being answered. One is read
           however long it takes.
+
+        Raises:
+          NotRead: a step of reading failed; those whose prompts it read have been told.
+          Exception: another step failed, and what slots hold is lost: `abandon` goes on from there.
         """
         self._leave()
         joining = self._next(pause_s)
@@ -214,10 +222,9 @@ class Lane:
         rows = next(rows for rows in self.reads if rows >= len(joining))
         try:
             state, said = self._read(joining, rows, max(map(self._bucket, joining)))
-        except Exception:
-            for job in joining:
-                job.stop("error", "the prompt could not be read")
-            raise
+        except Exception as error:
+            self._end(joining, "error", "the prompt could not be read")
+            raise NotRead(str(error)) from error
         free = [slot for slot, job in enumerate(self._jobs) if job is None]
         places = np.full(rows, len(self._jobs), np.int32)
         for row, (job, slot) in enumerate(zip(joining, free, strict=False)):

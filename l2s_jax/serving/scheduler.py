@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from l2s_jax.serving.lane import Lane
+from l2s_jax.serving.lane import Lane, NotRead
 from l2s_jax.serving.request import Job, Piece, Request
 
 log = logging.getLogger(__name__)
@@ -118,10 +118,13 @@ class Scheduler:
             # Whatever a step may raise: those concerned are told, and the next ones are served.
             log.exception("a step failed")
             self._failures += 1
+            if self._failures >= _FAILURES:
+                return f"{type(error).__name__}: {error}"
             try:
-                lane.abandon("the model failed at a step")
+                if not isinstance(error, NotRead):
+                    lane.abandon("the model failed at a step")
             except Exception as again:
                 return f"{type(again).__name__}: {again}"
-            return str(error) if self._failures >= _FAILURES else ""
+            return ""
         self._failures = 0
         return ""
