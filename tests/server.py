@@ -27,16 +27,14 @@ WORDS = "abc bca cab abba dabc bcad 1 22 333"
 
 def write_model(root: pathlib.Path, **generation: object) -> tuple[str, str]:
     """Directories of an L2S model, which refers to a whole LLM, and of an SLM alone."""
-    llm_config = small.t5_config(
-        vocab_size=PIECES, width=24, num_encoder_layers=2, head_width=8
-    )
+    llm_config = small.t5_config(vocab_size=PIECES, width=24, num_encoder_layers=2, head_width=8)
     slm_config = small.t5_config(vocab_size=PIECES, width=12)
     tokenizer = train_sentencepiece([WORDS] * 20, vocab_size=PIECES, directory=str(root / "spiece"))
     for name, config, seed in (("llm", llm_config, 3), ("slm", slm_config, 4)):
         pretrained.save_native(config, small.t5_params(config, seed), str(root / name))
         tokenizer.save(str(root / name))
     system = LlmToSlm(llm_config, slm_config, projector_width=5)
-    trained = small.random_like(jax.eval_shape(system.init, jax.random.key(0)), 5)
+    trained = small.random_like(jax.eval_shape(system.init, jax.random.key(0)), 9)
     bundle.save(
         system,
         trained,

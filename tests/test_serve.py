@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import httpx
@@ -36,7 +35,7 @@ def client(running):
 @pytest.fixture(scope="module")
 def generate(models):
     model = l2s_jax.load(models[0], batch_size=1)
-    return functools.partial(model.generate)
+    return model.generate
 
 
 def expected(output):
@@ -57,11 +56,17 @@ def test_completions_are_what_generate_gives(client, generate):
     ("asked", "extra", "search"),
     [
         ({"temperature": 0.9, "top_p": 0.8}, {}, Search(temperature=0.9, top_p=0.8)),
-        ({"temperature": 1.5}, {"top_k": 4}, Search(temperature=1.5, top_k=4)),
-        ({"temperature": 0.8}, {"min_p": 0.2}, Search(temperature=0.8, min_p=0.2)),
+        (
+            {"temperature": 1.5},
+            {"top_k": 4, "min_p": 0.1},
+            Search(temperature=1.5, top_k=4, min_p=0.1),
+        ),
         ({}, {"repetition_penalty": 2.0}, Search(repetition_penalty=2.0)),
-        ({}, {"min_tokens": 9}, Search(min_new_tokens=9)),
-        ({}, {"no_repeat_ngram_size": 1}, Search(no_repeat_ngram_size=1)),
+        (
+            {},
+            {"min_tokens": 9, "no_repeat_ngram_size": 3},
+            Search(min_new_tokens=9, no_repeat_ngram_size=3),
+        ),
         ({"stop": ["b", "1"]}, {}, Search(stop=("b", "1"))),
         ({"temperature": 0, "top_p": 0.5}, {}, Search()),
     ],
@@ -112,7 +117,9 @@ def test_events_are_lines_that_end_with_done(running):
 def test_token_ids_are_a_prompt(client, models):
     tokenizer = l2s_jax.load(models[0]).prompt_tokenizer
     ids = tokenizer.encode_prompts(PROMPTS)
-    texts = [choice.text for choice in client.completions.create(model="l2s", prompt=PROMPTS).choices]
+    texts = [
+        choice.text for choice in client.completions.create(model="l2s", prompt=PROMPTS).choices
+    ]
     found = client.completions.create(model="l2s", prompt=ids)
     assert [choice.text for choice in found.choices] == texts
     (one,) = client.completions.create(model="l2s", prompt=ids[1]).choices

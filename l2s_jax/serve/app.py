@@ -143,7 +143,7 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 def _endpoint(
-    service: Service, form: type[Form[Any]]
+    service: Service, form: type[Form]
 ) -> Callable[[Request], Awaitable[Response | EventStream]]:
     """The handler of one endpoint that answers prompts."""
 
@@ -187,9 +187,7 @@ def _parsed(kind: type[Asked], body: bytes) -> Any:
     except ValidationError as error:
         raise refusal_of(error, UNUSED) from None
     if asked.stream_options is not None and not asked.stream:
-        raise Refused(
-            400, "stream_options: expected stream=true beside it", param="stream_options"
-        )
+        raise Refused(400, "stream_options: expected stream=true beside it", param="stream_options")
     return asked
 
 
@@ -200,9 +198,7 @@ def _usage(prompt_tokens: int, responses: list[Answer]) -> answers.Usage:
     )
 
 
-async def _whole(
-    request: Request, form: Form[Any], going: Answers, count: int, tokens: int
-) -> Response:
+async def _whole(request: Request, form: Form, going: Answers, count: int, tokens: int) -> Response:
     responses = [Answer() for _ in range(count)]
 
     async def collect() -> None:
@@ -218,7 +214,7 @@ async def _whole(
 
 
 async def _events(
-    form: Form[Any], going: Answers, count: int, tokens: int, usage: bool
+    form: Form, going: Answers, count: int, tokens: int, usage: bool
 ) -> AsyncIterator[str]:
     responses = [Answer() for _ in range(count)]
     # As of OpenAI: with numbers to come at the end, each event before says that it has none.

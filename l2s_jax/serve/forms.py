@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -19,7 +19,6 @@ from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.request import Piece, Scored
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
-A = TypeVar("A", bound=Asked)
 # What stands for the logarithm of 0, which JSON has no number for.
 _NEVER = -9999.0
 
@@ -42,16 +41,16 @@ class Response:
         self.end = piece.end
 
 
-class Form(Generic[A]):
+class Form:
     """What one endpoint takes, and how it answers one request.
 
     endpoint: its name. asked: what its body is. prompts: the ids of its prompts.
     """
 
-    endpoint: str
-    asked: type[A]
-    prompts: Callable[[A, Generator], list[list[int]]]
-    prefix: str
+    endpoint: ClassVar[str]
+    asked: ClassVar[type[Asked]]
+    prompts: ClassVar[Callable[[Any, Generator], list[list[int]]]]
+    prefix: ClassVar[str]
 
     def __init__(self, model: str, tokenizer: Tokenizer, top: int | None):
         """`top`: how many likeliest tokens are given with each; None: no scores."""
@@ -87,7 +86,7 @@ class Form(Generic[A]):
         return [(token, _log(log_p)) for token, log_p in scored.likeliest[: self._top or 0]]
 
 
-class CompletionForm(Form[CompletionAsked]):
+class CompletionForm(Form):
     """/v1/completions."""
 
     endpoint, asked, prefix = "completions", CompletionAsked, "cmpl"
@@ -135,7 +134,7 @@ class CompletionForm(Form[CompletionAsked]):
         )
 
 
-class ChatForm(Form[ChatAsked]):
+class ChatForm(Form):
     """/v1/chat/completions."""
 
     endpoint, asked, prefix = "chat", ChatAsked, "chatcmpl"

@@ -63,7 +63,7 @@ class Metrics:
         def tokens(name: str, meaning: str) -> Counter:
             return Counter(f"l2s_{name}_tokens", meaning, ["model"], registry=self.registry)
 
-        self._first = seconds("time_to_first_token", "From a response's arrival to its first token.")
+        self._first = seconds("time_to_first_token", "From arrival to a response's first token.")
         self._each = seconds(
             "time_per_output_token", "Of a response's tokens after the first, the mean.", _STEPS
         )

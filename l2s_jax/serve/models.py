@@ -52,8 +52,8 @@ def load_models(models: Models) -> dict[str, Generator]:
     An LLM that is needed whole is read and held once, whoever uses all or a part of it.
 
     Raises:
-      ValueError: a model is not there, or not whole, or doesn't fit the others; or the search is one
-        that is not served.
+      ValueError: a model is not there, or not whole, or doesn't fit the others; or the search
+        is one that is not served.
     """
     directory = find(models.directory)
     llm_directory = find(models.llm) if models.llm else None

@@ -65,9 +65,7 @@ class Asked(_Asked):
     )
     stream: bool | None = Field(None, description="Whether pieces come as they are decoded.")
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=1024)] | None = Field(
-        None, description="Not looked at."
-    )
+    user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Not looked at.")
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
