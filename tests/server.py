@@ -13,28 +13,57 @@ from typing import NamedTuple
 
 import jax
 import small
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers import decoders, models, trainers
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.files import content_hash
 from l2s_jax.models.systems import LlmToSlm
 from l2s_jax.serving import bundle
+from l2s_jax.tokenizers.huggingface import HuggingFaceTokenizer, Special
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
+from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROMPT_TOKENS, NEW_TOKENS, PIECES = 12, 10, 15
 WORDS = "abc bca cab abba dabc bcad 1 22 333"
 
 
-def write_model(root: pathlib.Path, **generation: object) -> tuple[str, str]:
-    """Directories of an L2S model, which refers to a whole LLM, and of an SLM alone."""
-    llm_config = small.t5_config(vocab_size=PIECES, width=24, num_encoder_layers=2, head_width=8)
-    slm_config = small.t5_config(vocab_size=PIECES, width=12)
-    tokenizer = train_sentencepiece([WORDS] * 20, vocab_size=PIECES, directory=str(root / "spiece"))
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+)
+
+
+def chat_tokenizer() -> HuggingFaceTokenizer:
+    """One that knows how a chat is written, of letters and a few words."""
+    hub = HubTokenizer(models.BPE(unk_token="<unk>"))
+    hub.decoder = decoders.Fuse()
+    special = ["<pad>", "<eos>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=48, special_tokens=special, show_progress=False)
+    hub.train_from_iterator([WORDS, "system: user: assistant:\n"] * 9, trainer)
+    return HuggingFaceTokenizer(
+        hub, Special(1, pad_id=0, unk_id=2, chat_template=TEMPLATE), origin="the test's tokenizer"
+    )
+
+
+def write_model(
+    root: pathlib.Path, tokenizer: Tokenizer | None = None, seed: int = 9, **generation: object
+) -> tuple[str, str]:
+    """Directories of an L2S model, which refers to a whole LLM, and of an SLM alone.
+
+    Without a tokenizer, theirs is one that knows no chats.
+    """
+    tokenizer = tokenizer or train_sentencepiece(
+        [WORDS] * 20, vocab_size=PIECES, directory=str(root / "spiece")
+    )
+    size = tokenizer.vocab_size
+    llm_config = small.t5_config(vocab_size=size, width=24, num_encoder_layers=2, head_width=8)
+    slm_config = small.t5_config(vocab_size=size, width=12)
     for name, config, seed in (("llm", llm_config, 3), ("slm", slm_config, 4)):
         pretrained.save_native(config, small.t5_params(config, seed), str(root / name))
         tokenizer.save(str(root / name))
     system = LlmToSlm(llm_config, slm_config, projector_width=5)
-    trained = small.random_like(jax.eval_shape(system.init, jax.random.key(0)), 9)
+    trained = small.random_like(jax.eval_shape(system.init, jax.random.key(0)), seed)
     bundle.save(
         system,
         trained,

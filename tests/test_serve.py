@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import httpx
+import jax
+import numpy as np
 import openai
 import pytest
 import server
+from prometheus_client.parser import text_string_to_metric_families
 
 import l2s_jax
+from l2s_jax.serve.asking import chat_prompts
+from l2s_jax.serve.errors import Refused
+from l2s_jax.serve.models import Models, load_models
+from l2s_jax.serve.protocol import ChatAsked
+from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.loading import load_alone
 from l2s_jax.settings.search import Search
+from l2s_jax.tokenizers import for_chat
 
 PROMPTS = ["abc bca", "cab 22", "abba abc", "1", "dabc 333 bcad"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return server.write_model(tmp_path_factory.mktemp("models"))
+    root = tmp_path_factory.mktemp("models")
+    return server.write_model(root, server.chat_tokenizer(), seed=5, prompt_lengths=[40])
 
 
 @pytest.fixture(scope="module")
 def running(models):
-    with server.serving(models[0]) as started:
+    flags = ("--models=l2s,llm,exact,slm", f"--slm={models[1]}")
+    with server.serving(models[0], *flags) as started:
         yield started
 
 
@@ -144,14 +158,136 @@ def test_logprobs_are_of_each_token(client):
 
 
 def test_models_and_health(client, running):
-    (card,) = client.models.list().data
-    assert card == client.models.retrieve("l2s")
-    assert (card.id, card.max_prompt_tokens) == ("l2s", server.PROMPT_TOKENS)
-    with pytest.raises(openai.NotFoundError, match="no such model; expected one of l2s"):
+    cards = client.models.list().data
+    assert [card.id for card in cards] == running.models == ["l2s", "llm", "exact", "slm"]
+    assert cards[0] == client.models.retrieve("l2s")
+    assert (cards[0].max_prompt_tokens, cards[0].max_new_tokens) == (40, server.NEW_TOKENS)
+    with pytest.raises(openai.NotFoundError, match="no such model; expected one of l2s, llm"):
         client.models.retrieve("gpt-4")
     assert httpx.get(f"{running.address}/health").json() == {"status": "ready"}
 
 
-def test_a_tokenizer_without_a_template_takes_no_chat(client):
-    with pytest.raises(openai.BadRequestError, match="its tokenizer has no chat template"):
-        client.chat.completions.create(model="l2s", messages=[{"role": "user", "content": "abc"}])
+def texts_of(client, model, **asked):
+    found = client.completions.create(model=model, prompt=PROMPTS, **asked)
+    return [choice.text for choice in found.choices]
+
+
+def test_each_name_is_a_system_of_its_own(client, models):
+    exact = l2s_jax.load(models[0], exact=True, batch_size=1)
+    loaded = load_alone("slm", models[1], exact.prompt_tokenizer, dtype=np.float32, mesh=None)
+    slm = Generator(
+        *loaded,
+        exact.prompt_tokenizer,
+        exact.prompt_tokenizer,
+        prompt_lengths=[40],
+        max_new_tokens=server.NEW_TOKENS,
+        batch_size=1,
+    )
+    of_llm = [output.text for output in exact.generate(PROMPTS)]
+    of_slm = [output.text for output in slm.generate(PROMPTS)]
+    assert texts_of(client, "llm") == texts_of(client, "exact") == of_llm
+    assert texts_of(client, "slm") == of_slm
+    assert of_llm != of_slm
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_an_llm_is_held_once(models, weights):
+    made = load_models(Models(models[0], ("l2s", "llm", "exact"), settings={"weights": weights}))
+    held = {id(leaf) for leaf in jax.tree.leaves(made["llm"].trained)}
+    own = [*jax.tree.leaves(made["l2s"].frozen), *jax.tree.leaves(made["exact"].frozen)]
+    assert own and all(id(leaf) in held for leaf in own)
+    l2s, exact = (jax.tree.leaves(made[name].trained) for name in ("l2s", "exact"))
+    assert all(one is other for one, other in zip(l2s, exact, strict=True))
+    alone = l2s_jax.load(models[0], weights=weights)
+    assert made["l2s"].generate(PROMPTS) == alone.generate(PROMPTS)
+
+
+CHAT = [
+    {"role": "system", "content": "abc"},
+    {"role": "user", "content": [{"type": "text", "text": "ca"}, {"type": "text", "text": "b"}]},
+]
+
+
+def test_a_chat_is_written_by_the_template(client, models):
+    prompt = "system: abc\nuser: cab\nassistant:"
+    search = {"model": "l2s", "temperature": 1.2, "seed": 8, "n": 2, "stop": ["33"]}
+    plain = client.completions.create(prompt=prompt, **search)
+    asked = {"messages": CHAT, "max_completion_tokens": server.NEW_TOKENS, **search}
+    found = client.chat.completions.create(**asked)
+    for choice, other in zip(found.choices, plain.choices, strict=True):
+        assert (choice.message.role, choice.message.content) == ("assistant", other.text)
+        assert choice.finish_reason == other.finish_reason
+    assert found.usage == plain.usage
+    events = list(client.chat.completions.create(stream=True, **asked))
+    for index, choice in enumerate(plain.choices):
+        own = [e.choices[0] for e in events if e.choices[0].index == index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(e.delta.content for e in own) == choice.text
+        assert own[-1].finish_reason == choice.finish_reason
+
+
+def test_logprobs_of_a_chat(client):
+    asked = {"model": "l2s", "messages": CHAT[1:], "logprobs": True}
+    found = client.chat.completions.create(**asked, top_logprobs=3)
+    scores = found.choices[0].logprobs.content
+    assert len(scores) == found.usage.completion_tokens
+    for score in scores:
+        # Greedy decoding takes the likeliest.
+        best = score.top_logprobs[0]
+        assert (score.token, score.logprob) == (best.token, best.logprob)
+        assert len(score.top_logprobs) == 3
+    assert not client.chat.completions.create(**asked).choices[0].logprobs.content[0].top_logprobs
+
+
+def test_a_model_that_was_trained_with_a_chat_takes_what_the_user_says(models):
+    generator = l2s_jax.load(models[0])
+    generator.prompt_tokenizer = for_chat(generator.prompt_tokenizer, "abc")
+    user = {"role": "user", "content": "cab"}
+    asked = ChatAsked.model_validate({"model": "l2s", "messages": [user]})
+    assert chat_prompts(asked, generator) == generator.prompt_tokenizer.encode_prompts(["cab"])
+    asked = ChatAsked.model_validate({"model": "l2s", "messages": [CHAT[0], user]})
+    with pytest.raises(Refused, match="expected one message, of role 'user'"):
+        chat_prompts(asked, generator)
+
+
+def figures(running):
+    """{name: {labels: value}} of all models."""
+    text = httpx.get(f"{running.address}/metrics").text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = tuple(v for k, v in sorted(sample.labels.items()) if k != "le")
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+def test_metrics_count_what_was_answered(client, running):
+    def since(name, *labels):
+        return after.get(name, {}).get(labels, 0) - before.get(name, {}).get(labels, 0)
+
+    before = figures(running)
+    found = client.completions.create(model="exact", prompt=PROMPTS, n=2, temperature=1.0)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt", prompt="abc")
+    after = figures(running)
+    assert since("l2s_requests_total", "completions", "exact", "200") == 1
+    assert since("l2s_requests_total", "completions", "", "404") == 1
+    assert since("l2s_prompt_tokens_total", "exact") == found.usage.prompt_tokens
+    assert since("l2s_generated_tokens_total", "exact") == found.usage.completion_tokens
+    drafted = since("l2s_drafted_tokens_total", "exact")
+    assert 0 < since("l2s_accepted_tokens_total", "exact") <= drafted
+    for name in ("time_to_first_token", "time_per_output_token", "response"):
+        assert since(f"l2s_{name}_seconds_count", "exact") == 10
+        assert since(f"l2s_{name}_seconds_sum", "exact") > 0
+        assert since(f"l2s_{name}_seconds_count", "l2s") == 0
+    assert set(after["l2s_running"].values()) == set(after["l2s_waiting"].values()) == {0}
+    assert set(after["l2s_batch_size"]) == {("l2s",), ("llm",), ("exact",), ("slm",)}
+
+
+def test_schemathesis_finds_nothing(running, tmp_path):
+    checks = ("not_a_server_error", "status_code_conformance", "content_type_conformance")
+    checks += ("response_schema_conformance", "negative_data_rejection", "unsupported_method")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.address}/openapi.json"]
+    command += [f"--checks={','.join(checks)}", "--max-examples=25", "--seed=1", "--no-color"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -149,6 +149,11 @@ def test_a_chat_that_does_not_fit_is_refused(http, changes, param):
     )
 
 
+def test_a_tokenizer_without_a_template_takes_no_chat(http):
+    error = refused(http.post("/v1/chat/completions", json=CHAT), 400, "has no chat template")
+    assert (error["param"], error["code"]) == ("model", "no_chat_template")
+
+
 def test_what_is_not_offered_may_be_sent_as_such(http):
     neutral = {
         **{"best_of": 1, "echo": False, "suffix": None, "logit_bias": {}, "user": "someone"},
