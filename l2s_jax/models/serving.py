@@ -46,6 +46,8 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
     table = response_table(config)
 
     def serve(path: tuple, leaf: Any) -> Any:
+        if isinstance(leaf, qwix.QArray):
+            return leaf  # of another system that has the same model
         *_, owner, name = (key.key for key in path)
         if weights == "int8":
             if name == "kernel":
@@ -54,4 +56,6 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
                 return quantize(leaf, 0)
         return leaf.astype(float_dtype(name, config), copy=False)
 
-    return jax.tree_util.tree_map_with_path(serve, params)
+    return jax.tree_util.tree_map_with_path(
+        serve, params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray)
+    )

@@ -85,6 +85,11 @@ class Lane:
         return sum(job is not None for job in self._jobs)
 
     @property
+    def size(self) -> int:
+        """How many slots the program has that decodes now."""
+        return len(self._jobs)
+
+    @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.waiting or self._untold or self.running)
@@ -169,7 +174,7 @@ class Lane:
         """Ends those that nobody waits for any more, before they have a slot or in it."""
         now = time.monotonic()
         for job in list(self.waiting):
-            if end := job.overdue(now):
+            if (end := job.overdue(now)) or job.ended:
                 self.waiting.remove(job)
                 job.stop(end)
         for job in self._jobs:

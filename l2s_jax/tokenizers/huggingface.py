@@ -153,6 +153,15 @@ class HuggingFaceTokenizer:
             return list(self._encode([self._chat(text) for text in texts], False))
         return [self._around(ids) for ids in self._encode(texts, False)]
 
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a chat, {"role", "content"} each, up to where the answer begins.
+
+        Raises:
+          ValueError: the chat template takes no such messages.
+        """
+        (ids,) = self._encode([self._templated_text(messages)], False)
+        return ids
+
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, eos last."""
         return [[*ids, self.eos_id] for ids in self._encode(texts, False)]
@@ -229,9 +238,12 @@ class HuggingFaceTokenizer:
         messages = [{"role": "user", "content": text}]
         if self._special.system:
             messages.insert(0, {"role": "system", "content": self._special.system})
+        return self._templated_text(messages)
+
+    def _templated_text(self, messages: Sequence[Mapping[str, str]]) -> str:
         try:
             return self._templated.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._special.options
+                list(messages), tokenize=False, add_generation_prompt=True, **self._special.options
             )
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template takes no such prompt: {one_line(error)}") from None

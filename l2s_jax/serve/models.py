@@ -1,0 +1,127 @@
+"""The systems that a server offers by name, of which those that have an LLM in common share it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
+from l2s_jax.config import compute_dtypes
+from l2s_jax.hub import find
+from l2s_jax.models.exact import Exact
+from l2s_jax.models.systems import Params
+from l2s_jax.serving import bundle
+from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.loading import load_alone, where_to_read
+from l2s_jax.settings.search import alone, changed
+from l2s_jax.tokenizers.cut import whole_of
+from l2s_jax.tokenizers.tokenizer import load_tokenizer
+
+NAMES = ("l2s", "llm", "exact", "slm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What is offered, and how it is held.
+
+    directory: of the L2S model. names: some of NAMES. llm, slm: directories, or "": the LLM that
+    the L2S model refers to, and no SLM. mesh: {} is one device. settings: of Generator, where other
+    than the model's own. search: changes of the model's own search.
+    """
+
+    directory: str
+    names: Sequence[str] = ("l2s",)
+    llm: str = ""
+    slm: str = ""
+    dtype: str = "auto"
+    encoder_dtype: str = "auto"
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load_models(models: Models) -> dict[str, Generator]:
+    """The Generator of each name.
+
+    An LLM that is needed whole is read and held once, whoever uses all or a part of it.
+
+    Raises:
+      ValueError: a model is not there, or not whole, or doesn't fit the others; or the search
+        is one that is not served.
+    """
+    directory = find(models.directory)
+    llm_directory = find(models.llm) if models.llm else None
+    settings = {**bundle.generation_settings(directory), **models.settings}
+    whole = {"llm", "exact"} & set(models.names)
+    drafting = {"exact": True} if "exact" in models.names else {}
+    search = changed(settings.get("search", {}), {**drafting, **models.search})
+    if search.num_beams > 1:
+        raise ValueError(
+            f"{models.directory}: its search has num_beams={search.num_beams}, and a server has no "
+            "beam search; expected --search=num_beams=1"
+        )
+    settings["search"] = alone(search)
+    rest = {} if -1 in models.mesh.values() else {"data": -1}
+    mesh = (
+        sharding.make_mesh({**rest, **models.mesh}, jax.local_devices())
+        if models.mesh
+        else sharding.one_device()
+    )
+    settings["mesh"] = mesh
+    placed = where_to_read(mesh, settings.get("weights", "float"))
+    dtype, encoder_dtype = compute_dtypes(models.dtype, models.encoder_dtype)
+    if whole and dtype != encoder_dtype:
+        raise ValueError(
+            f"--encoder_dtype={models.encoder_dtype} with --models={','.join(models.names)}: "
+            f"expected {dtype}, in which the whole LLM computes"
+        )
+    tokenizers = bundle.load_tokenizers(directory)
+    made: dict[str, Generator] = {}
+    if whole:
+        where = llm_directory or find(bundle.whole_llm(directory))
+        loaded = load_alone("llm", where, tokenizers[0], dtype=dtype, mesh=placed)
+        made["llm"] = Generator(*loaded, tokenizers[0], tokenizers[0], **settings)
+    system, trained, frozen = bundle.load(
+        directory,
+        dtype=dtype,
+        encoder_dtype=encoder_dtype,
+        mesh=placed,
+        entries=() if whole else None,
+        llm=llm_directory,
+    )
+    if whole:
+        frozen = _encoder_of(made["llm"].trained["llm"], system.llm_config)
+    made["l2s"] = Generator(system, trained, frozen, *tokenizers, **settings)
+    if drafting:
+        llm: Any = made["llm"].system
+        made["exact"] = Generator(
+            Exact(system, llm),
+            made["l2s"].trained,
+            made["llm"].trained["llm"],
+            tokenizers[0],
+            tokenizers[0],
+            **{**settings, "search": search},
+        )
+    if "slm" in models.names:
+        made["slm"] = _slm(models.slm, dtype, placed, settings)
+    return {name: made[name] for name in models.names}
+
+
+def _slm(name: str, dtype: Any, placed: Mesh | None, settings: Mapping[str, Any]) -> Generator:
+    directory = find(name)
+    tokenizer = load_tokenizer(directory)
+    loaded = load_alone("slm", directory, tokenizer, dtype=dtype, mesh=placed)
+    return Generator(*loaded, whole_of(tokenizer), tokenizer, **settings)
+
+
+def _encoder_of(params: Params, config: Any) -> Params:
+    """What encodes of a whole LLM's parameters, by the config of what encodes."""
+    _, shapes = pretrained.abstract_encoder(config)
+    held = flatten_dict(dict(params), sep="/")
+    return unflatten_dict({path: held[path] for path in flatten_dict(shapes, sep="/")}, sep="/")

@@ -1,0 +1,170 @@
+"""The server's life: it listens, loads and warms up, answers, and ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+import uvicorn
+
+from l2s_jax.serve.app import make_app
+from l2s_jax.serve.models import Models, load_models
+from l2s_jax.serve.service import Limits, Service
+
+log = logging.getLogger("l2s_jax")
+
+# Seconds that clients have to take what they have been answered, at the end.
+_FLUSH_S = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a server is: its models, its limits, where it listens, how long it takes to end."""
+
+    models: Models
+    limits: Limits
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_s: float = 30.0
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: it would end by them, without an answer to those who wait."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(options: Options) -> int:
+    """Serves until a signal; the exit status.
+
+    Raises:
+      ValueError: it can't listen there, or a model can't be loaded.
+    """
+    listener = _listen(options.host, options.port)
+    life = _Life(options, listener)
+    status = asyncio.run(life.serve())
+    if life.error:
+        raise life.error
+    if life.loading:
+        # What compiles can't be interrupted, and nobody waits for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"--host={host} --port={port}: cannot listen there: {reason}") from None
+    listener.set_inheritable(True)
+    return listener
+
+
+class _Life:
+    """One server, from its first to its last moment.
+
+    Attributes:
+      error: what was wrong with the models.
+      loading: whether it is still being made ready.
+    """
+
+    def __init__(self, options: Options, listener: socket.socket):
+        self._options, self._listener = options, listener
+        self._service = Service(options.limits)
+        config = uvicorn.Config(
+            make_app(self._service),
+            # h11 bounds the heads of requests, which the faster parser does not.
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_FLUSH_S,
+        )
+        self._server = _Server(config)
+        self._status = 0
+        self.error: Exception | None = None
+        self.loading = True
+
+    async def serve(self) -> int:
+        """Until it ends; the exit status."""
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+        await self._server.serve(sockets=[self._listener])
+        return self._status
+
+    def _load(self) -> None:
+        """In a thread of its own: loads, warms up, and says that it is ready."""
+        try:
+            generators = load_models(self._options.models)
+            self._service.start(generators, self._on_end)
+        except Exception as error:
+            self.error = error
+            self._later(self._close)
+        self.loading = False
+        if self._service.state == "ready":
+            host, port = self._listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            print(f"http://{shown}:{port} serves {', '.join(generators)}", flush=True)
+
+    def _later(self, work: object, *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(work, *arguments)  # type: ignore[arg-type]
+
+    def _on_end(self, reason: str) -> None:
+        """In the scheduler's thread, when that ends."""
+        if reason:
+            self._later(self._lose, reason)
+
+    def _lose(self, reason: str) -> None:
+        print(f"error: the device is gone: {' '.join(reason.split())}", file=sys.stderr)
+        self._service.state = "stopping"
+        self._status = 1
+        self._close()
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._status = self._status or 130
+        # A second one waits for nobody.
+        again = self._service.state == "stopping"
+        self._service.state = "stopping"
+        if self.loading:
+            self._close()
+            return
+        self._loop.run_in_executor(None, self._drain, 0.0 if again else self._options.drain_s)
+
+    def _drain(self, seconds: float) -> None:
+        self._service.stop(seconds)
+        self._later(self._close)
+
+    def _close(self) -> None:
+        self._server.should_exit = True
+
+
+def configure(compilation_cache: str | None) -> None:
+    """Settings of JAX for the whole process; compilation_cache: a folder."""
+    if compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
