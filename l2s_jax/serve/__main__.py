@@ -119,6 +119,7 @@ def _parser() -> _Parser:
     add("--dtype", choices=dtypes, default="auto", help="of products (default: auto)")
     add("--encoder_dtype", choices=dtypes, default="auto", help="of the LLM (default: --dtype)")
     add("--mesh", type=_mesh, default={}, help="of devices, as data=2,tensor=4 (default: one)")
+    add("--examples", default="", help="a file of prompts, a line each, that the page offers")
     add("--compilation_cache", help="folder for compiled programs, for later starts")
     return parser
 
@@ -148,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(flags)
         # Imported here, so that --help and wrong flags don't wait for them.
         from l2s_jax.serve.models import Models
+        from l2s_jax.serve.pages import read_examples
         from l2s_jax.serve.run import Options, configure, run
         from l2s_jax.serve.service import Limits
         from l2s_jax.serving.generate_file import parse_search
@@ -181,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             body_bytes=flags.body_bytes,
             api_key=flags.api_key or os.environ.get("L2S_API_KEY", ""),
         )
-        return run(Options(models, limits, flags.host, flags.port, flags.drain_s))
+        examples = read_examples(flags.examples) if flags.examples else []
+        return run(Options(models, limits, examples, flags.host, flags.port, flags.drain_s))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

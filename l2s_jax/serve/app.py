@@ -22,6 +22,7 @@ from l2s_jax.serve.errors import Refused, refusal_of
 from l2s_jax.serve.forms import ChatForm, CompletionForm, Form
 from l2s_jax.serve.forms import Response as Answer
 from l2s_jax.serve.openapi import document
+from l2s_jax.serve.pages import page_routes
 from l2s_jax.serve.protocol import UNUSED, Asked
 from l2s_jax.serve.service import Answers, Service
 from l2s_jax.serve.sse import DONE, EventStream, unless_gone
@@ -52,6 +53,10 @@ def make_app(service: Service) -> Starlette:
 
     described = json.dumps(document())
 
+    async def examples(request: Request) -> Response:
+        _check_key(request, service)
+        return JSONResponse({"examples": list(service.examples)})
+
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
 
@@ -64,6 +69,8 @@ def make_app(service: Service) -> Starlette:
             Route("/health", health),
             Route("/metrics", metrics),
             Route("/openapi.json", openapi),
+            Route("/examples", examples),
+            *page_routes(),
         ],
         exception_handlers={Refused: _refuse, HTTPException: _refuse_http, Exception: _failed},
     )

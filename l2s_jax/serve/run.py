@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import uvicorn
@@ -28,10 +28,13 @@ _FLUSH_S = 2
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a server is: its models, its limits, where it listens, how long it takes to end."""
+    """What a server is: its models, its limits, prompts that its page offers, where it listens, how
+    long it takes to end.
+    """
 
     models: Models
     limits: Limits
+    examples: Sequence[str] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     drain_s: float = 30.0
@@ -88,7 +91,7 @@ class _Life:
 
     def __init__(self, options: Options, listener: socket.socket):
         self._options, self._listener = options, listener
-        self._service = Service(options.limits)
+        self._service = Service(options.limits, options.examples)
         config = uvicorn.Config(
             make_app(self._service),
             # h11 bounds the heads of requests, which the faster parser does not.

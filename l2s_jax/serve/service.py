@@ -46,11 +46,12 @@ class Service:
 
     Attributes:
       state: "starting", "ready" or "stopping".
+      examples: prompts that the page offers.
       created: when it began, in seconds of the epoch.
     """
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
+    def __init__(self, limits: Limits, examples: Sequence[str] = ()):
+        self.limits, self.examples = limits, tuple(examples)
         self.state = "starting"
         self.created = int(time.time())
         self.generators: dict[str, Generator] = {}

@@ -288,7 +288,7 @@ def load(
             settings["layers"] = tuple(map(tuple, settings["layers"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
-    llm, frozen = pretrained.load_encoder(
+    encoder, frozen = pretrained.load_encoder(
         llm_path,
         layer=layer,
         dtype=encoder_dtype or dtype,
@@ -302,7 +302,7 @@ def load(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "
             "(content hashes differ)"
         )
-    system = LlmToSlm(llm.config, slm_config, **settings)
+    system = LlmToSlm(encoder.config, slm_config, **settings)
     shapes = _shapes(system)
     with TensorFiles(directory, "params") as files:
         return system, read_params(files, own_entries(shapes), shapes), frozen
