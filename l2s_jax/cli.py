@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "run": ("l2s_jax.main", "train, evaluate, generate with or plan an experiment"),
     "convert": ("l2s_jax.convert", "convert a checkpoint or a trained model"),
+    "serve": ("l2s_jax.serve", "answer requests over HTTP"),
     "bench": ("l2s_jax.bench", "measure speed beside other libraries"),
 }
 

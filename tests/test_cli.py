@@ -40,6 +40,7 @@ def test_help_names_every_command_and_imports_none() -> None:
         (("run", "--config=configs/quickstart.py", "--config.l2s.fusion=nope"), "fusion"),
         (("convert", "--input=nope", "--inspect"), "nope"),
         (("bench", "--threads=nope"), "--threads"),
+        (("serve", "--model=nope", "--slots=0"), "--slots"),
     ],
 )
 def test_is_the_command_of_the_module(
@@ -52,7 +53,7 @@ def test_is_the_command_of_the_module(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"), [((), "run, convert, bench"), (("train",), "'train'")]
+    ("arguments", "expected"), [((), "run, convert, serve, bench"), (("train",), "'train'")]
 )
 def test_no_such_command_is_one_line(arguments: tuple[str, ...], expected: str) -> None:
     result = run("-m", "l2s_jax.cli", *arguments)

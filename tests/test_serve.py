@@ -35,7 +35,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(models):
-    flags = ("--models=l2s,llm,exact,slm", f"--slm={models[1]}")
+    flags = ("--slots=1", "--models=l2s,llm,exact,slm", f"--slm={models[1]}")
     with server.serving(models[0], *flags) as started:
         yield started
 
@@ -266,7 +266,14 @@ def test_metrics_count_what_was_answered(client, running):
         return after.get(name, {}).get(labels, 0) - before.get(name, {}).get(labels, 0)
 
     before = figures(running)
-    found = client.completions.create(model="exact", prompt=PROMPTS, n=2, temperature=1.0)
+    found = client.completions.create(
+        model="exact",
+        prompt=PROMPTS,
+        n=2,
+        temperature=1.0,
+        seed=1,
+        extra_body={"min_tokens": 2},
+    )
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt", prompt="abc")
     after = figures(running)
@@ -289,5 +296,5 @@ def test_schemathesis_finds_nothing(running, tmp_path):
     checks += ("response_schema_conformance", "negative_data_rejection", "unsupported_method")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.address}/openapi.json"]
     command += [f"--checks={','.join(checks)}", "--max-examples=25", "--seed=1", "--no-color"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stdout + found.stderr

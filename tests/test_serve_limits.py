@@ -154,6 +154,14 @@ def test_a_tokenizer_without_a_template_takes_no_chat(http):
     assert (error["param"], error["code"]) == ("model", "no_chat_template")
 
 
+def test_side_by_side_all_are_answered_as_if_alone(http):
+    asked = {"model": "l2s", "prompt": "cab abba", "temperature": 1.3, "max_tokens": 40}
+    together = http.post("/v1/completions", json={**asked, "n": 4, "seed": 7}).json()
+    alone = [http.post("/v1/completions", json={**asked, "seed": s}).json() for s in range(7, 11)]
+    texts = [choice["text"] for choice in together["choices"]]
+    assert texts == [one["choices"][0]["text"] for one in alone] and len(set(texts)) == 4
+
+
 def test_what_is_not_offered_may_be_sent_as_such(http):
     neutral = {
         **{"best_of": 1, "echo": False, "suffix": None, "logit_bias": {}, "user": "someone"},
@@ -224,6 +232,7 @@ JSON = st.recursive(
     st.sampled_from(["/v1/completions", "/v1/chat/completions"]),
     st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
 )
+@example("/v1/completions", {"no_repeat_ngram_size": 2**31 - 1, "min_tokens": 2**31 - 1})
 @example("/v1/completions", {"prompt": "\0", "repetition_penalty": 0.01, "temperature": 100})
 def test_no_body_is_too_strange(http, path, changes):
     body = {**(SMALL if path == "/v1/completions" else CHAT), **changes}

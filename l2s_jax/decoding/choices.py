@@ -132,7 +132,9 @@ def _ban(
         there = (places >= back) & jnp.take_along_axis(valid, before, axis=0)
         return matches & (same & there | (back >= sizes)[None])
 
-    matches = jax.lax.fori_loop(1, jnp.max(sizes), also, valid & (sizes > 0)[None])
+    # No n-gram that is longer than the history has come before, however much longer it is.
+    most = jnp.minimum(jnp.max(sizes), len(tokens) + 1)
+    matches = jax.lax.fori_loop(1, most, also, valid & (sizes > 0)[None])
     return jnp.where(mark(tokens, matches, logits.shape[1]), -jnp.inf, logits)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ from l2s_jax.serve.pages import page_routes
 from l2s_jax.serve.protocol import UNUSED, Asked
 from l2s_jax.serve.service import Answers, Service
 from l2s_jax.serve.sse import DONE, EventStream, unless_gone
+
+log = logging.getLogger(__name__)
 
 # Seconds that a client may take to send a body.
 _BODY_S = 60.0
@@ -51,14 +54,12 @@ def make_app(service: Service) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    described = json.dumps(document())
-
     async def examples(request: Request) -> Response:
         _check_key(request, service)
         return JSONResponse({"examples": list(service.examples)})
 
     async def openapi(request: Request) -> Response:
-        return Response(described, media_type="application/json")
+        return Response(document(tuple(service.generators)), media_type="application/json")
 
     return Starlette(
         routes=[
@@ -72,7 +73,7 @@ def make_app(service: Service) -> Starlette:
             Route("/examples", examples),
             *page_routes(),
         ],
-        exception_handlers={Refused: _refuse, HTTPException: _refuse_http, Exception: _failed},
+        exception_handlers={Refused: _refuse, HTTPException: _refuse_http},
     )
 
 
@@ -99,10 +100,6 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = f"{request.method} {request.url.path}: {error.detail}"
     return Refused(error.status_code, told, headers=error.headers).response
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return Refused(500, "the server failed at this request", code="failed").response
 
 
 def _check_key(request: Request, service: Service) -> None:
@@ -182,6 +179,10 @@ def _endpoint(
         except ClientDisconnect:
             status = 499
             return Response(status_code=499)
+        except Exception:
+            # Whatever it is, the others are answered, and this one is told.
+            log.exception("a request failed")
+            return Refused(500, "the server failed at this request", code="failed").response
         finally:
             service.metrics.answered(model, form.endpoint, status)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -23,8 +25,9 @@ _WRONG = {
 }
 
 
-def document() -> dict[str, Any]:
-    """The document of /openapi.json."""
+@functools.cache
+def document(models: tuple[str, ...]) -> str:
+    """The document of /openapi.json, as JSON, of a server that offers these."""
     kinds: Any = [
         (kind, "validation" if issubclass(kind, protocol.Asked) else "serialization")
         for kind in (
@@ -39,9 +42,12 @@ def document() -> dict[str, Any]:
         )
     ]
     _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    named = {"enum": list(models)} if models else {}
+    for kind in ("CompletionAsked", "ChatAsked"):
+        schemas["$defs"][kind]["properties"]["model"] |= named
     keyed = {"security": [{}, {"key": []}]}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    return {
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", **named}}
+    fields = {
         "openapi": "3.1.0",
         "info": {"title": "l2s_jax", "version": l2s_jax.__version__},
         "paths": {
@@ -101,6 +107,7 @@ def document() -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+    return json.dumps(fields)
 
 
 def _schema(name: str) -> dict[str, Any]:
@@ -120,7 +127,8 @@ def _wrong(*statuses: str) -> dict[str, Any]:
 def _asks(body: str, answer: str) -> dict[str, Any]:
     given = _gives(answer)
     given["description"] = f"{answer}, or with stream=true its events, of which the last is [DONE]."
-    given["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    given["content"]["text/event-stream"] = {"schema": event}
     return {
         "requestBody": {"required": True, "content": _schema(body)},
         "responses": {"200": given, **_wrong(*_WRONG)},

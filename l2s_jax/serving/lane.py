@@ -90,6 +90,11 @@ class Lane:
         return len(self._jobs)
 
     @property
+    def spare(self) -> int:
+        """Slots that nobody has or waits for; below 0, how many requests find none."""
+        return self.sizes[-1] - self.running - len(self.waiting)
+
+    @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.waiting or self._untold or self.running)

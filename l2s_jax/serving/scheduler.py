@@ -41,7 +41,7 @@ class Scheduler:
         """
         Args:
           lanes: that have been warmed up.
-          max_waiting: requests that may wait, of all lanes together.
+          max_waiting: requests that may wait for a slot that others have, of all lanes together.
           pause_s: for how long prompts may be read while others are being answered.
           on_end: called once, from the scheduler's thread, when that ends: with "" after `stop`,
             else with what was wrong with the device.
@@ -71,11 +71,15 @@ class Scheduler:
         with self._wake:
             if self._stopping:
                 raise Stopped
-            if self.waiting >= self._max_waiting:
+            if self.lanes[lane].spare <= 0 and self._queued() >= self._max_waiting:
                 raise Full
             job = self.lanes[lane].submit(request, deliver)
             self._wake.notify()
         return job
+
+    def _queued(self) -> int:
+        """How many requests wait for a slot that others have."""
+        return sum(max(0, -lane.spare) for lane in self.lanes.values())
 
     def stop(self, drain_s: float) -> None:
         """Takes no more requests, answers those that there are, for at most so many seconds."""
