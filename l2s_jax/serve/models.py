@@ -93,7 +93,7 @@ def load_models(models: Models) -> dict[str, Generator]:
         encoder_dtype=encoder_dtype,
         mesh=placed,
         entries=() if whole else None,
-        llm=llm_directory,
+        llm_directory=llm_directory,
     )
     if whole:
         frozen = _encoder_of(made["llm"].trained["llm"], system.llm_config)

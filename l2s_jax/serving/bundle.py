@@ -263,20 +263,20 @@ def load(
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     entries: Sequence[str] | None = None,
-    llm: str | None = None,
+    llm_directory: str | None = None,
 ) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
     The arguments after `dtype` are about the LLM, as of `pretrained.load_encoder`: its dtype is
     `dtype` where none of its own is given, and on a mesh it is held as generation with weights
-    "float" holds it. `llm` is where it lies, if elsewhere than the model says.
+    "float" holds it. `llm_directory` is where it lies, if elsewhere than the model says.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
     """
     fields, path = _read_fields(directory)
     try:
-        llm_path = llm or _llm_path(directory, fields["llm"]["path"])
+        llm_path = llm_directory or _llm_path(directory, fields["llm"]["path"])
         expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
         slm_config = pretrained.config_from_native(fields["slm"], path)
         slm_config = dataclasses.replace(slm_config, dtype=dtype)
