@@ -167,7 +167,7 @@ class Lane:
         self._empty()
 
     def end_all(self, end: str, reason: str = "") -> None:
-        """Ends all requests; any thread may call it."""
+        """Ends all requests."""
         self._end([*self.waiting, *self._jobs], end, reason)
 
     def _end(self, jobs: Sequence[Job | None], end: str, reason: str) -> None:

@@ -52,6 +52,7 @@ class Scheduler:
         self._on_end = on_end
         self._wake = threading.Condition()
         self._stopping = False
+        self._cut = False  # those that are still being answered are ended
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
@@ -87,9 +88,8 @@ class Scheduler:
             self._stopping = True
             self._wake.notify()
         self._thread.join(drain_s)
-        if self._thread.is_alive():
-            self._end_all("cancelled")
-            self._thread.join()
+        self._cut = True
+        self._thread.join()
 
     def _end_all(self, end: str, reason: str = "") -> None:
         for lane in self.lanes.values():
@@ -97,7 +97,7 @@ class Scheduler:
 
     def _run(self) -> None:
         reason = ""
-        while not reason:
+        while not reason and not self._cut:
             with self._wake:
                 busy = [lane for lane in self.lanes.values() if lane.busy]
                 if not busy:
@@ -112,6 +112,8 @@ class Scheduler:
             self._stopping = True
         if reason:
             self._end_all("error", "the device is gone")
+        else:
+            self._end_all("cancelled")
         self._on_end(reason)
 
     def _turn(self, lane: Lane) -> str:
