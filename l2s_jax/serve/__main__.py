@@ -15,16 +15,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from l2s_jax.bench.arguments import Parser
 
 _NEEDED = ("starlette", "uvicorn", "prometheus_client", "pydantic")
 _MODELS = ("l2s", "llm", "exact", "slm")
 _AXES = ("data", "fsdp", "tensor")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def _number(kind: type, least: float, most: float = float("inf")) -> Any:
@@ -80,8 +77,8 @@ def _search(text: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m l2s_jax.serve",
         description="Serves an L2S model over HTTP, by OpenAI's protocol.",
         allow_abbrev=False,

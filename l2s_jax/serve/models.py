@@ -6,19 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.cluster import sharding
 from l2s_jax.config import compute_dtypes
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
-from l2s_jax.serving.loading import load_alone, where_to_read
+from l2s_jax.serving.loading import load_alone, mesh_of, where_to_read
 from l2s_jax.settings.search import alone, changed
 from l2s_jax.tokenizers.cut import whole_of
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
@@ -67,12 +65,7 @@ def load_models(models: Models) -> dict[str, Generator]:
             "beam search; expected --search=num_beams=1"
         )
     settings["search"] = alone(search)
-    rest = {} if -1 in models.mesh.values() else {"data": -1}
-    mesh = (
-        sharding.make_mesh({**rest, **models.mesh}, jax.local_devices())
-        if models.mesh
-        else sharding.one_device()
-    )
+    mesh = mesh_of(models.mesh or None)
     settings["mesh"] = mesh
     placed = where_to_read(mesh, settings.get("weights", "float"))
     dtype, encoder_dtype = compute_dtypes(models.dtype, models.encoder_dtype)

@@ -56,7 +56,7 @@ class Lane:
       reads: numbers of prompts that are read at once, ascending.
       read_s: what reading (prompts, tokens each) takes, in seconds, as measured by `warm_up`.
 
-    All but `request` and `waiting` is for the one thread that owns the device.
+    All but `submit`, `waiting` and the counts is for the one thread that owns the device.
     """
 
     def __init__(self, generator: Generator, max_slots: int):

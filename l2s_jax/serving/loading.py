@@ -79,11 +79,7 @@ def load(
     """
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
-    if mesh is None:
-        mesh = sharding.one_device()
-    elif not isinstance(mesh, Mesh):
-        rest = {} if -1 in mesh.values() else {"data": -1}
-        mesh = sharding.make_mesh({**rest, **mesh}, jax.local_devices())
+    mesh = mesh_of(mesh)
     placed = where_to_read(mesh, settings.get("weights", "float"))
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
     tokenizers = bundle.load_tokenizers(directory)
@@ -94,6 +90,20 @@ def load(
         settings["search"] = alone(settings.get("search", {}))
         loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
     return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
+
+
+def mesh_of(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
+    """A mesh of this process's devices, as `load` takes it.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
+    """
+    if mesh is None:
+        return sharding.one_device()
+    if isinstance(mesh, Mesh):
+        return mesh
+    rest = {} if -1 in mesh.values() else {"data": -1}
+    return sharding.make_mesh({**rest, **mesh}, jax.local_devices())
 
 
 def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
