@@ -12,6 +12,10 @@ The prompts, a line each, are answered three times, by processes of their own:
 
 Clients stream. Times of a request: to the first token, of each token after it, and whole. The
 processor time that the clients take is said too: on a small machine the server lacks it.
+
+With `--peers`, other libraries answer the same clients with --checkpoint, the LLM: CTranslate2 and
+transformers, in dynamic batches (`benchmarks/peer_server.py`). `benchmarks/serving_models.py` makes
+models of a published geometry for that.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import httpx
+import aiohttp
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -41,7 +45,7 @@ from l2s_jax.files import finite, write_json, write_text
 
 PERCENTILES = (50, 90, 99)
 _ALONE = 50  # prompts that are answered one by one
-_START_S = 1800  # in which a server compiles its programs
+_TAIL = 1000  # bytes of a stream that its last event may have
 
 
 class Answer(NamedTuple):
@@ -55,6 +59,7 @@ class Answer(NamedTuple):
 class Load(NamedTuple):
     """What a load did: answers, and the seconds from the first request to the last answer."""
 
+    server: str
     name: str
     answers: list[Answer]
     seconds: float
@@ -91,11 +96,9 @@ def offline(options: argparse.Namespace, prompts: list[str]) -> dict[str, float]
 
 
 @contextmanager
-def server(options: argparse.Namespace) -> Iterator[str]:
+def server(command: Sequence[str]) -> Iterator[str]:
     """A server that is ready; its address."""
-    command = [sys.executable, "-m", "l2s_jax.serve", f"--model={options.model}", "--port=0"]
-    command += [f"--slots={options.slots}", f"--max_waiting={10**6}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         ready = process.stdout.readline()
@@ -108,7 +111,27 @@ def server(options: argparse.Namespace) -> Iterator[str]:
         process.wait()
 
 
-async def ask(client: httpx.AsyncClient, options: argparse.Namespace, prompt: str) -> Answer:
+def servers(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Commands of the servers that are measured, by name."""
+    ours = ["-m", "l2s_jax.serve", f"--model={options.model}", "--port=0"]
+    ours += [f"--slots={options.slots}", f"--max_waiting={10**6}"]
+    found = {"l2s_jax": ours}
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "peer_server.py")
+    for peer in options.peers:
+        library, precision = peer.split(":")
+        found[f"{library} {precision}"] = [
+            script,
+            f"--library={library}",
+            f"--precision={precision}",
+            f"--checkpoint={options.checkpoint}",
+            f"--threads={cores()}",
+            f"--batch={options.slots}",
+            f"--new_tokens={options.max_new_tokens}",
+        ]
+    return found
+
+
+async def ask(client: aiohttp.ClientSession, options: argparse.Namespace, prompt: str) -> Answer:
     """One request, to its end."""
     asked = {
         "model": options.name,
@@ -117,19 +140,18 @@ async def ask(client: httpx.AsyncClient, options: argparse.Namespace, prompt: st
         "stream_options": {"include_usage": True},
         **({"max_tokens": options.max_new_tokens} if options.max_new_tokens else {}),
     }
-    began, first, tokens = time.perf_counter(), None, 0
-    async with client.stream("POST", "/v1/completions", json=asked) as response:
-        if response.status_code != 200:
-            raise SystemExit((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
+    began, first, last = time.perf_counter(), None, b""
+    async with client.post("/v1/completions", json=asked) as response:
+        if response.status != 200:
+            raise SystemExit(await response.text())
+        async for part in response.content.iter_any():
             if first is None:
                 first = time.perf_counter() - began
-            event = json.loads(line[len("data: ") :])
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
-    return Answer(first or 0.0, time.perf_counter() - began, tokens)
+            last = last[-_TAIL:] + part
+    found = re.findall(rb'"completion_tokens": ?([0-9]+)', last)
+    if not found:
+        raise SystemExit(f"an answer without an end: {last!r}")
+    return Answer(first or 0.0, time.perf_counter() - began, int(found[-1]))
 
 
 async def closed(
@@ -163,20 +185,22 @@ async def poisson(
     return await asyncio.gather(*waiting)
 
 
-async def loads(options: argparse.Namespace, address: str, prompts: list[str]) -> list[Load]:
+async def loads(
+    options: argparse.Namespace, name: str, address: str, prompts: list[str]
+) -> list[Load]:
     """Every load, one after the other, after as many requests as make the server warm."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     found = []
-    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=None) as client:
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
+    async with aiohttp.ClientSession(address, connector=connector, timeout=timeout) as client:
 
         async def ask_one(prompt: str) -> Answer:
             return await ask(client, options, prompt)
 
-        async def run(name: str, work: Awaitable[list[Answer]]) -> None:
+        async def run(load: str, work: Awaitable[list[Answer]]) -> None:
             began, used = time.perf_counter(), time.process_time()
             answers = await work
             seconds = time.perf_counter() - began
-            found.append(Load(name, answers, seconds, time.process_time() - used))
+            found.append(Load(name, load, answers, seconds, time.process_time() - used))
 
         await closed(ask_one, prompts[: 2 * options.slots], options.slots)
         for clients in options.clients:
@@ -201,6 +225,7 @@ def row_of(load: Load) -> dict[str, Any]:
     }
     tokens = sum(answer.tokens for answer in load.answers)
     return {
+        "server": load.server,
         "load": load.name,
         "requests": len(load.answers),
         "requests_per_second": len(load.answers) / load.seconds,
@@ -222,14 +247,15 @@ def table(result: dict[str, Any]) -> str:
         f"Without a server: {ceiling:.0f} tokens/s in batches of {result['slots']}; "
         f"{alone:.1f} ms for a prompt alone (median). "
         f"{result['machine']['cpu']}, {result['machine']['instruction_set']}, "
-        f"{result['machine']['cores']} cores.",
+        f"{result['machine']['cores']} cores. Times: 50 / 90 / 99 % of the requests.",
         "",
-        "| load | requests/s | tokens/s | of offline | first token, ms: 50 % / 90 % / 99 % "
-        "| per token, ms | whole, ms | cores of the clients |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| server | load | requests/s | tokens/s | of offline "
+        "| first token, ms | per token, ms | whole, ms | cores of the clients |",
+        "| --- | --- | ---: | ---: | ---: | --- | --- | --- | ---: |",
     ]
     for row in result["rows"]:
         cells = [
+            row["server"],
             row["load"],
             f"{row['requests_per_second']:.1f}",
             f"{row['tokens_per_second']:.0f}",
@@ -245,23 +271,37 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Times against throughput."""
+    """Time of a whole response against the load, of each server: median and 99 of 100."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, label in (("first", "to the first token"), ("whole", "whole")):
+    for place, name in enumerate(dict.fromkeys(row["server"] for row in rows)):
+        own = sorted(
+            (row for row in rows if row["server"] == name), key=lambda row: row["tokens_per_second"]
+        )
         for percentile, style in (("50", "-o"), ("99", "--^")):
             axes.plot(
-                [row["requests_per_second"] for row in rows],
-                [row[f"{name}_ms"][percentile] for row in rows],
+                [row["tokens_per_second"] for row in own],
+                [row["whole_ms"][percentile] for row in own],
                 style,
-                color="C0" if name == "whole" else "C1",
-                label=f"{label}, {percentile} %",
+                color=f"C{place}",
+                label=f"{name}, {percentile} %",
             )
-    axes.set(xlabel="requests answered per second", ylabel="milliseconds", yscale="log")
+    axes.set(xlabel="tokens per second", ylabel="whole response, milliseconds", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def peers(text: str) -> list[str]:
+    """Of a flag: libraries and precisions, or none."""
+    found = [part for part in text.split(",") if part]
+    for part in found:
+        if not re.fullmatch(r"(ctranslate2|transformers):\w+", part):
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: expected ctranslate2:PRECISION or transformers:PRECISION"
+            )
+    return found
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -287,12 +327,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--clients", type=integers, default="1,8,32", help="of closed loops")
     add("--rates", type=numbers, default="", help="requests a second, at random times")
     add("--max_new_tokens", type=int, default=0, help="of a response; 0: as the model says")
+    add("--peers", type=peers, default="", help="as in ctranslate2:int8,transformers:float32")
+    add("--checkpoint", help="what peers answer with, in Hugging Face's format")
     add("--repeats", type=count, default=3, help="of what is measured without a server")
     add("--output", default="serve.json")
     add("--offline", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     with open(options.prompts, encoding="utf-8") as file:
         prompts = [line.rstrip("\n") for line in file if line.strip()][: options.requests]
+    if options.peers and not (options.checkpoint and options.max_new_tokens):
+        parser.error("--peers: expected --checkpoint and --max_new_tokens beside it")
     if not prompts:
         parser.error(f"{options.prompts}: no prompt in it")
     if options.offline:
@@ -307,8 +351,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "slots": options.slots,
         "offline": json.loads(finished.stdout.splitlines()[-1]),
     }
-    with server(options) as address:
-        result["rows"] = [row_of(load) for load in asyncio.run(loads(options, address, prompts))]
+    result["rows"] = []
+    for name, start in servers(options).items():
+        with server(start) as address:
+            found = asyncio.run(loads(options, name, address, prompts))
+        result["rows"] += map(row_of, found)
     write_json(options.output, finite(result))
     stem = options.output.removesuffix(".json")
     write_text(f"{stem}.md", table(result))

@@ -11,6 +11,7 @@ import small
 from test_exact import VOCABULARY, pair
 
 from l2s_jax.models.systems import LanguageModel
+from l2s_jax.serving import lane as lanes
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.lane import Lane, NotRead
 from l2s_jax.serving.request import Request
@@ -130,8 +131,9 @@ def test_no_mix_of_requests_compiles_anything(compilations):
     assert not compilations
 
 
-def test_who_goes_frees_a_slot_within_a_chunk():
+def test_who_goes_frees_a_slot_within_a_chunk(monkeypatch):
     made = lane("t5")
+    monkeypatch.setattr(lanes, "_CHUNK_S", 0.0)  # one step
     job, pieces = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
     made.turn(1.0)
     job.cancel()
@@ -146,6 +148,7 @@ def test_who_goes_frees_a_slot_within_a_chunk():
 
 def test_a_step_that_fails_ends_those_concerned_and_no_others(monkeypatch):
     made = lane("t5")
+    monkeypatch.setattr(lanes, "_CHUNK_S", 0.0)
     _, running = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
     made.turn(1.0)
     _, waiting = submit(made, "4 5", Search(min_new_tokens=NEW), NEW, 0)
@@ -154,13 +157,13 @@ def test_a_step_that_fails_ends_those_concerned_and_no_others(monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(made, "_read", fails)
+        patched.setattr(made._programs, "read", fails)
         with pytest.raises(NotRead):
             made.turn(1.0)
     assert waiting[-1].end == "error"
     assert not any(piece.end for piece in running)
     with monkeypatch.context() as patched:
-        patched.setattr(made, "_advance", fails)
+        patched.setattr(made._programs, "advance", fails)
         with pytest.raises(RuntimeError):
             made.turn(1.0)
     made.abandon("the model failed at a step")

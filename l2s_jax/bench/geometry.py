@@ -81,7 +81,7 @@ def _write_pieces(vocab_size: int, directory: str) -> None:
             for i, piece in enumerate(special)
         ],
         "normalizer": None,
-        "pre_tokenizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
         "truncation": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flax import struct
-from jaxtyping import Array, Bool, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from l2s_jax.decoding.choices import Choices
 from l2s_jax.decoding.logits import History
@@ -31,6 +31,7 @@ class ExactState(struct.PyTreeNode):
 
     history: what the response continues, if need be, then the response; rows have their own ends.
     lengths: tokens so far, of which the LLM's cache holds all but the last.
+    seeds: what rows are sampled by, or None; no keys of JAX, with which calls of programs are slow.
     held: tokens that the SLM's cache holds: all but the last, or the last two.
     choices: how tokens are chosen, in place of the loop's search, or None.
     scores: by the LLM, or None.
@@ -45,7 +46,7 @@ class ExactState(struct.PyTreeNode):
     held: Int32[Array, " B"]
     done: Bool[Array, " B"]
     finished: Bool[Array, " B"]
-    keys: Key[Array, " B"] | None
+    seeds: UInt32[Array, " B"] | None
     choices: Choices | None
     scores: Scores | None
     cache: tuple[Any, Any]

@@ -25,7 +25,7 @@ from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import Drafted, ExactState
 from l2s_jax.decoding.logits import History, among, greatest, history_of
-from l2s_jax.decoding.loop import repeat_while
+from l2s_jax.decoding.loop import EVERY, repeat_while, until
 from l2s_jax.decoding.scores import no_scores
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
@@ -40,9 +40,8 @@ _BLOCKS = 2
 
 
 class _Draft(struct.PyTreeNode):
-    """A block as it is drafted; `made` tokens of it are there, `cache` is the SLM's."""
+    """A block as it is drafted; `cache` is the SLM's."""
 
-    made: Int32[Array, ""]
     history: History
     count: Int32[Array, " B"]
     token: Int32[Array, " B"]
@@ -74,14 +73,28 @@ class ExactLoop:
         choices: Choices | None = None,
         wanted: Bool[AnyArray, " B"] | None = None,
     ) -> ExactState:
-        """The state after the first token.
+        """The state after the first token; arguments as of `read`."""
+        return self.begin(*self.read(trained, frozen, ids, mask, limits, seeds, choices, wanted))
+
+    def read(
+        self,
+        trained: Params,
+        frozen: Params,
+        ids: Int[AnyArray, "B T"],
+        mask: Bool[AnyArray, "B T"],
+        limits: Int[AnyArray, " B"],
+        seeds: UInt32[AnyArray, " B"] | None = None,
+        choices: Choices | None = None,
+        wanted: Bool[AnyArray, " B"] | None = None,
+    ) -> tuple[ExactState, tuple[Float32[Array, "B V"], Float32[Array, "B V_slm"]]]:
+        """The state before the first token, and what that is chosen by: the LLM's and SLM's logits.
 
         Args:
           ids, mask, limits, seeds: as of engine.decode.
           choices: how each row's tokens are chosen; None: by the loop's search.
           wanted: of which rows scores are kept; None: of none.
         """
-        how, system = self.search if choices is None else choices, self.system
+        system = self.system
         rows, limits = ids.shape[0], jnp.asarray(limits)
         read = system.read(trained, frozen, ids, mask, self._room)
         continued = system.continued(ids, mask)
@@ -89,7 +102,6 @@ class ExactLoop:
             continued = ids[:, :0], mask[:, :0]
         history = history_of(*continued, self._room)
         history = history.replace(end=jnp.broadcast_to(history.end, (rows,)))
-        keys = keys_of(how, seeds)
         none = jnp.zeros(rows, jnp.int32)
         by_place = jnp.zeros((rows, self.search.draft_tokens), jnp.int32)
         state = ExactState(
@@ -99,7 +111,7 @@ class ExactLoop:
             held=none,
             done=limits <= 0,
             finished=limits <= 0,
-            keys=keys,
+            seeds=None if seeds is None else jnp.asarray(seeds),
             choices=choices,
             scores=None if wanted is None else no_scores(wanted, self._room),
             cache=(
@@ -113,10 +125,21 @@ class ExactLoop:
             passed=by_place,
             room=self._room,
         )
-        drafted = self._draft_token(how, read.draft_logits, history, none, keys)
-        token, _ = self._decide(how, read.logits, drafted, history, none, keys)
-        state = self._score(state, read.logits[:, None], token[:, None])
-        return self._keep(state, token[:, None], jnp.ones(rows, jnp.int32))
+        return state, (read.logits, read.draft_logits)
+
+    def begin(
+        self,
+        state: ExactState,
+        first: tuple[Float32[Array, "B V"], Float32[Array, "B V_slm"]],
+    ) -> ExactState:
+        """The state with the first token of each row that is not done; arguments as of `read`."""
+        how, none = self._how(state), jnp.zeros_like(state.lengths)
+        logits, draft_logits = first
+        keys = keys_of(how, state.seeds)
+        drafted = self._draft_token(how, draft_logits, state.history, none, keys)
+        token, _ = self._decide(how, logits, drafted, state.history, none, keys)
+        state = self._score(state, logits[:, None], token[:, None])
+        return self._keep(state, token[:, None], none + 1)
 
     def _how(self, state: ExactState) -> Search | Choices:
         return self.search if state.choices is None else state.choices
@@ -135,11 +158,24 @@ class ExactLoop:
 
     def run(self, trained: Params, frozen: Params, state: ExactState) -> Drafted:
         """To the end of every row."""
-        return self.finish(self._advance(trained, frozen, state, self.capacity))
+        return self.finish(self.advance(trained, frozen, state, self.capacity))
 
-    def advance(self, trained: Params, frozen: Params, state: ExactState) -> ExactState:
-        """A few blocks more."""
-        return self._advance(trained, frozen, state, _BLOCKS)
+    def advance(
+        self,
+        trained: Params,
+        frozen: Params,
+        state: ExactState,
+        most: int | Int32[Array, ""] = _BLOCKS,
+        enough: int | Int32[Array, ""] = EVERY,
+    ) -> ExactState:
+        """Up to `most` blocks more, and none after `enough` rows more have been done."""
+        cost = self.system.draft_cost(trained, frozen)
+        return repeat_while(
+            until(state.done, enough),
+            lambda state: self._block(trained, frozen, state, self._best_size(state.rate, cost)),
+            state,
+            most,
+        )
 
     def finish(self, state: ExactState) -> Drafted:
         """What was decoded, S = capacity."""
@@ -152,15 +188,6 @@ class ExactLoop:
             state.blocks,
             state.tested,
             state.passed,
-        )
-
-    def _advance(self, trained: Params, frozen: Params, state: ExactState, most: int) -> ExactState:
-        """Up to `most` blocks."""
-        cost, began = self.system.draft_cost(trained, frozen), jnp.max(state.blocks)
-        return repeat_while(
-            lambda state: (jnp.max(state.blocks) - began < most) & ~jnp.all(state.done),
-            lambda state: self._block(trained, frozen, state, self._best_size(state.rate, cost)),
-            state,
         )
 
     def _best_size(self, rate: Float32[Array, " two"], cost: float) -> Int32[Array, ""]:
@@ -218,8 +245,11 @@ class ExactLoop:
         which = (lengths - 1 - state.held)[:, None, None]
         logits = jnp.take_along_axis(logits, which, axis=1)[:, 0]
 
+        how = self._how(state)
+        keys = keys_of(how, state.seeds)
+
         def token_of(logits: jax.Array, history: History, count: jax.Array) -> jax.Array:
-            return self._draft_token(self._how(state), logits, history, count, state.keys)
+            return self._draft_token(how, logits, history, count, keys)
 
         token = token_of(logits, history, lengths)
 
@@ -227,11 +257,11 @@ class ExactLoop:
             logits, cache = self.system.draft(trained, draft.token[:, None], draft.cache)
             token = token_of(logits[:, 0], draft.history, draft.count)
             history = draft.history.append(token)
-            return _Draft(draft.made + 1, history, draft.count + 1, token, cache)
+            return _Draft(history, draft.count + 1, token, cache)
 
-        draft = _Draft(jnp.int32(1), history.append(token), lengths + 1, token, cache)
+        draft = _Draft(history.append(token), lengths + 1, token, cache)
         if self.search.draft_tokens > 1:
-            draft = repeat_while(lambda draft: draft.made < size, one, draft)
+            draft = repeat_while(lambda _: jnp.array(True), one, draft, size - 1)
         places = (history.end[:, None] + jnp.arange(self.search.draft_tokens)[None]).T
         return jnp.take_along_axis(draft.history.tokens, places, axis=0).T, draft.cache
 
@@ -271,10 +301,13 @@ class ExactLoop:
         candidates = jnp.where((places < size)[None], drafted, -1)
         known = history.write(drafts.T)
 
+        how = self._how(state)
+        keys = keys_of(how, state.seeds)
+
         def decide(logits: jax.Array, drafted: jax.Array, place: jax.Array) -> Any:
             before = known.replace(end=history.end + place)
             counts = lengths + place
-            return self._decide(self._how(state), logits, drafted, before, counts, state.keys)
+            return self._decide(how, logits, drafted, before, counts, keys)
 
         decided = jax.vmap(decide, in_axes=(1, 1, 0), out_axes=1)
         kept, agree = decided(logits, candidates, places)

@@ -25,6 +25,8 @@ S = TypeVar("S", bound=Any)
 Step = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 CHUNK = 8
+# So many rows as there are.
+EVERY = 2**31 - 1
 
 
 class Decoded(struct.PyTreeNode):
@@ -170,11 +172,28 @@ def repeat(one: Callable[[S], S], state: S, times: int, unroll: int = 1) -> S:
     return expand(jax.lax.scan(turn, squeeze(state), length=times, unroll=unroll)[0])
 
 
-def repeat_while(holds: Callable[[S], Bool[Array, ""]], one: Callable[[S], S], state: S) -> S:
-    """`one` as long as `holds`, likewise."""
+def repeat_while(
+    holds: Callable[[S], Bool[Array, ""]],
+    one: Callable[[S], S],
+    state: S,
+    most: int | Int32[Array, ""],
+) -> S:
+    """`one` as long as `holds`, so many times at most, likewise."""
     squeeze, expand = _rows_of(state)
-    turn: Callable[[S], S] = lambda state: squeeze(one(expand(state)))  # noqa: E731
-    return expand(jax.lax.while_loop(holds, turn, squeeze(state)))
+
+    def turn(made: tuple[jax.Array, S]) -> tuple[jax.Array, S]:
+        return made[0] + 1, squeeze(one(expand(made[1])))
+
+    first = jnp.int32(0), squeeze(state)
+    return expand(jax.lax.while_loop(lambda m: (m[0] < most) & holds(m[1]), turn, first)[1])
+
+
+def until(
+    done: Bool[Array, " B"], enough: int | Int32[Array, ""]
+) -> Callable[[Any], Bool[Array, ""]]:
+    """Holds until all rows of a state are done, or `enough` more than these."""
+    most = jnp.minimum(jnp.sum(done) + jnp.minimum(enough, done.size), done.size)
+    return lambda state: jnp.sum(state.done) < most
 
 
 def _rows_of(state: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import ExactState
 from l2s_jax.decoding.exact import ExactLoop
 from l2s_jax.decoding.logits import History, among, history_of
-from l2s_jax.decoding.loop import repeat
+from l2s_jax.decoding.loop import repeat_while, until
 from l2s_jax.decoding.scores import Scores, no_scores
 from l2s_jax.models.systems import Params, System
 
@@ -42,7 +42,7 @@ class SlotState(struct.PyTreeNode):
     limits: Int32[Array, " B"]
     done: Bool[Array, " B"]
     finished: Bool[Array, " B"]
-    keys: Key[Array, " B"] | None
+    seeds: UInt32[Array, " B"]
     choices: Choices
     scores: Scores
     cache: Any
@@ -57,19 +57,29 @@ class SlotState(struct.PyTreeNode):
 AnyState = TypeVar("AnyState", SlotState, ExactState)
 
 
+class Slots(struct.PyTreeNode):
+    """Rows of a state, and the logits by which those that are `fresh` have their first token.
+
+    logits: [B, V], of each model that chooses it.
+    """
+
+    rows: SlotState | ExactState
+    logits: tuple[Float32[Array, "B _"], ...]
+    fresh: Bool[Array, " B"]
+
+
 @dataclasses.dataclass(frozen=True)
 class SlotLoop:
     """The loop of a system's step, with rows at places of their own.
 
-    `capacity` is the most tokens that any row may have, `chunk` how many `advance` adds to each.
+    `capacity` is the most tokens that any row may have.
     """
 
     system: System
     end_ids: tuple[int, ...]
     capacity: int
-    chunk: int
 
-    def start(
+    def read(
         self,
         trained: Params,
         frozen: Params,
@@ -79,8 +89,8 @@ class SlotLoop:
         seeds: UInt32[AnyArray, " B"],
         choices: Choices,
         wanted: Bool[AnyArray, " B"],
-    ) -> SlotState:
-        """The state after the first token; arguments as of ExactLoop.start."""
+    ) -> tuple[SlotState, tuple[Float32[Array, "B V"]]]:
+        """As of ExactLoop.read."""
         rows, limits = ids.shape[0], jnp.asarray(limits)
         # A row that is done writes after its last token.
         room = self.capacity + 1
@@ -94,16 +104,27 @@ class SlotLoop:
             limits=jnp.minimum(limits, self.capacity),
             done=limits <= 0,
             finished=limits <= 0,
-            keys=keys_of(choices, seeds),
+            seeds=jnp.asarray(seeds),
             choices=choices,
             scores=no_scores(wanted, room),
             cache=cache.replace(index=cache.index + every),
             room=room,
         )
-        return self._choose(state, logits)
+        return state, (logits,)
 
-    def advance(self, trained: Params, frozen: Params, state: SlotState) -> SlotState:
-        """A chunk of tokens more in each row that is not done."""
+    def begin(self, state: SlotState, first: tuple[Float32[Array, "B V"]]) -> SlotState:
+        """As of ExactLoop.begin."""
+        return self._choose(state, first[0])
+
+    def advance(
+        self,
+        trained: Params,
+        frozen: Params,
+        state: SlotState,
+        most: int | Int32[Array, ""],
+        enough: int | Int32[Array, ""],
+    ) -> SlotState:
+        """Up to `most` tokens more in each row, and none after `enough` rows more are done."""
 
         def one_step(state: SlotState) -> SlotState:
             last = jnp.take_along_axis(state.history.tokens, state.history.end[None] - 1, axis=0)
@@ -112,12 +133,12 @@ class SlotLoop:
             index = jnp.where(state.done, state.cache.index, cache.index)
             return self._choose(state.replace(cache=cache.replace(index=index)), logits)
 
-        return repeat(one_step, state, self.chunk)
+        return repeat_while(until(state.done, enough), one_step, state, most)
 
     def _choose(self, state: SlotState, logits: Float32[Array, "B V"]) -> SlotState:
         choices, lengths = state.choices, state.lengths
         chosen = constrain(choices, logits, state.history, lengths, self.end_ids)
-        token = pick(choices, chosen, lengths, state.keys)
+        token = pick(choices, chosen, lengths, keys_of(choices, state.seeds))
         live = ~state.done
         ended = live & among(token, self.end_ids)
         history = state.history.write(token[None])
@@ -134,6 +155,7 @@ class Said(struct.PyTreeNode):
     """What the slots have said so far, for the host.
 
     drafts: blocks, tested and passed, of exact decoding; else empty.
+    steps: the most that a row went on by: tokens, or blocks of exact decoding.
     """
 
     tokens: Int32[Array, "S B"]
@@ -142,13 +164,26 @@ class Said(struct.PyTreeNode):
     finished: Bool[Array, " B"]
     scores: Scores
     drafts: tuple[Int32[Array, " B *M"], ...]
+    steps: Int32[Array, ""]
 
 
-def said(state: SlotState | ExactState) -> Said:
+def _said(state: SlotState | ExactState, before: SlotState | ExactState) -> Said:
     """The part of a state that a program gives beside it."""
     drafts = (state.blocks, state.tested, state.passed) if isinstance(state, ExactState) else ()
     assert state.scores is not None
-    return Said(state.tokens, state.lengths, state.done, state.finished, state.scores, drafts)
+    return Said(
+        state.tokens,
+        state.lengths,
+        state.done,
+        state.finished,
+        state.scores,
+        drafts,
+        jnp.max(_steps(state) - _steps(before)),
+    )
+
+
+def _steps(state: SlotState | ExactState) -> Int32[Array, " B"]:
+    return state.blocks if isinstance(state, ExactState) else state.lengths
 
 
 @functools.partial(jax.jit, static_argnames=("loop", "prompt_slots"))
@@ -164,19 +199,19 @@ def read(
     wanted: Bool[AnyArray, " R"],
     *,
     prompt_slots: int,
-) -> tuple[SlotState | ExactState, Said]:
-    """Prompts, with the first token of each response; arguments as of ExactLoop.start.
+) -> Slots:
+    """Prompts, in slots of their own, before the first token; arguments as of ExactLoop.read.
 
     prompt_slots: T of the longest prompts, for which the state has room.
     """
 
     def start(ids: AnyArray, mask: AnyArray) -> Any:
-        return loop.start(trained, frozen, ids, mask, limits, seeds, choices, wanted)
+        return loop.read(trained, frozen, ids, mask, limits, seeds, choices, wanted)
 
     longest = jax.ShapeDtypeStruct((len(ids), prompt_slots), jnp.int32)
-    roomy = jax.eval_shape(start, longest, jax.ShapeDtypeStruct(longest.shape, bool))
-    state = _with_room(start(ids, mask), roomy)
-    return state, said(state)
+    roomy, _ = jax.eval_shape(start, longest, jax.ShapeDtypeStruct(longest.shape, bool))
+    state, logits = start(ids, mask)
+    return Slots(_with_room(state, roomy), logits, ~state.done)
 
 
 def _with_room(state: AnyState, roomy: AnyState) -> AnyState:
@@ -199,54 +234,77 @@ def _with_room(state: AnyState, roomy: AnyState) -> AnyState:
     )
 
 
-@functools.partial(jax.jit, static_argnames="loop", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="loop", donate_argnames="slots")
 def advance(
     loop: SlotLoop | ExactLoop,
     trained: Params,
     frozen: Params,
-    state: AnyState,
+    slots: Slots,
     ended: Bool[AnyArray, " B"],
-) -> tuple[AnyState, Said]:
-    """A chunk more, where `ended` rows have no more to say."""
+    most: Int[AnyArray, ""],
+    enough: Int[AnyArray, ""],
+) -> tuple[Slots, Said]:
+    """A chunk more, where `ended` rows have no more to say.
+
+    It is the first token of those that are fresh; then of all rows what the loop's `advance` adds.
+    """
     one_way: Any = loop
-    state = one_way.advance(trained, frozen, state.replace(done=state.done | ended))
-    return state, said(state)
+    old = slots.rows.replace(done=slots.rows.done | ended)
+    new = one_way.advance(trained, frozen, _begun(one_way, slots.replace(rows=old)), most, enough)
+    return slots.replace(rows=new, fresh=jnp.zeros_like(slots.fresh)), _said(new, old)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def insert(state: AnyState, new: AnyState, slots: Int[AnyArray, " R"]) -> AnyState:
-    """The state with each row of `new` in a slot; rows whose number no slot has are left out."""
+def _begun(loop: Any, slots: Slots) -> SlotState | ExactState:
+    """The rows, with the first token of those that are fresh."""
+    old = slots.rows
+
+    def begun(old: Any) -> Any:
+        new = loop.begin(old.replace(done=old.done | ~slots.fresh), slots.logits)
+        return new.replace(done=jnp.where(slots.fresh, new.done, old.done))
+
+    # Not the cache, which a branch would copy.
+    without = old.replace(cache=None)
+    chosen = jax.lax.cond(jnp.any(slots.fresh), begun, lambda old: old, without)
+    return chosen.replace(cache=old.cache)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def insert(slots: Slots, new: Slots, places: Int[AnyArray, " R"]) -> Slots:
+    """The slots with each row of `new` in one; rows whose place no slot has are left out."""
 
     def put(axis: int, old: jax.Array, rows: jax.Array) -> jax.Array:
-        where = (slice(None),) * axis + (slots,)
+        where = (slice(None),) * axis + (places,)
         return old.at[where].set(rows, mode="drop")
 
-    joined = _rows(put, state, new)
-    if isinstance(state, ExactState) and isinstance(new, ExactState):
+    joined = _each(put, slots, new)
+    if isinstance(slots.rows, ExactState) and isinstance(new.rows, ExactState):
         # A share that passed is remembered as long as somebody is there.
-        rate = jnp.where(jnp.all(state.done), new.rate, state.rate)
-        joined = joined.replace(origin=new.origin, rate=rate)
+        rate = jnp.where(jnp.all(slots.rows.done), new.rows.rate, slots.rows.rate)
+        rows = joined.rows.replace(origin=new.rows.origin, rate=rate)
+        joined = joined.replace(rows=rows)
     return joined
 
 
 @jax.jit
-def regroup(state: AnyState, slots: Int[AnyArray, " Q"]) -> AnyState:
-    """A state of Q slots: those of these numbers, and for -1 an empty one."""
-    slots = jnp.asarray(slots)
-    chosen = _rows(lambda axis, leaf: jnp.take(leaf, jnp.maximum(slots, 0), axis=axis), state)
-    return chosen.replace(done=chosen.done | (slots < 0))
+def regroup(slots: Slots, places: Int[AnyArray, " Q"]) -> Slots:
+    """Q slots: those of these places, and for -1 an empty one."""
+    places = jnp.asarray(places)
+    chosen = _each(lambda axis, leaf: jnp.take(leaf, jnp.maximum(places, 0), axis=axis), slots)
+    empty = places < 0
+    rows = chosen.rows.replace(done=chosen.rows.done | empty)
+    return chosen.replace(rows=rows, fresh=chosen.fresh & ~empty)
 
 
-def _rows(change: Callable[..., jax.Array], state: AnyState, *others: AnyState) -> AnyState:
-    """The state with `change(axis, leaf, *leaves)` of all that has an axis of rows."""
-    axes = jax.tree.map(lambda _: 0, state)
-    axes = axes.replace(
-        history=axes.history.replace(tokens=1),
-        scores=axes.scores.replace(chosen=1, ids=1, values=1),
+def _each(change: Callable[..., jax.Array], slots: Slots, *others: Slots) -> Slots:
+    """The slots with `change(axis, leaf, *leaves)` of all that has an axis of rows."""
+    axes = jax.tree.map(lambda _: 0, slots)
+    rows = axes.rows.replace(
+        history=axes.rows.history.replace(tokens=1),
+        scores=axes.rows.scores.replace(chosen=1, ids=1, values=1),
     )
-    if isinstance(state, ExactState):
-        axes = axes.replace(origin=(-1, -1), rate=-1)
+    if isinstance(slots.rows, ExactState):
+        rows = rows.replace(origin=(-1, -1), rate=-1)
     return jax.tree.map(
         lambda axis, leaf, *leaves: leaf if axis < 0 else change(axis, leaf, *leaves),
-        axes, state, *others,
+        axes.replace(rows=rows), slots, *others,
     )  # fmt: skip

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Seconds that a client may take to send a body.
 _BODY_S = 60.0
+# Bytes of a body whose prompts are tokenized sooner than a thread for it is woken.
+_SHORT = 4096
 
 
 def make_app(service: Service) -> Starlette:
@@ -160,7 +162,10 @@ def _endpoint(
             generator = service.generator(asked.model)
             model = asked.model
             top = top_logprobs(asked)
-            prompts = await service.tokenized(form.prompts, asked, generator)
+            if len(body) > _SHORT:
+                prompts = await service.tokenized(form.prompts, asked, generator)
+            else:
+                prompts = form.prompts(asked, generator)
             asked_of_lane = requests_of(asked, prompts, generator, service.limits.time_s)
             tokens = sum(map(len, prompts))
             going = service.ask(model, asked_of_lane, tokens)

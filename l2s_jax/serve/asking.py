@@ -111,6 +111,7 @@ def requests_of(
             (seed + place * choices + choice) % 2**32,
             scored=top_logprobs(asked) is not None,
             time_s=time_s,
+            streamed=bool(asked.stream),
         )
         for place, prompt in enumerate(prompts)
         for choice in range(choices)

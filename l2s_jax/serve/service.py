@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ class Service:
         self.generators: dict[str, Generator] = {}
         self._lanes: dict[str, Lane] = {}
         self._scheduler: Scheduler | None = None
+        self._post: _Post | None = None
         self._pool = ThreadPoolExecutor(_TOKENIZING, "tokenize")
         self.metrics = Metrics(lambda: self._lanes)
 
@@ -124,7 +126,9 @@ class Service:
             raise Refused(
                 400, f"{len(requests)} choices in all: expected at most {most}", param="n"
             )
-        answers = Answers(self, model)
+        if self._post is None:
+            self._post = _Post(asyncio.get_running_loop())
+        answers = Answers(self, model, self._post)
         try:
             for request in requests:
                 answers.add(self._scheduler, request)
@@ -142,12 +146,36 @@ class Service:
         return answers
 
 
+class _Post:
+    """Takes pieces from the device's thread to the event loop, which wakes up once for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._letters: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._called = False
+
+    def send(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        """Puts an item into a queue of the loop; for any thread."""
+        self._letters.append((queue, item))
+        if not self._called:
+            self._called = True
+            # Nobody listens any more where the loop has been closed.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        # First of all: who sends from here on calls again.
+        self._called = False
+        while self._letters:
+            queue, item = self._letters.popleft()
+            queue.put_nowait(item)
+
+
 class Answers:
     """Responses on their way: iterate over (index, piece), as they come."""
 
-    def __init__(self, service: Service, model: str):
-        self._service, self._model = service, model
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, service: Service, model: str, post: _Post):
+        self._service, self._model, self._post = service, model, post
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._jobs: list[Job] = []
         self._open: set[int] = set()
@@ -157,9 +185,7 @@ class Answers:
         index = len(self._jobs)
 
         def deliver(piece: Piece) -> None:
-            # Nobody listens any more where the loop has been closed.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+            self._post.send(self._queue, (index, piece))
 
         self._jobs.append(scheduler.submit(self._model, request, deliver))
         self._open.add(index)

@@ -26,6 +26,7 @@ class Request:
     seed: 0 to 2**32 - 1; what it is sampled by.
     scored: whether pieces have the log-probabilities of their tokens.
     time_s: for how long it may wait and be answered, together.
+    streamed: whether pieces are heard as they come, or one with everything at the end.
     """
 
     prompt: Sequence[int]
@@ -34,6 +35,7 @@ class Request:
     seed: int = 0
     scored: bool = False
     time_s: float = float("inf")
+    streamed: bool = True
 
 
 class Scored(NamedTuple):
@@ -112,18 +114,25 @@ class Job:
             return
         if self.began is None:
             self.began = time.monotonic()
-        tokens = np.asarray(said.tokens)[:length, row]
-        text = self._text.extend(tokens, last=done)
-        scored = ()
-        if self.request.scored:
-            scored = tuple(_scored(said, row, place) for place in range(self._told, length))
+        told, self._told = self._told, length
+        request = self.request
+        if not (done or request.streamed or request.search.stop):
+            return
+        text = self._text.extend(np.asarray(said.tokens)[:length, row], last=done)
         end = ""
         if self._text.stopped or (done and said.finished[row]):
             end = "stop"
         elif done:
             end = "length"
+        self.ended = bool(end)
+        if not request.streamed:
+            if not end:
+                return
+            text, told = self._text.text, 0
+        scored = ()
+        if request.scored:
+            scored = tuple(_scored(said, row, place) for place in range(told, length))
         drafts = drafts_of(said.drafts, row) if end and said.drafts else None
-        self._told, self.ended = length, bool(end)
         if text or scored or end:
             self._deliver(Piece(text, length, scored, end, "", drafts))
 

@@ -10,6 +10,8 @@ from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 # What tokenizers put for bytes that are not a character, or not yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Tokens that are decoded once more before new ones: what a token adds depends on those before it.
+_BEFORE = 6
 
 
 class ResponseText:
@@ -21,6 +23,7 @@ class ResponseText:
         self.tokens: list[int] = []
         self.text = ""
         self.stopped = False
+        self._certain, self._count = "", 0  # text that will not change, and of how many tokens
 
     def extend(self, tokens: np.ndarray, *, last: bool) -> str:
         """Takes all tokens so far, int32 [S]; gives the text that is new and certain.
@@ -30,7 +33,7 @@ class ResponseText:
         With `last`, there is no more to come and all is given.
         """
         self.tokens = tokens.tolist()
-        text = self._tokenizer.decode(self.tokens)
+        text = self._tokenizer.decode(self.tokens) if last else self._so_far()
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -43,6 +46,19 @@ class ResponseText:
         piece = text[len(self.text) :]
         self.text = text
         return piece
+
+    def _so_far(self) -> str:
+        """The text of all tokens, of which only the new ones and a few before them are decoded."""
+        start = max(self._count - _BEFORE, 0)
+        before = self._tokenizer.decode(self.tokens[start : self._count])
+        if not before.strip():  # no word that a space could follow
+            start, before = 0, self._tokenizer.decode(self.tokens[: self._count])
+        text = self._tokenizer.decode(self.tokens[start:])
+        new = text[len(before) :] if text.startswith(before) else ""
+        if new and not new.endswith(_INCOMPLETE):
+            self._certain, self._count = self._certain + new, len(self.tokens)
+            return self._certain
+        return self._certain + new
 
     def _started_stop(self, text: str) -> int:
         """How many characters at the end may be the start of a stop text."""
