@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import importlib.util
 import logging
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +37,8 @@ _NAME = "l2s"
 _RETRY_S = 1.0
 # Seconds between two looks at a replica; one that fails three times is replaced.
 _LOOK_S = 2.0
+# Seconds for Ray to end, when all requests have.
+_GRACE_S = 15.0
 # Ray keeps requests and answers there, which are small.
 _STORE_BYTES = 100 << 20
 
@@ -79,10 +83,11 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--target_ongoing",
         type=number(float, 0.1, 1e6),
-        help="requests of a replica, beyond which another is started (default: --slots)",
+        help="requests of a replica, beyond which another is started (default: --slots of each "
+        "model)",
     )
-    add("--upscale_s", type=some, default=30.0, help="for how long, beyond it (default: 30)")
-    add("--downscale_s", type=some, default=600.0, help="for how long, below it (default: 600)")
+    add("--upscale_s", type=some, help="for how long, beyond it (default: 30)")
+    add("--downscale_s", type=some, help="for how long, below it (default: 600)")
     add("--num_cpus", type=some, default=1.0, help="that a replica reserves (default: 1)")
     add("--num_gpus", type=some, default=0.0, help="that a replica has (default: 0)")
     add("--num_tpus", type=some, default=0.0, help="chips that a replica has (default: 0)")
@@ -92,10 +97,12 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def _check(flags: argparse.Namespace) -> None:
-    """
+def _checked(flags: argparse.Namespace) -> Options:
+    """What each replica is.
+
     Raises:
-      ValueError: flags that do not go together, or Ray is not installed.
+      ValueError: flags that do not go together, or don't fit the model; Ray is not installed; or
+        the address is taken.
     """
     if importlib.util.find_spec("ray") is None:
         raise ValueError("this needs ray, which is not installed: pip install 'l2s-jax[ray]'")
@@ -104,12 +111,27 @@ def _check(flags: argparse.Namespace) -> None:
             f"--max_replicas={flags.max_replicas} with --replicas={flags.replicas}: expected no "
             "fewer"
         )
+    for name in ("target_ongoing", "upscale_s", "downscale_s"):
+        if flags.max_replicas == flags.replicas and getattr(flags, name) is not None:
+            raise ValueError(
+                f"--{name}={getattr(flags, name):g} with --max_replicas={flags.max_replicas}: "
+                f"expected more than --replicas={flags.replicas}"
+            )
     wanted, there = flags.max_replicas * flags.num_cpus, os.cpu_count() or 1
     if flags.address == "local" and wanted > there:
         raise ValueError(
             f"--max_replicas={flags.max_replicas} --num_cpus={flags.num_cpus:g}: expected no more "
             f"than this machine's {there} processors in all, or --address of a cluster"
         )
+    options = options_of(flags)
+    from l2s_jax.serve.models import settings_of
+    from l2s_jax.serve.run import listen
+
+    # The model is where a cluster's machines see it, which this one need not.
+    if flags.address == "local":
+        settings_of(options.models)
+    with listen(options.host, options.port) as listener:
+        return dataclasses.replace(options, port=listener.getsockname()[1])
 
 
 def _application(flags: argparse.Namespace, options: Options) -> Any:
@@ -117,21 +139,17 @@ def _application(flags: argparse.Namespace, options: Options) -> Any:
     from ray import serve
 
     slots = flags.slots * len(flags.models)
-    count: dict[str, Any] = {"num_replicas": flags.replicas}
-    if flags.max_replicas > flags.replicas:
-        count = {
-            "autoscaling_config": {
-                "min_replicas": flags.replicas,
-                "max_replicas": flags.max_replicas,
-                "target_ongoing_requests": flags.target_ongoing or slots,
-                "upscale_delay_s": flags.upscale_s,
-                "downscale_delay_s": flags.downscale_s,
-            }
-        }
+    scaling = {
+        "min_replicas": flags.replicas,
+        "max_replicas": flags.max_replicas,
+        "target_ongoing_requests": flags.target_ongoing or slots,
+        "upscale_delay_s": 30.0 if flags.upscale_s is None else flags.upscale_s,
+        "downscale_delay_s": 600.0 if flags.downscale_s is None else flags.downscale_s,
+    }
     deployment = serve.deployment(
         name=_NAME,
-        **count,
-        # A slot that gets free finds a request there; the others wait for whichever replica is free.
+        autoscaling_config=scaling,
+        # A slot that gets free finds a request; others wait for whichever replica is free.
         max_ongoing_requests=slots + min(slots, flags.max_waiting),
         max_queued_requests=max(1, flags.max_waiting),
         backpressure_config={"status_code": 429, "retry_after_s": _RETRY_S},
@@ -176,38 +194,43 @@ def _why(error: Exception) -> Exception:
     return ValueError(said) if kind == "ValueError" else RuntimeError(said)
 
 
-def _end(number: int, frame: object) -> NoReturn:
-    # The next one waits for nobody.
-    signal.signal(number, signal.SIG_DFL)
-    raise SystemExit(130 if number == signal.SIGINT else 0)
+def _end_on_signals(drain_s: float) -> None:
+    """Raises SystemExit at the first signal; the next one waits for nobody."""
+
+    def end(which: int, frame: object) -> NoReturn:
+        status = 130 if which == signal.SIGINT else 0
+        signal.signal(which, signal.SIG_DFL)
+        # Where Ray's own processes were told to end too, it would wait for them for a minute.
+        late = threading.Timer(drain_s + _GRACE_S, os._exit, [status])
+        late.daemon = True
+        late.start()
+        raise SystemExit(status)
+
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, end)
 
 
 def _serve(flags: argparse.Namespace, options: Options) -> NoReturn:
     """Until a signal.
 
     Raises:
-      ValueError: the replicas can't be started: a model, or an address to listen at.
+      ValueError: a model can't be loaded.
       RuntimeError: Ray failed.
     """
     import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from l2s_jax.serve.models import settings_of
-    from l2s_jax.serve.run import listen, ready_line
+    from l2s_jax.serve.run import ready_line
 
-    with listen(options.host, options.port) as listener:
-        port = listener.getsockname()[1]
-    if flags.address == "local":
-        settings_of(options.models)
     _connect(flags.address)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+    _end_on_signals(options.drain_s)
+    print("starting; Ray's logs are in /tmp/ray/session_latest/logs", file=sys.stderr, flush=True)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         serve.start(
             proxy_location="EveryNode",
-            http_options={"host": options.host, "port": port},
+            http_options={"host": options.host, "port": options.port},
             logging_config=quiet,
         )
         application = _application(flags, options)
@@ -215,7 +238,7 @@ def _serve(flags: argparse.Namespace, options: Options) -> NoReturn:
             serve.run(application, name=_NAME, logging_config=quiet)
         except RuntimeError as error:
             raise _why(error) from None
-        print(ready_line(options, port), flush=True)
+        print(ready_line(options, options.port), flush=True)
         while True:
             signal.pause()
     finally:
@@ -230,8 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     flags = _flags(arguments)
     try:
-        _check(flags)
-        _serve(flags, options_of(flags))
+        _serve(flags, _checked(flags))
     except (ValueError, OSError) as error:
         return told(error, 2)
     except RuntimeError as error:

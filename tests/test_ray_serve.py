@@ -1,29 +1,48 @@
-"""Two replicas on Ray: the load brings the second one; one is killed, and comes back."""
+"""Replicas on Ray: the load brings a second one; one is killed under it, and comes back."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
-import json
+import asyncio
+import runpy
 import signal
-import threading
+import sys
 import time
 
 import httpx
-import openai
+import loads
 import psutil
 import pytest
 import server
 
-import l2s_jax
-from l2s_jax.settings.search import Search
+from l2s_jax.serve.flags import make_parser, options_of
+from l2s_jax.serving.lane import Lane
 
-LONG = 400
-PROMPTS = ["abc bca", "cab 22", "abba abc", "1", "dabc 333 bcad"]
 FLAGS = (
     *("--replicas=1", "--max_replicas=2", "--num_cpus=0.1", "--target_ongoing=1", "--upscale_s=0"),
-    *("--max_waiting=2", f"--max_new_tokens={LONG}"),
+    *("--max_waiting=2", f"--max_new_tokens={loads.TOKENS}"),
 )
+
+
+PROGRAM = "launch/ray_serve.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--replicas=2", "--max_replicas=1"), "--max_replicas=1 with --replicas=2: expected no"),
+        (("--replicas=999",), "in all, or --address of a cluster"),
+        (("--upscale_s=1",), "--upscale_s=1 with --max_replicas=1: expected more than --repl"),
+        (("--model=nowhere",), "nowhere: no such directory"),
+        (("--search=top_k=2",), "top_k=2 with temperature=0.0"),
+        (("--models=slm",), "expected both or neither"),
+    ],
+)
+def test_bad_input_is_one_line_before_ray_starts(model, flags, said, capsys):
+    main = runpy.run_path(str(server.ROOT / PROGRAM))["main"]
+    assert main([f"--model={model}", "--port=0", *flags]) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1
+    assert "ray" not in sys.modules
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +52,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(model):
-    # Ray itself warns of this and that.
-    started = server.serving(
-        model, *FLAGS, program=("launch/ray_serve.py",), PYTHONWARNINGS="default"
-    )
-    with started as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    """The texts of PROMPTS, of LONG tokens each, with the place of each as its seed."""
-    generate = l2s_jax.load(model, batch_size=1, max_new_tokens=LONG).generate
-    search = Search(temperature=1.0, min_new_tokens=LONG)
-    outputs = generate(PROMPTS, search=search, seeds=list(range(len(PROMPTS))))
-    return [output.text for output in outputs]
-
-
-def asked(index):
-    return {
-        **{"model": "l2s", "prompt": PROMPTS[index], "seed": index, "temperature": 1.0},
-        **{"min_tokens": LONG, "max_tokens": LONG},
-    }
-
-
-def created_after(address, moment):
-    """Whether a replica answers that was made after a moment; each says when that was."""
-    found = [httpx.get(f"{address}/v1/models") for _ in range(4)]
-    return any(
-        one.json()["data"][0]["created"] > moment for one in found if one.status_code == 200
-    )
+    # Ray warns of what it does itself.
+    with server.serving(model, *FLAGS, program=(PROGRAM,), PYTHONWARNINGS="default") as started:
+        yield started
 
 
 def replicas(running):
@@ -71,104 +63,86 @@ def replicas(running):
     return [one for one in found if "".join(one.cmdline()).startswith("ray::ServeReplica:")]
 
 
-@dataclasses.dataclass
-class Load:
-    """Clients in a closed loop, and what became of their requests."""
-
-    address: str
-    expected: list[str]
-    whole: int = 0
-    cut: int = 0  # it was told that there is no answer, or that it is not whole
-    wrong: list[object] = dataclasses.field(default_factory=list)
-    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-    def count(self, index, text):
-        with self.lock:
-            if text is None:
-                self.cut += 1
-            elif text == self.expected[index]:
-                self.whole += 1
-            else:
-                self.wrong.append((index, text))
-
-    def stream(self, client, index):
-        """The text of a stream that ended as it should; None: the client sees that it did not."""
-        body = {**asked(index), "stream": True}
-        try:
-            with client.stream("POST", f"{self.address}/v1/completions", json=body) as found:
-                if found.status_code != 200:
-                    assert found.status_code == 429 or found.status_code >= 500
-                    return None
-                events = [line[6:] for line in found.iter_lines() if line]
-        except httpx.RemoteProtocolError:
-            return None
-        assert events[-1] == "[DONE]", events
-        events = [json.loads(event) for event in events[:-1]]
-        if "error" in events[-1]:
-            return None
-        return "".join(event["choices"][0]["text"] for event in events)
-
-    def streams(self, number):
-        with httpx.Client(timeout=120) as client:
-            while not self.ended.is_set():
-                text = self.stream(client, number % len(PROMPTS))
-                self.count(number % len(PROMPTS), text)
-                if text is None:
-                    time.sleep(0.2)
-                number += 1
-
-    def official(self, number):
-        """The official client, which repeats what was not answered."""
-        url = f"{self.address}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=99) as client:
-            create = client.completions.with_raw_response.create
-            while not self.ended.is_set():
-                index = number % len(PROMPTS)
-                body = asked(index)
-                found = create(extra_body={"min_tokens": body.pop("min_tokens")}, **body)
-                self.cut += found.retries_taken
-                self.count(index, found.parse().choices[0].text)
-                number += 1
+def made_after(address, moment):
+    """Whether a replica answers that was made after a moment: each says when it was."""
+    found = [httpx.get(f"{address}/v1/models") for _ in range(4)]
+    return any(one.json()["data"][0]["created"] > moment for one in found if one.status_code == 200)
 
 
-def test_under_load_replicas_come_and_come_back(running, expected):
-    def wait_for(condition):
-        for _ in range(900):
-            if condition():
-                return
-            for one in clients:
-                if one.done():
-                    one.result()
-            time.sleep(0.1)
-        raise AssertionError(f"it never came: {load}")
+def metric(address, name):
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
 
-    load = Load(running.address, expected)
-    start = time.time()
-    print("start", time.time())
+
+def stream(client, address):
+    body = {**loads.asked(0), "stream": True}
+    return client.stream("POST", f"{address}/v1/completions", json=body)
+
+
+def test_pieces_come_as_they_are_decoded_and_a_client_that_goes_frees_its_slot(running):
+    with httpx.Client() as client, stream(client, running.address) as found:
+        assert next(found.iter_lines()).startswith("data: {")
+    for _ in range(300):
+        if not metric(running.address, "l2s_running"):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("it has its slot still")
+    assert 0 < metric(running.address, "l2s_generated_tokens_total") < loads.TOKENS
+
+
+def test_under_load_a_replica_comes_and_one_that_is_killed_comes_back(running, model):
+    load = loads.Load(running.address, loads.answers(model))
+    began = time.time()
     (first,) = replicas(running)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(load.streams, number) for number in range(5)]
-        clients += [pool.submit(load.official, number) for number in range(3)]
-        try:
-            wait_for(lambda: created_after(running.address, start))
-            print("second", time.time(), load.whole, load.cut)
-            seen, cut = load.whole, load.cut
-            wait_for(lambda: load.whole > seen + 8)
-            killed = time.time()
-            first.kill()
-            wait_for(lambda: load.cut > cut)
-            seen = load.whole
-            wait_for(lambda: load.whole > seen)
-            print("killed", time.time(), load.whole, load.cut)
-            wait_for(lambda: created_after(running.address, killed))
-            print("back", time.time(), load.whole, load.cut)
-            seen = load.whole
-            wait_for(lambda: load.whole > seen + 8)
-        finally:
-            load.ended.set()
-    for one in clients:
-        one.result()
-    assert not load.wrong
+    with load.running(streams=5, officials=3):
+        load.wait_for(lambda: made_after(running.address, began))
+        load.wait_for_more("right", 8)
+        # Of 8 at once, where 4 may wait or run, and 2 more wait in Ray.
+        assert load.counts["refused"]
+        assert not load.counts["broken"] + load.counts["wrong"]
+        killed = time.time()
+        first.kill()
+        load.wait_for(lambda: made_after(running.address, killed))
+        load.wait_for_more("right", 8)
+    assert load.counts["broken"] and not load.counts["wrong"]
     assert len(replicas(running)) == 2
-    print("end", time.time(), load.whole, load.cut)
+
+
+def test_at_the_end_running_requests_end(running, model):
+    left = psutil.Process(running.process.pid).children(recursive=True)
+    with httpx.Client(timeout=60) as client, stream(client, running.address) as found:
+        lines = found.iter_lines()
+        first = next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        assert loads.text_of([first, *lines]) == loads.answers(model)[0]
+    assert running.end() == 0
+    assert not psutil.wait_procs(left, timeout=20)[1]
+
+
+def test_a_replica_whose_device_is_gone_says_so(model, monkeypatch):
+    program = runpy.run_path(str(server.ROOT / PROGRAM))
+    flags = make_parser("serve", "").parse_args([f"--model={model}", "--slots=2"])
+
+    def fails(lane, pause_s):
+        raise RuntimeError("no device")
+
+    async def ask(client):
+        body = {"model": "l2s", "prompt": "abc", "max_tokens": 1}
+        return (await client.post("/v1/completions", json=body)).status_code
+
+    async def life():
+        replica = program["Replica"].__new__(program["Replica"])
+        await replica.__init__(options_of(flags))
+        transport = httpx.ASGITransport(replica.__serve_build_asgi_app__())
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+            assert await ask(client) == 200
+            replica.check_health()
+            monkeypatch.setattr(Lane, "turn", fails)
+            statuses = [await ask(client) for _ in range(4)]
+            assert set(statuses) == {500, 503} and statuses[-1] == 503
+            with pytest.raises(RuntimeError, match="the device is gone: RuntimeError: no device"):
+                replica.check_health()
+            assert (await client.get("/health")).status_code == 503
+
+    asyncio.run(life())

@@ -180,7 +180,7 @@ class _Life:
         if self.loading:
             self._close()
             return
-        # A connection that is kept would bring requests to this server, not to one that goes on.
+        # Those that wait for a next request; the others are when they have been answered.
         for connection in list(self._server.server_state.connections):
             connection.shutdown()
         self._loop.run_in_executor(None, self._drain, 0.0 if again else self._options.drain_s)

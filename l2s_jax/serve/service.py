@@ -194,9 +194,9 @@ class Answers:
 
 
 def _stopping() -> Refused:
-    # Over another connection, the next attempt may come to a server that goes on.
-    headers = {"Retry-After": _RETRY_S, "Connection": "close"}
-    return Refused(503, "the server is stopping", code="stopping", headers=headers)
+    return Refused(
+        503, "the server is stopping", code="stopping", headers={"Retry-After": _RETRY_S}
+    )
 
 
 _FAILURES = ("cancelled", "time", "error")
