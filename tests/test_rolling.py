@@ -8,6 +8,7 @@ import signal
 import socket
 import socketserver
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import loads
@@ -93,10 +94,12 @@ def test_an_update_fails_no_request_and_a_loss_no_answer(service, tmp_path):
 
         def start():
             flag = f"--max_new_tokens={loads.TOKENS}"
-            service.servers.append(stack.enter_context(server.serving(model, flag)))
-            return service.servers[-1]
+            running = stack.enter_context(server.serving(model, flag))
+            service.servers.append(running)
+            return running
 
-        first, second = start(), start()
+        with ThreadPoolExecutor(2) as pool:
+            first, second = [one.result() for one in [pool.submit(start), pool.submit(start)]]
         load.wait_for(lambda: len(service.ready) == 2)
         with load.running(streams=3, officials=2):
             load.wait_for_more("right", 4)
