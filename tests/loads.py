@@ -18,8 +18,6 @@ from l2s_jax.settings.search import Search
 
 # Of each response.
 TOKENS = 400
-# Between two requests of a client: servers start beside them, on the same processor.
-_PAUSE_S = 0.3
 # The place of each is its seed.
 PROMPTS = ("abc bca", "cab 22", "abba abc", "1", "dabc 333 bcad")
 
@@ -56,11 +54,15 @@ class Load:
     counts: of answers that are "right" and "wrong"; of requests that were "refused" (by a status,
     or without a word) and "broken" (a stream began, and the client sees that it has no end); of
     those that were "repeated" by the official client.
+    pause_s: between an answer and the client's next request; servers may start beside them, on the
+    same processor.
     """
 
     def __init__(self, address: str, expected: list[str]):
         self._url, self._expected = f"{address}/v1", expected
         self.counts: Counter[str] = Counter()
+        self.pause_s = 0.3
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._clients: list[concurrent.futures.Future[None]] = []
 
@@ -83,9 +85,10 @@ class Load:
             time.sleep(0.1)
         raise AssertionError(f"it never came: {self.counts}")
 
-    def wait_for_more(self, what: str, number: int) -> None:
-        most = self.counts[what] + number
-        self.wait_for(lambda: self.counts[what] >= most)
+    def wait_for_more(self, number: int) -> None:
+        """Until so many more answers were right."""
+        most = self.counts["right"] + number
+        self.wait_for(lambda: self.counts["right"] >= most)
 
     def _check(self) -> None:
         """Raises what a client has raised."""
@@ -93,8 +96,13 @@ class Load:
             if client.done():
                 client.result()
 
-    def _count(self, index: int, text: str) -> None:
-        self.counts["right" if text == self._expected[index] else "wrong"] += 1
+    def _add(self, what: str, number: int = 1) -> None:
+        with self._lock:
+            self.counts[what] += number
+
+    def _answered(self, index: int, text: str) -> None:
+        self._add("right" if text == self._expected[index] else "wrong")
+        time.sleep(self.pause_s)
 
     def _stream_all(self, number: int) -> None:
         with httpx.Client(timeout=120) as client:
@@ -102,10 +110,10 @@ class Load:
                 number = (number + 1) % len(PROMPTS)
                 text, failed = self._stream(client, number)
                 if failed:
-                    self.counts[failed] += 1
+                    self._add(failed)
+                    time.sleep(0.3)
                 else:
-                    self._count(number, text)
-                time.sleep(_PAUSE_S)
+                    self._answered(number, text)
 
     def _stream(self, client: httpx.Client, index: int) -> tuple[str, str]:
         body, begun = {**asked(index), "stream": True}, False
@@ -128,6 +136,5 @@ class Load:
                 number = (number + 1) % len(PROMPTS)
                 body = asked(number)
                 found = create(extra_body={"min_tokens": body.pop("min_tokens")}, **body)
-                self.counts["repeated"] += found.retries_taken
-                self._count(number, found.parse().choices[0].text)
-                time.sleep(_PAUSE_S)
+                self._add("repeated", found.retries_taken)
+                self._answered(number, found.parse().choices[0].text)

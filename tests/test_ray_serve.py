@@ -17,13 +17,11 @@ import server
 from l2s_jax.serve.flags import make_parser, options_of
 from l2s_jax.serving.lane import Lane
 
+PROGRAM = "launch/ray_serve.py"
 FLAGS = (
     *("--replicas=1", "--max_replicas=2", "--num_cpus=0.1", "--target_ongoing=1", "--upscale_s=0"),
     *("--max_waiting=2", f"--max_new_tokens={loads.TOKENS}"),
 )
-
-
-PROGRAM = "launch/ray_serve.py"
 
 
 @pytest.mark.parametrize(
@@ -98,15 +96,20 @@ def test_under_load_a_replica_comes_and_one_that_is_killed_comes_back(running, m
     (first,) = replicas(running)
     with load.running(streams=5, officials=3):
         load.wait_for(lambda: made_after(running.address, began))
-        load.wait_for_more("right", 8)
+        load.wait_for_more(8)
         # Of 8 at once, where 4 may wait or run, and 2 more wait in Ray.
         assert load.counts["refused"]
         assert not load.counts["broken"] + load.counts["wrong"]
+        # All wait for an answer, more than one replica takes.
+        load.pause_s = 0.0
+        load.wait_for_more(8)
         killed = time.time()
         first.kill()
+        load.wait_for(lambda: load.counts["broken"] > 0)
+        load.pause_s = 0.3
         load.wait_for(lambda: made_after(running.address, killed))
-        load.wait_for_more("right", 8)
-    assert load.counts["broken"] and not load.counts["wrong"]
+        load.wait_for_more(8)
+    assert not load.counts["wrong"]
     assert len(replicas(running)) == 2
 
 

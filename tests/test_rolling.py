@@ -8,6 +8,7 @@ import signal
 import socket
 import socketserver
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -23,13 +24,14 @@ class Service(socketserver.ThreadingTCPServer):
     Attributes:
       servers: those that may be asked.
       ready: (host, port) of those that were ready.
+      open: how many connections each of those has.
     """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Connection)
-        self.servers, self.ready = [], []
+        self.servers, self.ready, self.open = [], [], Counter()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def probe(self):
@@ -38,14 +40,14 @@ class Service(socketserver.ThreadingTCPServer):
 
 class _Connection(socketserver.BaseRequestHandler):
     def handle(self):
-        with contextlib.suppress(OSError), socket.create_connection(self.chosen()) as server:
+        place = random.choice(self.server.ready)
+        self.server.open[place] += 1
+        with contextlib.suppress(OSError), socket.create_connection(place) as server:
             back = threading.Thread(target=hand_on, args=(server, self.request))
             back.start()
             hand_on(self.request, server)
             back.join()
-
-    def chosen(self):
-        return random.choice(self.server.ready)
+        self.server.open[place] -= 1
 
 
 def hand_on(source, target):
@@ -102,19 +104,22 @@ def test_an_update_fails_no_request_and_a_loss_no_answer(service, tmp_path):
             first, second = [one.result() for one in [pool.submit(start), pool.submit(start)]]
         load.wait_for(lambda: len(service.ready) == 2)
         with load.running(streams=3, officials=2):
-            load.wait_for_more("right", 4)
-            start()
+            load.wait_for_more(4)
+            third = start()
             load.wait_for(lambda: len(service.ready) == 3)
             # As of a pod that is to end: no new connection comes to it, then it is told.
             service.servers.remove(first)
             load.wait_for(lambda: len(service.ready) == 2)
-            load.wait_for_more("right", 4)
+            load.wait_for_more(4)
             first.process.send_signal(signal.SIGTERM)
             assert first.end() == 0
-            load.wait_for_more("right", 8)
+            load.wait_for_more(8)
             assert set(load.counts) <= {"right", "repeated"} and not load.counts["repeated"]
-            second.process.kill()
+            load.pause_s = 0.0
+            load.wait_for_more(4)
+            busier = max(second, third, key=lambda one: service.open[place_of(one)])
+            busier.process.kill()
             load.wait_for(lambda: len(service.ready) == 1)
-            load.wait_for_more("right", 8)
+            load.wait_for_more(8)
     assert not load.counts["wrong"]
     assert load.counts["broken"] + load.counts["repeated"] + load.counts["refused"]
