@@ -87,6 +87,7 @@ def service():
 def test_an_update_fails_no_request(service, tmp_path):
     model = server.write_model(tmp_path)[0]
     load = loads.Load(service.address, loads.answers(model))
+    load.pause_s = 1.0
     flag = f"--max_new_tokens={loads.TOKENS}"
     with server.serving(model, flag) as first:
         service.servers = [first]
