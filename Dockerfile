@@ -1,8 +1,9 @@
-# This repository in /l2s_jax, with JAX for TPUs: the image of launch/gke.yaml.
+# This repository in /l2s_jax, with JAX for TPUs: the image of launch/gke.yaml, and with JAX for the
+# servers' machines that of launch/k8s-serve.yaml.
 #
 #   docker build --tag IMAGE . && docker push IMAGE
 #
-# For NVIDIA GPUs: --build-arg 'JAX=jax[cuda13]'.
+# For NVIDIA GPUs: --build-arg 'JAX=jax[cuda13]'. For CPUs: --build-arg JAX=jax.
 FROM python:3.11-slim
 
 ARG JAX=jax[tpu]
@@ -13,7 +14,7 @@ COPY constraints.txt .
 RUN pip install --no-cache-dir -c constraints.txt "$JAX"
 
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt -e .
+RUN pip install --no-cache-dir -c constraints.txt -e '.[serve]'
 
 ENTRYPOINT ["l2s-jax"]
 CMD ["--help"]

@@ -65,8 +65,13 @@ def source_of(program: str) -> pathlib.Path | None:
 
 
 def flags_of(file: pathlib.Path) -> set[str]:
-    """Flags that a command takes, as its source has them: of absl, of argparse, of a script."""
+    """Flags that a command takes, as its source has them: of absl, of argparse, of a script.
+
+    Several commands share those of a module `flags`.
+    """
     text = file.read_text(encoding="utf-8")
+    for module in re.findall(r"^from (l2s_jax[\w.]*\.flags) import", text, re.MULTILINE):
+        text += source_of(module).read_text(encoding="utf-8")
     names = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text))
     names |= set(re.findall(r"--([a-z][\w-]*)", text))
     if 'f"--{' in text:  # named in a loop
@@ -81,7 +86,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
         for line in code.splitlines():
             for part in re.split(r"&&|\||;", line):
                 match = re.search(
-                    r"python3? (?:-m (l2s_jax[\w.]*)|(benchmarks/\S+\.py))"
+                    r"python3? (?:-m (l2s_jax[\w.]*)|((?:benchmarks|launch)/\S+\.py))"
                     r"|(?:^|\s)((?:benchmarks|launch)/\w+\.sh)",
                     part,
                 )

@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -97,11 +97,12 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(model: str, *flags: str, **environment: str) -> Iterator[Running]:
+def serving(
+    model: str, *flags: str, program: Sequence[str] = ("-m", "l2s_jax.serve"), **environment: str
+) -> Iterator[Running]:
     """A server with two slots, until the block ends."""
-    command = [sys.executable, "-m", "l2s_jax.serve", f"--model={model}", "--port=0", "--slots=2"]
     process = subprocess.Popen(
-        [*command, *flags],
+        [sys.executable, *program, f"--model={model}", "--port=0", "--slots=2", *flags],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **environment},
         stdout=subprocess.PIPE,

@@ -119,6 +119,10 @@ def test_overrides_are_settings(key: str) -> None:
             "```bash\npython -m l2s_jax.convert --input=a \\\n  --verifi\n```",
             ["gives l2s_jax.convert --verifi, which it does not take"],
         ),
+        (
+            "```bash\npython launch/ray_serve.py --replicas=2 --slots=2 --nope\n```",
+            ["gives launch/ray_serve.py --nope, which it does not take"],
+        ),
         ("`--nope=1`", ["names --nope, which no command takes"]),
         ("`runs/a/report.md`, `l2s_jax/main.py`, `--mode=plan`, `pip install --nope`", []),
     ],

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
 import shlex
 import shutil
 import subprocess
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
+
+from l2s_jax.serve.app import make_app
+from l2s_jax.serve.flags import make_parser
+from l2s_jax.serve.service import Limits
+from l2s_jax.serve.service import Service as ServeService
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Writes down its arguments, one line per call, and fails where an argument asks it to.
@@ -397,9 +405,84 @@ def test_dockerfile_makes_the_image_of_the_manifest() -> None:
     assert (said["FROM"], said["WORKDIR"]) == ("python:3.11-slim", container["workingDir"])
     assert said["ARG"] == "JAX=jax[tpu]"
     installs = [shlex.split(rest) for keyword, rest in steps if keyword == "RUN"]
-    assert [step[-1] for step in installs] == ["$JAX", "."]
+    assert [step[-1] for step in installs] == ["$JAX", ".[serve]"]
     assert all(step[:2] == ["pip", "install"] for step in installs)
     # What the image leaves out is nothing that a commit holds.
     ignored = (ROOT / ".dockerignore").read_text().split()
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     assert not {path.split("/")[0] for path in listed.split()} & set(ignored)
+
+
+def patched(base: Any, patch: Any) -> Any:
+    """A strategic merge of Kubernetes: containers are told apart by their names."""
+    if isinstance(patch, dict):
+        merged = {name: patched(base.get(name), value) for name, value in patch.items()}
+        return {**base, **merged} if base else merged
+    if isinstance(patch, list):
+        (one,) = patch
+        return [patched(other, one) if other["name"] == one["name"] else other for other in base]
+    return patch
+
+
+SERVE = list(yaml.safe_load_all((ROOT / "launch" / "k8s-serve.yaml").read_text()))
+GPU = yaml.safe_load((ROOT / "launch" / "k8s-serve-gpu.yaml").read_text())
+
+
+@pytest.mark.parametrize("version", ["1.28", "1.37"])
+@pytest.mark.parametrize("objects", [SERVE, [patched(SERVE[0], GPU)]], ids=["plain", "gpu"])
+def test_manifest_of_the_server_is_what_kubernetes_takes(
+    objects: list[dict[str, Any]], version: str
+) -> None:
+    for one in objects:
+        kubernetes_validate.validate(one, version, strict=True)
+    broken = copy.deepcopy(objects[0])
+    broken["spec"]["template"]["spec"]["containers"][0]["port"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, version, strict=True)
+
+
+def test_manifest_of_the_server_fits_the_server() -> None:
+    deployment, service, budget = SERVE
+    assert [one["kind"] for one in SERVE] == ["Deployment", "Service", "PodDisruptionBudget"]
+    spec, pod = deployment["spec"], deployment["spec"]["template"]["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert labels == spec["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert labels == budget["spec"]["selector"]["matchLabels"]
+    assert spec["replicas"] == 2 > budget["spec"]["minAvailable"]
+    # One that is ready ends only when another is.
+    assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    (container,) = pod["containers"]
+    assert container["command"] == ["python", "-m", "l2s_jax.serve"]
+    parser = make_parser("serve", "")
+    flags = parser.parse_args(container["args"])
+    (port,) = container["ports"]
+    assert (flags.host, flags.port) == ("0.0.0.0", port["containerPort"])
+    (outside,) = service["spec"]["ports"]
+    assert outside["targetPort"] == port["name"]
+    paths = {route.path for route in make_app(ServeService(Limits())).routes}
+    probes = {kind: container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")}
+    for probe in probes.values():
+        assert probe["httpGet"]["port"] == port["name"] and probe["httpGet"]["path"] in paths
+    assert probes["startup"]["httpGet"] == probes["readiness"]["httpGet"]
+    assert probes["startup"]["periodSeconds"] * probes["startup"]["failureThreshold"] >= 1800
+    # To its end: what keeps connections away, the requests, and some seconds for the process.
+    sleep, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert sleep == "sleep"
+    assert pod["terminationGracePeriodSeconds"] >= int(seconds) + flags.drain_s + 10
+    # What is written is written to a volume: the rest is read only, and not root's.
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert {mount["name"] for mount in mounts.values()} == {one["name"] for one in pod["volumes"]}
+    environment = {one["name"]: one for one in container["env"]}
+    assert mounts[environment["HOME"]["value"]] == mounts["/cache"]
+    assert flags.compilation_cache.startswith("/cache/") and flags.model.startswith("/models/")
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    secret = environment["L2S_API_KEY"]["valueFrom"]["secretKeyRef"]
+    header = (ROOT / "launch" / "k8s-serve.yaml").read_text().partition("apiVersion")[0]
+    assert f"create secret generic {secret['name']} --from-literal={secret['key']}=KEY" in header
+    name = deployment["metadata"]["name"]
+    assert f"patch deployment {name} --patch-file launch/k8s-serve-gpu.yaml" in header
+    assert patched(deployment, GPU)["spec"]["template"]["spec"]["containers"][0]["resources"] == {
+        **container["resources"],
+        "limits": {**container["resources"]["limits"], "nvidia.com/gpu": 1},
+    }

@@ -296,12 +296,23 @@ def test_sigterm_lets_running_responses_end(model):
     flags = (f"--max_new_tokens={LONG}", "--drain_s=60")
     with server.serving(model, *flags) as started, httpx.Client(timeout=60) as client:
         address = started.address
-        with client.stream("POST", f"{address}/v1/completions", json=ENDLESS) as stream:
+        host, port = address.removeprefix("http://").split(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=60) as kept,
+            client.stream("POST", f"{address}/v1/completions", json=ENDLESS) as stream,
+        ):
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200")
             lines = stream.iter_lines()
             first = next(lines)
             started.process.send_signal(signal.SIGTERM)
             wait_for(lambda: httpx.get(f"{address}/health").status_code == 503)
-            refused(httpx.post(f"{address}/v1/completions", json=SMALL), 503, "stopping")
+            # Clients that come again shall come to another server.
+            while kept.recv(1000):
+                pass
+            found = httpx.post(f"{address}/v1/completions", json=SMALL)
+            refused(found, 503, "stopping")
+            assert found.headers["Connection"] == "close" and found.headers["Retry-After"]
             said = [first, *lines]
         assert said[-2:] == ["data: [DONE]", ""]
         assert events(said)[-1]["choices"][0]["finish_reason"] == "length"

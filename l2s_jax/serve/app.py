@@ -12,10 +12,13 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from l2s_jax.serve import answers
 from l2s_jax.serve.asking import requests_of, top_logprobs
@@ -76,7 +79,25 @@ def make_app(service: Service) -> Starlette:
             *page_routes(),
         ],
         exception_handlers={Refused: _refuse, HTTPException: _refuse_http},
+        middleware=[Middleware(_Parting, service=service)],
     )
+
+
+class _Parting:
+    """While the service stops, no connection is kept: the next request would come here again, and
+    not to a server that goes on.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._service.state == "stopping":
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, send_last)
 
 
 def _json(answer: BaseModel) -> Response:
@@ -180,6 +201,9 @@ def _endpoint(
             return answer
         except Refused as refused:
             status = refused.status
+            raise
+        except asyncio.CancelledError:  # Ray's way to say that the client went away
+            status = 499
             raise
         except ClientDisconnect:
             status = 499

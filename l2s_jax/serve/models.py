@@ -17,7 +17,7 @@ from l2s_jax.models.systems import Params
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.loading import load_alone, mesh_of, where_to_read
-from l2s_jax.settings.search import alone, changed
+from l2s_jax.settings.search import Search, alone, changed
 from l2s_jax.tokenizers.cut import whole_of
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
@@ -44,6 +44,23 @@ class Models:
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def settings_of(models: Models) -> tuple[dict[str, Any], Search]:
+    """The settings of Generator, with the search of models that draft nothing, and that of `exact`.
+
+    Raises:
+      ValueError: the model is not there, or the search is one that is not served.
+    """
+    settings = {**bundle.generation_settings(find(models.directory)), **models.settings}
+    drafting = {"exact": True} if "exact" in models.names else {}
+    search = changed(settings.get("search", {}), {**drafting, **models.search})
+    if search.num_beams > 1:
+        raise ValueError(
+            f"{models.directory}: its search has num_beams={search.num_beams}, and a server has no "
+            "beam search; expected --search=num_beams=1"
+        )
+    return {**settings, "search": alone(search)}, search
+
+
 def load_models(models: Models) -> dict[str, Generator]:
     """The Generator of each name.
 
@@ -55,16 +72,8 @@ def load_models(models: Models) -> dict[str, Generator]:
     """
     directory = find(models.directory)
     llm_directory = find(models.llm) if models.llm else None
-    settings = {**bundle.generation_settings(directory), **models.settings}
+    settings, search = settings_of(models)
     whole = {"llm", "exact"} & set(models.names)
-    drafting = {"exact": True} if "exact" in models.names else {}
-    search = changed(settings.get("search", {}), {**drafting, **models.search})
-    if search.num_beams > 1:
-        raise ValueError(
-            f"{models.directory}: its search has num_beams={search.num_beams}, and a server has no "
-            "beam search; expected --search=num_beams=1"
-        )
-    settings["search"] = alone(search)
     mesh = mesh_of(models.mesh or None)
     settings["mesh"] = mesh
     placed = where_to_read(mesh, settings.get("weights", "float"))
@@ -91,7 +100,7 @@ def load_models(models: Models) -> dict[str, Generator]:
     if whole:
         frozen = _encoder_of(made["llm"].trained["llm"], system.llm_config)
     made["l2s"] = Generator(system, trained, frozen, *tokenizers, **settings)
-    if drafting:
+    if "exact" in models.names:
         llm: Any = made["llm"].system
         made["exact"] = Generator(
             Exact(system, llm),

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import uvicorn
@@ -29,7 +29,7 @@ _FLUSH_S = 2
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a server is: its models, its limits, prompts that its page offers, where it listens, how
-    long it takes to end.
+    long it takes to end, a folder for compiled programs or "".
     """
 
     models: Models
@@ -38,6 +38,27 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     drain_s: float = 30.0
+    compilation_cache: str = ""
+
+
+def start(service: Service, options: Options, on_end: Callable[[str], None]) -> None:
+    """Loads the models and warms up, which takes a while: then the service is ready.
+
+    on_end: as of Scheduler.
+
+    Raises:
+      ValueError: a model can't be loaded, or a mesh doesn't split the slots.
+    """
+    if options.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    service.start(load_models(options.models), on_end)
+
+
+def ready_line(options: Options, port: int) -> str:
+    """What is said when requests are answered."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"http://{host}:{port} serves {', '.join(options.models.names)}"
 
 
 class _Server(uvicorn.Server):
@@ -54,7 +75,7 @@ def run(options: Options) -> int:
     Raises:
       ValueError: it can't listen there, or a model can't be loaded.
     """
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     life = _Life(options, listener)
     status = asyncio.run(life.serve())
     if life.error:
@@ -67,7 +88,12 @@ def run(options: Options) -> int:
     return status
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Takes an address; port 0 is a free one.
+
+    Raises:
+      ValueError: it can't listen there.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, or asyncio leaves Nagle's algorithm on: each answer would wait 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -122,16 +148,13 @@ class _Life:
     def _load(self) -> None:
         """In a thread of its own: loads, warms up, and says that it is ready."""
         try:
-            generators = load_models(self._options.models)
-            self._service.start(generators, self._on_end)
+            start(self._service, self._options, self._on_end)
         except Exception as error:
             self.error = error
             self._later(self._close)
         self.loading = False
         if self._service.state == "ready":
-            host, port = self._listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            print(f"http://{shown}:{port} serves {', '.join(generators)}", flush=True)
+            print(ready_line(self._options, self._listener.getsockname()[1]), flush=True)
 
     def _later(self, work: object, *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -157,6 +180,9 @@ class _Life:
         if self.loading:
             self._close()
             return
+        # Those that wait for a next request; the others are when they have been answered.
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
         self._loop.run_in_executor(None, self._drain, 0.0 if again else self._options.drain_s)
 
     def _drain(self, seconds: float) -> None:
@@ -165,10 +191,3 @@ class _Life:
 
     def _close(self) -> None:
         self._server.should_exit = True
-
-
-def configure(compilation_cache: str | None) -> None:
-    """Settings of JAX for the whole process; compilation_cache: a folder."""
-    if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

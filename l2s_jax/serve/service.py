@@ -97,10 +97,12 @@ class Service:
         Raises:
           Refused: there is none of that name, or it is not ready.
         """
-        if self.state != "ready":
+        if self.state == "starting":
             raise Refused(
-                503, f"the server is {self.state}", code=self.state, headers={"Retry-After": "5"}
+                503, "the server is starting", code="starting", headers={"Retry-After": "5"}
             )
+        if self.state != "ready":
+            raise _stopping()
         if name not in self.generators:
             raise Refused(
                 404,
@@ -135,7 +137,7 @@ class Service:
         except (Full, Stopped) as error:
             answers.cancel()
             if isinstance(error, Stopped):
-                raise Refused(503, "the server is stopping", code="stopping") from None
+                raise _stopping() from None
             raise Refused(
                 429,
                 f"{self.limits.max_waiting} requests are waiting already",
@@ -217,6 +219,12 @@ class Answers:
         self._service.metrics.ended(self._model, piece.tokens, first_s, whole_s, piece.drafts)
 
 
+def _stopping() -> Refused:
+    return Refused(
+        503, "the server is stopping", code="stopping", headers={"Retry-After": _RETRY_S}
+    )
+
+
 _FAILURES = ("cancelled", "time", "error")
 
 
@@ -224,5 +232,5 @@ def _failure(piece: Piece, time_s: float) -> Refused:
     if piece.end == "time":
         return Refused(504, f"not answered within {time_s:g} seconds", code="timeout")
     if piece.end == "cancelled":
-        return Refused(503, "the server is stopping", code="stopping")
+        return _stopping()
     return Refused(500, piece.reason, code="failed")
