@@ -7,7 +7,8 @@ python -m l2s_jax.main --mode=compare --config=... --workdir=DIR --vary=l2s.fusi
 python -m l2s_jax.main --mode=dial --workdir=DIR
 python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
-Exit status: 0; 2 for bad input, with one line that says what is wrong.
+Exit status: 0; 2 for bad input, 1 for a training that is no longer finite, each with one line that
+says what is wrong.
 """
 
 from __future__ import annotations
@@ -315,6 +316,8 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         log.debug("bad input", exc_info=True)
         return _fail(str(error))
+    except FloatingPointError as error:
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the last checkpoint", 130)
     return 0

@@ -259,6 +259,8 @@ def _described(error: BaseException) -> tuple[str, int]:
     if not _LOST_PEER.match(message):
         if isinstance(error, (ValueError, OSError)):
             return message, 2
+        if isinstance(error, FloatingPointError):
+            return message, 1
         traceback.print_exception(error)
         return f"{type(error).__name__}: {message}", 1
     if late := _MISSING.search(str(error)):

@@ -20,6 +20,7 @@ from l2s_jax.models.systems import Params
 from l2s_jax.training import on_policy, optim
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.distillation import Distillation
+from l2s_jax.training.finite import Watch, all_finite
 from l2s_jax.training.meter import Meter
 from l2s_jax.training.on_policy import OnPolicy
 from l2s_jax.training.progress import MetricWriter, NoWriter
@@ -104,6 +105,7 @@ def fit(
     judge: Callable[[Params, Params], Judged] | None = None,
     distillation: Distillation | None = None,
     policy: OnPolicy | None = None,
+    examples: Callable[[int], Iterable[int]] | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
@@ -117,7 +119,13 @@ def fit(
     `judge(params, frozen)` says what more is known of the parameters, which lie on the mesh: with
     `config.select` "quality" a score `val_quality`. With `policy` the system answers the prompts of
     some batches itself, and these are the responses that it learns; other batches are as without.
+    `examples(step)`, where it is given, has the numbers of a step's examples, for messages.
+
+    Raises:
+      NotFinite: more than `config.max_bad_steps` steps in a row had a loss or a gradient that is
+        not finite, or a model that would be saved or its validation is not.
     """
+    name = os.path.basename(directory)
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
     replicated = NamedSharding(mesh, P())
@@ -130,6 +138,7 @@ def fit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,
     )
+    finite_fn = jax.jit(all_finite, out_shardings=replicated)
     best_metric = _RANKS[config.select]
     with (
         jax.set_mesh(mesh),
@@ -140,6 +149,7 @@ def fit(
         of_llm = sharding.put_parameters(policy.params, mesh) if policy else {}
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
         start = checkpoints.latest_step
+        counted: Mapping[str, int] = {}
         if start is None:
             start = 0
             state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
@@ -152,6 +162,7 @@ def fit(
                     f"checkpoints in {directory} come from another configuration: "
                     "remove them or use another workdir"
                 )
+            counted = saved.get("bad_steps", {})
             state, data_state = _restore(checkpoints, start, abstract)
             batches.set_state(data_state)
 
@@ -160,10 +171,11 @@ def fit(
                 directory,
                 total_steps=config.steps,
                 start_step=start + 1,
-                name=os.path.basename(directory),
+                name=name,
             ) as writer:
                 share = config.batch_size / len(rows)
-                meter = Meter(writer, config, mesh, share, has_own=policy is not None)
+                watch = Watch(name, config.max_bad_steps, counted, examples)
+                meter = Meter(writer, config, mesh, share, watch, has_own=policy is not None)
                 flops: dict[Any, float] = {}
                 for step in range(start + 1, config.steps + 1):
                     with meter.waiting():
@@ -186,8 +198,12 @@ def fit(
                     meter.dispatched(step, metrics, batch, flops[shapes], own)
                     if step % config.evaluate_every == 0 or step == config.steps:
                         meter.flush()
+                        watch.look(step)
+                        watch.check(step, "parameters are", bool(finite_fn(state)))
                         weights = _weights(state)
                         scores = validation_scores(score_fn, weights, frozen, map(put, validation))
+                        is_finite = math.isfinite(scores["val_loss"])
+                        watch.check(step, "the loss on the validation split is", is_finite)
                         if judge:
                             more = judge(weights, frozen)
                             scores |= more.scores
@@ -198,7 +214,11 @@ def fit(
                             params=state.params,
                             opt=_optimizer_item(state),
                             data=batches.get_state(),
-                            config={"fingerprint": fingerprint, **config.to_dict()},
+                            config={
+                                **config.to_dict(),
+                                "fingerprint": fingerprint,
+                                "bad_steps": watch.state(),
+                            },
                             metrics=scores,
                         )
                         meter.restart()

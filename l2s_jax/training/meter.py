@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster.chips import chip_of
+from l2s_jax.training.finite import Watch
 from l2s_jax.training.progress import MetricWriter, NoWriter
 
 # What metrics.jsonl has of the clock: mean milliseconds of a step; real tokens of prompts and
@@ -35,6 +36,7 @@ class Meter:
         config: ConfigDict,
         mesh: Mesh,
         share: float,
+        watch: Watch,
         has_own: bool = False,
     ):
         """Nothing is written yet.
@@ -44,10 +46,13 @@ class Meter:
           config: of a training, as config.*.train.
           mesh: of its devices.
           share: how many times the rows of this process the whole batch is.
+          watch: looks at each step before anything of it is written. Where a run goes on after
+            steps that are not finite, lines have their number until then as `skipped_steps`.
           has_own: whether the model writes some of the responses itself. Lines then have the share
             of such batches since the last line, and the last metrics of either kind of batch.
         """
-        self._writer = writer
+        self._writer, self._watch = writer, watch
+        self._may_skip = config.max_bad_steps > 0
         self._has_own = has_own
         self._every = config.log_every
         self._devices = mesh.size
@@ -92,32 +97,43 @@ class Meter:
         """Takes note of a step that the devices have been given.
 
         Args:
-          metrics: scalars, which may not be ready yet.
+          metrics: scalars of `update.train_step`, which may not be ready yet.
           batch: the rows of this process; bool [B, ...] under names that end in "_mask".
           flops: operations of the step, over all devices.
           own: whether the model wrote the responses, in the place of those of `batch`.
+
+        Raises:
+          NotFinite: too many steps in a row were not finite.
         """
         self.flush()
+        self._watch.dispatched(step, metrics)
         others = ("response_mask",) if own else ()
         masks = (v for key, v in batch.items() if key.endswith("_mask") and key not in others)
         self._tokens += sum(int(mask.sum()) for mask in masks)
         self._steps += 1
         self._flops += flops / self._devices
         self._own += own
-        self._latest |= metrics
+        self._latest |= {name: value for name, value in metrics.items() if name != "skipped"}
         if step % self._every == 0:
             self._pending = step, self._latest
         self._writer.advance(step)
 
     def flush(self) -> None:
-        """Writes the metrics that are due."""
+        """Writes the metrics that are due.
+
+        Raises:
+          NotFinite: too many steps in a row were not finite.
+        """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
+        self._watch.look(step)
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         if self._has_own:
             values["on_policy_share"] = self._own / self._steps
+        if self._may_skip:
+            values["skipped_steps"] = self._watch.skipped
         self._writer.write(step, values | self._times())
         self.restart()
 
