@@ -18,13 +18,15 @@ import functools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from l2s_jax.config import complaint, settled, unknown_key
+from l2s_jax.files import exit_status
 from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
@@ -306,6 +308,7 @@ def main(argv: Sequence[str]) -> int:
     """Parses the flags and runs; the exit status."""
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
+    _say_errors_once()
     try:
         parse_flags(argv)
         config = _CONFIG.value and settled(
@@ -313,14 +316,45 @@ def main(argv: Sequence[str]) -> int:
         )
         with _job():
             run(config, _WORKDIR.value, _MODE.value)
-    except (ValueError, OSError) as error:
-        log.debug("bad input", exc_info=True)
-        return _fail(str(error))
-    except FloatingPointError as error:
-        return _fail(str(error), 1)
+    except (ValueError, OSError, FloatingPointError) as error:
+        log.debug("failed", exc_info=True)
+        return _fail(str(error), exit_status(error))
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the last checkpoint", 130)
     return 0
+
+
+def _say_errors_once() -> None:
+    """Has libraries not tell of errors in threads of theirs, which end the command with its line.
+
+    Of a write that fails, Orbax and TensorStore print a traceback for each array.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_error)
+    sys.unraisablehook, threading.excepthook = _main_thread_only, _not_of_files
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.ERROR
+
+
+def _main_thread_only(arguments: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(arguments)
+
+
+def _not_of_files(arguments: threading.ExceptHookArgs) -> None:
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process; after an error without its threads, which may wait for what has failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(message: str, status: int = 2) -> int:
@@ -329,4 +363,4 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    _leave(main(sys.argv))

@@ -29,6 +29,7 @@ import jax
 
 from l2s_jax.cluster import distributed
 from l2s_jax.cluster.distributed import BARRIER_SECONDS, barrier, check_same, runtime
+from l2s_jax.files import exit_status
 
 jaxlib: Any = importlib.import_module("jaxlib._jax")  # has no types
 
@@ -257,10 +258,8 @@ def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {CONTINUES}", 130
     if not _LOST_PEER.match(message):
-        if isinstance(error, (ValueError, OSError)):
-            return message, 2
-        if isinstance(error, FloatingPointError):
-            return message, 1
+        if isinstance(error, ValueError | OSError | FloatingPointError):
+            return message, exit_status(error)
         traceback.print_exception(error)
         return f"{type(error).__name__}: {message}", 1
     if late := _MISSING.search(str(error)):
