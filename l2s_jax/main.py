@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.files import exit_status
 from l2s_jax.settings.moved import MOVED
@@ -134,11 +135,8 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 
-    from l2s_jax.cluster import distributed
-    from l2s_jax.evaluation.evaluate import check_selection, primary_score
-    from l2s_jax.evaluation.stage import EvaluationStage
+    from l2s_jax.cluster import distributed, lock
     from l2s_jax.experiment import workdir as workdirs
-    from l2s_jax.experiment.experiment import Experiment
     from l2s_jax.serving.generate_file import generate_file
 
     if _COMPILATION_CACHE.value:
@@ -163,6 +161,18 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             weights=_WEIGHTS.value,
         )
         return
+    with lock.of_job(workdir):
+        _work(config, workdir, mode)
+
+
+def _work(config: ConfigDict, workdir: str, mode: str) -> None:
+    """What changes a workdir."""
+    from l2s_jax.cluster import distributed
+    from l2s_jax.evaluation.evaluate import check_selection, primary_score
+    from l2s_jax.evaluation.stage import EvaluationStage
+    from l2s_jax.experiment import workdir as workdirs
+    from l2s_jax.experiment.experiment import Experiment
+
     if mode == "compare":
         from l2s_jax.evaluation.compare import compare
 
@@ -314,13 +324,13 @@ def main(argv: Sequence[str]) -> int:
         config = _CONFIG.value and settled(
             _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
         )
-        with _job():
+        with handled(), _job():
             run(config, _WORKDIR.value, _MODE.value)
     except (ValueError, OSError, FloatingPointError) as error:
         log.debug("failed", exc_info=True)
         return _fail(str(error), exit_status(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues from the last checkpoint", 130)
+    except Stopped as stopped:
+        return _fail(str(stopped), stopped.status)
     return 0
 
 
@@ -330,12 +340,13 @@ def _say_errors_once() -> None:
     Of a write that fails, Orbax and TensorStore print a traceback for each array.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_no_error)
+        logging.getLogger(name).addFilter(_is_news)
     sys.unraisablehook, threading.excepthook = _main_thread_only, _not_of_files
 
 
-def _is_no_error(record: logging.LogRecord) -> bool:
-    return record.levelno != logging.ERROR
+def _is_news(record: logging.LogRecord) -> bool:
+    # (Orbax warns of each checkpoint that is saved without a validation.)
+    return record.levelno != logging.ERROR and "tracked_metric" not in str(record.msg)
 
 
 def _main_thread_only(arguments: Any) -> None:

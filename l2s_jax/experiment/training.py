@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from l2s_jax.models.tuning import Tuned
 
 # How training goes on, which the model does not depend on.
-_NO_INPUTS = ("accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat")
+_NO_INPUTS = (
+    "accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat", "save_minutes",
+)  # fmt: skip
 
 
 class TrainedStage(RecordedStage):

@@ -18,12 +18,14 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from l2s_jax.files import CannotWrite, one_line
 
+# How many of the newest are kept, whatever they are worth.
+NEWEST = 3
 # How TensorStore says what the system said.
 _SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
 class Checkpoints:
-    """The latest checkpoint of a run, to resume from, and the best one, to keep.
+    """The newest checkpoints of a run, to resume from, and the best one, to keep.
 
     A context manager: leaving it waits for the last write.
     """
@@ -32,10 +34,14 @@ class Checkpoints:
         """`best_metric`: which of the metrics given to `save` ranks checkpoints, higher is better;
         None: the latest is the best.
         """
-        keep: list[Any] = [preservation_policy.LatestN(1)]
+        keep: list[Any] = [preservation_policy.LatestN(NEWEST)]
         if best_metric:
             keep.append(
-                preservation_policy.BestN(get_metric_fn=lambda metrics: metrics[best_metric], n=1)
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
             )
         self._best_metric = best_metric
         self._directory = os.path.abspath(directory)
@@ -85,9 +91,17 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint to keep; waits for the one that is being written."""
+        self.wait()
+        return self._manager.best_step() if self._best_metric else self.latest_step
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written.
+
+        Raises:
+          CannotWrite: it could not be.
+        """
         with self._writing():
             self._manager.wait_until_finished()
-        return self._manager.best_step() if self._best_metric else self.latest_step
 
     def save(
         self,
@@ -97,9 +111,11 @@ class Checkpoints:
         opt: Any,
         data: Mapping[str, Any],
         config: Mapping[str, Any],
-        metrics: Mapping[str, float],
+        metrics: Mapping[str, float] | None,
     ) -> None:
         """Writes a checkpoint in the background; a kill leaves the ones before it whole.
+
+        Without `metrics` it is not the best one, whatever the others are.
 
         Raises:
           CannotWrite: this one, or the one before it.
@@ -114,7 +130,7 @@ class Checkpoints:
                     data=ocp.args.JsonSave(dict(data)),
                     config=ocp.args.JsonSave(dict(config)),
                 ),
-                metrics=dict(metrics),
+                metrics=dict(metrics) if metrics is not None else None,
             )
 
     def config(self, step: int) -> dict[str, Any]:

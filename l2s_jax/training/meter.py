@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,15 +60,29 @@ class Meter:
         self._chip = chip_of(mesh.devices.flat[0])
         self._share = share
         self._compile_s = 0.0
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
         self.restart()
 
     def restart(self) -> None:
         """Leaves what happened until now out of the next values."""
         self._start = time.perf_counter()
         self._steps, self._tokens, self._flops, self._waited = 0, 0, 0.0, 0.0
-        self._own = 0
-        self._latest: dict[str, jax.Array] = {}
+        self._batches = self._own = 0
+        self._latest: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What the next line will say of steps before this one, but for times; waits for them."""
+        latest = {name: float(value) for name, value in jax.device_get(self._latest).items()}
+        return {"batches": self._batches, "own": self._own, "latest": latest}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self._batches, self._own = state["batches"], state["own"]
+        self._latest = dict(state["latest"])
+
+    def paused(self, seconds: float) -> None:
+        """Leaves so many seconds, in which a checkpoint was saved, out of the next values."""
+        self._start += seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -111,6 +126,7 @@ class Meter:
         masks = (v for key, v in batch.items() if key.endswith("_mask") and key not in others)
         self._tokens += sum(int(mask.sum()) for mask in masks)
         self._steps += 1
+        self._batches += 1
         self._flops += flops / self._devices
         self._own += own
         self._latest |= {name: value for name, value in metrics.items() if name != "skipped"}
@@ -131,7 +147,7 @@ class Meter:
         self._watch.look(step)
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         if self._has_own:
-            values["on_policy_share"] = self._own / self._steps
+            values["on_policy_share"] = self._own / self._batches
         if self._may_skip:
             values["skipped_steps"] = self._watch.skipped
         self._writer.write(step, values | self._times())

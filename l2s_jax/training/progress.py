@@ -108,7 +108,8 @@ class MetricWriter:
 
     def _check_tensorboard(self) -> None:
         """An error if the thread that writes its files has ended with one."""
-        if not self._tensorboard.file_writer.event_writer._worker.is_alive():
+        writer: Any = self._tensorboard.file_writer
+        if not writer.event_writer._worker.is_alive():
             path = os.path.join(self._directory, "events.out.tfevents")
             raise CannotWrite(f"{path}...: TensorBoard's file cannot be written")
 
