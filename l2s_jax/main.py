@@ -18,13 +18,13 @@ import functools
 import logging
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.files import exit_status
@@ -318,13 +318,12 @@ def main(argv: Sequence[str]) -> int:
     """Parses the flags and runs; the exit status."""
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    _say_errors_once()
     try:
         parse_flags(argv)
         config = _CONFIG.value and settled(
             _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
         )
-        with handled(), _job():
+        with errors_once(), handled(), _job():
             run(config, _WORKDIR.value, _MODE.value)
     except (ValueError, OSError, FloatingPointError) as error:
         log.debug("failed", exc_info=True)
@@ -334,38 +333,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _say_errors_once() -> None:
-    """Has libraries not tell of errors in threads of theirs, which end the command with its line.
-
-    Of a write that fails, Orbax and TensorStore print a traceback for each array.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
-    sys.unraisablehook, threading.excepthook = _main_thread_only, _not_of_files
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    # (Orbax warns of each checkpoint that is saved without a validation.)
-    return record.levelno != logging.ERROR and "tracked_metric" not in str(record.msg)
-
-
-def _main_thread_only(arguments: Any) -> None:
-    if threading.current_thread() is threading.main_thread():
-        sys.__unraisablehook__(arguments)
-
-
-def _not_of_files(arguments: threading.ExceptHookArgs) -> None:
-    if not issubclass(arguments.exc_type, OSError):
-        threading.__excepthook__(arguments)
-
-
 def _leave(status: int) -> NoReturn:
     """Ends the process; after an error without its threads, which may wait for what has failed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     if status:
+        sys.stdout.flush()
         os._exit(status)
-    sys.exit(status)
+    sys.exit(0)
 
 
 def _fail(message: str, status: int = 2) -> int:
