@@ -6,6 +6,7 @@ What is being written lies beside its place, under a name that ends in `.tmp`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -15,6 +16,29 @@ from collections.abc import Iterator
 from typing import Any
 
 UNFINISHED = ".tmp"
+# Of errors of files that come while a run goes on, and are no mistake of whoever started it.
+_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOMEM}
+
+
+class CannotWrite(OSError):
+    """What a run has made cannot be written; in one line, which names the file."""
+
+
+def exit_status(error: BaseException) -> int:
+    """Of a command that ends with an error in one line: 1 where a run failed, 2 for bad input."""
+    failed = isinstance(error, FloatingPointError | CannotWrite)
+    return 1 if failed or (isinstance(error, OSError) and error.errno in _FAILED) else 2
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Has the errors of files that come from within name one: a write does not say of what."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = path
+        raise
 
 
 @contextlib.contextmanager
@@ -25,7 +49,8 @@ def replacing(path: str) -> Iterator[str]:
     """
     temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -43,7 +68,8 @@ def atomic_directory(path: str) -> Iterator[str]:
     temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
     os.makedirs(temporary)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,8 @@ python -m l2s_jax.main --mode=compare --config=... --workdir=DIR --vary=l2s.fusi
 python -m l2s_jax.main --mode=dial --workdir=DIR
 python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
-Exit status: 0; 2 for bad input, with one line that says what is wrong.
+Exit status: 0; 2 for bad input, 1 for a training that is no longer finite, each with one line that
+says what is wrong.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.cluster.quiet import errors_once
+from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.config import complaint, settled, unknown_key
+from l2s_jax.files import exit_status
 from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
@@ -131,11 +135,8 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 
-    from l2s_jax.cluster import distributed
-    from l2s_jax.evaluation.evaluate import check_selection, primary_score
-    from l2s_jax.evaluation.stage import EvaluationStage
+    from l2s_jax.cluster import distributed, lock
     from l2s_jax.experiment import workdir as workdirs
-    from l2s_jax.experiment.experiment import Experiment
     from l2s_jax.serving.generate_file import generate_file
 
     if _COMPILATION_CACHE.value:
@@ -160,6 +161,18 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             weights=_WEIGHTS.value,
         )
         return
+    with lock.of_job(workdir):
+        _work(config, workdir, mode)
+
+
+def _work(config: ConfigDict, workdir: str, mode: str) -> None:
+    """What changes a workdir."""
+    from l2s_jax.cluster import distributed
+    from l2s_jax.evaluation.evaluate import check_selection, primary_score
+    from l2s_jax.evaluation.stage import EvaluationStage
+    from l2s_jax.experiment import workdir as workdirs
+    from l2s_jax.experiment.experiment import Experiment
+
     if mode == "compare":
         from l2s_jax.evaluation.compare import compare
 
@@ -310,14 +323,22 @@ def main(argv: Sequence[str]) -> int:
         config = _CONFIG.value and settled(
             _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
         )
-        with _job():
+        with errors_once(), handled(), _job():
             run(config, _WORKDIR.value, _MODE.value)
-    except (ValueError, OSError) as error:
-        log.debug("bad input", exc_info=True)
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues from the last checkpoint", 130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        log.debug("failed", exc_info=True)
+        return _fail(str(error), exit_status(error))
+    except Stopped as stopped:
+        return _fail(str(stopped), stopped.status)
     return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process; after an error without its threads, which may wait for what has failed."""
+    if status:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(0)
 
 
 def _fail(message: str, status: int = 2) -> int:
@@ -326,4 +347,4 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    _leave(main(sys.argv))

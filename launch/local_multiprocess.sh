@@ -92,7 +92,8 @@ send() {
 interrupted() {
   trap '' INT TERM
   send "$1"
-  for ((patience = 100; patience; patience--)); do
+  # A training first saves its last step.
+  for ((patience = 600; patience; patience--)); do
     if ((${#pids[@]} == 0)) || ! kill -0 "${pids[@]}" 2>/dev/null; then break; fi
     sleep 0.1
   done

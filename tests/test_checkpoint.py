@@ -37,7 +37,7 @@ def save(checkpoints, step, state, metric=0.0):
         opt={"step": state.step, "opt_state": state.opt_state, "average": state.average},
         data={"next": step},
         config={"fingerprint": "f"},
-        metrics={"accuracy": metric},
+        metrics=None if metric is None else {"accuracy": metric},
     )
 
 
@@ -79,27 +79,38 @@ def steps_on_disk(directory):
 def test_the_best_and_the_latest_are_kept(tmp_path, reopen):
     state, abstract = make_state(ONE)
     checkpoints = Checkpoints(str(tmp_path), best_metric="accuracy")
-    for step, metric in ((1, 0.2), (2, 0.7), (3, 0.4), (4, 0.1)):
+    metrics = {1: 0.2, 2: 0.7, 3: 0.4, 4: 0.1, 5: 0.5, 6: 0.6}
+    for step, metric in metrics.items():
         save(checkpoints, step, state.replace(step=np.int32(step)), metric)
         if reopen:
             checkpoints.__exit__()
             checkpoints = Checkpoints(str(tmp_path), best_metric="accuracy")
     with checkpoints:
-        assert (checkpoints.best_step, checkpoints.latest_step) == (2, 4)
+        assert (checkpoints.best_step, checkpoints.latest_step) == (2, 6)
         assert restore(checkpoints, 2, abstract)[0].step == 2
-    assert steps_on_disk(tmp_path) == [2, 4]
+    assert steps_on_disk(tmp_path) == [2, 4, 5, 6]
 
 
-def test_without_a_metric_only_the_latest_is_kept(tmp_path):
+def test_what_was_not_judged_is_not_the_best(tmp_path):
+    state, _ = make_state(ONE)
+    with Checkpoints(str(tmp_path), best_metric="accuracy") as checkpoints:
+        for step, metric in ((1, None), (2, 0.5), (3, None), (4, 0.3), (5, None), (6, None)):
+            save(checkpoints, step, state, metric)
+            assert checkpoints.best_step == (None if step == 1 else 2)
+        assert checkpoints.latest_step == 6
+    assert steps_on_disk(tmp_path) == [2, 4, 5, 6]
+
+
+def test_without_a_metric_the_newest_are_kept(tmp_path):
     state, abstract = make_state(ONE)
     with Checkpoints(str(tmp_path), best_metric=None) as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             save(checkpoints, step, state, 1.0 / step)
-        assert checkpoints.best_step == checkpoints.latest_step == 3
+        assert checkpoints.best_step == checkpoints.latest_step == 4
         # Not yet on disk, perhaps: restoring waits for it.
-        small.assert_same(restore(checkpoints, 3, abstract)[0], state)
-    assert steps_on_disk(tmp_path) == [3]
+        small.assert_same(restore(checkpoints, 4, abstract)[0], state)
+    assert steps_on_disk(tmp_path) == [2, 3, 4]
 
 
 def test_moments_follow_their_parameters():

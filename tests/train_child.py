@@ -29,7 +29,7 @@ class Slow:
         return getattr(self.batches, name)
 
 
-def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1)):
+def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1), **changes):
     """Trains an L2S with everything that a checkpoint has to bring back; gives its parameters."""
     mesh = small.mesh_of(*mesh)
     system = small.make_system("add", dropout_rate=0.1)
@@ -40,6 +40,7 @@ def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1)):
         STEPS, evaluate_every=3, ema_decay=0.9, learning_rate=1e-2, accumulation=2, warmup_steps=5
     )
     config.update(dropout_rate=0.1, schedule="cosine", select="last")
+    config.update(**changes)
     return loop.fit(
         system,
         frozen,

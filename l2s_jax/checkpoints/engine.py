@@ -260,7 +260,12 @@ def _held(files: Tensors, entry: Entry, limit: int | None) -> list[str]:
 def write_tensors(
     params: Params, entries: Sequence[Entry], shapes: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
-    """Hugging Face's (or the entries') names -> float32 arrays, from a whole parameter tree."""
+    """Hugging Face's (or the entries') names -> float32 arrays, from a whole parameter tree.
+
+    Raises:
+      ValueError: parameters that are not the model's.
+      FloatingPointError: a parameter that is not finite.
+    """
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     marked = [f"- {path}" for path in sorted(shapes.keys() - flat.keys())]
     marked += [f"+ {path}" for path in sorted(flat.keys() - shapes.keys())]
@@ -271,6 +276,9 @@ def write_tensors(
             found = list(flat[path].shape)
             raise ValueError(f"parameter {path} has shape {found}, expected {list(shape)}")
     arrays = {path: np.asarray(jax.device_get(leaf), np.float32) for path, leaf in flat.items()}
+    for path, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FloatingPointError(f"parameter {path} is not finite; no such model is saved")
     return {
         entry.key: entry.transform.to_hf(*(arrays[path] for path in entry.parameters))
         for entry in entries

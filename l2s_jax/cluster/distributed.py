@@ -19,6 +19,8 @@ import jax
 # Its client, with barriers and a store of values, has no public name.
 from jax._src import distributed as runtime
 
+from l2s_jax.files import CannotWrite, exit_status
+
 T = TypeVar("T")
 
 # Process 0 may train a tokenizer or measure for hours while the others wait.
@@ -62,6 +64,7 @@ def on_primary(action: Callable[[], T]) -> T:
 
     Raises:
       ValueError: on all processes, what `action` raised as ValueError or OSError.
+      CannotWrite: likewise, where that is no mistake of whoever started the run.
     """
     if not runtime.global_state.client:
         return action()
@@ -70,10 +73,11 @@ def on_primary(action: Callable[[], T]) -> T:
         try:
             outcome["value"] = action()
         except (ValueError, OSError) as error:
-            outcome["error"] = str(error)
+            outcome["error"], outcome["status"] = str(error), exit_status(error)
     (outcome,) = filter(None, exchange(outcome))
     if "error" in outcome:
-        raise ValueError(outcome["error"])
+        kind = CannotWrite if outcome["status"] == 1 else ValueError
+        raise kind(outcome["error"])
     return outcome["value"]
 
 

@@ -29,6 +29,8 @@ import jax
 
 from l2s_jax.cluster import distributed
 from l2s_jax.cluster.distributed import BARRIER_SECONDS, barrier, check_same, runtime
+from l2s_jax.cluster.stopping import Stopped, handle_in_job
+from l2s_jax.files import exit_status
 
 jaxlib: Any = importlib.import_module("jaxlib._jax")  # has no types
 
@@ -47,6 +49,8 @@ _LOST_PEER = re.compile(
 _MISSING = re.compile(r"barrier: (\d+)/(\d+).*task names:\s+([\d\s]+)", re.DOTALL)
 _heartbeat_s = HEARTBEAT_SECONDS
 _ending, _leaving = threading.Lock(), threading.Event()
+# What is given back before a process ends from within.
+before_end: list[Callable[[], None]] = []
 
 
 def described(environment: Mapping[str, str] = os.environ) -> str:
@@ -201,9 +205,10 @@ def job(
     except Exception as error:
         message = f"cannot join the job: {_reason(error, timeout_s)}"
         if state.client:
-            _end(message, 2)
+            end(message, 2)
         raise ValueError(message) from error
     client: Any = state.client
+    handle_in_job(lambda stopped: end(*_described(stopped), tell=True))
     if state.process_id:
         # The others do the same and would say the same.
         logging.getLogger("l2s_jax").setLevel(logging.ERROR)
@@ -223,7 +228,7 @@ def job(
         _leaving.set()
         jax.distributed.shutdown()
     except BaseException as error:
-        _end(*_described(error), tell=True)
+        end(*_described(error), tell=True)
     abort(signal.SIGABRT, None)
 
 
@@ -235,10 +240,10 @@ def _watch(wait: Callable[[], str | None]) -> None:
             words = wait()
         except RuntimeError as error:
             if not _leaving.is_set():
-                _end(*_described(error))
+                end(*_described(error))
         else:
             if words:
-                _end(*json.loads(words))
+                end(*json.loads(words))
 
     # Python waits for it: a thread that comes back from JAX while Python ends aborts the process.
     threading.Thread(target=watching).start()
@@ -248,17 +253,19 @@ def _watch(wait: Callable[[], str | None]) -> None:
 def _aborted(_: int) -> None:
     """What SIGABRT does in a job: JAX's client aborts the process from a thread of its own."""
     time.sleep(_LINGER_SECONDS)  # who watches may know which process it was
-    _end(_SERVICE_LOST, LOST)
+    end(_SERVICE_LOST, LOST)
 
 
 def _described(error: BaseException) -> tuple[str, int]:
     """(what to say of an error, exit status)."""
     message = " ".join(str(error).split())
+    if isinstance(error, Stopped):
+        return message, error.status
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {CONTINUES}", 130
     if not _LOST_PEER.match(message):
-        if isinstance(error, (ValueError, OSError)):
-            return message, 2
+        if isinstance(error, ValueError | OSError | FloatingPointError):
+            return message, exit_status(error)
         traceback.print_exception(error)
         return f"{type(error).__name__}: {message}", 1
     if late := _MISSING.search(str(error)):
@@ -272,7 +279,7 @@ def _described(error: BaseException) -> tuple[str, int]:
     return f"a process of the job, or the way to it, was lost ({message}); {CONTINUES}", LOST
 
 
-def _end(message: str, status: int, *, tell: bool = False) -> NoReturn:
+def end(message: str, status: int, *, tell: bool = False) -> NoReturn:
     """Ends this process; `tell`: and the others, with the same message and status."""
     # Whoever comes second waits for the end of the process.
     _ending.acquire()
@@ -284,6 +291,9 @@ def _end(message: str, status: int, *, tell: bool = False) -> NoReturn:
     sys.stdout.flush()
     # Whatever hangs, the process ends then.
     threading.Timer(_LINGER_SECONDS, os._exit, (status,)).start()
+    for action in before_end:
+        with contextlib.suppress(Exception):
+            action()
     state = runtime.global_state
     if tell and state.client:
         words = json.dumps([f"process {state.process_id}: {message}", status])

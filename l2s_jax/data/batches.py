@@ -124,6 +124,16 @@ def training_batches(
     return iter(grain.MapDataset.source(plan).map(collate).to_iter_dataset(_READ_AHEAD))
 
 
+def examples_of(
+    data: TokenizedExamples, step: int, *, buckets: Buckets, batch_size: int, seed: int
+) -> np.ndarray:
+    """Which examples the batch of a step, counted from 1, of `training_batches` holds, int64 [B].
+
+    They are counted from 0 among those that `data` was made of.
+    """
+    return data.places[_Plan(data, buckets, batch_size, seed)[step - 1].indices]
+
+
 class LengthGroups(Sequence[tuple[np.ndarray, int]]):
     """Prompts in groups of like lengths: (indices int64 [size], tokens to pad them to).
 

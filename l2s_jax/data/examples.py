@@ -97,6 +97,7 @@ class Loss(NamedTuple):
 class _Tokens(NamedTuple):
     prompts: _Ragged
     responses: _Ragged
+    places: np.ndarray
     loss: Loss
 
 
@@ -159,6 +160,11 @@ class TokenizedExamples:
         """What was lost because it was too long."""
         return self._tokens.loss
 
+    @property
+    def places(self) -> np.ndarray:
+        """Where each example is among those given, int64 [len(self)]; some may be left out."""
+        return self._tokens.places
+
     @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:
         """Tokens of each prompt after the cut, int32 [len(self)]."""
@@ -220,10 +226,10 @@ class TokenizedExamples:
 
     @functools.cached_property
     def _tokens(self) -> _Tokens:
-        prompts, responses = [], []
+        prompts, responses, places = [], [], []
         too_long = cut_responses = hopeless = 0
         fields: dict[str, fitting.Loss] = {}
-        for chunk in _chunks(self._examples, _TOKENIZE_AT_ONCE):
+        for start, chunk in enumerate(_chunks(self._examples, _TOKENIZE_AT_ONCE)):
             fitted = fitting.fit(
                 [example.prompt for example in chunk], self.prompt_tokenizer, self.max_prompt_tokens
             )
@@ -238,13 +244,15 @@ class TokenizedExamples:
             ]
             cut_responses += sum(is_cut)
             kept = [i for i, cut in enumerate(is_cut) if self._keep_cut or not cut]
+            places.append(start * _TOKENIZE_AT_ONCE + np.array(kept, np.int64))
             prompts.append([fitted.ids[i] for i in kept])
             responses.append(
                 [whole[i][:-1][: self.max_response_tokens] if is_cut[i] else whole[i] for i in kept]
             )
         left_out = 0 if self._keep_cut else cut_responses
         loss = Loss(len(self._examples), too_long, cut_responses, hopeless, fields, left_out)
-        return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), loss)
+        of_all = np.concatenate(places or [np.zeros(0, np.int64)])
+        return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), of_all, loss)
 
 
 def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from l2s_jax.models.tuning import Tuned
 
 # How training goes on, which the model does not depend on.
-_NO_INPUTS = ("accumulation", "evaluate_every", "log_every", "remat")
+_NO_INPUTS = (
+    "accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat", "save_minutes",
+)  # fmt: skip
 
 
 class TrainedStage(RecordedStage):
@@ -206,7 +208,7 @@ class TrainedStage(RecordedStage):
         import jax
 
         from l2s_jax.cluster import distributed, sharding
-        from l2s_jax.data.batches import training_batches, validation_batches
+        from l2s_jax.data.batches import examples_of, training_batches, validation_batches
         from l2s_jax.experiment import judging
         from l2s_jax.models.lora import Lora
         from l2s_jax.training import loop
@@ -229,6 +231,7 @@ class TrainedStage(RecordedStage):
             "rows": sharding.batch_rows(context.mesh, train.batch_size),
         }
         batches = training_batches(data, seed=self.seed, **settings)
+        order = {"seed": self.seed, "buckets": context.buckets, "batch_size": train.batch_size}
         validations = validation_batches(validation, **settings)
         answered = judging.answered(context, train)
         prompts = self._tokenized([Example(example.prompt, "", ()) for example in answered])
@@ -254,6 +257,7 @@ class TrainedStage(RecordedStage):
             judge=judging.make(context, train, adapted or system, prompts, answered),
             distillation=distillation,
             policy=own.load(responses, self.name) if own else None,
+            examples=lambda step: examples_of(data, step, **order),
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

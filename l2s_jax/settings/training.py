@@ -81,6 +81,20 @@ class Train(Section):
         1000, "Steps between validations, each with a checkpoint.", at_least=1
     )
     log_every: int = setting(10, "Steps between lines of metrics.", at_least=1)
+    save_minutes: float = setting(
+        10.0,
+        "Minutes after which a checkpoint is saved besides those of validations, from one to the "
+        "next; 0: none.",
+        at_least=0,
+        added=True,
+    )
+    max_bad_steps: int = setting(
+        0,
+        "Steps in a row whose loss or gradient is not finite that are left out; one more ends the "
+        "run.",
+        at_least=0,
+        added=True,
+    )
     remat: bool = setting(
         False,
         "Of each layer, only what enters it is kept for the gradient, and the rest is computed "

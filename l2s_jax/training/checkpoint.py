@@ -6,17 +6,26 @@ optimizer state, averaged parameters), "data" (the data iterator's state) and "c
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from l2s_jax.files import CannotWrite, one_line
+
+# How many of the newest are kept, whatever they are worth.
+NEWEST = 3
+# How TensorStore says what the system said.
+_SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
+
 
 class Checkpoints:
-    """The latest checkpoint of a run, to resume from, and the best one, to keep.
+    """The newest checkpoints of a run, to resume from, and the best one, to keep.
 
     A context manager: leaving it waits for the last write.
     """
@@ -25,30 +34,54 @@ class Checkpoints:
         """`best_metric`: which of the metrics given to `save` ranks checkpoints, higher is better;
         None: the latest is the best.
         """
-        keep: list[Any] = [preservation_policy.LatestN(1)]
+        keep: list[Any] = [preservation_policy.LatestN(NEWEST)]
         if best_metric:
             keep.append(
-                preservation_policy.BestN(get_metric_fn=lambda metrics: metrics[best_metric], n=1)
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
             )
         self._best_metric = best_metric
+        self._directory = os.path.abspath(directory)
         self._manager = ocp.CheckpointManager(
-            os.path.abspath(directory),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
                 best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
                 best_mode="max",
+                # A folder that cannot be made in the background has all else wait for 20 minutes.
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        # Of several processes, the one that failed would wait for the others, who wait for it.
-        if any(error) and jax.process_count() > 1:
-            return
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: object = None, error: object = None, _: object = None) -> None:
+        if error is None:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        # Of several processes, the one that failed would wait for the others, who wait for it. What
+        # could not be written would be waited for, too.
+        elif jax.process_count() == 1 and not isinstance(error, CannotWrite):
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what fails when something could not be written, now or in the background."""
+        try:
+            yield
+        except Exception as error:
+            found = _SYSTEM_ERROR.search(str(error))
+            reason = os.strerror(int(found[1])) if found else one_line(error)
+            raise CannotWrite(f"{self._directory}: a checkpoint cannot be written: {reason}") from (
+                error
+            )
 
     @property
     def latest_step(self) -> int | None:
@@ -58,8 +91,17 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint to keep; waits for the one that is being written."""
-        self._manager.wait_until_finished()
+        self.wait()
         return self._manager.best_step() if self._best_metric else self.latest_step
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written.
+
+        Raises:
+          CannotWrite: it could not be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def save(
         self,
@@ -69,20 +111,27 @@ class Checkpoints:
         opt: Any,
         data: Mapping[str, Any],
         config: Mapping[str, Any],
-        metrics: Mapping[str, float],
+        metrics: Mapping[str, float] | None,
     ) -> None:
-        """Writes a checkpoint in the background; a kill leaves the ones before it whole."""
+        """Writes a checkpoint in the background; a kill leaves the ones before it whole.
+
+        Without `metrics` it is not the best one, whatever the others are.
+
+        Raises:
+          CannotWrite: this one, or the one before it.
+        """
         items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **items,
-                opt=ocp.args.StandardSave(opt),
-                data=ocp.args.JsonSave(dict(data)),
-                config=ocp.args.JsonSave(dict(config)),
-            ),
-            metrics=dict(metrics),
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **items,
+                    opt=ocp.args.StandardSave(opt),
+                    data=ocp.args.JsonSave(dict(data)),
+                    config=ocp.args.JsonSave(dict(config)),
+                ),
+                metrics=dict(metrics) if metrics is not None else None,
+            )
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that `step` was saved with."""

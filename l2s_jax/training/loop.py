@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,12 +15,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster import distributed, sharding, stopping
 from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.cluster.stopping import Stopped
 from l2s_jax.models.systems import Params
 from l2s_jax.training import on_policy, optim
 from l2s_jax.training.checkpoint import Checkpoints
+from l2s_jax.training.clock import Clock
 from l2s_jax.training.distillation import Distillation
+from l2s_jax.training.finite import Watch, all_finite
 from l2s_jax.training.meter import Meter
 from l2s_jax.training.on_policy import OnPolicy
 from l2s_jax.training.progress import MetricWriter, NoWriter
@@ -104,12 +108,14 @@ def fit(
     judge: Callable[[Params, Params], Judged] | None = None,
     distillation: Distillation | None = None,
     policy: OnPolicy | None = None,
+    examples: Callable[[int], Iterable[int]] | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
     Every `evaluate_every` steps and at the end: validation and a checkpoint in
-    `directory/checkpoints`. A run that finds one continues from it exactly, with the same batches;
-    one of another `fingerprint` is an error. Metrics go to `directory` (see progress.py).
+    `directory/checkpoints`, and one every `save_minutes` too. A run that finds one continues from
+    it exactly, with the same batches; one of another `fingerprint` is an error. Metrics go to
+    `directory` (see progress.py).
 
     All processes of a job call it alike, but for `batches` and `validation`, which give each its
     own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
@@ -117,7 +123,15 @@ def fit(
     `judge(params, frozen)` says what more is known of the parameters, which lie on the mesh: with
     `config.select` "quality" a score `val_quality`. With `policy` the system answers the prompts of
     some batches itself, and these are the responses that it learns; other batches are as without.
+    `examples(step)`, where it is given, has the numbers of a step's examples, for messages.
+
+    Raises:
+      NotFinite: more than `config.max_bad_steps` steps in a row had a loss or a gradient that is
+        not finite, or a model that would be saved or its validation is not.
+      CannotWrite: a checkpoint or metrics.
+      Stopped: the run was asked to end, and did after a step, which is saved.
     """
+    name = os.path.basename(directory)
     optimizer = optim.optimizer(config, params)
     shardings = state_shardings(params, optimizer, config, mesh)
     replicated = NamedSharding(mesh, P())
@@ -130,6 +144,7 @@ def fit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,
     )
+    finite_fn = jax.jit(all_finite, out_shardings=replicated)
     best_metric = _RANKS[config.select]
     with (
         jax.set_mesh(mesh),
@@ -140,6 +155,7 @@ def fit(
         of_llm = sharding.put_parameters(policy.params, mesh) if policy else {}
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
         start = checkpoints.latest_step
+        saved: Mapping[str, Any] = {}
         if start is None:
             start = 0
             state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
@@ -156,14 +172,22 @@ def fit(
             batches.set_state(data_state)
 
         if start < config.steps:
-            with (MetricWriter if distributed.is_primary() else NoWriter)(
-                directory,
-                total_steps=config.steps,
-                start_step=start + 1,
-                name=os.path.basename(directory),
-            ) as writer:
+            with (
+                (MetricWriter if distributed.is_primary() else NoWriter)(
+                    directory,
+                    total_steps=config.steps,
+                    start_step=start + 1,
+                    name=name,
+                ) as writer,
+                stopping.deferred() as asked_to_stop,
+            ):
                 share = config.batch_size / len(rows)
-                meter = Meter(writer, config, mesh, share, has_own=policy is not None)
+                counted = saved.get("bad_steps", {})
+                watch = Watch(name, config.max_bad_steps, counted, examples)
+                meter = Meter(writer, config, mesh, share, watch, has_own=policy is not None)
+                if "meter" in saved:
+                    meter.set_state(saved["meter"])
+                clock = Clock(config.save_minutes, start)
                 flops: dict[Any, float] = {}
                 for step in range(start + 1, config.steps + 1):
                     with meter.waiting():
@@ -184,24 +208,49 @@ def fit(
                             )
                         state, metrics = run(state, given, placed)
                     meter.dispatched(step, metrics, batch, flops[shapes], own)
-                    if step % config.evaluate_every == 0 or step == config.steps:
-                        meter.flush()
+                    is_judged = step % config.evaluate_every == 0 or step == config.steps
+                    is_timed = clock.is_due(step)
+                    signal = asked_to_stop(step)
+                    if not (is_judged or is_timed or signal):
+                        continue
+                    meter.flush()
+                    watch.look(step)
+                    watch.check(step, "parameters are", bool(finite_fn(state)))
+                    scores = None
+                    if is_judged:
                         weights = _weights(state)
                         scores = validation_scores(score_fn, weights, frozen, map(put, validation))
+                        is_finite = math.isfinite(scores["val_loss"])
+                        watch.check(step, "the loss on the validation split is", is_finite)
                         if judge:
                             more = judge(weights, frozen)
                             scores |= more.scores
                             writer.write_samples(step, more.samples)
                         writer.write(step, scores)
-                        checkpoints.save(
-                            step,
-                            params=state.params,
-                            opt=_optimizer_item(state),
-                            data=batches.get_state(),
-                            config={"fingerprint": fingerprint, **config.to_dict()},
-                            metrics=scores,
-                        )
                         meter.restart()
+                    began = time.perf_counter()
+                    checkpoints.save(
+                        step,
+                        params=state.params,
+                        opt=_optimizer_item(state),
+                        data=batches.get_state(),
+                        config={
+                            **config.to_dict(),
+                            "fingerprint": fingerprint,
+                            "bad_steps": watch.state(),
+                            "meter": meter.state(),
+                        },
+                        metrics=scores,
+                    )
+                    # A validation may take long.
+                    if signal := signal or asked_to_stop(step):
+                        checkpoints.wait()
+                        distributed.barrier("saved")
+                        raise Stopped(signal, f" after step {step} of {name}, which is saved")
+                    meter.paused(time.perf_counter() - began)
+                    clock.restart(step)
+                # JAX may have agreed on a step that there is not.
+                asked_to_stop(config.steps + 1)
         state, _ = _restore(checkpoints, checkpoints.best_step or config.steps, abstract)
     return sharding.gather(_weights(state))
 

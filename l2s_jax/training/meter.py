@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster.chips import chip_of
+from l2s_jax.training.finite import Watch
 from l2s_jax.training.progress import MetricWriter, NoWriter
 
 # What metrics.jsonl has of the clock: mean milliseconds of a step; real tokens of prompts and
@@ -35,6 +37,7 @@ class Meter:
         config: ConfigDict,
         mesh: Mesh,
         share: float,
+        watch: Watch,
         has_own: bool = False,
     ):
         """Nothing is written yet.
@@ -44,25 +47,42 @@ class Meter:
           config: of a training, as config.*.train.
           mesh: of its devices.
           share: how many times the rows of this process the whole batch is.
+          watch: looks at each step before anything of it is written. Where a run goes on after
+            steps that are not finite, lines have their number until then as `skipped_steps`.
           has_own: whether the model writes some of the responses itself. Lines then have the share
             of such batches since the last line, and the last metrics of either kind of batch.
         """
-        self._writer = writer
+        self._writer, self._watch = writer, watch
+        self._may_skip = config.max_bad_steps > 0
         self._has_own = has_own
         self._every = config.log_every
         self._devices = mesh.size
         self._chip = chip_of(mesh.devices.flat[0])
         self._share = share
         self._compile_s = 0.0
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
         self.restart()
 
     def restart(self) -> None:
         """Leaves what happened until now out of the next values."""
         self._start = time.perf_counter()
         self._steps, self._tokens, self._flops, self._waited = 0, 0, 0.0, 0.0
-        self._own = 0
-        self._latest: dict[str, jax.Array] = {}
+        self._batches = self._own = 0
+        self._latest: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What the next line will say of steps before this one, but for times; waits for them."""
+        latest = {name: float(value) for name, value in jax.device_get(self._latest).items()}
+        return {"batches": self._batches, "own": self._own, "latest": latest}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self._batches, self._own = state["batches"], state["own"]
+        self._latest = dict(state["latest"])
+
+    def paused(self, seconds: float) -> None:
+        """Leaves so many seconds, in which a checkpoint was saved, out of the next values."""
+        self._start += seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -92,32 +112,44 @@ class Meter:
         """Takes note of a step that the devices have been given.
 
         Args:
-          metrics: scalars, which may not be ready yet.
+          metrics: scalars of `update.train_step`, which may not be ready yet.
           batch: the rows of this process; bool [B, ...] under names that end in "_mask".
           flops: operations of the step, over all devices.
           own: whether the model wrote the responses, in the place of those of `batch`.
+
+        Raises:
+          NotFinite: too many steps in a row were not finite.
         """
         self.flush()
+        self._watch.dispatched(step, metrics)
         others = ("response_mask",) if own else ()
         masks = (v for key, v in batch.items() if key.endswith("_mask") and key not in others)
         self._tokens += sum(int(mask.sum()) for mask in masks)
         self._steps += 1
+        self._batches += 1
         self._flops += flops / self._devices
         self._own += own
-        self._latest |= metrics
+        self._latest |= {name: value for name, value in metrics.items() if name != "skipped"}
         if step % self._every == 0:
             self._pending = step, self._latest
         self._writer.advance(step)
 
     def flush(self) -> None:
-        """Writes the metrics that are due."""
+        """Writes the metrics that are due.
+
+        Raises:
+          NotFinite: too many steps in a row were not finite.
+        """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
+        self._watch.look(step)
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         if self._has_own:
-            values["on_policy_share"] = self._own / self._steps
+            values["on_policy_share"] = self._own / self._batches
+        if self._may_skip:
+            values["skipped_steps"] = self._watch.skipped
         self._writer.write(step, values | self._times())
         self.restart()
 

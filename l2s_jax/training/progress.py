@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,13 +14,15 @@ from typing import Any
 from tqdm import tqdm
 
 from l2s_jax.data.text import whole
-from l2s_jax.files import write_bytes
+from l2s_jax.files import CannotWrite, naming, write_bytes
 
 _FILE = "metrics.jsonl"
 _SAMPLES = "samples.jsonl"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE_SECONDS = 30.0
+# More than one call adds: where nobody takes them, whoever adds to a full queue waits for ever.
+_QUEUE = 10_000
 
 
 class MetricWriter:
@@ -61,7 +64,8 @@ class MetricWriter:
         for lines in (path, self._samples):
             _keep_lines_before(lines, start_step)
         self._jsonl = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(directory, purge_step=start_step)
+        self._directory, self._path = directory, path
+        self._tensorboard = SummaryWriter(directory, purge_step=start_step, max_queue=_QUEUE)
         self._name = name
         self._progress = _progress(name, start_step, total_steps)
 
@@ -71,7 +75,9 @@ class MetricWriter:
             raise ValueError("metric name 'step': expected any other, the JSONL file uses this one")
         values = {key: float(value) for key, value in metrics.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+        with naming(self._path):
+            self._jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+        self._check_tensorboard()
         for key, value in values.items():
             if math.isfinite(value):
                 self._tensorboard.add_scalar(f"{self._name}/{key}", value, int(step))
@@ -82,7 +88,7 @@ class MetricWriter:
         if not samples:
             return
         samples = [{name: whole(text) for name, text in s.items()} for s in samples]
-        with open(self._samples, "a", encoding="utf-8") as file:
+        with naming(self._samples), open(self._samples, "a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": int(step), **sample}, ensure_ascii=False) + "\n")
         self._tensorboard.add_text(f"{self._name}/samples", _page(samples), int(step))
@@ -94,14 +100,28 @@ class MetricWriter:
     def close(self) -> None:
         """Closes the files and leaves the bar as it stands."""
         self._progress.close()
-        self._tensorboard.close()
-        self._jsonl.close()
+        with naming(self._path):
+            self._jsonl.close()
+        self._check_tensorboard()
+        with naming(os.path.join(self._directory, "events.out.tfevents")):
+            self._tensorboard.close()
+
+    def _check_tensorboard(self) -> None:
+        """An error if the thread that writes its files has ended with one."""
+        writer: Any = self._tensorboard.file_writer
+        if not writer.event_writer._worker.is_alive():
+            path = os.path.join(self._directory, "events.out.tfevents")
+            raise CannotWrite(f"{path}...: TensorBoard's file cannot be written")
 
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, _: object) -> None:
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # the error under way is the first one
+            self.close()
 
 
 class NoWriter:

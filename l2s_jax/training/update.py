@@ -20,6 +20,7 @@ from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import Batch, Params
 from l2s_jax.training import losses, optim
 from l2s_jax.training.distillation import Distillation, divergence
+from l2s_jax.training.finite import all_finite
 from l2s_jax.training.flops import training_flops
 from l2s_jax.training.on_policy import own_loss
 
@@ -123,6 +124,8 @@ def train_step(
 
     With `accumulation` A the batch is taken in A parts of every A-th row, one after another. With
     `llm` the system wrote the batch, and the loss and `frozen` are those of `on_policy.own_loss`.
+    Where the loss or the gradient is not finite, the update is left out, and the metric `skipped`
+    is 1.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
     trained = optim.trained_mask(config, state.params)
@@ -160,6 +163,8 @@ def train_step(
 
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = all_finite((sums, grad_norm))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Adding a zero can change a bit, that of -0.0, and so can the mean of two equal numbers.
@@ -170,6 +175,12 @@ def train_step(
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = optax.incremental_update(params, average, 1.0 - decay)
         average = optim.keep_fixed(trained, average, state.average)
+    # What is not finite changes nothing but the step's number.
+    params, opt_state, average = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, opt_state, average),
+        (state.params, state.opt_state, state.average),
+    )
     if llm is None:
         means = {name: sums[name] / tokens for name in mean}
         means["accuracy"] = sums["correct"] / tokens
@@ -181,8 +192,9 @@ def train_step(
         }
     metrics = {
         **means,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "learning_rate": optim.schedule(config)(state.step),
+        "skipped": 1.0 - is_finite,
     }
     return TrainState(state.step + 1, params, opt_state, average), metrics
 

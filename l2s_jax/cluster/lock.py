@@ -1,0 +1,109 @@
+"""Who works in a workdir: one job at a time, by a file in it.
+
+Process 0 of a job holds DIR/.lock and touches it every few seconds, by a thread of the package
+filelock. One that is left by a process of the same host that is gone is taken over, and any that
+nobody has touched for a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import filelock
+
+from l2s_jax.cluster import distributed, job
+from l2s_jax.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+_FILE, _HOLDER = ".lock", ".lock.json"
+# Longer than a file server may hide a new time of a file.
+LEASE_SECONDS = 60.0
+_BEAT_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def of_job(workdir: str) -> Iterator[None]:
+    """Keeps other jobs out of `workdir`, which is made if it is missing.
+
+    Raises:
+      ValueError: on all processes, who works there, if somebody does.
+    """
+    with contextlib.ExitStack() as held:
+        job.before_end.append(held.close)
+        held.callback(job.before_end.clear)
+        distributed.on_primary(lambda: _take(workdir, held))
+        yield
+
+
+def _take(workdir: str, held: contextlib.ExitStack) -> None:
+    """Holds the lock until `held` is closed."""
+    if not os.path.isdir(workdir):
+        os.makedirs(workdir)
+        held.callback(_remove_if_empty, workdir)
+    path = os.path.join(workdir, _FILE)
+    lease = filelock.SoftFileLease(
+        path,
+        lease_duration=LEASE_SECONDS,
+        heartbeat_interval=_BEAT_SECONDS,
+        on_compromise=lambda _: job.end(f"{workdir}: {_who(workdir)}", job.LOST, tell=True),
+        thread_local=False,
+    )
+    seen: int | None = None
+    while True:
+        with contextlib.suppress(filelock.Timeout):
+            lease.acquire(timeout=0)
+            break
+        touched = os.stat(path).st_mtime_ns if os.path.exists(path) else seen
+        if _is_here(lease, touched) or (seen is not None and touched != seen):
+            raise ValueError(f"{workdir}: {_who(workdir)}; expected its end, or another --workdir")
+        if seen is None:
+            log.info("%s: %s, if it is still there: waiting", workdir, _who(workdir))
+        seen = touched
+        time.sleep(_BEAT_SECONDS / 10)
+    held.callback(lease.release)
+    holder = os.path.join(workdir, _HOLDER)
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    write_json(holder, {"host": socket.gethostname(), "process": os.getpid(), "since": since})
+    held.callback(_remove, holder)
+
+
+def _is_here(lease: filelock.SoftFileLease, touched: int | None) -> bool:
+    """Whether the holder is a process of this host that is alive, as far as can be seen."""
+    owner = lease.owner
+    # In a container, a name of its process numbers follows that of the host.
+    if owner is None or owner.hostname.partition("?")[0] != socket.gethostname():
+        return False
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return touched is not None and time.time() - touched / 1e9 < LEASE_SECONDS
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+def _remove_if_empty(directory: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)
+
+
+def _who(workdir: str) -> str:
+    """Who works there, as far as is known."""
+    try:
+        found = read_json(os.path.join(workdir, _HOLDER))
+        who = "process {process} on {host} has been working there since {since}"
+        return who.format_map(found)
+    except (ValueError, KeyError):
+        return "another process is working there"

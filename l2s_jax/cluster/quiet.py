@@ -1,0 +1,41 @@
+"""Errors in threads of libraries, which end a command with its one line, and are not told twice."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def errors_once() -> Iterator[None]:
+    """Has libraries not tell of errors in threads of theirs, which end the command with its line.
+
+    Of a write that fails, Orbax and TensorStore print a traceback for each array.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    before = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook, threading.excepthook = _main_thread_only, _not_of_files
+    try:
+        yield
+    finally:
+        sys.unraisablehook, threading.excepthook = before
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # (Orbax warns of each checkpoint that is saved without a validation.)
+    return record.levelno != logging.ERROR and "tracked_metric" not in str(record.msg)
+
+
+def _main_thread_only(arguments: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(arguments)
+
+
+def _not_of_files(arguments: threading.ExceptHookArgs) -> None:
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)

@@ -1,0 +1,203 @@
+"""Runs that are asked to end, by SIGTERM, Ctrl-C or JAX's notice, and saves by the clock."""
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import label_child
+import numpy as np
+import pytest
+import small
+import train_child
+from stop_child import CHANGES
+from test_distributed import ended, free_port, lines_of, peers, start
+
+from l2s_jax.cluster.stopping import Stopped, deferred, handled
+from l2s_jax.experiment import label_files
+from l2s_jax.training import clock
+
+TESTS = Path(__file__).parent
+
+
+def start_run(directory, seconds, count=1, rate=0.01):
+    # Whoever runs the tests in the background has them ignore Ctrl-C.
+    child = ["env", "--default-signal=INT", sys.executable, TESTS / "stop_child.py"]
+    child += [directory, seconds, rate]
+    if count == 1:
+        return [start([*map(str, child)])]
+    where = f"127.0.0.1:{free_port()}"
+    return [start([*map(str, child), where, str(count), str(i)]) for i in range(count)]
+
+
+def stop(directory, count, number, victim):
+    """Has a run end by a signal somewhere; gives the step that its last line names."""
+    children = start_run(directory, 0.15, count)
+    metrics = directory / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+    while all(child.poll() is None for child in children) and not (
+        metrics.exists() and metrics.stat().st_size > before
+    ):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.4))
+    children[victim].send_signal(number)
+    results = ended(children)
+    word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+    for status, line in results:
+        assert status == 128 + number, results
+        found = re.fullmatch(
+            rf"error: (process \d: )?{word} after step (\d+) of {directory.name}, which is saved; "
+            "the same command continues",
+            line,
+        )
+        assert found, results
+    step = int(found[2])
+    assert max(int(p.name) for p in (directory / "checkpoints").iterdir()) == step
+    # All the steps that there were are saved, and nothing after them is written.
+    assert [line["step"] for line in lines_of(directory)] == list(range(2, step + 1, 2))
+    return step
+
+
+def weights_of(directory, process=0):
+    with np.load(directory / f"weights-{process}.npz") as saved:
+        return list(saved.values())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    return train_child.run(str(directory), **CHANGES), lines_of(directory)
+
+
+def test_a_run_that_is_asked_to_end_saves_its_last_step_and_continues_exactly(
+    uninterrupted, tmp_path
+):
+    first = stop(tmp_path, 1, signal.SIGTERM, 0)
+    second = stop(tmp_path, 1, signal.SIGINT, 0)
+    assert first < second < train_child.STEPS
+    assert ended(start_run(tmp_path, 0))[0][0] == 0
+    small.assert_same(weights_of(tmp_path), small.jax.tree.leaves(uninterrupted[0]))
+    assert lines_of(tmp_path) == uninterrupted[1]
+
+
+def test_two_processes_save_the_same_step_and_continue_exactly(tmp_path):
+    for name in ("parts", "whole", "wild"):
+        (tmp_path / name).mkdir()
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(lambda: ended(start_run(tmp_path / "whole", 0, 2)))
+        wild = pool.submit(lambda: ended(start_run(tmp_path / "wild", 0, 2, rate=1e30)))
+        stop(tmp_path / "parts", 2, signal.SIGTERM, random.randrange(2))
+        assert [status for status, _ in whole.result()] == [0, 0]
+        assert ended(start_run(tmp_path / "parts", 0, 2))[0][0] == 0
+    for process in (0, 1):
+        theirs = weights_of(tmp_path / "whole", process)
+        small.assert_same(weights_of(tmp_path / "parts", process), theirs)
+    assert lines_of(tmp_path / "parts") == lines_of(tmp_path / "whole")
+    # A loss that is not finite ends both, too.
+    for status, line in wild.result():
+        assert status == 1 and re.match(r"error: (process \d: )?wild: step \d+: .*grad norm", line)
+
+
+def test_a_process_that_waits_for_another_is_asked_to_end_too():
+    jobs = [peers((2, 0), (2, 1), action="wait") for _ in range(2)]
+    for process in (*jobs[0], *jobs[1]):
+        assert process.stdout.readline() == "waiting\n"
+    for victim, job in enumerate(jobs):
+        job[victim].send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    for victim, job in enumerate(jobs):
+        results = ended(job)
+        words = "terminated; the same command continues with what is done"
+        assert results[victim] == (143, f"error: {words}")
+        assert results[1 - victim] == (143, f"error: process {victim}: {words}")
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_trains_nothing_ends_at_once_and_keeps_what_is_done(
+    number, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(label_files, "SHARD", 8)
+    asked = []
+
+    class Generator:
+        def generate(self, prompts, **_):
+            asked.extend(prompts)
+            if len(asked) == 24:
+                os.kill(os.getpid(), number)
+            return [label_child.Output(prompt, 1, False) for prompt in prompts]
+
+    before = signal.signal(number, signal.SIG_DFL)
+    words = "the same command continues with what is done"
+    with pytest.raises(Stopped, match=words) as error, handled():
+        label_files.label(label_child.EXAMPLES, Generator, str(tmp_path))
+    assert error.value.status == 128 + number
+    assert signal.signal(number, before) == signal.SIG_DFL
+    assert len(list(tmp_path.glob("train-*.jsonl"))) == 2
+    label_files.label(label_child.EXAMPLES, Generator, str(tmp_path))
+    prompts = [example.prompt for example in label_child.EXAMPLES]
+    assert sorted(asked) == sorted([*prompts, *prompts[16:24]])
+
+
+def test_the_first_signal_waits_for_a_step_and_the_second_does_not():
+    def ask():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped), handled(), deferred() as asked:
+        assert asked(1) is None
+        ask()
+        assert asked(2) is signal.SIGTERM
+        ask()
+        raise AssertionError("the second signal was not heard")
+    # What comes at the very end is not forgotten.
+    with pytest.raises(Stopped, match="terminated"), handled(), deferred():
+        ask()
+
+
+def test_the_clock_saves_the_newest_steps_and_changes_nothing(uninterrupted, tmp_path):
+    class Stop(Exception):
+        pass
+
+    class Stopping:
+        def __init__(self, batches):
+            self.batches, self.left = batches, 11
+
+        def __next__(self):
+            self.left -= 1
+            if self.left < 0:
+                raise Stop
+            return next(self.batches)
+
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
+
+    always = {**CHANGES, "save_minutes": 1e-9}
+    with pytest.raises(Stop):
+        train_child.run(str(tmp_path), wrap=Stopping, **always)
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == [9, 10, 11]
+    small.assert_same(train_child.run(str(tmp_path), **CHANGES), uninterrupted[0])
+    assert lines_of(tmp_path) == uninterrupted[1]
+
+
+def test_the_clock_is_asked_seldom_and_is_not_late(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        clock.distributed, "on_primary", lambda action: asked.append(now[0]) or action()
+    )
+    timer, saves = clock.Clock(10.0, 0), []
+    for step in range(1, 40_000):
+        now[0] += 20.0 if step == 1 else 0.1 if step < 20_000 else 0.3
+        if timer.is_due(step):
+            saves.append(now[0])
+            timer.restart(step)
+    gaps = np.diff([0.0, *saves])
+    assert len(saves) == int(now[0] / 600) and gaps.min() >= 600 and gaps.max() < 615
+    assert len(asked) < 50 * len(saves)
+    never = clock.Clock(0.0, 0)
+    assert not any(never.is_due(step) for step in range(1, 99))
