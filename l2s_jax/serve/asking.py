@@ -152,7 +152,7 @@ def _search(asked: Asked, generator: Generator) -> Search:
         # The likeliest token is among the likeliest few, however many.
         changes = {name: value for name, value in changes.items() if name not in _SAMPLING}
     try:
-        return changed(vars(base), changes)
+        return changed(vars(base), changes) if changes else base
     except ValueError as error:
         param = str(error).partition("=")[0]
         own = {ours: theirs for theirs, ours in _NAMES.items()}.get(param, param)

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import uvicorn
+import uvloop
 
 from l2s_jax.serve.app import make_app
+from l2s_jax.serve.heads import BoundedProtocol
 from l2s_jax.serve.models import Models, load_models
 from l2s_jax.serve.service import Limits, Service
 
@@ -77,7 +79,7 @@ def run(options: Options) -> int:
     """
     listener = listen(options.host, options.port)
     life = _Life(options, listener)
-    status = asyncio.run(life.serve())
+    status = uvloop.run(life.serve())
     if life.error:
         raise life.error
     if life.loading:
@@ -121,13 +123,13 @@ class _Life:
         self._service = Service(options.limits, options.examples)
         config = uvicorn.Config(
             make_app(self._service),
-            # h11 bounds the heads of requests, which the faster parser does not.
-            http="h11",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             log_level="warning",
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=_FLUSH_S,
         )

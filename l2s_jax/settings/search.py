@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,11 +131,15 @@ class Search(Section):
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
-def alone(search: Search | Mapping[str, Any]) -> Search:
-    """The search, or that of these settings, as of a system that drafts nothing."""
-    search = search if isinstance(search, Search) else Search(**search)
+@functools.lru_cache(maxsize=64)
+def _alone(search: Search) -> Search:
     drafting = ("exact", *_ONLY_WITH["exact"][1])
     return dataclasses.replace(search, **{name: _DEFAULTS[name] for name in drafting})
+
+
+def alone(search: Search | Mapping[str, Any]) -> Search:
+    """The search, or that of these settings, as of a system that drafts nothing."""
+    return _alone(search if isinstance(search, Search) else Search(**search))
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Search)}

@@ -23,6 +23,8 @@ from l2s_jax.tokenizers.huggingface import OWN, SETTINGS_FILE
 MODEL_FILE = "spiece.model"
 MODEL_TYPES = ("unigram", "bpe")
 # Work is split between threads by position: a fixed number fixes the order of training's sums.
+# So many texts are worth the threads that a batch starts.
+_MANY = 100
 _TRAINING_THREADS = 4
 # SentencePiece drops longer texts from training; its default, 4192, is shorter than many documents.
 _MAX_TEXT_BYTES = 1 << 16
@@ -74,8 +76,10 @@ class SentencePieceTokenizer:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, eos last."""
-        threads = os.cpu_count() or 1
-        return self._processor.encode(list(texts), out_type=int, add_eos=True, num_threads=threads)
+        encode = functools.partial(self._processor.encode, out_type=int, add_eos=True)
+        if len(texts) < _MANY:
+            return [encode(text) for text in texts]
+        return encode(list(texts), num_threads=os.cpu_count() or 1)
 
     encode_responses = encode_prompts
 
