@@ -6,10 +6,12 @@ import functools
 import itertools
 import random
 
+import jax
 import pytest
 import small
 from test_exact import VOCABULARY, pair
 
+from l2s_jax.cluster import sharding
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.serving import lane as lanes
 from l2s_jax.serving.generator import Generator
@@ -46,7 +48,7 @@ def system_of(kind):
     return exact.l2s, trained, small.encoder_only(whole)
 
 
-def generator(kind, prompt_lengths, batch_size):
+def generator(kind, prompt_lengths, batch_size, **others):
     search = Search(exact=True, draft_tokens=3) if kind == "exact" else Search()
     return Generator(
         *system_of(kind),
@@ -56,12 +58,14 @@ def generator(kind, prompt_lengths, batch_size):
         max_new_tokens=NEW,
         batch_size=batch_size,
         search=search,
+        **others,
     )
 
 
 @functools.cache
-def lane(kind):
-    made = Lane(generator(kind, (3, 6), 4), 4)
+def lane(kind, **axes):
+    others = {"mesh": sharding.make_mesh(axes, jax.devices()[:4])} if axes else {}
+    made = Lane(generator(kind, (3, 6), 4, **others), 4)
     made.warm_up()
     return made
 
@@ -103,15 +107,26 @@ def submit(lane, prompt, search, limit, seed, **others):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_are_answered_as_if_each_were_alone(kind):
-    asked, expected = requests(kind, 60, seed=1)
+    check_answers(lane(kind), *requests(kind, 60, seed=1))
+
+
+def test_requests_share_a_mesh_of_devices_and_compile_nothing_there(compilations):
+    asked, expected = requests("t5", 30, seed=4)
+    made = lane("t5", data=2, tensor=2)
+    compilations.clear()
+    check_answers(made, asked, expected)
+    assert not compilations
+
+
+def check_answers(made, asked, expected):
     answers, left = {}, list(range(len(asked)))
     chance = random.Random(2)
     chance.shuffle(left)
-    while left or lane(kind).busy:
+    while left or made.busy:
         for _ in range(min(len(left), chance.choice([0, 0, 1, 3, 9]))):
             place = left.pop()
-            answers[place] = submit(lane(kind), *asked[place])[1]
-        lane(kind).turn(1.0)
+            answers[place] = submit(made, *asked[place])[1]
+        made.turn(1.0)
     for place, output in enumerate(expected):
         text = "".join(piece.text for piece in answers[place])
         end = answers[place][-1].end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import gc
 import glob
 import itertools
@@ -86,6 +87,73 @@ def test_pieces_make_up_the_text_and_end_between_characters(name, tokenizers, da
     pieces = [response.extend(np.array(ids[:cut], np.int32), last=cut == len(ids)) for cut in cuts]
     assert "".join(pieces) == response.text == tokenizer.decode(ids)
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+class Hub:
+    """What decodes as a tokenizer.json does."""
+
+    def __init__(self, model, trainer, pre_tokenizer, decoder):
+        self.hub = HubTokenizer(model)
+        self.hub.pre_tokenizer, self.hub.decoder = pre_tokenizer, decoder
+        self.hub.train_from_iterator([*TEXTS, "don't , x . !"] * 3, trainer)
+        self.vocab_size = self.hub.get_vocab_size()
+
+    def decode(self, ids):
+        return self.hub.decode(list(ids), skip_special_tokens=True)
+
+
+@functools.cache
+def hub_tokenizers():
+    """Decoders that put spaces by what stands beside a token, and bytes that may be no text."""
+    byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
+    fallback = [
+        decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+    return {
+        "words": Hub(
+            models.WordPiece(unk_token="[UNK]"),
+            trainers.WordPieceTrainer(
+                vocab_size=120, special_tokens=["[UNK]"], show_progress=False
+            ),
+            pre_tokenizers.BertPreTokenizer(),
+            decoders.WordPiece(cleanup=True),
+        ),
+        "spaces": Hub(
+            models.BPE(unk_token="<unk>"),
+            trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>"]),
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+        ),
+        "fallback": Hub(
+            models.BPE(unk_token="<unk>", byte_fallback=True),
+            trainers.BpeTrainer(vocab_size=380, special_tokens=["<unk>", *byte_names]),
+            pre_tokenizers.Metaspace(),
+            decoders.Sequence(fallback),
+        ),
+        "suffixes": Hub(
+            models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"),
+            trainers.BpeTrainer(
+                vocab_size=150, special_tokens=["<unk>"], end_of_word_suffix="</w>"
+            ),
+            pre_tokenizers.Whitespace(),
+            decoders.BPEDecoder(),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["pieces", "bytes", "words", "spaces", "fallback", "suffixes"])
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_tokens_in_any_pieces_make_up_their_text(name, tokenizers, data):
+    tokenizer = (tokenizers | hub_tokenizers())[name]
+    ids = data.draw(st.lists(st.integers(2, tokenizer.vocab_size - 1), min_size=1, max_size=30))
+    cuts = sorted({*data.draw(st.lists(st.integers(1, len(ids)))), len(ids)})
+    response = ResponseText(tokenizer)
+    pieces = [response.extend(np.array(ids[:cut], np.int32), last=cut == len(ids)) for cut in cuts]
+    assert "".join(pieces) == response.text == tokenizer.decode(ids)
 
 
 @settings(deadline=None, max_examples=80)

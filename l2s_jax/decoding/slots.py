@@ -20,13 +20,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
-from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.cluster.sharding import ROWS, AnyArray
+from l2s_jax.cluster.sharding import constrain as constrain_axes
 from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import ExactState
 from l2s_jax.decoding.exact import ExactLoop
 from l2s_jax.decoding.logits import History, among, history_of
 from l2s_jax.decoding.loop import repeat_while, until
 from l2s_jax.decoding.scores import Scores, no_scores
+from l2s_jax.models.cache import place
 from l2s_jax.models.systems import Params, System
 
 
@@ -211,7 +213,7 @@ def read(
     longest = jax.ShapeDtypeStruct((len(ids), prompt_slots), jnp.int32)
     roomy, _ = jax.eval_shape(start, longest, jax.ShapeDtypeStruct(longest.shape, bool))
     state, logits = start(ids, mask)
-    return Slots(_with_room(state, roomy), logits, ~state.done)
+    return _placed(Slots(_with_room(state, roomy), logits, ~state.done))
 
 
 def _with_room(state: AnyState, roomy: AnyState) -> AnyState:
@@ -251,7 +253,8 @@ def advance(
     one_way: Any = loop
     old = slots.rows.replace(done=slots.rows.done | ended)
     new = one_way.advance(trained, frozen, _begun(one_way, slots.replace(rows=old)), most, enough)
-    return slots.replace(rows=new, fresh=jnp.zeros_like(slots.fresh)), _said(new, old)
+    slots = slots.replace(rows=new, fresh=jnp.zeros_like(slots.fresh))
+    return _placed(slots), _said(new, old)
 
 
 def _begun(loop: Any, slots: Slots) -> SlotState | ExactState:
@@ -282,7 +285,7 @@ def insert(slots: Slots, new: Slots, places: Int[AnyArray, " R"]) -> Slots:
         rate = jnp.where(jnp.all(slots.rows.done), new.rows.rate, slots.rows.rate)
         rows = joined.rows.replace(origin=new.rows.origin, rate=rate)
         joined = joined.replace(rows=rows)
-    return joined
+    return _placed(joined)
 
 
 @jax.jit
@@ -292,7 +295,22 @@ def regroup(slots: Slots, places: Int[AnyArray, " Q"]) -> Slots:
     chosen = _each(lambda axis, leaf: jnp.take(leaf, jnp.maximum(places, 0), axis=axis), slots)
     empty = places < 0
     rows = chosen.rows.replace(done=chosen.rows.done | empty)
-    return chosen.replace(rows=rows, fresh=chosen.fresh & ~empty)
+    return _placed(chosen.replace(rows=rows, fresh=chosen.fresh & ~empty))
+
+
+def _placed(slots: Slots) -> Slots:
+    """The slots, where every program leaves them: else, the next one is compiled for each before.
+
+    Nothing changes without a mesh.
+    """
+
+    def lay(axis: int, leaf: jax.Array) -> jax.Array:
+        return constrain_axes(leaf, *[ROWS if i == axis else None for i in range(leaf.ndim)])
+
+    cache = slots.rows.cache
+    caches = tuple(map(place, cache)) if isinstance(cache, tuple) else place(cache)
+    slots = _each(lay, slots.replace(rows=slots.rows.replace(cache=None)))
+    return slots.replace(rows=slots.rows.replace(cache=caches))
 
 
 def _each(change: Callable[..., jax.Array], slots: Slots, *others: Slots) -> Slots:
