@@ -146,9 +146,14 @@ def test_no_mix_of_requests_compiles_anything(compilations):
     assert not compilations
 
 
+def one_step_a_turn(monkeypatch):
+    for name in ("_CHUNK_S", "_FIRST_CHUNK_S"):
+        monkeypatch.setattr(lanes, name, 0.0)
+
+
 def test_who_goes_frees_a_slot_within_a_chunk(monkeypatch):
     made = lane("t5")
-    monkeypatch.setattr(lanes, "_CHUNK_S", 0.0)  # one step
+    one_step_a_turn(monkeypatch)
     job, pieces = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
     made.turn(1.0)
     job.cancel()
@@ -163,7 +168,7 @@ def test_who_goes_frees_a_slot_within_a_chunk(monkeypatch):
 
 def test_a_step_that_fails_ends_those_concerned_and_no_others(monkeypatch):
     made = lane("t5")
-    monkeypatch.setattr(lanes, "_CHUNK_S", 0.0)
+    one_step_a_turn(monkeypatch)
     _, running = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
     made.turn(1.0)
     _, waiting = submit(made, "4 5", Search(min_new_tokens=NEW), NEW, 0)
@@ -171,18 +176,27 @@ def test_a_step_that_fails_ends_those_concerned_and_no_others(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
+    made._owed_s = 0.0
     with monkeypatch.context() as patched:
         patched.setattr(made._programs, "read", fails)
         with pytest.raises(NotRead):
             made.turn(1.0)
     assert waiting[-1].end == "error"
     assert not any(piece.end for piece in running)
-    with monkeypatch.context() as patched:
-        patched.setattr(made._programs, "advance", fails)
-        with pytest.raises(RuntimeError):
-            made.turn(1.0)
-    made.abandon("the model failed at a step")
-    assert running[-1].end == "error"
+    while made.busy:
+        made.turn(1.0)
+    for step in ("advance", "insert"):
+        _, running = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
+        made.turn(1.0)
+        _, joining = submit(made, "4 5", Search(min_new_tokens=NEW), NEW, 0)
+        made._owed_s = 0.0
+        with monkeypatch.context() as patched:
+            patched.setattr(made._programs, step, fails)
+            with pytest.raises(RuntimeError):
+                made.turn(1.0)
+        made.abandon("the model failed at a step")
+        assert running[-1].end == joining[-1].end == "error"
+        assert not made.busy
     _, after = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
     while made.busy:
         made.turn(1.0)

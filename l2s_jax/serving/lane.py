@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from l2s_jax.decoding.slots import Said
+from l2s_jax.decoding.slots import Said, Slots
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.programs import Programs
 from l2s_jax.serving.request import Job, Piece, Request
@@ -182,15 +182,22 @@ class Lane:
             self._end(joining, "error", "the prompt could not be read")
             raise NotRead(str(error)) from error
         if self.running:
-            self._fit(self.running + len(joining))
-            free = [slot for slot, job in enumerate(self._jobs) if job is None][: len(joining)]
-            self._slots = programs.insert(self._slots, read, free)
-            for slot, job in zip(free, joining, strict=True):
-                self._jobs[slot] = job
+            try:
+                self._insert(joining, read)
+            except Exception:
+                self._end(joining, "error", "the model failed at a step")
+                raise
         else:
             self._slots, empty = read, len(read.fresh) - len(joining)
             self._jobs = [*joining, *[None] * empty]
         self._owed_s = programs.read_s[programs.size_for(len(joining)), length]
+
+    def _insert(self, joining: list[Job], read: Slots) -> None:
+        self._fit(self.running + len(joining))
+        free = [slot for slot, job in enumerate(self._jobs) if job is None][: len(joining)]
+        self._slots = self._programs.insert(self._slots, read, free)
+        for slot, job in zip(free, joining, strict=True):
+            self._jobs[slot] = job
 
     def _fit(self, needed: int) -> None:
         """Brings those that have a slot into as few slots as there are programs for."""
