@@ -44,7 +44,7 @@ from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import finite, write_json, write_text
 
 PERCENTILES = (50, 90, 99)
-_ALONE = 50  # prompts that are answered one by one
+_ALONE = 200  # prompts that are answered one by one
 _TAIL = 1000  # bytes of a stream that its last event may have
 
 

@@ -26,11 +26,11 @@ from l2s_jax.serving.request import Request
 from l2s_jax.settings.search import Search
 
 # Of what a step took before, how much still counts after a chunk.
-_MEMORY = 0.9
+_MEMORY = 0.8
 # Of a prompt that stands for none.
 _NOBODY = Request((0,), Search(), 0)
 # Steps that are measured before there are any requests.
-_STEPS = 8
+_STEPS = 32
 
 
 class Programs:
