@@ -7,8 +7,8 @@ python -m l2s_jax.main --mode=compare --config=... --workdir=DIR --vary=l2s.fusi
 python -m l2s_jax.main --mode=dial --workdir=DIR
 python -m l2s_jax.main --mode=plan --config=configs/NAME.py --workdir=DIR --topology=v5e:4x4
 
-Exit status: 0; 2 for bad input, 1 for a training that is no longer finite, each with one line that
-says what is wrong.
+Exit status: 0; 2 for bad input, 1 for a run that failed, such as a training that is no longer
+finite, 130 for Ctrl-C, 143 for SIGTERM, each with one line that says what happened.
 """
 
 from __future__ import annotations

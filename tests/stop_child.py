@@ -1,32 +1,66 @@
 """A small training run, alone or one process of a job, for test_stopping to send signals to.
 
-python tests/stop_child.py DIRECTORY SECONDS_PER_STEP LEARNING_RATE [COORDINATOR PROCESSES PROCESS]
+python tests/stop_child.py DIRECTORY SECONDS_PER_STEP LEARNING_RATE WHEN [COORDINATOR PROCESSES
+PROCESS]
+
+WHEN it sends itself SIGTERM: "first", before the first step, "save", when a checkpoint is saved, or
+"never".
 """
 
 import contextlib
+import functools
 import os
+import signal
 import sys
 
 import jax
-import numpy as np
 import train_child
 
 from l2s_jax.cluster.job import job
 from l2s_jax.cluster.stopping import Stopped, handled
 
-CHANGES = {"evaluate_every": 1000, "log_every": 2}
+CHANGES = {"name": "slm", "accumulation": 1, "evaluate_every": 1000, "log_every": 2}
 
 
-def main(directory, seconds, rate, coordinator=None, processes=None, process=None):
+class Signalling:
+    """Batches that send this process a signal: with one of them, or when they are saved."""
+
+    def __init__(self, batches, number, *, batch=None, at_save=False):
+        self.batches, self.number, self.left, self.at_save = batches, number, batch, at_save
+
+    def __next__(self):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.number)
+        return next(self.batches)
+
+    def get_state(self):
+        if self.at_save:
+            os.kill(os.getpid(), self.number)
+        return self.batches.get_state()
+
+    def set_state(self, state):
+        self.batches.set_state(state)
+
+
+WHEN = {"first": {"batch": 1}, "save": {"at_save": True}, "never": {}}
+
+
+def main(directory, seconds, rate, when, coordinator=None, processes=None, process=None):
     place = (coordinator, processes and int(processes), process and int(process))
     joined = contextlib.nullcontext()
     if coordinator:
         joined = job(*place, detect=None, timeout_s=300, heartbeat_s=10)
     with handled(), joined:
-        mesh = (jax.device_count(), 1, 1)
-        changes = {**CHANGES, "learning_rate": float(rate)}
-        weights = train_child.run(directory, float(seconds), mesh=mesh, **changes)
-        np.savez(f"{directory}/weights-{process or 0}.npz", *jax.tree.leaves(weights))
+        train_child.run(
+            directory,
+            float(seconds),
+            functools.partial(Signalling, number=signal.SIGTERM, **WHEN[when]),
+            mesh=(jax.device_count(), 1, 1),
+            learning_rate=float(rate),
+            **CHANGES,
+        )
 
 
 if __name__ == "__main__":

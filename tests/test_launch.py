@@ -383,6 +383,8 @@ def test_gke_manifest_runs_a_config_on_every_host_of_the_slice() -> None:
     # A pod that fails ends the job, and the JobSet starts it again.
     assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    # A training first ends its validation, and saves.
+    assert pod["terminationGracePeriodSeconds"] >= 300
     (volume,) = pod["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"]}

@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import label_child
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import small
 import train_child
-from stop_child import CHANGES
-from test_distributed import ended, free_port, lines_of, peers, start
+from stop_child import CHANGES, Signalling
+from test_distributed import assert_same_lines, ended, free_port, lines_of, peers, start
 
 from l2s_jax.cluster.stopping import Stopped, deferred, handled
 from l2s_jax.experiment import label_files
@@ -24,47 +23,48 @@ from l2s_jax.training import clock
 TESTS = Path(__file__).parent
 
 
-def start_run(directory, seconds, count=1, rate=0.01):
-    # Whoever runs the tests in the background has them ignore Ctrl-C.
-    child = ["env", "--default-signal=INT", sys.executable, TESTS / "stop_child.py"]
-    child += [directory, seconds, rate]
-    if count == 1:
-        return [start([*map(str, child)])]
+def start_run(directory, seconds, rate=0.01, when=("never",)):
+    """A run; of as many processes as `when` has, if more than one."""
+    child = [sys.executable, TESTS / "stop_child.py", directory, seconds, rate]
     where = f"127.0.0.1:{free_port()}"
-    return [start([*map(str, child), where, str(count), str(i)]) for i in range(count)]
+    places = [(where, len(when), i) for i in range(len(when))] if len(when) > 1 else [()]
+    commands = [[*child, one, *place] for one, place in zip(when, places, strict=True)]
+    return [start([*map(str, command)]) for command in commands]
 
 
-def stop(directory, count, number, victim):
-    """Has a run end by a signal somewhere; gives the step that its last line names."""
-    children = start_run(directory, 0.15, count)
-    metrics = directory / "metrics.jsonl"
-    before = metrics.stat().st_size if metrics.exists() else 0
-    while all(child.poll() is None for child in children) and not (
-        metrics.exists() and metrics.stat().st_size > before
-    ):
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.4))
-    children[victim].send_signal(number)
-    results = ended(children)
-    word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+def step_of(results, directory):
+    """The step that the last lines of a run name, which has saved all steps until then."""
     for status, line in results:
-        assert status == 128 + number, results
+        assert status == 143, results
         found = re.fullmatch(
-            rf"error: (process \d: )?{word} after step (\d+) of {directory.name}, which is saved; "
-            "the same command continues",
+            rf"error: (process \d: )?terminated after step (\d+) of {directory.name}, which is "
+            "saved; the same command continues",
             line,
         )
         assert found, results
     step = int(found[2])
-    assert max(int(p.name) for p in (directory / "checkpoints").iterdir()) == step
-    # All the steps that there were are saved, and nothing after them is written.
+    assert newest(directory) == step
     assert [line["step"] for line in lines_of(directory)] == list(range(2, step + 1, 2))
     return step
 
 
-def weights_of(directory, process=0):
-    with np.load(directory / f"weights-{process}.npz") as saved:
-        return list(saved.values())
+def newest(directory):
+    return max(int(path.name) for path in (directory / "checkpoints").iterdir())
+
+
+def interrupted(directory, batch, **settings):
+    """A run in this process that Ctrl-C comes to while it waits for a batch."""
+
+    def wrap(batches):
+        return Signalling(batches, signal.SIGINT, batch=batch)
+
+    # Whoever runs the tests in the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with pytest.raises(Stopped) as error, handled():
+        train_child.run(str(directory), wrap=wrap, **settings, **CHANGES)
+    signal.signal(signal.SIGINT, before)
+    assert error.value.status == 130
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -76,29 +76,37 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_that_is_asked_to_end_saves_its_last_step_and_continues_exactly(
     uninterrupted, tmp_path
 ):
-    first = stop(tmp_path, 1, signal.SIGTERM, 0)
-    second = stop(tmp_path, 1, signal.SIGINT, 0)
-    assert first < second < train_child.STEPS
-    assert ended(start_run(tmp_path, 0))[0][0] == 0
-    small.assert_same(weights_of(tmp_path), small.jax.tree.leaves(uninterrupted[0]))
+    (child,) = start_run(tmp_path, 0.15)
+    metrics = tmp_path / "metrics.jsonl"
+    while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.4))
+    child.send_signal(signal.SIGTERM)
+    step = step_of(ended([child]), tmp_path)
+    assert f"interrupted after step {step + 3} of" in interrupted(tmp_path, 3)
+    assert newest(tmp_path) == step + 3 < train_child.STEPS
+    small.assert_same(train_child.run(str(tmp_path), **CHANGES), uninterrupted[0])
     assert lines_of(tmp_path) == uninterrupted[1]
 
 
-def test_two_processes_save_the_same_step_and_continue_exactly(tmp_path):
-    for name in ("parts", "whole", "wild"):
+def test_two_processes_save_the_same_step_and_continue(uninterrupted, tmp_path):
+    for name in ("parts", "wild"):
         (tmp_path / name).mkdir()
-    with ThreadPoolExecutor() as pool:
-        whole = pool.submit(lambda: ended(start_run(tmp_path / "whole", 0, 2)))
-        wild = pool.submit(lambda: ended(start_run(tmp_path / "wild", 0, 2, rate=1e30)))
-        stop(tmp_path / "parts", 2, signal.SIGTERM, random.randrange(2))
-        assert [status for status, _ in whole.result()] == [0, 0]
-        assert ended(start_run(tmp_path / "parts", 0, 2))[0][0] == 0
-    for process in (0, 1):
-        theirs = weights_of(tmp_path / "whole", process)
-        small.assert_same(weights_of(tmp_path / "parts", process), theirs)
-    assert lines_of(tmp_path / "parts") == lines_of(tmp_path / "whole")
+    parts = tmp_path / "parts"
+    wild = start_run(tmp_path / "wild", 0, 1e30, when=("never", "never"))
+    interrupted(parts, 5)
+    # While the first step is compiled, of a run that goes on from another one.
+    children = start_run(parts, 0.15, when=("never", "first"))
+    assert 5 < step_of(ended(children), parts) < train_child.STEPS
+    # After the last step, where there is no other to agree on.
+    for status, line in ended(start_run(parts, 0, when=("save", "never"))):
+        assert status == 143 and " terminated" in line and "the same command continues" in line
+    assert newest(parts) == train_child.STEPS
+    weights = train_child.run(str(parts), **CHANGES)
+    small.assert_same(weights, uninterrupted[0], rtol=1e-3, atol=1e-5)
+    assert_same_lines(parts, uninterrupted[1])
     # A loss that is not finite ends both, too.
-    for status, line in wild.result():
+    for status, line in ended(wild):
         assert status == 1 and re.match(r"error: (process \d: )?wild: step \d+: .*grad norm", line)
 
 
@@ -148,9 +156,9 @@ def test_the_first_signal_waits_for_a_step_and_the_second_does_not():
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped), handled(), deferred() as asked:
-        assert asked(1) is None
+        assert asked() is None
         ask()
-        assert asked(2) is signal.SIGTERM
+        assert asked() is signal.SIGTERM
         ask()
         raise AssertionError("the second signal was not heard")
     # What comes at the very end is not forgotten.

@@ -29,10 +29,12 @@ class Slow:
         return getattr(self.batches, name)
 
 
-def run(directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1), **changes):
-    """Trains an L2S with everything that a checkpoint has to bring back; gives its parameters."""
+def run(
+    directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1), name="add", **changes
+):
+    """Trains a system with everything that a checkpoint has to bring back; gives its parameters."""
     mesh = small.mesh_of(*mesh)
-    system = small.make_system("add", dropout_rate=0.1)
+    system = small.make_system(name, dropout_rate=0.1)
     params, frozen = small.make_params(system)
     rows = batch_rows(mesh, 8)
     validation = {key: value[rows] for key, value in small.make_batch(system, rows=8).items()}

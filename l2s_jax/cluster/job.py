@@ -194,6 +194,7 @@ def job(
         yield
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", True)
     _make_outspoken(timeout_s)
     try:
         jax.distributed.initialize(

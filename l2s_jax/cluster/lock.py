@@ -60,8 +60,11 @@ def _take(workdir: str, held: contextlib.ExitStack) -> None:
         with contextlib.suppress(filelock.Timeout):
             lease.acquire(timeout=0)
             break
-        touched = os.stat(path).st_mtime_ns if os.path.exists(path) else seen
-        if _is_here(lease, touched) or (seen is not None and touched != seen):
+        try:
+            touched = os.stat(path).st_mtime_ns
+        except FileNotFoundError:  # its holder has just gone
+            continue
+        if seen is not None and touched != seen:
             raise ValueError(f"{workdir}: {_who(workdir)}; expected its end, or another --workdir")
         if seen is None:
             log.info("%s: %s, if it is still there: waiting", workdir, _who(workdir))
@@ -71,22 +74,7 @@ def _take(workdir: str, held: contextlib.ExitStack) -> None:
     holder = os.path.join(workdir, _HOLDER)
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     write_json(holder, {"host": socket.gethostname(), "process": os.getpid(), "since": since})
-    held.callback(_remove, holder)
-
-
-def _is_here(lease: filelock.SoftFileLease, touched: int | None) -> bool:
-    """Whether the holder is a process of this host that is alive, as far as can be seen."""
-    owner = lease.owner
-    # In a container, a name of its process numbers follows that of the host.
-    if owner is None or owner.hostname.partition("?")[0] != socket.gethostname():
-        return False
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return touched is not None and time.time() - touched / 1e9 < LEASE_SECONDS
+    held.callback(lambda: lease.compromise or _remove(holder))  # it may be the next one's
 
 
 def _remove(path: str) -> None:

@@ -16,14 +16,17 @@ def errors_once() -> Iterator[None]:
 
     Of a write that fails, Orbax and TensorStore print a traceback for each array.
     """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for log in logs:
+        log.addFilter(_is_news)
     before = sys.unraisablehook, threading.excepthook
     sys.unraisablehook, threading.excepthook = _main_thread_only, _not_of_files
     try:
         yield
     finally:
         sys.unraisablehook, threading.excepthook = before
+        for log in logs:
+            log.removeFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import threading
@@ -22,8 +23,10 @@ _libc.signal.restype = ctypes.c_void_p
 # What a signal does that comes while a training goes on: it is noted here.
 _noted: signal.Signals | None = None
 _is_deferred = False
-# JAX's handler of SIGTERM in a job of several processes.
-_of_jax: int | None = None
+_lock = threading.Lock()
+_is_in_job = False
+# JAX knows steps by their numbers, which have to ascend from one training to the next.
+_questions = itertools.count(1)
 
 
 class Stopped(BaseException):
@@ -76,52 +79,64 @@ def handle_in_job(end: Callable[[Stopped], None]) -> None:
     The main thread may wait for another process in JAX, where no Python handler is run. Ctrl-C is a
     KeyboardInterrupt.
     """
-    global _of_jax
+    global _is_in_job
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    _of_jax = _libc.signal(signal.SIGTERM, None)
+    of_jax = _libc.signal(signal.SIGTERM, None)
+    tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)
     signal.signal(signal.SIGTERM, lambda *_: None)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(writer)
+    _is_in_job = True
+
+    def may_wait() -> bool:
+        global _noted
+        with _lock:
+            if _is_deferred:
+                _noted = signal.SIGTERM
+                tell_jax(_noted)
+            return _is_deferred
 
     def watching() -> None:
         while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM:
+            if number[0] == signal.SIGTERM and not may_wait():
                 end(Stopped(signal.SIGTERM))
 
     threading.Thread(target=watching, daemon=True).start()
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[int], signal.Signals | None]]:
+def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
     """Gives what says, after each step, whether the run is to end there, and by which signal.
 
-    In a job all processes ask after the same steps, and it is the same step for all: JAX sees to
-    that. A second signal ends a process that is alone at once.
+    In a job all processes ask equally often, and the answer is the same for all: JAX sees to that.
+    There a second signal changes nothing; a process that is alone it ends at once.
+
+    Raises:
+      Stopped: at the end, on all processes, by a signal that came too late for an answer.
     """
     global _is_deferred
-    if _of_jax is not None:
-        _libc.signal(signal.SIGTERM, _of_jax)
-        try:
-            yield _agreed
-        finally:
-            signal.signal(signal.SIGTERM, lambda *_: None)
-        return
-    _is_deferred = True
+    with _lock:
+        _is_deferred = True
     try:
-        yield lambda _: _noted
+        yield _agreed if _is_in_job else lambda: _noted
     finally:
-        _is_deferred = False
-    if _noted is not None:
-        raise Stopped(_noted)
+        with _lock:
+            _is_deferred = False
+    if number := _noted_by_any() if _is_in_job else _noted:
+        raise Stopped(number)
 
 
-def _agreed(step: int) -> signal.Signals | None:
+def _agreed() -> signal.Signals | None:
     # Imported here: what asks for no device doesn't wait for JAX.
-    from jax._src import distributed as runtime
     from jax.experimental import multihost_utils
 
-    manager = runtime.global_state.preemption_sync_manager
-    reached = manager is not None and multihost_utils.reached_preemption_sync_point(step)
+    reached = multihost_utils.reached_preemption_sync_point(next(_questions))
     return signal.SIGTERM if reached else None
+
+
+def _noted_by_any() -> signal.Signals | None:
+    from l2s_jax.cluster import distributed
+
+    return signal.SIGTERM if any(distributed.exchange(_noted is not None)) else None

@@ -210,7 +210,7 @@ def fit(
                     meter.dispatched(step, metrics, batch, flops[shapes], own)
                     is_judged = step % config.evaluate_every == 0 or step == config.steps
                     is_timed = clock.is_due(step)
-                    signal = asked_to_stop(step)
+                    signal = asked_to_stop()
                     if not (is_judged or is_timed or signal):
                         continue
                     meter.flush()
@@ -243,14 +243,15 @@ def fit(
                         metrics=scores,
                     )
                     # A validation may take long.
-                    if signal := signal or asked_to_stop(step):
+                    if signal := signal or asked_to_stop():
                         checkpoints.wait()
                         distributed.barrier("saved")
                         raise Stopped(signal, f" after step {step} of {name}, which is saved")
                     meter.paused(time.perf_counter() - began)
                     clock.restart(step)
-                # JAX may have agreed on a step that there is not.
-                asked_to_stop(config.steps + 1)
+                # A signal that comes from here on ends the run, and the last step is saved.
+                checkpoints.wait()
+                distributed.barrier("saved")
         state, _ = _restore(checkpoints, checkpoints.best_step or config.steps, abstract)
     return sharding.gather(_weights(state))
 
