@@ -38,6 +38,7 @@ import aiohttp
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from l2s_jax.bench.arguments import Parser, count, integers
 from l2s_jax.bench.machine import cores, cpu
@@ -66,12 +67,14 @@ class Load(NamedTuple):
     client_seconds: float  # of processor time
 
 
-def offline(options: argparse.Namespace, prompts: list[str]) -> dict[str, float]:
-    """Tokens per second in batches, and milliseconds of a prompt alone; run in a process."""
+def offline(options: argparse.Namespace, prompts: list[str]) -> dict[str, float | None]:
+    """Tokens per second in batches, and milliseconds of a prompt alone, if a client is; run in a
+    process.
+    """
     import l2s_jax
 
     model = l2s_jax.load(options.model, batch_size=options.slots)
-    alone = prompts[:_ALONE]
+    alone = prompts[:_ALONE] if 1 in options.clients else []
     limit = options.max_new_tokens or model.max_new_tokens
 
     def whole() -> float:
@@ -91,7 +94,9 @@ def offline(options: argparse.Namespace, prompts: list[str]) -> dict[str, float]
         "tokens_per_second": statistics.median(whole() for _ in range(options.repeats)),
         "ms_alone": statistics.median(
             one(prompt) for _ in range(options.repeats) for prompt in alone
-        ),
+        )
+        if alone
+        else None,
     }
 
 
@@ -205,7 +210,7 @@ async def loads(
         await closed(ask_one, prompts[: 2 * options.slots], options.slots)
         for clients in options.clients:
             chosen = prompts if clients > 1 else prompts[:_ALONE]
-            await run(f"{clients} clients", closed(ask_one, chosen, clients))
+            await run(f"{clients} client{'s' * (clients > 1)}", closed(ask_one, chosen, clients))
         for rate in options.rates:
             await run(f"{rate} a second", poisson(ask_one, prompts, rate))
     return found
@@ -244,9 +249,9 @@ def table(result: dict[str, Any]) -> str:
     """The report, in Markdown."""
     ceiling, alone = result["offline"]["tokens_per_second"], result["offline"]["ms_alone"]
     lines = [
-        f"Without a server: {ceiling:.0f} tokens/s in batches of {result['slots']}; "
-        f"{alone:.1f} ms for a prompt alone (median). "
-        f"{result['machine']['cpu']}, {result['machine']['instruction_set']}, "
+        f"Without a server: {ceiling:.0f} tokens/s in batches of {result['slots']}"
+        + ("" if alone is None else f"; {alone:.1f} ms for a prompt alone (median)")
+        + f". {result['machine']['cpu']}, {result['machine']['instruction_set']}, "
         f"{result['machine']['cores']} cores. Times: 50 / 90 / 99 % of the requests.",
         "",
         "| server | load | requests/s | tokens/s | of offline "
@@ -275,9 +280,10 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for place, name in enumerate(dict.fromkeys(row["server"] for row in rows)):
+    for place, (name, kind) in enumerate(dict.fromkeys(map(_line_of, rows))):
         own = sorted(
-            (row for row in rows if row["server"] == name), key=lambda row: row["tokens_per_second"]
+            (row for row in rows if _line_of(row) == (name, kind)),
+            key=lambda row: row["tokens_per_second"],
         )
         for percentile, style in (("50", "-o"), ("99", "--^")):
             axes.plot(
@@ -285,12 +291,19 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
                 [row["whole_ms"][percentile] for row in own],
                 style,
                 color=f"C{place}",
-                label=f"{name}, {percentile} %",
+                label=f"{name}, {kind}, {percentile} %",
             )
     axes.set(xlabel="tokens per second", ylabel="whole response, milliseconds", yscale="log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _line_of(row: dict[str, Any]) -> tuple[str, str]:
+    """The server of a row, and how requests came."""
+    return row["server"], "closed loops" if "client" in row["load"] else "at random"
 
 
 def peers(text: str) -> list[str]:

@@ -134,6 +134,14 @@ def check_answers(made, asked, expected):
         assert [bool(piece.end) for piece in answers[place]][:-1].count(True) == 0
 
 
+@pytest.mark.parametrize("kind", ["t5", "exact"])
+def test_what_programs_take_is_known_when_they_are_warm(kind):
+    programs = lane(kind)._programs
+    assert programs.step_s.keys() == {1, 2, 4}
+    assert programs.read_s.keys() == set(itertools.product((1, 2, 4), (3, 6)))
+    assert min([*programs.step_s.values(), *programs.read_s.values()]) > 0
+
+
 def test_no_mix_of_requests_compiles_anything(compilations):
     asked, _ = requests("t5", 20, seed=3)
     made = lane("t5")

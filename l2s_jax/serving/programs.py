@@ -173,7 +173,7 @@ class Programs:
             read(shape)
             self.read_s[shape] = time.monotonic() - began
         for size in self.sizes:
-            own, _ = advance(read((size, self.lengths[0])))
+            own = read((size, self.lengths[0]))
             began = time.monotonic()
             _, said = advance(own)
             self.measured(size, int(said.steps), time.monotonic() - began)
