@@ -175,6 +175,26 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     )
 
 
+class Stop(Exception):
+    """Of `Stopping`."""
+
+
+class Stopping:
+    """A batch iterator that fails after `count` batches."""
+
+    def __init__(self, batches: Any, count: int):
+        self.batches, self.count = batches, count
+
+    def __next__(self) -> Any:
+        self.count -= 1
+        if self.count < 0:
+            raise Stop
+        return next(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+
 def assert_same(actual: Any, expected: Any, **tolerance: float) -> None:
     """Two trees with the same structure and values; bit for bit without a tolerance."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -156,24 +156,8 @@ def test_few_such_steps_are_left_out_counted_and_resumed_bit_for_bit(tmp_path):
     assert all((line["loss"] is None) == (line["step"] in steps) for line in lines[:5])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole))
 
-    class Stop(Exception):
-        pass
-
-    class Stopping:
-        def __init__(self, batches):
-            self.batches, self.left = batches, 7
-
-        def __next__(self):
-            self.left -= 1
-            if self.left < 0:
-                raise Stop
-            return next(self.batches)
-
-        def __getattr__(self, name):
-            return getattr(self.batches, name)
-
-    with pytest.raises(Stop):
-        fit(tmp_path / "parts", bad, max_bad_steps=3, wrap=Stopping)
+    with pytest.raises(small.Stop):
+        fit(tmp_path / "parts", bad, max_bad_steps=3, wrap=lambda b: small.Stopping(b, 7))
     small.assert_same(fit(tmp_path / "parts", bad, max_bad_steps=3), whole)
     assert lines_of(tmp_path / "parts") == lines
 

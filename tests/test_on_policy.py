@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from test_train import Stop, Stopping, lines_of
+from test_train import lines_of
 
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.stacking import stack_layers
@@ -261,8 +261,8 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_stopped_run_continues_exactly(uninterrupted, tmp_path):
-    with pytest.raises(Stop):
-        fit(tmp_path, wrap=lambda b: Stopping(b, 5), **CONFIG)
+    with pytest.raises(small.Stop):
+        fit(tmp_path, wrap=lambda b: small.Stopping(b, 5), **CONFIG)
     small.assert_same(fit(tmp_path, **CONFIG), uninterrupted[0])
     assert lines_of(tmp_path) == lines_of(uninterrupted[1])
 

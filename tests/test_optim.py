@@ -276,26 +276,6 @@ def test_the_list_of_nearest_paths_is_short():
     assert len(str(error.value)) < 200
 
 
-class Stop(Exception):
-    pass
-
-
-class Stopping:
-    """A batch iterator that fails after `count` batches."""
-
-    def __init__(self, batches, count):
-        self.batches, self.count = batches, count
-
-    def __next__(self):
-        self.count -= 1
-        if self.count < 0:
-            raise Stop
-        return next(self.batches)
-
-    def __getattr__(self, name):
-        return getattr(self.batches, name)
-
-
 def fit(directory, batches=100, mesh=(1, 1, 1), **changes):
     """(parameters before, after) a run that stops after so many batches."""
     system = small.make_system("add")
@@ -310,7 +290,7 @@ def fit(directory, batches=100, mesh=(1, 1, 1), **changes):
         frozen,
         params,
         config,
-        batches=Stopping(
+        batches=small.Stopping(
             small.make_batches(system, small.random_pairs(30, 7), batch_size=8), batches
         ),
         validation=[small.make_batch(system, rows=8)],
@@ -342,7 +322,7 @@ def test_a_run_keeps_the_bits_of_what_it_does_not_train(name, ema_decay, mesh, t
         assert same == (not path.startswith(("projector/", "slm/decoder/"))), path
 
     # Stopped between two checkpoints, and continued from the first.
-    with pytest.raises(Stop):
+    with pytest.raises(small.Stop):
         fit(tmp_path / "parts", 3, mesh=mesh, **settings)
     small.assert_same(fit(tmp_path / "parts", mesh=mesh, **settings)[1], after)
 

@@ -167,25 +167,9 @@ def test_the_first_signal_waits_for_a_step_and_the_second_does_not():
 
 
 def test_the_clock_saves_the_newest_steps_and_changes_nothing(uninterrupted, tmp_path):
-    class Stop(Exception):
-        pass
-
-    class Stopping:
-        def __init__(self, batches):
-            self.batches, self.left = batches, 11
-
-        def __next__(self):
-            self.left -= 1
-            if self.left < 0:
-                raise Stop
-            return next(self.batches)
-
-        def __getattr__(self, name):
-            return getattr(self.batches, name)
-
     always = {**CHANGES, "save_minutes": 1e-9}
-    with pytest.raises(Stop):
-        train_child.run(str(tmp_path), wrap=Stopping, **always)
+    with pytest.raises(small.Stop):
+        train_child.run(str(tmp_path), wrap=lambda b: small.Stopping(b, 11), **always)
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert saved == [9, 10, 11]
     small.assert_same(train_child.run(str(tmp_path), **CHANGES), uninterrupted[0])

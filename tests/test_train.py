@@ -281,29 +281,9 @@ def test_checkpoints_hold_no_llm_parameter(tmp_path):
     assert not any(np.asarray(leaf).tobytes() in kept for leaf in jax.tree.leaves(frozen))
 
 
-class Stop(Exception):
-    pass
-
-
-class Stopping:
-    """A batch iterator that fails after `count` batches."""
-
-    def __init__(self, batches, count):
-        self.batches, self.count = batches, count
-
-    def __next__(self):
-        self.count -= 1
-        if self.count < 0:
-            raise Stop
-        return next(self.batches)
-
-    def __getattr__(self, name):
-        return getattr(self.batches, name)
-
-
 def test_checkpoints_of_another_configuration_are_refused(tmp_path):
-    with pytest.raises(Stop):
-        fit(tmp_path, steps=4, evaluate_every=2, wrap=lambda b: Stopping(b, 3))
+    with pytest.raises(small.Stop):
+        fit(tmp_path, steps=4, evaluate_every=2, wrap=lambda b: small.Stopping(b, 3))
     with pytest.raises(ValueError, match="come from another configuration"):
         fit(tmp_path, steps=4, evaluate_every=2, fingerprint="g")
     fit(tmp_path, steps=4, evaluate_every=2)
@@ -314,8 +294,10 @@ def test_a_run_continues_on_another_mesh(tmp_path):
         pytest.skip("needs 8 devices")
     config = {"steps": 4, "evaluate_every": 2, "ema_decay": 0.5}
     expected = fit(tmp_path / "whole", "add", **config)
-    with pytest.raises(Stop):
-        fit(tmp_path / "parts", "add", mesh=(2, 2, 2), wrap=lambda b: Stopping(b, 3), **config)
+    with pytest.raises(small.Stop):
+        fit(
+            tmp_path / "parts", "add", mesh=(2, 2, 2), wrap=lambda b: small.Stopping(b, 3), **config
+        )
     params = fit(tmp_path / "parts", "add", **config)
     small.assert_same(params, expected, rtol=1e-3, atol=2e-4)
     for line, other in zip(lines_of(tmp_path / "parts"), lines_of(tmp_path / "whole"), strict=True):
@@ -331,13 +313,13 @@ def uninterrupted(tmp_path_factory):
 def test_a_stopped_run_continues_exactly(uninterrupted, tmp_path):
     # Before the first checkpoint, between two, and at one.
     for batches in (1, 5, 9):
-        with pytest.raises(Stop):
-            train_child.run(str(tmp_path), wrap=lambda b: Stopping(b, batches))  # noqa: B023
+        with pytest.raises(small.Stop):
+            train_child.run(str(tmp_path), wrap=lambda b: small.Stopping(b, batches))  # noqa: B023
     small.assert_same(train_child.run(str(tmp_path)), uninterrupted[0])
     assert lines_of(tmp_path) == uninterrupted[1]
     # A finished run is only read again.
     small.assert_same(
-        train_child.run(str(tmp_path), wrap=lambda b: Stopping(b, 0)), uninterrupted[0]
+        train_child.run(str(tmp_path), wrap=lambda b: small.Stopping(b, 0)), uninterrupted[0]
     )
     assert lines_of(tmp_path) == uninterrupted[1]
 
