@@ -150,7 +150,8 @@ def decode(
         if mismatched:
             raise ValueError("mismatched with an exact system: its text is the LLM's, not L2S's")
         exact = _exact(system, max_new_tokens, search, end_ids)
-        return exact.run(trained, frozen, exact.start(trained, frozen, ids, mask, limits, seeds))
+        state = exact.begin(*exact.read(trained, frozen, ids, mask, limits, seeds))
+        return exact.run(trained, frozen, state)
     settings = {"max_new_tokens": max_new_tokens, "search": search}
     logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     return decode_cache(
@@ -183,7 +184,7 @@ def start(
     """The state after the first token; arguments as of `decode`, no beam search."""
     if isinstance(system, Exact):
         exact = _exact(system, max_new_tokens, search, end_ids)
-        return exact.start(trained, frozen, ids, mask, limits, seeds)
+        return exact.begin(*exact.read(trained, frozen, ids, mask, limits, seeds))
     settings = {"max_new_tokens": max_new_tokens, "search": search}
     logits, cache, history = _read(system, trained, frozen, ids, mask, mismatched, **settings)
     loop = make_loop(system, max_new_tokens, search, end_ids)

@@ -62,20 +62,6 @@ class ExactLoop:
         """Tokens that a row may write: those after its last are drafts."""
         return self.capacity + self.search.draft_tokens + 1
 
-    def start(
-        self,
-        trained: Params,
-        frozen: Params,
-        ids: Int[AnyArray, "B T"],
-        mask: Bool[AnyArray, "B T"],
-        limits: Int[AnyArray, " B"],
-        seeds: UInt32[AnyArray, " B"] | None = None,
-        choices: Choices | None = None,
-        wanted: Bool[AnyArray, " B"] | None = None,
-    ) -> ExactState:
-        """The state after the first token; arguments as of `read`."""
-        return self.begin(*self.read(trained, frozen, ids, mask, limits, seeds, choices, wanted))
-
     def read(
         self,
         trained: Params,
