@@ -11,7 +11,6 @@ import asyncio
 import os
 import queue
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -31,11 +30,11 @@ def ctranslate2_of(checkpoint: str, compute_type: str, threads: int) -> Generate
     """By CTranslate2; the converted model lies beside the checkpoint."""
     import ctranslate2
 
+    from l2s_jax.bench.ct2 import convert
+
     target = f"{checkpoint.rstrip('/')}-ctranslate2-{compute_type}"
     if not os.path.isdir(target):
-        command = [os.path.join(os.path.dirname(sys.executable), "ct2-transformers-converter")]
-        command += ["--model", checkpoint, "--output_dir", target, "--quantization", compute_type]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        convert(checkpoint, target, compute_type)
     model = ctranslate2.Translator(target, compute_type=compute_type, intra_threads=threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
 

@@ -101,19 +101,26 @@ def offline(options: argparse.Namespace, prompts: list[str]) -> dict[str, float 
 
 
 @contextmanager
-def server(command: Sequence[str]) -> Iterator[str]:
-    """A server that is ready; its address."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+def server(command: Sequence[str], **options: Any) -> Iterator[tuple[str, int]]:
+    """A server that is ready: its address, and its process; options as of subprocess.Popen."""
+    command = [sys.executable, *command]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     try:
         assert process.stdout is not None
         ready = process.stdout.readline()
         found = re.search(r"http://\S+", ready)
         if not found:
             raise SystemExit(f"the server did not start: {ready!r}")
-        yield found[0]
+        yield found[0], process.pid
     finally:
         process.terminate()
         process.wait()
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file that have text."""
+    with open(path, encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file if line.strip()]
 
 
 def servers(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -346,8 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", default="serve.json")
     add("--offline", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    with open(options.prompts, encoding="utf-8") as file:
-        prompts = [line.rstrip("\n") for line in file if line.strip()][: options.requests]
+    prompts = read_prompts(options.prompts)[: options.requests]
     if options.peers and not (options.checkpoint and options.max_new_tokens):
         parser.error("--peers: expected --checkpoint and --max_new_tokens beside it")
     if not prompts:
@@ -366,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     result["rows"] = []
     for name, start in servers(options).items():
-        with server(start) as address:
+        with server(start) as (address, _):
             found = asyncio.run(loads(options, name, address, prompts))
         result["rows"] += map(row_of, found)
     write_json(options.output, finite(result))

@@ -16,15 +16,14 @@ import collections
 import json
 import os
 import random
-import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import psutil
+from serve import read_prompts, server
 
 from l2s_jax.bench.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
@@ -171,36 +170,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--output", default="soak.json")
     options = parser.parse_args(argv)
-    with open(options.prompts, encoding="utf-8") as file:
-        prompts = [line.rstrip("\n") for line in file if line.strip()]
-    command = [sys.executable, "-m", "l2s_jax.serve", f"--model={options.model}", "--port=0"]
+    prompts = read_prompts(options.prompts)
+    command = ["-m", "l2s_jax.serve", f"--model={options.model}", "--port=0"]
     command += ["--max_waiting=1000"]
     if options.compilation_cache:
         command += [f"--compilation_cache={options.compilation_cache}"]
-    compiled: list[str] = []
     log = os.path.splitext(options.output)[0] + ".log"
-    with open(log, "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "JAX_LOG_COMPILES": "1"},
-        )
-        try:
-            assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            if not found:
-                raise SystemExit(f"the server did not start; see {log}")
-            before = os.path.getsize(log)
-            soak = Soak(options, prompts, psutil.Process(process.pid))
-            asyncio.run(soak.run(found[0]))
-            with open(log, encoding="utf-8") as file:
-                file.seek(before)
-                compiled = [line for line in file if "Finished XLA compilation" in line]
-        finally:
-            process.terminate()
-            process.wait()
+    environment = {**os.environ, "JAX_LOG_COMPILES": "1"}
+    with (
+        open(log, "w", encoding="utf-8") as errors,
+        server(command, stderr=errors, env=environment) as (address, process),
+    ):
+        before = os.path.getsize(log)
+        soak = Soak(options, prompts, psutil.Process(process))
+        asyncio.run(soak.run(address))
+        with open(log, encoding="utf-8") as file:
+            file.seek(before)
+            compiled = [line for line in file if "Finished XLA compilation" in line]
     quarter = len(soak.memory) // 4
     second = statistics.mean(soak.memory[quarter : 2 * quarter])
     last = statistics.mean(soak.memory[3 * quarter :])

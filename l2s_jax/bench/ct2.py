@@ -20,7 +20,7 @@ class _CTranslate2:
         source = setup.llm if name == "llm" else setup.slm
         target = os.path.join(setup.folder, f"ctranslate2-{name}-{compute_type}")
         if not os.path.isdir(target):
-            _convert(source, target, compute_type)
+            convert(source, target, compute_type)
         self._setup = setup
         self._on_accelerator = setup.accelerator and ctranslate2.get_cuda_device_count() > 0
         options = {
@@ -74,7 +74,12 @@ class _CTranslate2:
         return math.nan if self._on_accelerator else None
 
 
-def _convert(source: str, target: str, compute_type: str) -> None:
+def convert(source: str, target: str, compute_type: str) -> None:
+    """Writes a checkpoint of Hugging Face's in CTranslate2's format.
+
+    Raises:
+      RuntimeError: it cannot be converted.
+    """
     # In a process of its own, whose memory is not the contestant's.
     command = [sys.executable, "-m", "ctranslate2.converters.transformers"]
     command += ["--model", source, "--output_dir", target, "--quantization", compute_type]

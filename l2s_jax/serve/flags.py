@@ -13,7 +13,7 @@ from l2s_jax.bench.arguments import Parser
 if TYPE_CHECKING:
     from l2s_jax.serve.run import Options
 
-_NEEDED = ("starlette", "uvicorn", "prometheus_client", "pydantic")
+_NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "prometheus_client", "pydantic")
 _MODELS = ("l2s", "llm", "exact", "slm")
 _AXES = ("data", "fsdp", "tensor")
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.decoding.slots import Said, Slots
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.programs import Programs
@@ -83,9 +84,9 @@ class Lane:
         self.waiting.append(job)
         return job
 
-    def warm_up(self) -> int:
-        """Compiles every program, and measures what they take; the number of programs."""
-        return self._programs.warm_up()
+    def warm_up(self) -> None:
+        """Compiles every program, and measures what they take."""
+        self._programs.warm_up()
 
     def turn(self, pause_s: float) -> None:
         """Brings in who waits, decodes a chunk, and meanwhile delivers what was said before it.
@@ -212,9 +213,11 @@ class Lane:
             self._patience = PATIENCE
 
     def _advance(self, *, first: bool) -> Said:
-        """A chunk, which is short where somebody waits for a first token."""
+        """A chunk, which is short where somebody waits for a first token, or hears a stream."""
         step_s = self._programs.step_s[self.size]
         steps = round(_FIRST_CHUNK_S / step_s) if first else max(1, round(_CHUNK_S / step_s))
+        if any(job is not None and job.request.streamed for job in self._jobs):
+            steps = min(steps, CHUNK)  # as `Generator.stream` has it
         ended = np.array([job is None or job.ended for job in self._jobs])
         enough = max(1, self.running // _DONE_SHARE)
         self._slots, said = self._programs.advance(self._slots, ended, steps, enough)

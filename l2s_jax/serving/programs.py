@@ -134,14 +134,12 @@ class Programs:
             before = self.step_s.setdefault(size, seconds / steps)
             self.step_s[size] = _MEMORY * before + (1 - _MEMORY) * seconds / steps
 
-    def warm_up(self) -> int:
-        """Compiles every program, and measures what they take; the number of programs."""
+    def warm_up(self) -> None:
+        """Compiles every program, and measures what they take."""
         asked = Search(min_new_tokens=self._generator.max_new_tokens)
         somebody = Request((0,), asked, self._generator.max_new_tokens)
-        shapes = list(itertools.product(self.sizes, self.lengths))
-        moves = [pair for pair in itertools.product(self.sizes, self.sizes) if self._is_move(*pair)]
-        joins = [(a, b) for a, b in itertools.product(self.sizes, self.sizes) if b <= a]
-        count = len(shapes) + len(moves) + len(joins) + len(self.sizes)
+        shapes, shortest = list(itertools.product(self.sizes, self.lengths)), self.lengths[0]
+        short: dict[int, Slots] = {}  # read of the shortest prompts, by their number
 
         def read(shape: tuple[int, int]) -> Slots:
             rows, length = shape
@@ -152,33 +150,29 @@ class Programs:
             return jax.block_until_ready(self.advance(old, np.zeros(size, bool), _STEPS, size))
 
         def use(size: int) -> None:
-            own = read((size, self.lengths[0]))
-            for other in self.sizes:
-                if (size, other) in moves:
-                    self.regroup(own, [], other)
-                if (size, other) in joins:
-                    own = self.insert(own, read((other, self.lengths[0])), range(other))
+            own, place = read((size, shortest)), self.sizes.index(size)
+            for other in self.sizes[: place + 1]:
+                own = self.insert(own, short[other], range(other))
+            for other in self.sizes[max(place - 1, 0) : place + 2]:
+                self.regroup(own, [], other)
             advance(own)
 
         with (
-            tqdm(total=count, desc="compiling", file=sys.stderr) as bar,
+            tqdm(total=len(shapes) + len(self.sizes), desc="compiling", file=sys.stderr) as bar,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
-            for _ in pool.map(read, shapes):
+            for (rows, length), made in zip(shapes, pool.map(read, shapes), strict=True):
+                if length == shortest:
+                    short[rows] = made
                 bar.update()
             for _ in pool.map(use, self.sizes):
-                bar.update((count - len(shapes)) / len(self.sizes))
+                bar.update()
         for shape in shapes:
             began = time.monotonic()
             read(shape)
             self.read_s[shape] = time.monotonic() - began
         for size in self.sizes:
-            own = read((size, self.lengths[0]))
+            own = read((size, shortest))
             began = time.monotonic()
             _, said = advance(own)
             self.measured(size, int(said.steps), time.monotonic() - began)
-        return count
-
-    def _is_move(self, size: int, other: int) -> bool:
-        """Whether `regroup` makes the one of the other in one go."""
-        return abs(self.sizes.index(size) - self.sizes.index(other)) == 1

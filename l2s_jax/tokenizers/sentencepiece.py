@@ -22,9 +22,9 @@ from l2s_jax.tokenizers.huggingface import OWN, SETTINGS_FILE
 
 MODEL_FILE = "spiece.model"
 MODEL_TYPES = ("unigram", "bpe")
-# Work is split between threads by position: a fixed number fixes the order of training's sums.
 # So many texts are worth the threads that a batch starts.
 _MANY = 100
+# Work is split between threads by position: a fixed number fixes the order of training's sums.
 _TRAINING_THREADS = 4
 # SentencePiece drops longer texts from training; its default, 4192, is shorter than many documents.
 _MAX_TEXT_BYTES = 1 << 16
