@@ -154,14 +154,16 @@ def test_no_room_on_the_disk_is_said_before_any_work(tmp_path, capfd, monkeypatc
     (line,) = (x for x in capfd.readouterr().err.splitlines() if x.startswith("error:"))
     # One LLM, two SLMs alone, four L2S.
     assert "7 models are to be made" in line and "0.00 GB are free there" in line
-    assert asked == [str(tmp_path)]
+    assert asked == [str(tmp_path / "grid")]
     assert not (tmp_path / "grid").exists()
 
 
 def test_room_is_asked_for_what_the_files_take():
-    """A model of float32, and two checkpoints with AdamW's two moments."""
+    """A model of float32, and its checkpoints with AdamW's two moments."""
     config = default()
     config.llm.train.steps = 1
+    config.slm.train.update(steps=20, evaluate_every=10)
+    config.l2s.train.evaluate_every = 100
     config.tokenizer.train_vocab_size = 30
     for section in (config.llm, config.slm):
         section.model.update(width=16, num_heads=2, head_width=8, feed_forward_width=32)
@@ -169,6 +171,8 @@ def test_room_is_asked_for_what_the_files_take():
     grid = make_grid(settled(config), ["seed=0,1"])
     sizes = room.sizes(grid.variants[0].config)
     assert list(sizes) == ["llm", "slm", "l2s"]
-    assert sizes["llm"] == sizes["slm"] < sizes["l2s"]
+    # Once validated, twice, and often: the newest three and the best are kept.
+    assert sizes["llm"] * 7 == sizes["slm"] * 4
     # (64 pieces, since it is not known how many more the tokenizer has.)
     assert 5000 * 4 * 7 < sizes["slm"] < 9000 * 4 * 7
+    assert sizes["l2s"] > sizes["slm"] / 7 * 13

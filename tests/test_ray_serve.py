@@ -63,12 +63,13 @@ def replicas(running):
 
 def made_after(address, moment):
     """Whether a replica answers that was made after a moment: each says when it was."""
-    found = [httpx.get(f"{address}/v1/models") for _ in range(4)]
+    # Each waits for its turn in a replica that has all it takes.
+    found = [httpx.get(f"{address}/v1/models", timeout=60) for _ in range(4)]
     return any(one.json()["data"][0]["created"] > moment for one in found if one.status_code == 200)
 
 
 def metric(address, name):
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    lines = httpx.get(f"{address}/metrics", timeout=60).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
 
 

@@ -16,6 +16,7 @@ from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import LanguageModel, parameter_count
+from l2s_jax.training.checkpoint import NEWEST
 
 _FLOAT32 = 4
 # Settings that a model of a stage does not depend on.
@@ -47,7 +48,7 @@ def check_room(grid: Grid, workdir: str) -> None:
                 continue
             needed[_key(variant.config, name)] = size
     missing = sum(needed.values())
-    free = shutil.disk_usage(_existing(workdir)).free
+    free = shutil.disk_usage(workdir).free
     if missing > free:
         raise ValueError(
             f"{workdir}: {len(needed)} models are to be made, which need about "
@@ -88,12 +89,12 @@ def _parameters(model: ModelConfig, pieces: int) -> int:
 
 
 def _copies(section: ConfigDict) -> int:
-    """Bytes on the disk for each parameter: the model, and the latest and the best checkpoint."""
+    """Bytes on the disk for each parameter: the model, the newest checkpoints and the best one."""
     train = section.train
     lora = "lora" in section and section.lora.rank
     checkpoint = 1 + (2 if train.optimizer == "adamw" else 0) + (1 if train.ema_decay else 0)
-    checkpoints = 0 if lora else checkpoint * (1 if train.select == "last" else 2)
-    return _FLOAT32 * (1 + checkpoints)
+    kept = min(NEWEST + (train.select != "last"), -(-train.steps // train.evaluate_every))
+    return _FLOAT32 * (1 + (0 if lora else checkpoint * kept))
 
 
 def _key(config: ConfigDict, name: str) -> str:
@@ -104,14 +105,6 @@ def _key(config: ConfigDict, name: str) -> str:
     if name == "l2s":
         values["slm"] = {k: v for k, v in values["slm"].items() if k not in ("train", "lora")}
     return json.dumps([name, values], sort_keys=True)
-
-
-def _existing(path: str) -> str:
-    """The nearest folder above that exists."""
-    path = os.path.abspath(path)
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
 
 
 def _gigabytes(size: int) -> str:
