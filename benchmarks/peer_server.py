@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
+    listener.listen()
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     asyncio.run(server.serve(sockets=[listener]))

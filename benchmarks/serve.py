@@ -371,14 +371,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "offline": json.loads(finished.stdout.splitlines()[-1]),
     }
     result["rows"] = []
+    stem = options.output.removesuffix(".json")
     for name, start in servers(options).items():
         with server(start) as (address, _):
             found = asyncio.run(loads(options, name, address, prompts))
         result["rows"] += map(row_of, found)
-    write_json(options.output, finite(result))
-    stem = options.output.removesuffix(".json")
-    write_text(f"{stem}.md", table(result))
-    plot(result["rows"], f"{stem}.png")
+        # After each server, so that none is lost with the next.
+        write_json(options.output, finite(result))
+        write_text(f"{stem}.md", table(result))
+        plot(result["rows"], f"{stem}.png")
     print(table(result), end="")
     return 0
 
