@@ -66,7 +66,9 @@ def transformers_of(checkpoint: str, dtype: str, threads: int) -> Generate:
                 do_sample=False,
                 num_beams=1,
             )
-        return (found[:, 1:] != tokenizer.pad_token_id).sum(1).tolist()
+        # Padding follows the token that ends a response; before it, it is a token like others.
+        before = (found[:, 1:] == tokenizer.eos_token_id).cumsum(1) == 0
+        return before.sum(1).tolist()
 
     return generate
 

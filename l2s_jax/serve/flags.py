@@ -93,8 +93,8 @@ def make_parser(prog: str, description: str) -> Parser:
     add(
         "--pause_ms",
         type=seconds,
-        default=50.0,
-        help="for how long new prompts may hold up responses at a time (default: 50)",
+        default=1000.0,
+        help="for how long new prompts may hold up responses at a time (default: 1000)",
     )
     add("--time_s", type=number(float, 0.001, 1e9), default=600.0, help="of a request (600)")
     add("--drain_s", type=seconds, default=30.0, help="SIGTERM: at most so long (default: 30)")

@@ -36,7 +36,7 @@ class Limits:
 
     slots: int = 32
     max_waiting: int = 256
-    pause_s: float = 0.05
+    pause_s: float = 1.0
     time_s: float = 600.0
     body_bytes: int = 1 << 20
     api_key: str = ""

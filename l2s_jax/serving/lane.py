@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +22,11 @@ from l2s_jax.serving.request import Job, Piece, Request
 _CHUNK_S = 0.02
 _FIRST_CHUNK_S = 0.01
 _DONE_SHARE = 4
+# Where several responses have ended at once, the next prompts are waited for, to be read together:
+# for at most this share of what reading one takes.
+_GATHER_SHARE = 0.25
+# Of the time that was spent on reading, what is decoded before prompts are read again.
+_OWED_SHARE = 0.5
 # Turns that fewer slots would have done for, before there are fewer.
 PATIENCE = 8
 
@@ -56,6 +62,7 @@ class Lane:
         self._jobs: list[Job | None] = []  # of each slot
         self._patience = PATIENCE
         self._owed_s = 0.0  # of decoding, before prompts are read again
+        self._ended = 0  # of those whose slots were freed last
         self._untold: list[_News] = []
 
     @property
@@ -91,13 +98,14 @@ class Lane:
     def turn(self, pause_s: float) -> None:
         """Brings in who waits, decodes a chunk, and meanwhile delivers what was said before it.
 
-        pause_s: for how long prompts may be read while others are being answered. One is read
-          however long it takes.
+        pause_s: for how long prompts may be read while others are being answered, or for as long as
+          the first of them has waited. One is read however long it takes.
 
         Raises:
           NotRead: a step of reading failed; those whose prompts it read have been told.
           Exception: another step failed, and what slots hold is lost: `abandon` goes on from there.
         """
+        self._gather()
         self._leave()
         joining = self._next(pause_s)
         if joining:
@@ -141,11 +149,22 @@ class Lane:
             if job is not None and (end := job.overdue(now)):
                 job.stop(end)
 
+    def _gather(self) -> None:
+        """Waits a little for the next prompts of those who have just been answered together."""
+        if self.running or not self.waiting:
+            return
+        length = self._programs.length_for(self.waiting[0].request)
+        alone_s = self._programs.read_s[self._programs.sizes[0], length]
+        until = time.monotonic() + _GATHER_SHARE * alone_s
+        while len(self.waiting) < self._ended and time.monotonic() < until:
+            time.sleep(alone_s / 100)
+        self._ended = 0
+
     def _next(self, pause_s: float) -> list[Job]:
         """Those that are read now: the first in the queue, and others that are read with it.
 
         Of programs that would do, it is the one that reads the most prompts per second. Those who
-        are being answered have as much time as was last spent on reading, so that they go on, and
+        are being answered are owed time for what was last spent on reading, so that they go on, and
         that prompts are read together.
         """
         running, programs = self.running, self._programs
@@ -153,18 +172,17 @@ class Lane:
         if not self.waiting or not room or (running and self._owed_s > 0):
             return []
         waiting, least = list(self.waiting), programs.length_for(self.waiting[0].request)
-        chosen, best = [], 0.0
+        pause_s = max(pause_s, time.monotonic() - waiting[0].arrived)
+        chosen, best = waiting[:1], 0.0
         for length in programs.lengths:
             if length < least:
                 continue
-            most = room
-            if running:
-                short = [n for n in programs.sizes if programs.read_s[n, length] <= pause_s]
-                most = min(room, short[-1] if short else 1)
-            fits = [job for job in waiting if programs.length_for(job.request) <= length][:most]
-            speed = len(fits) / programs.read_s[programs.size_for(len(fits)), length]
-            if speed > best:
-                chosen, best = fits, speed
+            fit = (job for job in waiting if programs.length_for(job.request) <= length)
+            fits = list(itertools.islice(fit, room))
+            for size in programs.sizes:
+                read_s, number = programs.read_s[size, length], min(size, len(fits))
+                if number / read_s >= best and not (running and read_s > pause_s):
+                    chosen, best = fits[:number], number / read_s
         for job in chosen:
             self.waiting.remove(job)
         return chosen
@@ -191,7 +209,10 @@ class Lane:
         else:
             self._slots, empty = read, len(read.fresh) - len(joining)
             self._jobs = [*joining, *[None] * empty]
-        self._owed_s = programs.read_s[programs.size_for(len(joining)), length]
+        # The fewer they are that pause beside those that wait, the less they are owed.
+        share = min(1.0, self.running / max(1, len(self.waiting)))
+        read_s = programs.read_s[programs.size_for(len(joining)), length]
+        self._owed_s = _OWED_SHARE * share * read_s
 
     def _insert(self, joining: list[Job], read: Slots) -> None:
         self._fit(self.running + len(joining))
@@ -215,7 +236,7 @@ class Lane:
     def _advance(self, *, first: bool) -> Said:
         """A chunk, which is short where somebody waits for a first token, or hears a stream."""
         step_s = self._programs.step_s[self.size]
-        steps = round(_FIRST_CHUNK_S / step_s) if first else max(1, round(_CHUNK_S / step_s))
+        steps = max(1, round((_FIRST_CHUNK_S if first else _CHUNK_S) / step_s))
         if any(job is not None and job.request.streamed for job in self._jobs):
             steps = min(steps, CHUNK)  # as `Generator.stream` has it
         ended = np.array([job is None or job.ended for job in self._jobs])
@@ -228,7 +249,9 @@ class Lane:
         scored = any(job is not None and job.request.scored for job in self._jobs)
         said = jax.device_get(said if scored else said.replace(scores=None))
         self._untold.append(_News(tuple(self._jobs), said))
+        running = self.running
         for slot, job in enumerate(self._jobs):
             if job is not None and (said.done[slot] or job.ended):
                 self._jobs[slot] = None
+        self._ended = running - self.running or self._ended
         return int(said.steps)

@@ -53,7 +53,11 @@ class Programs:
             if isinstance(system, Exact)
             else SlotLoop(system, generator.end_ids, capacity)
         )
-        self.sizes = buckets(sharding.batch_ways(generator.mesh), max_slots, 2)
+        ways = sharding.batch_ways(generator.mesh)
+        self.sizes = buckets(ways, max_slots, 2)
+        if max_slots % (16 * ways) == 0:
+            # Under load some slots are always empty, between two requests.
+            self.sizes = tuple(sorted({*self.sizes, max_slots // 4 * 3}))
         self.lengths = tuple(generator.prompt_lengths)
         self.read_s: dict[tuple[int, int], float] = {}
         self.step_s: dict[int, float] = {}
