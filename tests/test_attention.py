@@ -53,9 +53,13 @@ def plain(query, key_value, bias):
 
 @pytest.fixture
 def few_scores(monkeypatch):
-    """Blocks of few queries, for few keys."""
-    monkeypatch.setattr(attention, "SCORES", 60)
-    monkeypatch.setattr(attention, "QUERIES", 3)
+    """Blocks of few queries and keys."""
+    small_blocks(monkeypatch)
+
+
+def small_blocks(monkeypatch, scores=60, queries=3, keys=4):
+    for name, size in (("SCORES", scores), ("QUERIES", queries), ("KEYS", keys)):
+        monkeypatch.setattr(attention, name, size)
 
 
 def sight(mask, window):
@@ -80,30 +84,39 @@ def sight(mask, window):
     ),
     window=st.none() | st.integers(1, 9),
     start=st.integers(0, 39),
-    count=st.integers(1, 7),
+    queries=st.integers(1, 7),
+    first=st.integers(0, 39),
+    keys=st.integers(1, 7),
 )
-def test_a_block_of_a_causal_bias_is_that_of_its_queries(mask, window, start, count):
+def test_a_block_of_a_causal_bias_is_that_of_its_queries(mask, window, start, queries, first, keys):
     mask = np.asarray(mask)
-    start = min(start, mask.shape[1] - 1)
+    start, first = (min(slot, mask.shape[1] - 1) for slot in (start, first))
     bias = CausalBias(mask, token_positions(jnp.asarray(mask)), window)
-    found = np.asarray(bias.rows(start, count))
-    expected = np.where(sight(mask, window), 0.0, attention.MASKED)[:, :, start : start + count]
-    real = found[:, :, : expected.shape[2]]  # a block may have more than there are
-    np.testing.assert_array_equal(real, expected)
+    found = np.asarray(bias.block(start, queries, first, keys))
+    visible = sight(mask, window)[:, :, start : start + queries, first : first + keys]
+    expected = np.where(visible, 0.0, attention.MASKED)
+    # A block may have more than there are.
+    np.testing.assert_array_equal(found[:, :, : visible.shape[2], : visible.shape[3]], expected)
+    assert bias.sees(start, queries, first, keys) or not visible.any()
 
 
 @settings(max_examples=30, deadline=None)
-@given(length=st.integers(1, 30), start=st.integers(0, 29), count=st.integers(1, 9))
-def test_a_block_of_a_bias_by_distance_is_that_of_its_queries(length, start, count):
-    start = min(start, length - 1)
+@given(
+    length=st.integers(1, 30),
+    start=st.integers(0, 29),
+    queries=st.integers(1, 9),
+    first=st.integers(0, 29),
+    keys=st.integers(1, 9),
+)
+def test_a_block_of_a_bias_by_distance_is_that_of_its_queries(length, start, queries, first, keys):
+    start, first = min(start, length - 1), min(first, length - 1)
     by_distance = np.arange(2 * (2 * length - 1), dtype=np.float32).reshape(2, -1)
-    found = np.asarray(
-        DistanceBias(np.ones((1, length), bool), jnp.asarray(by_distance)).rows(start, count)
-    )
-    for query in range(start, min(start + count, length)):
-        for key in range(length):
+    bias = DistanceBias(np.ones((1, length), bool), jnp.asarray(by_distance))
+    found = np.asarray(bias.block(start, queries, first, keys))
+    for query in range(start, min(start + queries, length)):
+        for key in range(first, min(first + keys, length)):
             expected = by_distance[:, length - 1 + key - query]
-            np.testing.assert_array_equal(found[0, :, query - start, key], expected)
+            np.testing.assert_array_equal(found[0, :, query - start, key - first], expected)
 
 
 def biases(mask):
@@ -127,9 +140,13 @@ def test_blocks_are_attention(few_scores, kind, length, groups):
     query, key_value = parts(2, 4, groups, length, length, 6)
     bias = biases(mask)[kind]
     assert not attention.at_once(length, length)
-    whole = bias if isinstance(bias, jax.Array) else bias.rows(0, length)
+    whole = bias if isinstance(bias, jax.Array) else bias.block(0, length, 0, length)
     found = jax.jit(attend, static_argnums=3)(query, key_value, bias, SCALE)
-    np.testing.assert_allclose(found, plain(query, key_value, whole), rtol=2e-5, atol=2e-6)
+    # What sees nothing is padding; blocks of nothing that is visible are left out for it.
+    seeing = np.broadcast_to((whole > attention.MASKED / 2).any((1, 3)), (2, length))
+    expected = plain(query, key_value, whole)
+    assert np.isfinite(found).all() and seeing.any()
+    np.testing.assert_allclose(found[seeing], expected[seeing], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "distance", "array"])
@@ -139,7 +156,7 @@ def test_the_gradient_through_blocks_is_that_of_all_scores(monkeypatch, kind, dt
     mask = jax.random.bernoulli(jax.random.key(5), 0.7, (2, 30))
     query, key_value = parts(2, 4, 2, 30, 30, 6, dtype)
     bias = biases(mask)[kind]
-    weights = normal(2, 30, 24, seed=6)
+    weights = normal(2, 30, 24, seed=6) * (jnp.cumsum(mask, axis=1) > 0)[:, :, None]
     drop = Dropout(rate)
 
     def loss(query, key_value, bias):
@@ -160,8 +177,7 @@ def test_the_gradient_through_blocks_is_that_of_all_scores(monkeypatch, kind, dt
 
         of_all, arguments = jax.value_and_grad(of_bias, argnums=(0, 1)), differentiated
     expected = of_all(*arguments)
-    monkeypatch.setattr(attention, "SCORES", 60)
-    monkeypatch.setattr(attention, "QUERIES", 3)
+    small_blocks(monkeypatch)
     found = of_all(*arguments)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.03, "atol": 0.1}
     jax.tree.map(
@@ -239,8 +255,7 @@ def test_models_of_all_families_read_long_prompts(monkeypatch, family, how):
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (_, expected), expected_gradient = found()
-    monkeypatch.setattr(attention, "SCORES", 128)
-    monkeypatch.setattr(attention, "QUERIES", 8)
+    small_blocks(monkeypatch, 128, 8, 11)
     jax.clear_caches()
     (_, logits), gradient = found()
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
@@ -280,7 +295,7 @@ def test_the_kernel_is_attention_at_what_is_real(mesh, groups):
 
         return jax.value_and_grad(one, argnums=(0, 1), has_aux=True)
 
-    whole = bias.rows(0, 256)
+    whole = bias.block(0, 256, 0, 256)
     expected = loss(lambda query, key_value: attend(query, key_value, whole, SCALE))
     kernel = loss(
         lambda query, key_value: attention.by_kernel(query, key_value, bias, SCALE, interpret=True)

@@ -1,12 +1,13 @@
 """Attention, whose scores never fill the memory, however long the prompt.
 
 Scores are [B, N, Q, K] in float32: 137 GB for one row of 32,768 positions and 32 heads. Where they
-are many, `attend` makes them for a block of queries at a time, from a bias that is made for a block
-at a time too. Memory then grows as the length. A query's scores are all there at once, so its
-softmax is the plain one. The gradient makes each block's scores again.
+are many, `attend` makes them for a block of queries and keys at a time, from a bias that is made
+for a block at a time too, with a softmax that goes on from block to block (Milakov and Gimelshein
+2018, arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682). Memory then grows as the length.
+The gradient makes each block's scores again.
 
-On TPUs, causal attention over a long prompt is by JAX's kernel, splash attention, which makes no
-scores in memory at all. Letters as in layers.py.
+On TPUs, causal attention over a long prompt is by JAX's kernel, splash attention. Letters as in
+layers.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +33,8 @@ log = logging.getLogger(__name__)
 # gives uniform weights and not NaN.
 MASKED = -1e10
 
-# The scores of a head that are made at once, and the fewest queries that they are made for.
-SCORES, QUERIES = 1 << 20, 64
+# Of more scores than this, those of a head are made in blocks of at most so many queries and keys.
+SCORES, QUERIES, KEYS = 1 << 20, 256, 512
 
 # The kernel takes so many queries and keys at a time: the first of these that divides the length.
 _PIECES = (512, 256, 128)
@@ -52,14 +54,32 @@ class CausalBias(struct.PyTreeNode):
     positions: Int32[Array, "B T"]
     window: int | Int32[Array, ""] | None
 
-    def rows(self, start: int | jax.Array, count: int) -> Float32[Array, "B 1 {count} T"]:
-        """The bias of `count` queries, from the one in slot `start` on."""
-        slots, own = jnp.arange(self.mask.shape[1]), start + jnp.arange(count)
-        visible = jnp.asarray(self.mask)[:, None, :] & (slots[None, :] <= own[:, None])[None]
+    def block(
+        self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
+    ) -> Float32[Array, "B 1 {queries} {keys}"]:
+        """The bias of the queries from `start` on to the keys from `first` on."""
+        own, other = start + jnp.arange(queries), first + jnp.arange(keys)
+        visible = _at(self.mask, other)[:, None, :] & (other[None, :] <= own[:, None])[None]
         if self.window is not None:
-            at = jnp.take(self.positions, own, axis=1, mode="clip")
-            visible = visible & (at[:, :, None] - self.positions[:, None, :] < self.window)
+            visible = visible & self._in_window(own, other)
         return mask_bias(visible)[:, None]
+
+    def sees(
+        self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
+    ) -> bool | Bool[Array, ""]:
+        """False where a block has nothing that is visible."""
+        before = first < start + queries
+        # On a mesh all devices would have to tell each other.
+        if self.window is None or program_mesh() is not None:
+            return before
+        own, other = start + jnp.arange(queries), first + jnp.arange(keys)
+        return before & jnp.any(self._in_window(own, other))
+
+    def _in_window(
+        self, own: Int32[Array, " Q"], other: Int32[Array, " K"]
+    ) -> Bool[Array, "B Q K"]:
+        distance = _at(self.positions, own)[:, :, None] - _at(self.positions, other)[:, None, :]
+        return distance < self.window
 
 
 class DistanceBias(struct.PyTreeNode):
@@ -72,22 +92,34 @@ class DistanceBias(struct.PyTreeNode):
     mask: Bool[AnyArray, "B T"]
     by_distance: Float32[Array, "N 2*T-1"]
 
-    def rows(self, start: int | jax.Array, count: int) -> Float32[Array, "B N {count} T"]:
-        """The bias of `count` queries, from the one in slot `start` on."""
-        heads, keys = self.by_distance.shape[0], self.mask.shape[1]
-        # What the block's last query has of the first key, and on; it may lie beyond the end.
-        padded = jnp.pad(self.by_distance, ((0, 0), (count, 0)))
-        near = keys + count - 1
-        held = jax.lax.dynamic_slice_in_dim(padded, keys - start, near, axis=1)
+    def block(
+        self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
+    ) -> Float32[Array, "B N {queries} {keys}"]:
+        """The bias of the queries from `start` on to the keys from `first` on."""
+        heads, length = self.by_distance.shape[0], self.mask.shape[1]
+        # What the last query has of the first key, and on. Blocks may go beyond the last slot.
+        padded = jnp.pad(self.by_distance, ((0, 0), (queries, keys)))
+        near = queries + keys - 1
+        held = jax.lax.dynamic_slice_in_dim(padded, length + first - start, near, axis=1)
         # Each query has the same numbers as the one before, one place further right. Numbers that
         # repeat after `near` + 1 and are read in rows of `near` move so. A gather, which takes each
         # by itself, is slow on accelerators.
-        repeated = jnp.tile(jnp.pad(held, ((0, 0), (0, 1))), (1, count))
-        rows = repeated[:, : count * near].reshape(heads, count, near)[:, :, count - 1 :]
-        return rows[None] + mask_bias(self.mask)[:, None, None, :]
+        repeated = jnp.tile(jnp.pad(held, ((0, 0), (0, 1))), (1, queries))
+        rows = repeated[:, : queries * near].reshape(heads, queries, near)[:, :, queries - 1 :]
+        real = _at(self.mask, first + jnp.arange(keys))
+        return rows[None] + mask_bias(real)[:, None, None, :]
+
+    def sees(self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int) -> bool:
+        """Every block has something that is visible."""
+        return True
 
 
 Bias = jax.Array | CausalBias | DistanceBias
+
+
+def _at(x: AnyArray, slots: Int32[Array, " K"]) -> Array:
+    """Of x [B, T], these slots; beyond the last, the last."""
+    return jnp.take(jnp.asarray(x), slots, axis=1, mode="clip")
 
 
 def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
@@ -97,7 +129,7 @@ def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
 
 def at_once(queries: int, keys: int) -> bool:
     """Whether the scores of so many queries and keys are made at once, and their bias too."""
-    return queries <= QUERIES or queries * keys <= SCORES
+    return queries * keys <= SCORES
 
 
 def attend(
@@ -118,17 +150,15 @@ def attend(
     """
     queries, keys = query.shape[2], key_value.key.shape[2]
     if at_once(queries, keys):
-        whole = bias if isinstance(bias, jax.Array) else bias.rows(0, queries)
-        weights = _weights(query, key_value.key, whole, scale)
+        whole = bias if isinstance(bias, jax.Array) else bias.block(0, queries, 0, keys)
+        scores = products.by_keys(query, key_value.key) * scale + whole
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
         return products.by_values(weights if dropout is None else dropout(weights), key_value.value)
     blocks = functools.partial(_by_blocks, scale=scale, dropout=dropout)
     if dropout is not None or not _has_kernel(query, key_value, bias):
-        _say(f"attention to {keys:,} keys: in blocks of {_block(keys)} queries")
+        _say(f"attention to {keys:,} keys: in blocks")
         return blocks(query, key_value, bias)
-    _say(
-        f"attention to {keys:,} keys: on a TPU by splash attention, elsewhere in blocks of "
-        f"{_block(keys)} queries"
-    )
+    _say(f"attention to {keys:,} keys: on a TPU by splash attention, elsewhere in blocks")
     kernel = functools.partial(by_kernel, scale=scale)
     return jax.lax.platform_dependent(query, key_value, bias, tpu=kernel, default=blocks)
 
@@ -139,19 +169,12 @@ def _say(what: str) -> None:
     log.info("%s", what)
 
 
-def _weights(
-    query: Float[Array, "B N Q H"],
-    key: Float[Array, "B G K H"],
-    bias: Float32[Array, "#B #N #Q #K"],
-    scale: float,
-) -> Float[Array, "B N Q K"]:
-    scores = products.by_keys(query, key) * scale + bias
-    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+class _Mixed(NamedTuple):
+    """Values as far as they are mixed: their sum, that of their weights, and the largest score."""
 
-
-def _block(keys: int) -> int:
-    """How many queries are in a block."""
-    return max(QUERIES, SCORES // keys)
+    values: Float32[Array, "B N Q H"]
+    total: Float32[Array, "B N Q"]
+    top: Float32[Array, "B N Q"]
 
 
 def _by_blocks(
@@ -161,35 +184,95 @@ def _by_blocks(
     scale: float,
     dropout: Dropout | None,
 ) -> Float[Array, "B Q N*H"]:
-    """As `attend`, for one block of queries after the other."""
+    """As `attend`, for one block of queries and keys after the other."""
     rows, heads, queries, width = query.shape
-    keys = key_value.key.shape[2]
-    size = min(_block(keys), queries)
-    count = -(-queries // size)
-    room = ((0, 0), (0, 0), (0, count * size - queries), (0, 0))
-    blocks = jnp.pad(query, room).reshape(rows, heads, count, size, width)
-    if isinstance(bias, jax.Array) and bias.shape[2] > 1:
-        bias = jnp.pad(bias, room)
-    kept = None if dropout is None else dropout(jnp.ones((rows, heads, 1, keys), query.dtype))
+    groups, keys = key_value.key.shape[1:3]
+    size, piece = _even(queries, QUERIES), _even(keys, KEYS)
     # Their gradients are added up over the blocks, which bfloat16 is too short for.
-    held = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), key_value)
+    held = jax.tree.map(lambda leaf: _pieces(leaf.astype(jnp.float32), piece, axis=2), key_value)
+    kept = None
+    if dropout is not None:
+        kept = _pieces(dropout(jnp.ones((rows, heads, 1, keys), query.dtype)), piece, axis=3)
+    if isinstance(bias, jax.Array):
+        bias = _Given(bias, size, piece)
+    firsts = jnp.arange(len(held.key)) * piece
 
     @jax.checkpoint
     def mix(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        index, own = block
-        key, value = (leaf.astype(query.dtype) for leaf in (held.key, held.value))
-        weights = _weights(own, key, _rows(bias, index * size, size), scale)
-        return products.by_values(weights if kept is None else weights * kept, value)
+        start, own = block
 
-    mixed = jax.lax.map(mix, (jnp.arange(count), jnp.moveaxis(blocks, 2, 0)))
-    return jnp.moveaxis(mixed, 0, 1).reshape(rows, count * size, heads * width)[:, :queries]
+        def add(so_far: _Mixed, part: Any) -> _Mixed:
+            first, held, kept = part
+            key, value = held.key.astype(own.dtype), held.value.astype(own.dtype)
+            scores = products.by_keys(own, key) * scale + bias.block(start, size, first, piece)
+            real = first + jnp.arange(piece) < keys
+            scores = jnp.where(real[None, None, None, :], scores, -jnp.inf)
+            # No gradient goes through it: weights and their sum are divided by it alike.
+            top = jax.lax.stop_gradient(jnp.maximum(so_far.top, scores.max(axis=-1)))
+            less, weights = jnp.exp(so_far.top - top), jnp.exp(scores - top[..., None])
+            total = so_far.total * less + weights.sum(axis=-1)
+            weights = (
+                weights.astype(own.dtype) if kept is None else weights.astype(own.dtype) * kept
+            )
+            grouped = weights.reshape(rows, groups, -1, size, piece)
+            more = jnp.einsum(
+                "bgrqk,bgkh->bgrqh", grouped, value, preferred_element_type=jnp.float32
+            ).reshape(rows, heads, size, width)
+            return _Mixed(so_far.values * less[..., None] + more, total, top)
+
+        @jax.checkpoint
+        def turn(so_far: _Mixed, part: Any) -> tuple[_Mixed, None]:
+            seen = bias.sees(start, size, part[0], piece)
+            if seen is True:
+                return add(so_far, part), None
+            return jax.lax.cond(seen, add, lambda so_far, _: so_far, so_far, part), None
+
+        nothing = jnp.zeros((rows, heads, size), jnp.float32)
+        begun = _Mixed(jnp.zeros((*nothing.shape, width)), nothing, nothing - jnp.inf)
+        mixed, _ = jax.lax.scan(turn, begun, (firsts, held, kept))
+        return (mixed.values / mixed.total[..., None]).astype(own.dtype)
+
+    own = _pieces(query, size, axis=2)
+    mixed = jax.lax.map(mix, (jnp.arange(len(own)) * size, own))
+    mixed = jnp.moveaxis(mixed, 0, 2).reshape(rows, heads, -1, width)[:, :, :queries]
+    return mixed.transpose(0, 2, 1, 3).reshape(rows, queries, -1)
 
 
-def _rows(bias: Bias, start: jax.Array, count: int) -> Float32[Array, "#B #N #{count} #K"]:
-    """The bias of `count` queries from `start` on."""
-    if not isinstance(bias, jax.Array):
-        return bias.rows(start, count)
-    return jax.lax.dynamic_slice_in_dim(bias, start, count, axis=2) if bias.shape[2] > 1 else bias
+class _Given:
+    """The blocks of a bias that is there as a whole."""
+
+    def __init__(self, bias: Float32[Array, "#B #N #Q #K"], queries: int, keys: int):
+        self._bias = bias
+        for axis, size in ((2, queries), (3, keys)):
+            if bias.shape[axis] > 1:
+                room = [(0, 0)] * 4
+                room[axis] = (0, -bias.shape[axis] % size)
+                self._bias = jnp.pad(self._bias, room)
+
+    def block(
+        self, start: jax.Array, queries: int, first: jax.Array, keys: int
+    ) -> Float32[Array, "#B #N #{queries} #{keys}"]:
+        bias = self._bias
+        for axis, at, size in ((2, start, queries), (3, first, keys)):
+            if bias.shape[axis] > 1:
+                bias = jax.lax.dynamic_slice_in_dim(bias, at, size, axis)
+        return bias
+
+    def sees(self, start: jax.Array, queries: int, first: jax.Array, keys: int) -> bool:
+        return True
+
+
+def _even(length: int, most: int) -> int:
+    """The size of the blocks of at most so many that a length is split into."""
+    return -(-length // -(-length // most))
+
+
+def _pieces(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """x in blocks of that size along an axis, which are a first axis; the last may be padded."""
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, -x.shape[axis] % size)
+    x = jnp.pad(x, room)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _has_kernel(query: jax.Array, key_value: KeyValue, bias: Bias) -> bool:

@@ -153,7 +153,7 @@ class CausalModel(nn.Module):
             windows = [length if window is None else window for window in windows]
         biases: Any = [CausalBias(mask, positions, window) for window in windows]
         if at_once(length, length):
-            biases = [bias.rows(0, length) for bias in biases]
+            biases = [bias.block(0, length, 0, length) for bias in biases]
         if one_of:
             biases = jax.tree.map(lambda *each: jnp.stack(each), *biases)
 
