@@ -75,7 +75,7 @@ def sight(mask, window):
     return seen[:, None]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     mask=st.integers(1, 40).flatmap(
         lambda length: st.lists(
@@ -100,18 +100,23 @@ def test_a_block_of_a_causal_bias_is_that_of_its_queries(mask, window, start, qu
     assert bias.sees(start, queries, first, keys) or not visible.any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     length=st.integers(1, 30),
     start=st.integers(0, 29),
     queries=st.integers(1, 9),
     first=st.integers(0, 29),
     keys=st.integers(1, 9),
+    reach=st.sampled_from([1, 3, 30]),
 )
-def test_a_block_of_a_bias_by_distance_is_that_of_its_queries(length, start, queries, first, keys):
+def test_a_block_of_a_bias_by_distance_is_that_of_its_queries(
+    length, start, queries, first, keys, reach
+):
     start, first = min(start, length - 1), min(first, length - 1)
     by_distance = np.arange(2 * (2 * length - 1), dtype=np.float32).reshape(2, -1)
-    bias = DistanceBias(np.ones((1, length), bool), jnp.asarray(by_distance))
+    far = np.abs(np.arange(1 - length, length)) >= reach
+    by_distance[:, far] = np.where(np.arange(1 - length, length) > 0, 7.5, 8.5)[far]
+    bias = DistanceBias(np.ones((1, length), bool), jnp.asarray(by_distance), reach)
     found = np.asarray(bias.block(start, queries, first, keys))
     for query in range(start, min(start + queries, length)):
         for key in range(first, min(first + keys, length)):
@@ -128,7 +133,7 @@ def biases(mask):
         "causal": CausalBias(mask, positions, None),
         "window": CausalBias(mask, positions, 5),
         "window by a number": CausalBias(mask, positions, jnp.int32(5)),
-        "distance": DistanceBias(mask, normal(4, 2 * length - 1, seed=4)),
+        "distance": DistanceBias(mask, normal(4, 2 * length - 1, seed=4), length),
     }
 
 

@@ -12,9 +12,11 @@ layers.py.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,8 @@ SCORES, QUERIES, KEYS = 1 << 20, 256, 512
 
 # The kernel takes so many queries and keys at a time: the first of these that divides the length.
 _PIECES = (512, 256, 128)
+
+_all_at_once = contextvars.ContextVar("all_at_once", default=False)
 
 Dropout = Callable[[jax.Array], jax.Array]
 
@@ -87,27 +91,42 @@ class DistanceBias(struct.PyTreeNode):
 
     mask: true at real positions.
     by_distance: of keys from T - 1 slots before a query to T - 1 after it.
+    reach: from how many slots on it is the same, on either side.
     """
 
     mask: Bool[AnyArray, "B T"]
     by_distance: Float32[Array, "N 2*T-1"]
+    reach: int = struct.field(pytree_node=False)
 
     def block(
         self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
     ) -> Float32[Array, "B N {queries} {keys}"]:
         """The bias of the queries from `start` on to the keys from `first` on."""
-        heads, length = self.by_distance.shape[0], self.mask.shape[1]
-        # What the last query has of the first key, and on. Blocks may go beyond the last slot.
+        real = _at(self.mask, first + jnp.arange(keys))
+        least, most = first - start - queries + 1, first - start + keys - 1
+        near = (least < self.reach) & (most > -self.reach)
+        far = self.by_distance[:, jnp.where(least > 0, -1, 0)]
+        rows = jax.lax.cond(
+            near,
+            lambda: self._near(least, queries, keys),
+            lambda: jnp.broadcast_to(far[:, None, None], (len(far), queries, keys)),
+        )
+        return rows[None] + mask_bias(real)[:, None, None, :]
+
+    def _near(
+        self, least: int | jax.Array, queries: int, keys: int
+    ) -> Float32[Array, "N {queries} {keys}"]:
+        """Of a block whose last query has its first key at this distance."""
+        # Blocks may go beyond the last slot.
         padded = jnp.pad(self.by_distance, ((0, 0), (queries, keys)))
-        near = queries + keys - 1
-        held = jax.lax.dynamic_slice_in_dim(padded, length + first - start, near, axis=1)
+        length, size = self.mask.shape[1], queries + keys - 1
+        held = jax.lax.dynamic_slice_in_dim(padded, length - 1 + least + queries, size, axis=1)
         # Each query has the same numbers as the one before, one place further right. Numbers that
-        # repeat after `near` + 1 and are read in rows of `near` move so. A gather, which takes each
+        # repeat after `size` + 1 and are read in rows of `size` move so. A gather, which takes each
         # by itself, is slow on accelerators.
         repeated = jnp.tile(jnp.pad(held, ((0, 0), (0, 1))), (1, queries))
-        rows = repeated[:, : queries * near].reshape(heads, queries, near)[:, :, queries - 1 :]
-        real = _at(self.mask, first + jnp.arange(keys))
-        return rows[None] + mask_bias(real)[:, None, None, :]
+        rows = repeated[:, : queries * size].reshape(-1, queries, size)
+        return rows[:, :, queries - 1 :]
 
     def sees(self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int) -> bool:
         """Every block has something that is visible."""
@@ -129,7 +148,20 @@ def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
 
 def at_once(queries: int, keys: int) -> bool:
     """Whether the scores of so many queries and keys are made at once, and their bias too."""
-    return queries * keys <= SCORES
+    return queries * keys <= SCORES or _all_at_once.get()
+
+
+@contextlib.contextmanager
+def all_at_once() -> Iterator[None]:
+    """Has programs that are traced in it make all scores at once, however many.
+
+    For counting operations: of a loop's body, compilers count those of one turn.
+    """
+    token = _all_at_once.set(True)
+    try:
+        yield
+    finally:
+        _all_at_once.reset(token)
 
 
 def attend(

@@ -59,4 +59,5 @@ class RelativeBias(nn.Module):
             slots = jnp.arange(length)
             return self(slots[None], slots) + mask_bias(mask)[:, None, None, :]
         distances = jnp.arange(1 - length, length)
-        return DistanceBias(mask, self(jnp.zeros((1, 1), jnp.int32), distances)[0, :, 0])
+        by_distance = self(jnp.zeros((1, 1), jnp.int32), distances)[0, :, 0]
+        return DistanceBias(mask, by_distance, self.max_distance)
