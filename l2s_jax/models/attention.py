@@ -102,19 +102,23 @@ class DistanceBias(struct.PyTreeNode):
         self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
     ) -> Float32[Array, "B N {queries} {keys}"]:
         """The bias of the queries from `start` on to the keys from `first` on."""
+        near = functools.partial(self._near, queries=queries, keys=keys)
+
+        def near_or_far(least: jax.Array) -> jax.Array:
+            far = self.by_distance[:, jnp.where(least > 0, -1, 0)][:, None, None]
+            is_near = (least < self.reach) & (least + queries + keys - 2 > -self.reach)
+            whole = (self.by_distance.shape[0], queries, keys)
+            return jax.lax.cond(is_near, near, lambda _: jnp.broadcast_to(far, whole), least)
+
+        least = jnp.asarray(first - start - queries + 1)
+        # On a CPU most of the time would be spent on it. Accelerators never write it to memory, but
+        # for a condition's sake.
+        rows = jax.lax.platform_dependent(least, cpu=near_or_far, default=near)
         real = _at(self.mask, first + jnp.arange(keys))
-        least, most = first - start - queries + 1, first - start + keys - 1
-        near = (least < self.reach) & (most > -self.reach)
-        far = self.by_distance[:, jnp.where(least > 0, -1, 0)]
-        rows = jax.lax.cond(
-            near,
-            lambda: self._near(least, queries, keys),
-            lambda: jnp.broadcast_to(far[:, None, None], (len(far), queries, keys)),
-        )
         return rows[None] + mask_bias(real)[:, None, None, :]
 
     def _near(
-        self, least: int | jax.Array, queries: int, keys: int
+        self, least: Int32[Array, ""], queries: int, keys: int
     ) -> Float32[Array, "N {queries} {keys}"]:
         """Of a block whose last query has its first key at this distance."""
         # Blocks may go beyond the last slot.
