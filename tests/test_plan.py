@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster import sharding
 from l2s_jax.cluster.chips import CHIPS, chip_of
 from l2s_jax.config import default
+from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.plan import hlo
 from l2s_jax.plan.command import plan
 from l2s_jax.plan.models import make_plan
@@ -177,6 +179,29 @@ def test_other_chips(topology, gib, tmp_path):
     assert report["programs"]["encode"]["bytes_per_chip"]["capacity"] == int(gib * GIB)
     assert report["chip"]["source"].startswith("https://docs.cloud.google.com/tpu/docs/v")
     assert chip_of(open_slice(topology).devices[0]) is CHIPS[topology.split(":")[0]]
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monkeypatch):
+    """Scores of all pairs of 4,096 tokens of 8 rows a chip would be 4 GiB, of each layer."""
+    config = small_config(data=4)
+    length, rows = 4096, 32
+    if family == "llama":
+        of_llm = dataclasses.replace(GEOMETRIES["llama-3-8b"], vocab_size=512, num_layers=2)
+        small = {"width": 256, "num_heads": 2, "num_kv_heads": 1, "feed_forward_width": 64}
+        monkeypatch.setitem(GEOMETRIES, "long", dataclasses.replace(of_llm, **small))
+        for section in (config.llm, config.slm):
+            section.path = "long"
+            section.model.update(default().llm.model)
+    config.max_prompt_tokens, config.buckets = length, ((length, 16),)
+    config.l2s.train.batch_size = config.decoding.batch_size = rows
+    config.dtype = "bfloat16"
+    report = planned(config, tmp_path, "v5e:2x2", programs=["encode"])
+    program = report["programs"]["encode"]
+    assert program["fits"] and program["bytes_per_chip"]["temporaries"] < GIB
+    # Queries by keys, and weights by values, of all heads.
+    width, layers = (32, 1) if family == "t5" else (256, 2)
+    assert program["flops"] > layers * 4 * rows / 4 * length**2 * width
 
 
 def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):

@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
+from l2s_jax.models.attention import Bias, CausalBias, at_once, attend, mask_bias
 from l2s_jax.models.cache import CausalCache, KeyValue, block, place, write
-from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, attend, mask_bias, unit
+from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, unit
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
 from l2s_jax.models.vocabulary import RESPONSE_TABLE
@@ -73,7 +74,7 @@ class CausalAttention(nn.Module):
         self,
         x: Float[Array, "B Q D"],
         positions: Int32[Array, "B Q"],
-        bias: Float32[Array, "B 1 Q K"],
+        bias: Bias,
         cache: KeyValue | None = None,
         index: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
@@ -96,7 +97,7 @@ class CausalAttention(nn.Module):
             held,
             bias,
             self.head_width**-0.5,
-            lambda weights: self.dropout(weights, deterministic=deterministic),
+            self.dropout.unless(deterministic),
         )
         return self.output(mixed), held
 
@@ -145,14 +146,22 @@ class CausalModel(nn.Module):
         c = self.config
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
         x = split_rows(x)
-        slots = jnp.arange(x.shape[1])
-        visible = mask[:, None, :] & (slots[None, :] <= slots[:, None])[None]
-        biases, which = _biases(c.windows, visible, positions, positions)
-        if c.scan_layers and len(biases) > 1:
-            biases = jnp.stack(biases)
+        length = x.shape[1]
+        windows, which = _distinct(c.windows)
+        one_of = c.scan_layers and len(windows) > 1
+        if one_of:
+            windows = [length if window is None else window for window in windows]
+        biases: Any = [CausalBias(mask, positions, window) for window in windows]
+        if at_once(length, length):
+            biases = [bias.block(0, length, 0, length) for bias in biases]
+        if one_of:
+            biases = jax.tree.map(lambda *each: jnp.stack(each), *biases)
 
         def run(layer: nn.Module, x: jax.Array, i: Any) -> tuple[jax.Array, Any]:
-            bias = biases[i] if len(biases) > 1 else biases[0]
+            if one_of:
+                bias = jax.tree.map(lambda each: each[i], biases)
+            else:
+                bias = biases[0 if c.scan_layers else i]
             x, key_value = layer(x, positions, bias, deterministic=deterministic)
             x = split_rows(x)
             return x, {"": None, "keys": key_value, "states": x, "both": (key_value, x)}[kept]
@@ -295,7 +304,8 @@ class CausalModel(nn.Module):
         key_positions = jnp.concatenate(
             [cache.prompt_positions, cache.prompt_lengths[:, None] + slots[None]], axis=1
         )
-        biases, which = _biases(self.config.windows, visible, positions, key_positions)
+        windows, which = _distinct(self.config.windows)
+        biases = [_bias(window, visible, positions, key_positions) for window in windows]
         x = split_rows(self.enter(x, positions))
         written = []
         layers = each_layer(self.layers)
@@ -341,19 +351,19 @@ def _last_real(x: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"]) -> Float
     return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
 
-def _biases(
-    windows: Sequence[int | None],
+def _distinct(windows: Sequence[int | None]) -> tuple[list[int | None], list[int]]:
+    """The windows that differ, and which of them each layer has."""
+    distinct = list(dict.fromkeys(windows))
+    return distinct, [distinct.index(window) for window in windows]
+
+
+def _bias(
+    window: int | None,
     visible: Bool[AnyArray, "B Q K"],
     query_positions: Int32[Array, "B Q"],
     key_positions: Int32[Array, "B K"],
-) -> tuple[list[Float32[Array, "B 1 Q K"]], list[int]]:
-    """The biases that differ, and which of them each layer has: that of its window."""
-
-    def bias(window: int | None) -> jax.Array:
-        if window is None:
-            return mask_bias(visible)[:, None]
-        distance = query_positions[:, :, None] - key_positions[:, None, :]
-        return mask_bias(visible & (distance < window))[:, None]
-
-    distinct = list(dict.fromkeys(windows))
-    return [bias(window) for window in distinct], [distinct.index(window) for window in windows]
+) -> Float32[Array, "B 1 Q K"]:
+    """Of what is visible, what lies in the window."""
+    if window is not None:
+        visible = visible & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+    return mask_bias(visible)[:, None]

@@ -84,6 +84,16 @@ GEOMETRIES: dict[str, ModelConfig] = {
         rotary=Rotary(128, 1e6),
         query_key_norm=True,
     ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        width=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_width=128,
+        feed_forward_width=14336,
+        num_layers=32,
+        rotary=Rotary(128, 5e5),
+    ),
     "llama-3-70b": LlamaConfig(
         vocab_size=128256,
         width=8192,

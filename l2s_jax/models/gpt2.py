@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
+from l2s_jax.models.attention import Bias
 from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
@@ -104,7 +105,7 @@ class Layer(nn.Module):
         self,
         x: Float32[Array, "B Q D"],
         positions: Int32[Array, "B Q"],
-        bias: Float32[Array, "B 1 Q K"],
+        bias: Bias,
         cache: KeyValue | None = None,
         index: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,

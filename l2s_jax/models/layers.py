@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import qwix
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, constrain, split_rows
 from l2s_jax.models import products
+from l2s_jax.models.attention import Bias, attend
 from l2s_jax.models.cache import KeyValue
 
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
@@ -30,10 +31,6 @@ ACTIVATIONS = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
-
-# Added to attention scores where the mask is false. Finite, so that a row that is masked throughout
-# gives uniform weights and not NaN.
-MASKED = -1e10
 
 
 def _of_features(x: AnyArray, rank: int) -> jax.Array:
@@ -127,27 +124,6 @@ class LayerNorm(nn.Module):
         return x + _of_features(bias, x.ndim)
 
 
-def attend(
-    query: Float[Array, "B N Q H"],
-    key_value: KeyValue,
-    bias: Float32[Array, "#B #N #Q #K"],
-    scale: float,
-    dropout: Callable[[jax.Array], jax.Array],
-) -> Float[Array, "B Q N*H"]:
-    """Softmax attention of N query heads to G key heads, each of which N/G queries share.
-
-    Args:
-      query: in any dtype, which is the result's.
-      key_value: [B, G, K, H], in the query's dtype.
-      bias: of the scores, mask included.
-      scale: of the scores.
-      dropout: of the weights.
-    """
-    scores = products.by_keys(query, key_value.key) * scale + bias
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
-    return products.by_values(weights, key_value.value)
-
-
 class Attention(nn.Module):
     """Multi-head attention; `N * H` need not equal D.
 
@@ -185,19 +161,14 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B Q D"],
         key_value: KeyValue,
-        bias: Float32[Array, "#B #N #Q #K"],
+        bias: Bias,
         deterministic: bool = True,
     ) -> Float32[Array, "B Q D"]:
         """What the positions x take from `key_value`; `bias` has the mask in it."""
         query = self._split_heads(self.query(x))
-        mixed = attend(
-            query,
-            key_value,
-            bias,
-            self.scale,
-            lambda weights: self.dropout(weights, deterministic=deterministic),
+        return self.output(
+            attend(query, key_value, bias, self.scale, self.dropout.unless(deterministic))
         )
-        return self.output(mixed)
 
 
 class Dropout(nn.Dropout):
@@ -209,7 +180,8 @@ class Dropout(nn.Dropout):
 
     broadcast_dims: Sequence[int] = (-2,)
 
-
-def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
-    """0 where true, a large negative number where false."""
-    return jnp.where(mask, 0.0, MASKED)
+    def unless(self, deterministic: bool) -> Callable[[jax.Array], jax.Array] | None:
+        """What drops some of an array; None where nothing is dropped."""
+        if deterministic or not self.rate:
+            return None
+        return functools.partial(self, deterministic=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
+from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.models.attention import Bias, DistanceBias, at_once, mask_bias
 from l2s_jax.models.layers import Initializer
 
 
@@ -49,3 +51,13 @@ class RelativeBias(nn.Module):
         if self.bidirectional:
             bucket = bucket + one_sided * (ahead > 0)
         return jnp.take(embedding, bucket, axis=0).astype(jnp.float32).transpose(0, 3, 1, 2)
+
+    def of_prompt(self, mask: Bool[AnyArray, "B T"]) -> Bias:
+        """The bias of the positions of a prompt to each other, which see all that are real."""
+        length = mask.shape[1]
+        if at_once(length, length):
+            slots = jnp.arange(length)
+            return self(slots[None], slots) + mask_bias(mask)[:, None, None, :]
+        distances = jnp.arange(1 - length, length)
+        by_distance = self(jnp.zeros((1, 1), jnp.int32), distances)[0, :, 0]
+        return DistanceBias(mask, by_distance, self.max_distance)

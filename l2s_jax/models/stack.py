@@ -9,7 +9,6 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
-from l2s_jax.models.layers import mask_bias
 from l2s_jax.models.stacking import make_layers, run_layers
 from l2s_jax.models.t5_layers import EncoderLayer, T5Config, relative_bias
 
@@ -34,8 +33,7 @@ class Stack(nn.Module):
         mask: Bool[AnyArray, "B T"],
         deterministic: bool,
     ) -> Float32[Array, "B T D"]:
-        positions = jax.numpy.arange(projected.shape[1])
-        bias = self.relative_bias(positions[None], positions) + mask_bias(mask)[:, None, None, :]
+        bias = self.relative_bias.of_prompt(mask)
 
         def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
             return split_rows(layer(x, bias, deterministic)), None

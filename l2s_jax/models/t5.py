@@ -16,8 +16,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
+from l2s_jax.models.attention import mask_bias
 from l2s_jax.models.cache import DecoderCache, KeyValue, block, empty_key_value, place
-from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, mask_bias, unit
+from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
 from l2s_jax.models.vocabulary import response_size, response_table
@@ -55,8 +56,7 @@ class Encoder(nn.Module):
         deterministic: bool,
         keep: bool,
     ) -> tuple[Float32[Array, "B T D"], Any]:
-        positions = jnp.arange(x.shape[1])
-        bias = self.relative_bias(positions[None], positions) + mask_bias(mask)[:, None, None, :]
+        bias = self.relative_bias.of_prompt(mask)
 
         def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, jax.Array | None]:
             x = split_rows(layer(x, bias, deterministic))

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
+from l2s_jax.models.attention import Bias
 from l2s_jax.models.cache import KeyValue, write
 from l2s_jax.models.layers import Attention, Dropout, Linear, RMSNorm
 from l2s_jax.models.relative import RelativeBias
@@ -108,7 +109,7 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(c.dropout_rate)
 
     def __call__(
-        self, x: Float32[Array, "B T D"], bias: Float32[Array, "B N T T"], deterministic: bool
+        self, x: Float32[Array, "B T D"], bias: Bias, deterministic: bool
     ) -> Float32[Array, "B T D"]:
         y = self.attention_norm(x)
         y = self.attention(y, self.attention.key_value(y), bias, deterministic)

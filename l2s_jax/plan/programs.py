@@ -19,6 +19,7 @@ from l2s_jax.cluster.chips import Chip
 from l2s_jax.config import buckets_of
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
+from l2s_jax.models.attention import all_at_once
 from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size
@@ -266,11 +267,14 @@ class Compiler:
         """A device's part of the program before it is split.
 
         The compiler may turn a product whose factors it gathers into a loop over their parts, of
-        which it counts one.
+        which it counts one; so it does of attention in blocks.
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-        whole = jax.jit(function.__wrapped__).lower(*shapes).cost_analysis() or {}
-        return whole.get("flops", 0.0) / self.mesh.size
+        with all_at_once():
+            # A function of its own, which JAX has not traced yet.
+            whole = jax.jit(lambda *inputs: function.__wrapped__(*inputs))
+            counted = whole.lower(*shapes).cost_analysis() or {}
+        return counted.get("flops", 0.0) / self.mesh.size
 
     def _placed(self, params: Any) -> Any:
         """Parameters with the shardings of the rules."""

@@ -1,0 +1,367 @@
+"""Attention, whose scores never fill the memory, however long the prompt.
+
+Scores are [B, N, Q, K] in float32: 137 GB for one row of 32,768 positions and 32 heads. Where they
+are many, `attend` makes them for a block of queries and keys at a time, from a bias that is made
+for a block at a time too, with a softmax that goes on from block to block (Milakov and Gimelshein
+2018, arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682). Memory then grows as the length.
+The gradient makes each block's scores again.
+
+On TPUs, causal attention over a long prompt is by JAX's kernel, splash attention. Letters as in
+layers.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from l2s_jax.cluster.sharding import ROWS, AnyArray, batch_ways, program_mesh
+from l2s_jax.models import products
+from l2s_jax.models.cache import KeyValue
+
+log = logging.getLogger(__name__)
+
+# Added to attention scores where the mask is false. Finite, so that a row that is masked throughout
+# gives uniform weights and not NaN.
+MASKED = -1e10
+
+# Of more scores than this, those of a head are made in blocks of at most so many queries and keys.
+SCORES, QUERIES, KEYS = 1 << 20, 256, 512
+
+# The kernel takes so many queries and keys at a time: the first of these that divides the length.
+_PIECES = (512, 256, 128)
+
+_all_at_once = contextvars.ContextVar("all_at_once", default=False)
+
+Dropout = Callable[[jax.Array], jax.Array]
+
+
+class CausalBias(struct.PyTreeNode):
+    """Each position sees the real ones in the slots up to its own.
+
+    mask: true at real positions.
+    positions: how many real ones come before each slot.
+    window: how many of them, itself included, a position sees; None: all.
+    """
+
+    mask: Bool[AnyArray, "B T"]
+    positions: Int32[Array, "B T"]
+    window: int | Int32[Array, ""] | None
+
+    def block(
+        self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
+    ) -> Float32[Array, "B 1 {queries} {keys}"]:
+        """The bias of the queries from `start` on to the keys from `first` on."""
+        own, other = start + jnp.arange(queries), first + jnp.arange(keys)
+        visible = _at(self.mask, other)[:, None, :] & (other[None, :] <= own[:, None])[None]
+        if self.window is not None:
+            visible = visible & self._in_window(own, other)
+        return mask_bias(visible)[:, None]
+
+    def sees(
+        self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
+    ) -> bool | Bool[Array, ""]:
+        """False where a block has nothing that is visible."""
+        before = first < start + queries
+        # On a mesh all devices would have to tell each other.
+        if self.window is None or program_mesh() is not None:
+            return before
+        own, other = start + jnp.arange(queries), first + jnp.arange(keys)
+        return before & jnp.any(self._in_window(own, other))
+
+    def _in_window(
+        self, own: Int32[Array, " Q"], other: Int32[Array, " K"]
+    ) -> Bool[Array, "B Q K"]:
+        distance = _at(self.positions, own)[:, :, None] - _at(self.positions, other)[:, None, :]
+        return distance < self.window
+
+
+class DistanceBias(struct.PyTreeNode):
+    """Each position sees all real ones, with a bias by their distance, as in T5's encoder.
+
+    mask: true at real positions.
+    by_distance: of keys from T - 1 slots before a query to T - 1 after it.
+    reach: from how many slots on it is the same, on either side.
+    """
+
+    mask: Bool[AnyArray, "B T"]
+    by_distance: Float32[Array, "N 2*T-1"]
+    reach: int = struct.field(pytree_node=False)
+
+    def block(
+        self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
+    ) -> Float32[Array, "B N {queries} {keys}"]:
+        """The bias of the queries from `start` on to the keys from `first` on."""
+        near = functools.partial(self._near, queries=queries, keys=keys)
+
+        def near_or_far(least: jax.Array) -> jax.Array:
+            far = self.by_distance[:, jnp.where(least > 0, -1, 0)][:, None, None]
+            is_near = (least < self.reach) & (least + queries + keys - 2 > -self.reach)
+            whole = (self.by_distance.shape[0], queries, keys)
+            return jax.lax.cond(is_near, near, lambda _: jnp.broadcast_to(far, whole), least)
+
+        least = jnp.asarray(first - start - queries + 1)
+        # On a CPU most of the time would be spent on it. Accelerators never write it to memory, but
+        # for a condition's sake.
+        rows = jax.lax.platform_dependent(least, cpu=near_or_far, default=near)
+        real = _at(self.mask, first + jnp.arange(keys))
+        return rows[None] + mask_bias(real)[:, None, None, :]
+
+    def _near(
+        self, least: Int32[Array, ""], queries: int, keys: int
+    ) -> Float32[Array, "N {queries} {keys}"]:
+        """Of a block whose last query has its first key at this distance."""
+        # Blocks may go beyond the last slot.
+        padded = jnp.pad(self.by_distance, ((0, 0), (queries, keys)))
+        length, size = self.mask.shape[1], queries + keys - 1
+        held = jax.lax.dynamic_slice_in_dim(padded, length - 1 + least + queries, size, axis=1)
+        # Each query has the same numbers as the one before, one place further right. Numbers that
+        # repeat after `size` + 1 and are read in rows of `size` move so. A gather, which takes each
+        # by itself, is slow on accelerators.
+        repeated = jnp.tile(jnp.pad(held, ((0, 0), (0, 1))), (1, queries))
+        rows = repeated[:, : queries * size].reshape(-1, queries, size)
+        return rows[:, :, queries - 1 :]
+
+    def sees(self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int) -> bool:
+        """Every block has something that is visible."""
+        return True
+
+
+Bias = jax.Array | CausalBias | DistanceBias
+
+
+def _at(x: AnyArray, slots: Int32[Array, " K"]) -> Array:
+    """Of x [B, T], these slots; beyond the last, the last."""
+    return jnp.take(jnp.asarray(x), slots, axis=1, mode="clip")
+
+
+def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
+    """0 where true, a large negative number where false."""
+    return jnp.where(mask, 0.0, MASKED)
+
+
+def at_once(queries: int, keys: int) -> bool:
+    """Whether the scores of so many queries and keys are made at once, and their bias too."""
+    return queries * keys <= SCORES or _all_at_once.get()
+
+
+@contextlib.contextmanager
+def all_at_once() -> Iterator[None]:
+    """Has programs that are traced in it make all scores at once, however many.
+
+    For counting operations: of a loop's body, compilers count those of one turn.
+    """
+    token = _all_at_once.set(True)
+    try:
+        yield
+    finally:
+        _all_at_once.reset(token)
+
+
+def attend(
+    query: Float[Array, "B N Q H"],
+    key_value: KeyValue,
+    bias: Bias,
+    scale: float,
+    dropout: Dropout | None = None,
+) -> Float[Array, "B Q N*H"]:
+    """Softmax attention of N query heads to G key heads, each of which N/G queries share.
+
+    Args:
+      query: in any dtype, which is the result's.
+      key_value: [B, G, K, H], in the query's dtype.
+      bias: of the scores, mask included: an array [#B, #N, #Q, #K], or what makes one.
+      scale: of the scores.
+      dropout: of the weights, with one mask for all queries; None: there is none.
+    """
+    queries, keys = query.shape[2], key_value.key.shape[2]
+    if at_once(queries, keys):
+        whole = bias if isinstance(bias, jax.Array) else bias.block(0, queries, 0, keys)
+        scores = products.by_keys(query, key_value.key) * scale + whole
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        return products.by_values(weights if dropout is None else dropout(weights), key_value.value)
+    blocks = functools.partial(_by_blocks, scale=scale, dropout=dropout)
+    if dropout is not None or not _has_kernel(query, key_value, bias):
+        _say(f"attention to {keys:,} keys: in blocks")
+        return blocks(query, key_value, bias)
+    _say(f"attention to {keys:,} keys: on a TPU by splash attention, elsewhere in blocks")
+    kernel = functools.partial(by_kernel, scale=scale)
+    return jax.lax.platform_dependent(query, key_value, bias, tpu=kernel, default=blocks)
+
+
+@functools.cache
+def _say(what: str) -> None:
+    """Logs it, once for all layers."""
+    log.info("%s", what)
+
+
+class _Mixed(NamedTuple):
+    """Values as far as they are mixed: their sum, that of their weights, and the largest score."""
+
+    values: Float32[Array, "B N Q H"]
+    total: Float32[Array, "B N Q"]
+    top: Float32[Array, "B N Q"]
+
+
+def _by_blocks(
+    query: Float[Array, "B N Q H"],
+    key_value: KeyValue,
+    bias: Bias,
+    scale: float,
+    dropout: Dropout | None,
+) -> Float[Array, "B Q N*H"]:
+    """As `attend`, for one block of queries and keys after the other."""
+    rows, heads, queries, width = query.shape
+    groups, keys = key_value.key.shape[1:3]
+    size, piece = _even(queries, QUERIES), _even(keys, KEYS)
+    # Their gradients are added up over the blocks, which bfloat16 is too short for.
+    held = jax.tree.map(lambda leaf: _pieces(leaf.astype(jnp.float32), piece, axis=2), key_value)
+    kept = None
+    if dropout is not None:
+        kept = _pieces(dropout(jnp.ones((rows, heads, 1, keys), query.dtype)), piece, axis=3)
+    if isinstance(bias, jax.Array):
+        bias = _Given(bias, size, piece)
+    firsts = jnp.arange(len(held.key)) * piece
+
+    @jax.checkpoint
+    def mix(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        start, own = block
+
+        def add(so_far: _Mixed, part: Any) -> _Mixed:
+            first, held, kept = part
+            key, value = held.key.astype(own.dtype), held.value.astype(own.dtype)
+            scores = products.by_keys(own, key) * scale + bias.block(start, size, first, piece)
+            real = first + jnp.arange(piece) < keys
+            scores = jnp.where(real[None, None, None, :], scores, -jnp.inf)
+            # No gradient goes through it: weights and their sum are divided by it alike.
+            top = jax.lax.stop_gradient(jnp.maximum(so_far.top, scores.max(axis=-1)))
+            less, weights = jnp.exp(so_far.top - top), jnp.exp(scores - top[..., None])
+            total = so_far.total * less + weights.sum(axis=-1)
+            weights = (
+                weights.astype(own.dtype) if kept is None else weights.astype(own.dtype) * kept
+            )
+            grouped = weights.reshape(rows, groups, -1, size, piece)
+            more = jnp.einsum(
+                "bgrqk,bgkh->bgrqh", grouped, value, preferred_element_type=jnp.float32
+            ).reshape(rows, heads, size, width)
+            return _Mixed(so_far.values * less[..., None] + more, total, top)
+
+        @jax.checkpoint
+        def turn(so_far: _Mixed, part: Any) -> tuple[_Mixed, None]:
+            seen = bias.sees(start, size, part[0], piece)
+            if seen is True:
+                return add(so_far, part), None
+            return jax.lax.cond(seen, add, lambda so_far, _: so_far, so_far, part), None
+
+        nothing = jnp.zeros((rows, heads, size), jnp.float32)
+        begun = _Mixed(jnp.zeros((*nothing.shape, width)), nothing, nothing - jnp.inf)
+        mixed, _ = jax.lax.scan(turn, begun, (firsts, held, kept))
+        return (mixed.values / mixed.total[..., None]).astype(own.dtype)
+
+    own = _pieces(query, size, axis=2)
+    mixed = jax.lax.map(mix, (jnp.arange(len(own)) * size, own))
+    mixed = jnp.moveaxis(mixed, 0, 2).reshape(rows, heads, -1, width)[:, :, :queries]
+    return mixed.transpose(0, 2, 1, 3).reshape(rows, queries, -1)
+
+
+class _Given:
+    """The blocks of a bias that is there as a whole."""
+
+    def __init__(self, bias: Float32[Array, "#B #N #Q #K"], queries: int, keys: int):
+        self._bias = bias
+        for axis, size in ((2, queries), (3, keys)):
+            if bias.shape[axis] > 1:
+                room = [(0, 0)] * 4
+                room[axis] = (0, -bias.shape[axis] % size)
+                self._bias = jnp.pad(self._bias, room)
+
+    def block(
+        self, start: jax.Array, queries: int, first: jax.Array, keys: int
+    ) -> Float32[Array, "#B #N #{queries} #{keys}"]:
+        bias = self._bias
+        for axis, at, size in ((2, start, queries), (3, first, keys)):
+            if bias.shape[axis] > 1:
+                bias = jax.lax.dynamic_slice_in_dim(bias, at, size, axis)
+        return bias
+
+    def sees(self, start: jax.Array, queries: int, first: jax.Array, keys: int) -> bool:
+        return True
+
+
+def _even(length: int, most: int) -> int:
+    """The size of the blocks of at most so many that a length is split into."""
+    return -(-length // -(-length // most))
+
+
+def _pieces(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """x in blocks of that size along an axis, which are a first axis; the last may be padded."""
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, -x.shape[axis] % size)
+    x = jnp.pad(x, room)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _has_kernel(query: jax.Array, key_value: KeyValue, bias: Bias) -> bool:
+    """Whether `by_kernel` can do it: a window counts positions, of which padding has none."""
+    if not isinstance(bias, CausalBias) or bias.window is not None:
+        return False
+    rows, heads, length, _ = query.shape
+    if length % _PIECES[-1]:
+        return False
+    mesh = program_mesh()
+    if mesh is None:
+        return True
+    tensor = mesh.shape["tensor"]
+    return not (rows % batch_ways(mesh) or heads % tensor or key_value.key.shape[1] % tensor)
+
+
+def by_kernel(
+    query: Float[Array, "B N T H"],
+    key_value: KeyValue,
+    bias: CausalBias,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B T N*H"]:
+    """As `attend`, by the kernel for TPUs; `interpret`: elsewhere, slowly, for tests.
+
+    What padding sees is other padding, so its results are others than those of `attend`.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    rows, heads, length, width = query.shape
+    piece = next(size for size in _PIECES if length % size == 0)
+    sizes = dict.fromkeys(
+        (f"block_{name}" for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")), piece
+    )
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * query.shape[1])
+        kernel = splash.make_splash_mha(
+            causal,
+            block_sizes=splash.BlockSizes(**sizes),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        segments = mask.astype(jnp.int32)
+        ids = splash.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(query * jnp.asarray(scale, query.dtype), key, value, ids)
+
+    if program_mesh() is not None:
+        split, by_row = P(ROWS, "tensor"), P(ROWS)
+        run = jax.shard_map(
+            run, in_specs=(split, split, split, by_row), out_specs=split, check_vma=False
+        )
+    mixed = run(query, key_value.key, key_value.value, jnp.asarray(bias.mask))
+    return mixed.transpose(0, 2, 1, 3).reshape(rows, length, heads * width)
