@@ -10,12 +10,14 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 UNFINISHED = ".tmp"
+_OWN_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(UNFINISHED)}$")
 # Of errors of files that come while a run goes on, and are no mistake of whoever started it.
 _FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOMEM}
 
@@ -73,6 +75,11 @@ def atomic_directory(path: str) -> Iterator[str]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file or folder of this name is what `replacing` or `atomic_directory` writes to."""
+    return _OWN_UNFINISHED.search(name) is not None
 
 
 def write_bytes(path: str, content: bytes) -> None:

@@ -126,11 +126,8 @@ log = logging.getLogger("l2s_jax")
 
 def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     """One mode of the command."""
-    if mode == "plan":
-        _plan(config, workdir)
-        return
-    if mode == "status":
-        _status(config, workdir)
+    if mode in ("plan", "status"):
+        (_plan if mode == "plan" else _status)(config, workdir)
         return
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
@@ -138,6 +135,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     from l2s_jax.cluster import distributed, lock
     from l2s_jax.experiment import workdir as workdirs
     from l2s_jax.serving.generate_file import generate_file
+    from l2s_jax.training import trackers
 
     if _COMPILATION_CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
@@ -161,7 +159,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
             weights=_WEIGHTS.value,
         )
         return
-    with lock.of_job(workdir):
+    with lock.of_job(workdir), trackers.closing():
         _work(config, workdir, mode)
 
 
@@ -195,7 +193,7 @@ def _work(config: ConfigDict, workdir: str, mode: str) -> None:
     if _UNTIL.value:
         experiment.make(_UNTIL.value)
         return
-    EvaluationStage(experiment).make()
+    EvaluationStage(experiment).remake()
     _print_report(workdir, "report.md")
 
 

@@ -2,15 +2,23 @@
 
 import copy
 import itertools
+import json
 import re
 from collections import Counter
 
+import grain
 import numpy as np
 import pytest
+from grain.experimental import LimitIterDataset, assert_equal_output_after_checkpoint
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from l2s_jax.data.batches import LengthGroups, evaluation_batches, training_batches
+from l2s_jax.data.batches import (
+    LengthGroups,
+    evaluation_batches,
+    training_batches,
+    validation_batches,
+)
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 
@@ -152,6 +160,59 @@ def test_resumption_is_exact(lengths, stop, seed):
     assert_equal(take(resumed, 40 - stop), straight[stop:])
     first.set_state(state)
     assert_equal(take(first, 3), straight[stop : stop + 3])
+
+
+OPTIONS = {"prompt_name": "llm", "buckets": [(5, 5), (9, 9)], "batch_size": 12}
+
+
+class Training(grain.IterDataset):
+    """`training_batches`, each time from the first on."""
+
+    def __init__(self, data, rows=None):
+        super().__init__()
+        self.data, self.rows = data, rows
+
+    def __iter__(self):
+        return training_batches(self.data, seed=0, rows=self.rows, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def two_epochs():
+    """Data of which two epochs, and a batch, are 13 batches."""
+    random = np.random.default_rng(0)
+    return make_data([tuple(pair) for pair in random.integers(2, 10, (80, 2)).tolist()])
+
+
+@pytest.mark.parametrize("rows", [None, np.array([3, 1, 8])])
+def test_grain_finds_each_state_exact(two_epochs, rows):
+    training = LimitIterDataset(Training(two_epochs, rows), 13)
+    assert_equal_output_after_checkpoint(training)
+    own = np.arange(12) if rows is None else rows
+    assert_equal_output_after_checkpoint(validation_batches(two_epochs, rows=own, **OPTIONS))
+
+
+def test_each_state_continues_with_any_number_of_processes(two_epochs):
+    def start(processes):
+        rows = np.split(np.arange(12), processes)
+        return [iter(Training(two_epochs, own)) for own in rows]
+
+    straight = take(iter(Training(two_epochs)), 13)
+    shapes = {batch["llm_ids"].shape for batch in straight}
+    assert len(shapes) == 2
+    for before in (1, 2, 3):
+        saving = start(before)
+        for step in range(12):
+            (state,) = {json.dumps(each.get_state()) for each in saving}
+            for after in (1, 2, 4):
+                resumed = start(after)
+                for each in resumed:
+                    each.set_state(json.loads(state))
+                for expected in straight[step : step + 2]:
+                    parts = [next(each) for each in resumed]
+                    whole = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+                    assert_equal([whole], [expected])
+            for each in saving:
+                next(each)
 
 
 @settings(max_examples=40, deadline=None)

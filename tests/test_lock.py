@@ -100,3 +100,18 @@ def test_no_lock_is_left_by_a_run_that_fails(tmp_path):
     with pytest.raises(RuntimeError), lock.of_job(str(tmp_path / "a" / "run")):
         raise RuntimeError
     assert not (tmp_path / "a" / "run").exists()
+
+
+def test_what_killed_runs_were_writing_goes_and_all_else_stays(tmp_path):
+    unfinished = f".{'0a' * 16}.tmp"
+    kept = [f"out.jsonl{unfinished}", "notes.tmp", "other/.lock", f"other/a{unfinished}"]
+    gone = [f"config.json{unfinished}", f"llm/model{unfinished}/config.json", f"l/a{unfinished}"]
+    for name in (*kept, *gone):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+    with lock.of_job(str(tmp_path)):
+        pass
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == set(kept)
+    assert not (tmp_path / f"llm/model{unfinished}").exists()

@@ -12,6 +12,7 @@ from l2s_jax.config import default, model_config
 from l2s_jax.experiment import workdir
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.settings.declare import Section, recorded, setting
+from l2s_jax.training.trackers import Trackers
 
 
 class Made(RecordedStage):
@@ -19,7 +20,10 @@ class Made(RecordedStage):
 
     def __init__(self, directory, inputs, mode="make"):
         models = {name: SimpleNamespace(path="") for name in ("llm", "slm")}
-        context = SimpleNamespace(workdir=str(directory), mode=mode, config=models, shared="")
+        followed = Trackers((), str(directory), {})
+        context = SimpleNamespace(
+            workdir=str(directory), mode=mode, config=models, shared="", trackers=followed
+        )
         super().__init__(context, "llm")
         self.given, self.asked_to_go_on = inputs, []
 

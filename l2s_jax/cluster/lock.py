@@ -11,6 +11,8 @@ import contextlib
 import datetime
 import logging
 import os
+import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -18,11 +20,13 @@ from collections.abc import Iterator
 import filelock
 
 from l2s_jax.cluster import distributed, job
-from l2s_jax.files import read_json, write_json
+from l2s_jax.files import is_unfinished, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _FILE, _HOLDER = ".lock", ".lock.json"
+# What runs write in the workdir itself. Others may be writing there too, by names of their own.
+_OURS = re.compile(r"(\.lock|\.shared|config|hashes|report|quality_latency|compare|dial)\.")
 # Longer than a file server may hide a new time of a file.
 LEASE_SECONDS = 60.0
 _BEAT_SECONDS = 2.0
@@ -75,6 +79,22 @@ def _take(workdir: str, held: contextlib.ExitStack) -> None:
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     write_json(holder, {"host": socket.gethostname(), "process": os.getpid(), "since": since})
     held.callback(lambda: lease.compromise or _remove(holder))  # it may be the next one's
+    _tidy(workdir)
+
+
+def _tidy(workdir: str) -> None:
+    """Removes what runs that were killed were writing, and nobody will finish."""
+    for folder, folders, files in os.walk(workdir):
+        for name in filter(is_unfinished, [*folders, *files]):
+            path = os.path.join(folder, name)
+            if folder == workdir and not _OURS.match(name):
+                continue
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _remove(path)
+        # A folder with a lock of its own is another run's.
+        folders[:] = [f for f in folders if not os.path.exists(os.path.join(folder, f, _FILE))]
 
 
 def _remove(path: str) -> None:

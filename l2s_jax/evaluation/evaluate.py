@@ -16,7 +16,15 @@ from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
 from l2s_jax.data.tasks import Example, load_task
-from l2s_jax.evaluation import comet, dial_report, exactness, metrics, report, significance
+from l2s_jax.evaluation import (
+    comet,
+    dial_report,
+    exactness,
+    followed,
+    metrics,
+    report,
+    significance,
+)
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
@@ -203,9 +211,12 @@ def _written(
         "significance": differences,
         "environment": environment(*context.dtypes),
     }
+    if times := followed.times(experiment):
+        result["time"] = times
     if conclusion := dial_report.found(experiment):
         result["dial"] = conclusion
     report.write_report(result, context.workdir)
+    context.trackers.results(followed.results(result))
     directory = os.path.join(context.workdir, "l2s", "model")
     write_card(directory, context.config, result, experiment.l2s.loaded)
     log.info("report: %s", os.path.join(context.workdir, "report.md"))

@@ -104,6 +104,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _latency_table(systems, "latency"),
         f"### Batch {batch_size}",
         _latency_table(systems, "latency_batch"),
+        *_time(report.get("time", {})),
         "## Environment",
         table(("", ""), ([k, _text(v)] for k, v in report["environment"].items()), left=2),
         "## Metrics",
@@ -195,6 +196,24 @@ def _dial(conclusion: str) -> list[str]:
         return []
     picture = "![Quality and likeness to the LLM's text, against time per request](dial.png)"
     return ["## The dial", f"{conclusion} All of it: [dial.md](dial.md).", picture]
+
+
+def _time(stages: Mapping[str, Any]) -> list[str]:
+    """The blocks of a section, none in a report that does not know."""
+    if not stages:
+        return []
+    rows = (
+        [name, f"{s['seconds']:,.1f}", *(f"{share:.1%}" for share in s["shares"].values())]
+        for name, s in stages.items()
+    )
+    kinds = next(iter(stages.values()))["shares"]
+    return [
+        "## Time",
+        "Wall time of each stage, of all runs that made it together, and the shares of it: JAX's "
+        "*compiling*, waiting for *data*, *steps*, *saving* checkpoints, *evaluating*, and all "
+        "*other* work. That of the evaluation ends where this report is written.",
+        table(("stage", "seconds", *kinds), rows),
+    ]
 
 
 def difference(found: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -46,8 +46,8 @@ def plain(value: Any, where: str) -> Any:
 def check(report: Mapping[str, Any]) -> None:
     """Raises a ValueError that names a key: it is missing, or holds what it can't.
 
-    A report without "significance", as older ones are, is whole. So is one without "dial": what a
-    dial of the same models concludes.
+    A report without "significance" or "time", as older ones are, is whole. So is one without
+    "dial": what a dial of the same models concludes.
     """
     require(report, "report", ("task", "systems", "l2s_vs_llm", "environment"))
     require(report["environment"], "report.environment", _ENVIRONMENT)
@@ -63,6 +63,7 @@ def check(report: Mapping[str, Any]) -> None:
     if not isinstance(report.get("dial", ""), str):
         raise ValueError(f"report.dial is {report['dial']!r}: expected a text")
     _check_significance(report.get("significance", {}))
+    _check_time(report.get("time", {}))
     counts = ("params", "params_read_per_token")
     for name, system in report["systems"].items():
         where = f"report.systems.{name}"
@@ -88,6 +89,16 @@ def _check_significance(pairs: Any) -> None:
             require(found, f"{where}.{pair}.{name}", _DIFFERENCE)
             numbers_of_it = _DIFFERENCE[:-1]
             require_numbers(found, f"{where}.{pair}.{name}", numbers_of_it, numbers_of_it)
+
+
+def _check_time(stages: Any) -> None:
+    where = "report.time"
+    require(stages, where, ())
+    for name, stage in stages.items():
+        require(stage, f"{where}.{name}", ("seconds", "shares"))
+        require_numbers(stage, f"{where}.{name}", ("seconds",), ("seconds",))
+        require(stage["shares"], f"{where}.{name}.shares", ())
+        require_numbers(stage["shares"], f"{where}.{name}.shares", stage["shares"], stage["shares"])
 
 
 def require(value: Any, where: str, keys: Iterable[str]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from l2s_jax.cluster import sharding
+from l2s_jax.cluster import distributed, sharding
 from l2s_jax.config import typed
 from l2s_jax.experiment import feature_cache
 from l2s_jax.settings import rules
+from l2s_jax.training import trackers
 
 
 def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh, label_mesh: Mesh) -> None:
@@ -19,6 +20,7 @@ def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh, label_mesh
     """
     settings = typed(config)
     rules.check(settings)
+    distributed.on_primary(lambda: trackers.check(settings.trackers))
     if settings.features.cache:
         feature_cache.check_folder(settings.features.cache)
     batches = [

@@ -22,6 +22,8 @@ from l2s_jax.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from l2s_jax.training.trackers import Trackers
+
 log = logging.getLogger(__name__)
 
 # Of examples and responses to them: what these are worth, the more the better.
@@ -51,6 +53,15 @@ class Context:
         self.buckets = buckets_of(config)
         self._hashes = Hashes(workdir, keep=mode == "make")
         self._said: set[str] = set()
+
+    @functools.cached_property
+    def trackers(self) -> Trackers:
+        """What a run is followed by; process 0 alone tells them."""
+        from l2s_jax.cluster import distributed
+        from l2s_jax.training.trackers import Trackers
+
+        names = self.config.trackers if distributed.is_primary() else ()
+        return Trackers(names, self.workdir, self.config.to_dict())
 
     @functools.cached_property
     def mesh(self) -> Mesh:

@@ -8,6 +8,7 @@ hash of a prompt's ids: every run and split that has the same prompt finds it.
 from __future__ import annotations
 
 import functools
+import glob
 import itertools
 import logging
 import os
@@ -29,7 +30,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
 from l2s_jax.experiment.feature_files import FeatureFiles, Features
 from l2s_jax.experiment.workdir import fingerprint
-from l2s_jax.files import atomic_directory, plain, read_json, write_json
+from l2s_jax.files import UNFINISHED, atomic_directory, plain, read_json, write_json
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.representation import represent
 from l2s_jax.models.systems import Params
@@ -155,6 +156,7 @@ def cached(
     files = shards.fill(store, data.prompt_keys, make, size=size, together=True, announce=announce)
     bar.close()
     distributed.on_primary(store.tidy)
+    distributed.on_primary(lambda: _tidy(directory))
     return Features(store, files, data, width)
 
 
@@ -198,6 +200,12 @@ def _prepare(directory: str, facts: Mapping[str, Any]) -> None:
     except OSError:
         if not os.path.isdir(directory):
             raise
+
+
+def _tidy(directory: str) -> None:
+    """Removes what killed runs left of `directory`, which is there now; who makes it finds it."""
+    for path in glob.glob(f"{glob.escape(directory)}.*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_facts(directory: str, facts: Mapping[str, Any]) -> None:

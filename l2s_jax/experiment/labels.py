@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,7 +132,9 @@ class LabelStage(RecordedStage):
         self.open()
         generator = functools.cache(lambda: self._generator())
         splits = distributed.on_primary(self._own_splits)
-        return {split: self._label(split, generator) for split in splits}
+        is_made = distributed.on_primary(self.is_made)
+        with contextlib.nullcontext() if is_made else self.telling():
+            return {split: self._label(split, generator) for split in splits}
 
     def _label(self, split: str, make_generator: Callable[[], Any]) -> Sequence[Example]:
         return label_files.label(

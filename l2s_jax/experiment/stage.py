@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import itertools
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from l2s_jax.experiment.context import Context
@@ -143,8 +145,29 @@ class RecordedStage(Stage):
         if not distributed.on_primary(self.is_made):
             if self.context.mode == "find":
                 raise ValueError(f"{directory}: not finished; --mode=train continues it")
-            self.make()
+            with self.telling():
+                self.make()
         return directory
+
+    @contextlib.contextmanager
+    def telling(self, kind: str = "other", *, anew: bool = False) -> Iterator[None]:
+        """Around what makes the stage: how long that took is kept, said, and told to trackers.
+
+        `kind` and `anew` as `spent.on_stage` has them. Within itself it does nothing.
+        """
+        from l2s_jax.training import spent
+
+        if spent.is_on(self.record.directory):
+            yield
+            return
+        trackers = self.context.trackers
+        trackers.stage(self.name)
+        with spent.on_stage(self.record.directory, kind, anew=anew):
+            yield
+            seconds = spent.taken()
+        log.info("stage %s took %s", self.name, spent.line(seconds))
+        shares = spent.as_metrics(seconds)
+        trackers.results({f"{self.name}/{name}": share for name, share in shares.items()})
 
     @functools.cache  # noqa: B019  stages that need this one ask too
     def state(self) -> tuple[str, str]:

@@ -258,6 +258,7 @@ class TrainedStage(RecordedStage):
             distillation=distillation,
             policy=own.load(responses, self.name) if own else None,
             examples=lambda step: examples_of(data, step, **order),
+            trackers=context.trackers,
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

@@ -9,6 +9,7 @@ from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Allowed, Section, setting
 from l2s_jax.settings.distillation import Distillation
 from l2s_jax.settings.evaluation import Evaluation
+from l2s_jax.settings.following import TRACKERS, are_trackers
 from l2s_jax.settings.geometry import MODELS, Model, T5Model
 from l2s_jax.settings.search import Search
 from l2s_jax.settings.task import Task
@@ -276,6 +277,14 @@ class Settings(Section):
     l2s: L2s = L2s()
     decoding: Decoding = Decoding()
     evaluation: Evaluation = Evaluation()
+    trackers: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "Where a run can be followed, beside its `metrics.jsonl`: files for TensorBoard, Weights & "
+        "Biases, Trackio.",
+        fits=are_trackers,
+        expected=f"some of {tuple(TRACKERS)}, each once",
+        added=True,
+    )
     mesh: Mesh = Mesh()
 
     def conflict(self) -> str:

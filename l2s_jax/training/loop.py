@@ -19,7 +19,7 @@ from l2s_jax.cluster import distributed, sharding, stopping
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.cluster.stopping import Stopped
 from l2s_jax.models.systems import Params
-from l2s_jax.training import on_policy, optim
+from l2s_jax.training import on_policy, optim, spent
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.clock import Clock
 from l2s_jax.training.distillation import Distillation
@@ -27,6 +27,7 @@ from l2s_jax.training.finite import Watch, all_finite
 from l2s_jax.training.meter import Meter
 from l2s_jax.training.on_policy import OnPolicy
 from l2s_jax.training.progress import MetricWriter, NoWriter
+from l2s_jax.training.trackers import Trackers
 from l2s_jax.training.update import (
     Trainable,
     TrainState,
@@ -109,13 +110,14 @@ def fit(
     distillation: Distillation | None = None,
     policy: OnPolicy | None = None,
     examples: Callable[[int], Iterable[int]] | None = None,
+    trackers: Trackers | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
     Every `evaluate_every` steps and at the end: validation and a checkpoint in
     `directory/checkpoints`, and one every `save_minutes` too. A run that finds one continues from
     it exactly, with the same batches; one of another `fingerprint` is an error. Metrics go to
-    `directory` (see progress.py).
+    `directory` and to `trackers` (see progress.py).
 
     All processes of a job call it alike, but for `batches` and `validation`, which give each its
     own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
@@ -178,8 +180,10 @@ def fit(
                     total_steps=config.steps,
                     start_step=start + 1,
                     name=name,
+                    trackers=trackers,
                 ) as writer,
                 stopping.deferred() as asked_to_stop,
+                spent.on("steps"),
             ):
                 share = config.batch_size / len(rows)
                 counted = saved.get("bad_steps", {})
@@ -190,7 +194,7 @@ def fit(
                 clock = Clock(config.save_minutes, start)
                 flops: dict[Any, float] = {}
                 for step in range(start + 1, config.steps + 1):
-                    with meter.waiting():
+                    with meter.waiting(), spent.on("data"):
                         batch = next(batches)
                     placed = put(batch)
                     own = bool(policy) and on_policy.is_own(step, policy.share, seed)
@@ -218,30 +222,33 @@ def fit(
                     watch.check(step, "parameters are", bool(finite_fn(state)))
                     scores = None
                     if is_judged:
-                        weights = _weights(state)
-                        scores = validation_scores(score_fn, weights, frozen, map(put, validation))
-                        is_finite = math.isfinite(scores["val_loss"])
-                        watch.check(step, "the loss on the validation split is", is_finite)
-                        if judge:
-                            more = judge(weights, frozen)
-                            scores |= more.scores
-                            writer.write_samples(step, more.samples)
-                        writer.write(step, scores)
+                        with spent.on("evaluating"):
+                            weights, found = _weights(state), map(put, validation)
+                            scores = validation_scores(score_fn, weights, frozen, found)
+                            is_finite = math.isfinite(scores["val_loss"])
+                            watch.check(step, "the loss on the validation split is", is_finite)
+                            if judge:
+                                more = judge(weights, frozen)
+                                scores |= more.scores
+                                writer.write_samples(step, more.samples)
+                            writer.write(step, scores | spent.as_metrics(spent.taken()))
                         meter.restart()
                     began = time.perf_counter()
-                    checkpoints.save(
-                        step,
-                        params=state.params,
-                        opt=_optimizer_item(state),
-                        data=batches.get_state(),
-                        config={
-                            **config.to_dict(),
-                            "fingerprint": fingerprint,
-                            "bad_steps": watch.state(),
-                            "meter": meter.state(),
-                        },
-                        metrics=scores,
-                    )
+                    with spent.on("saving"):
+                        checkpoints.save(
+                            step,
+                            params=state.params,
+                            opt=_optimizer_item(state),
+                            data=batches.get_state(),
+                            config={
+                                **config.to_dict(),
+                                "fingerprint": fingerprint,
+                                "bad_steps": watch.state(),
+                                "meter": meter.state(),
+                            },
+                            metrics=scores,
+                        )
+                    spent.keep()
                     # A validation may take long.
                     if signal := signal or asked_to_stop():
                         checkpoints.wait()
@@ -250,8 +257,9 @@ def fit(
                     meter.paused(time.perf_counter() - began)
                     clock.restart(step)
                 # A signal that comes from here on ends the run, and the last step is saved.
-                checkpoints.wait()
-                distributed.barrier("saved")
+                with spent.on("saving"):
+                    checkpoints.wait()
+                    distributed.barrier("saved")
         state, _ = _restore(checkpoints, checkpoints.best_step or config.steps, abstract)
     return sharding.gather(_weights(state))
 

@@ -15,13 +15,18 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster.chips import chip_of
 from l2s_jax.training.finite import Watch
 from l2s_jax.training.progress import MetricWriter, NoWriter
+from l2s_jax.training.spent import KINDS
 
 # What metrics.jsonl has of the clock: mean milliseconds of a step; real tokens of prompts and
 # responses per second, over all devices; operations per second and device, in 10**12, as flops.py
 # counts them, and their share of the chip's peak in bfloat16 (model FLOPs utilization), where that
 # is known; share of the time that the loop waited for batches; seconds of compilation so far. Of a
 # batch whose responses the model wrote, the prompts count as tokens, and the update as operations.
-TIMES = ("step_ms", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "compile_s")
+# At a validation: the shares of what the stage's time so far was spent on.
+TIMES = (
+    "step_ms", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "compile_s",
+    *(f"time_{kind}" for kind in KINDS),
+)  # fmt: skip
 
 
 class Meter:

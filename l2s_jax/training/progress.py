@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress bar, a JSONL file and TensorBoard."""
+"""Where a run's numbers go: a progress bar, a JSONL file, TensorBoard, and trackers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from l2s_jax.data.text import whole
 from l2s_jax.files import CannotWrite, naming, write_bytes
+from l2s_jax.training.trackers import Trackers
 
 _FILE = "metrics.jsonl"
 _SAMPLES = "samples.jsonl"
@@ -35,7 +36,8 @@ class MetricWriter:
     - `samples.jsonl`, one object {"step": step, name: text, ...} per sample, kept in the same way.
       It is there once there are samples.
     - TensorBoard event files, tags `name/metric`, finite values only, and `name/samples`, purged in
-      the same way.
+      the same way; unless the trackers are to do without them.
+    - What the trackers have of the metrics.
     - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`.
       Where stderr is no terminal, a line every 30 seconds and one at the end.
 
@@ -43,7 +45,13 @@ class MetricWriter:
     """
 
     def __init__(
-        self, directory: str, *, total_steps: int, start_step: int = 0, name: str = "train"
+        self,
+        directory: str,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        name: str = "train",
+        trackers: Trackers | None = None,
     ):
         """Opens the files; `start_step` is the first step that this run will write.
 
@@ -55,9 +63,6 @@ class MetricWriter:
             raise ValueError(
                 f"start_step {start_step}: expected 0 <= start_step <= total_steps ({total_steps})"
             )
-        # tensorboardX loads torch wherever that is installed; only runs that write pay for it.
-        from tensorboardX import SummaryWriter
-
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, _FILE)
         self._samples = os.path.join(directory, _SAMPLES)
@@ -65,7 +70,13 @@ class MetricWriter:
             _keep_lines_before(lines, start_step)
         self._jsonl = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._directory, self._path = directory, path
-        self._tensorboard = SummaryWriter(directory, purge_step=start_step, max_queue=_QUEUE)
+        self._trackers = trackers
+        self._tensorboard: Any = None
+        if trackers is None or trackers.tensorboard:
+            # tensorboardX loads torch wherever that is installed; only runs that write pay for it.
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(directory, purge_step=start_step, max_queue=_QUEUE)
         self._name = name
         self._progress = _progress(name, start_step, total_steps)
 
@@ -77,10 +88,13 @@ class MetricWriter:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with naming(self._path):
             self._jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
-        self._check_tensorboard()
-        for key, value in values.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(f"{self._name}/{key}", value, int(step))
+        if self._tensorboard:
+            self._check_tensorboard()
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{self._name}/{key}", value, int(step))
+        if self._trackers:
+            self._trackers.metrics(self._name, step, values)
         self._progress.describe(_postfix(values))
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
@@ -91,7 +105,8 @@ class MetricWriter:
         with naming(self._samples), open(self._samples, "a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": int(step), **sample}, ensure_ascii=False) + "\n")
-        self._tensorboard.add_text(f"{self._name}/samples", _page(samples), int(step))
+        if self._tensorboard:
+            self._tensorboard.add_text(f"{self._name}/samples", _page(samples), int(step))
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""
@@ -102,14 +117,15 @@ class MetricWriter:
         self._progress.close()
         with naming(self._path):
             self._jsonl.close()
+        if not self._tensorboard:
+            return
         self._check_tensorboard()
         with naming(os.path.join(self._directory, "events.out.tfevents")):
             self._tensorboard.close()
 
     def _check_tensorboard(self) -> None:
         """An error if the thread that writes its files has ended with one."""
-        writer: Any = self._tensorboard.file_writer
-        if not writer.event_writer._worker.is_alive():
+        if not self._tensorboard.file_writer.event_writer._worker.is_alive():
             path = os.path.join(self._directory, "events.out.tfevents")
             raise CannotWrite(f"{path}...: TensorBoard's file cannot be written")
 
