@@ -30,7 +30,7 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
-from l2s_jax.files import atomic_directory, read_json
+from l2s_jax.files import atomic_directory, escaped, one_line, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import TOKENIZER_FILES, find
 from l2s_jax.models.families import make_module
@@ -200,7 +200,7 @@ def _verify(flags: argparse.Namespace, module: Any, params: Params) -> None:
 
 def _inspect(directory: str) -> None:
     rows = bundle.inspect(directory) if bundle.is_bundle(directory) else inspect(directory)
-    cells = [(r.path, "x".join(map(str, r.shape)), r.dtype, r.key) for r in rows]
+    cells = [(escaped(r.path), "x".join(map(str, r.shape)), r.dtype, escaped(r.key)) for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads the output, head for one, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

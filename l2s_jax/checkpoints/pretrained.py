@@ -26,13 +26,20 @@ from l2s_jax.checkpoints.engine import (
     param_shapes,
     write_tensors,
 )
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, listed, write_directory
+from l2s_jax.checkpoints.files import (
+    TensorFiles,
+    Tensors,
+    content_hash,
+    listed,
+    write_directory,
+)
 from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
-from l2s_jax.files import read_json
+from l2s_jax.files import read_json, shown
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 from l2s_jax.models.serving import float_dtype
+from l2s_jax.models.sizes import check_ids
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.vocabulary import without_vocabulary
 
@@ -168,6 +175,7 @@ def opened(directory: str, format: str | None = None) -> Iterator[tuple]:
     family = _native_family(fields, path) if native else _hf_family(fields, path)
     with tensors or TensorFiles(directory, "params" if native else "model") as files:
         config = _model_config(family, fields, files.keys, path, native)
+        _check_layers(config, files, path)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
         entries = own_entries(shapes) if native else family.make_entries(config, list(shapes))
         yield family, config, files, entries, shapes, () if native else family.ignored
@@ -182,6 +190,16 @@ def _model_config(
         return family.config_from_hf(fields, keys, path)
     except ValueError as error:
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
+
+
+def _check_layers(config: Any, files: Tensors, path: str) -> None:
+    """Whether the files can hold so many layers, before there is an entry for each parameter."""
+    for name in ("num_layers", "num_encoder_layers", "num_decoder_layers"):
+        if (count := getattr(config, name, 0)) > len(files.keys):
+            raise ValueError(
+                f"{path}: {count} layers ({name}), but {files.source} has only "
+                f"{len(files.keys)} tensors"
+            )
 
 
 def encodes_only(directory: str) -> bool:
@@ -274,17 +292,17 @@ def _hf_family(fields: dict[str, Any], path: str) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise ValueError(f"{path}: model_type is {model_type!r}, expected one of {known}")
+    raise ValueError(f"{path}: model_type is {shown(model_type)}, expected one of {known}")
 
 
 def _native_family(fields: dict[str, Any], path: str) -> Family:
     if fields.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(f"{path}: format is {shown(fields.get('format'))}, expected {FORMAT!r}")
     for family in FAMILIES:
         if family.name == fields.get("family"):
             return family
     known = ", ".join(family.name for family in FAMILIES)
-    raise ValueError(f"{path}: family is {fields.get('family')!r}, expected one of {known}")
+    raise ValueError(f"{path}: family is {shown(fields.get('family'))}, expected one of {known}")
 
 
 def save_hf(config: Any, params: Params, directory: str) -> None:
@@ -317,28 +335,35 @@ def config_from_native(fields: dict[str, Any], path: str) -> Any:
         raise ValueError(f"{path}: fields missing (-) or unknown (+): {listed(marked)}")
     for name, value in given.items():
         if dataclasses.is_dataclass(defaults[name]) and isinstance(value, dict):
-            try:
-                given[name] = value = _nested(type(defaults[name]), value)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {name}: {error}") from None
+            given[name] = value = _nested(type(defaults[name]), value, f"{path}: {name}")
         if type(value) is not type(defaults[name]):
             expected = type(defaults[name]).__name__
-            raise ValueError(f"{path}: {name} is {value!r}, expected a value of type {expected}")
+            raise ValueError(
+                f"{path}: {name} is {shown(value)}, expected a value of type {expected}"
+            )
     try:
-        return family.config_class(**given)
+        config = family.config_class(**given)
+        check_ids(config)
+        return config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _nested(kind: type, fields: dict[str, Any]) -> Any:
+def _nested(kind: type, fields: dict[str, Any], where: str) -> Any:
     """A config within a config; a number may be written without its fraction."""
-    made = kind(**fields)
     hints = get_type_hints(kind)
     for name, value in fields.items():
+        if name not in hints:
+            raise ValueError(f"{where}: no such field, {shown(name)}")
         if type(value) is not hints[name] and (type(value), hints[name]) != (int, float):
             expected = hints[name].__name__
-            raise ValueError(f"{name} is {value!r}, expected a value of type {expected}")
-    return made
+            raise ValueError(
+                f"{where}: {name} is {shown(value)}, expected a value of type {expected}"
+            )
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def save_native(config: Any, params: Params, directory: str) -> None:
