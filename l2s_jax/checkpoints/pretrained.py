@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from l2s_jax import sealed
 from l2s_jax.checkpoints import gpt2, gpt_neox, llama, t5
 from l2s_jax.checkpoints.engine import (
     Family,
@@ -30,6 +31,7 @@ from l2s_jax.checkpoints.files import (
     TensorFiles,
     Tensors,
     content_hash,
+    hashed_files,
     listed,
     write_directory,
 )
@@ -129,16 +131,25 @@ def load_encoder(
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     entries: Sequence[str] | None = None,
+    is_known: bool = False,
 ) -> tuple[nn.Module, Params]:
     """As `load`, but only what encodes a prompt is read and held.
 
     An encoder-decoder gives its encoder. A decoder-only model gives its first `layer` layers, or
     that fraction of them if it is below 1, or all of them if it is 0. With `scan_layers`, they are
     stacked (models/stacking.py), as the module then takes them. Of all this only `entries` of the
-    parameter tree, where they are given.
+    parameter tree, where they are given. `is_known`: the caller compares the directory's content
+    hash, and no other is looked at.
     """
     return _load(
-        directory, dtype, layer=layer, serve=serve, mesh=mesh, scan_layers=scan_layers, kept=entries
+        directory,
+        dtype,
+        layer=layer,
+        serve=serve,
+        mesh=mesh,
+        scan_layers=scan_layers,
+        kept=entries,
+        is_known=is_known,
     )
 
 
@@ -261,7 +272,10 @@ def _load(
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     kept: Sequence[str] | None = None,
+    is_known: bool = False,
 ) -> tuple[nn.Module, Params]:
+    if not is_known:
+        sealed.check(*hashed_files(directory))
     with opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
         if layer is not None:
@@ -352,17 +366,19 @@ def config_from_native(fields: dict[str, Any], path: str) -> Any:
 def _nested(kind: type, fields: dict[str, Any], where: str) -> Any:
     """A config within a config; a number may be written without its fraction."""
     hints = get_type_hints(kind)
+    marked = [f"- {name}" for name in sorted(hints.keys() - fields.keys())]
+    marked += [f"+ {name}" for name in sorted(fields.keys() - hints.keys())]
+    if marked:
+        raise ValueError(f"{where}: fields missing (-) or unknown (+): {listed(marked)}")
     for name, value in fields.items():
-        if name not in hints:
-            raise ValueError(f"{where}: no such field, {shown(name)}")
         if type(value) is not hints[name] and (type(value), hints[name]) != (int, float):
             expected = hints[name].__name__
             raise ValueError(
                 f"{where}: {name} is {shown(value)}, expected a value of type {expected}"
             )
     try:
-        return kind(**fields)
-    except (TypeError, ValueError) as error:
+        return kind(**{name: hints[name](value) for name, value in fields.items()})
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
