@@ -186,7 +186,7 @@ def opened(directory: str, format: str | None = None) -> Iterator[tuple]:
     family = _native_family(fields, path) if native else _hf_family(fields, path)
     with tensors or TensorFiles(directory, "params" if native else "model") as files:
         config = _model_config(family, fields, files.keys, path, native)
-        _check_layers(config, files, path)
+        check_layers(config, files, path)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
         entries = own_entries(shapes) if native else family.make_entries(config, list(shapes))
         yield family, config, files, entries, shapes, () if native else family.ignored
@@ -203,10 +203,18 @@ def _model_config(
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
 
 
-def _check_layers(config: Any, files: Tensors, path: str) -> None:
-    """Whether the files can hold so many layers, before there is an entry for each parameter."""
-    for name in ("num_layers", "num_encoder_layers", "num_decoder_layers"):
-        if (count := getattr(config, name, 0)) > len(files.keys):
+def check_layers(config: Any, files: Tensors, path: str, *, stack: int = 0) -> None:
+    """Checks that files can hold so many layers, before there is an entry for each parameter.
+
+    `stack` is how many there are beside a model's own; `path` is named in errors.
+
+    Raises:
+      ValueError: there are more layers than tensors.
+    """
+    names = ("num_layers", "num_encoder_layers", "num_decoder_layers")
+    counts = {name: getattr(config, name, 0) for name in names} | {"stack": stack}
+    for name, count in counts.items():
+        if count > len(files.keys):
             raise ValueError(
                 f"{path}: {count} layers ({name}), but {files.source} has only "
                 f"{len(files.keys)} tensors"

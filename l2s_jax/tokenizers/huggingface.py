@@ -15,12 +15,15 @@ from typing import Any
 
 import tokenizers
 
+from l2s_jax import sealed
 from l2s_jax.files import one_line, write_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 # In SETTINGS_FILE, what `HuggingFaceTokenizer.save` adds for `reading.load`.
 OWN = "l2s_jax"
+# There may be so many ids for each token, and a few more, before they fill memory.
+_SPARSE, _FEW = 4, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +69,19 @@ class HuggingFaceTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._special = tokenizer, special
-        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        ids = tokenizer.get_vocab().values()
+        self.vocab_size = max(ids, default=-1) + 1
+        # There is a list with a place for each id.
+        if self.vocab_size > _SPARSE * len(ids) + _FEW:
+            raise ValueError(
+                f"{origin}: an id {self.vocab_size - 1} among {len(ids)} tokens; expected ids that "
+                "follow one another"
+            )
         self.eos_id = special.eos_id
         self.pad_id = self.eos_id if special.pad_id is None else special.pad_id
         self.end_ids = tuple(sorted({self.eos_id, *special.end_ids}))
         self.is_chat = special.system is not None
-        for name in ("eos_id", "pad_id", "bos_id"):
+        for name in ("eos_id", "pad_id", "bos_id", "unk_id"):
             value = getattr(special, name)
             if value is not None and not 0 <= value < self.vocab_size:
                 raise ValueError(
@@ -192,8 +202,9 @@ class HuggingFaceTokenizer:
                 fields[f"add_{name}_token"] = getattr(special, f"prompt_{name}")
         if special.chat_template:
             fields["chat_template"] = special.chat_template
-        write_json(os.path.join(directory, SETTINGS_FILE), fields)
-        write_text(os.path.join(directory, TOKENIZER_FILE), self._tokenizer.to_str())
+        with sealed.writing(directory, SETTINGS_FILE, TOKENIZER_FILE):
+            write_json(os.path.join(directory, SETTINGS_FILE), fields)
+            write_text(os.path.join(directory, TOKENIZER_FILE), self._tokenizer.to_str())
 
     def _named(self) -> dict[str, str]:
         """Special tokens by the names that transformers has for them."""
@@ -257,6 +268,22 @@ class HuggingFaceTokenizer:
             chat_template=self._special.chat_template,
             **self._named(),
         )
+
+
+@contextlib.contextmanager
+def refused(where: str, what: str) -> Iterator[None]:
+    """Has what the library raises within be a ValueError, which says `where` and `what`.
+
+    It has no narrower type than Exception, and its Rust code, where it gives up, none of even that.
+    """
+    try:
+        yield
+    except (ValueError, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, ValueError) and where not in str(error):
+            raise ValueError(f"{where}: {what}: {one_line(error)}") from None
+        raise
+    except BaseException as error:
+        raise ValueError(f"{where}: {what}: {one_line(error)}") from None
 
 
 @contextlib.contextmanager
