@@ -77,6 +77,8 @@ class HuggingFaceTokenizer:
                 f"{origin}: an id {self.vocab_size - 1} among {len(ids)} tokens; expected ids that "
                 "follow one another"
             )
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{origin}: two tokens of one id")
         self.eos_id = special.eos_id
         self.pad_id = self.eos_id if special.pad_id is None else special.pad_id
         self.end_ids = tuple(sorted({self.eos_id, *special.end_ids}))
@@ -87,6 +89,11 @@ class HuggingFaceTokenizer:
                 raise ValueError(
                     f"{origin}: {name} is {value}, not below the {self.vocab_size} ids"
                 )
+        if self.end_ids[-1] >= self.vocab_size or self.end_ids[0] < 0:
+            raise ValueError(
+                f"{origin}: responses end with {list(self.end_ids)}, of which one is none of the "
+                f"{self.vocab_size} ids"
+            )
         # What the post-processor adds by itself.
         self._empty = empty = tokenizer.encode("").ids
         bos_id = special.bos_id
@@ -97,6 +104,7 @@ class HuggingFaceTokenizer:
         wants = special.prompt_bos if bos_id is not None else None
         self._wants_bos = self._has_bos if wants is None else wants
         self._wants_eos = self._has_eos if special.prompt_eos is None else special.prompt_eos
+        self._around([])  # a post-processor may be none
 
     @property
     def fingerprint(self) -> str:
@@ -235,7 +243,9 @@ class HuggingFaceTokenizer:
         text = next((text for text in texts if self._tokenizer.encode(text).ids != self._empty), "")
         (probe,) = self._encode([text], False)
         (whole,) = self._encode([text], True)
-        start = next(i for i in range(len(whole)) if whole[i : i + len(probe)] == probe)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(probe)] == probe)
+        if (start := next(starts, None)) is None:
+            raise ValueError("its post-processor leaves out the text")
         before, after = whole[:start], whole[start + len(probe) :]
         bos_id = self._special.bos_id
         if self._wants_bos != self._has_bos and bos_id is not None:

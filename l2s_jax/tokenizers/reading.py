@@ -49,7 +49,11 @@ def _load(path: str) -> HuggingFaceTokenizer:
     file = os.path.join(directory, TOKENIZER_FILE) if os.path.isdir(path) else path
     if os.path.exists(file):
         content = _checked(file)
-        if isinstance(own := given[SETTINGS_FILE].get(OWN), dict):
+        own = given[SETTINGS_FILE].get(OWN)
+        if own is not None and not isinstance(own, dict):
+            where = os.path.join(directory, SETTINGS_FILE)
+            raise ValueError(f"{where}: {OWN} is {shown(own)}, expected an object")
+        if own is not None:
             return HuggingFaceTokenizer(content, _own_special(own, file), origin=file)
     theirs = _read(directory, path, given)
     ends = next((ids for name in (GENERATION_FILE, MODEL_FILE) if (ids := _ends(given[name]))), [])
@@ -110,9 +114,31 @@ def _load_gguf(file: str) -> HuggingFaceTokenizer:
 def _checked(file: str) -> tokenizers.Tokenizer:
     """A tokenizer.json, as it is."""
     # (The library's own parser takes what nests for ever as far as the stack goes.)
-    content = json.dumps(read_json(file), ensure_ascii=False)
+    fields = read_json(file)
     with refused(file, "not a tokenizer of the tokenizers library"):
-        return tokenizers.Tokenizer.from_str(content)
+        _check_pieces(fields)
+        return tokenizers.Tokenizer.from_str(json.dumps(fields, ensure_ascii=False))
+
+
+def _check_pieces(fields: dict[str, Any]) -> None:
+    """Raises a ValueError where the library's Rust code would give up, and print where it did."""
+    model, after = fields.get("model"), fields.get("post_processor")
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(prefix, str) and prefix:
+        for merge in model.get("merges") or ():
+            if not str(merge[1] if isinstance(merge, list) else merge.split(" ")[1]).startswith(
+                prefix
+            ):
+                raise ValueError(f"{shown(merge)} merges what does not begin with {prefix!r}")
+    steps = after.get("processors") if isinstance(after, dict) else None
+    for step in steps if isinstance(steps, list) else (after,):
+        if not isinstance(step, dict) or step.get("type") != "TemplateProcessing":
+            continue
+        named = step.get("special_tokens")
+        for part in (*step.get("single", ()), *step.get("pair", ())):
+            id = part.get("SpecialToken", {}).get("id") if isinstance(part, dict) else None
+            if id is not None and id not in named:
+                raise ValueError(f"its post-processor puts {shown(id)}, which it has no ids of")
 
 
 def _own_special(fields: dict[str, Any], file: str) -> Special:
@@ -142,6 +168,8 @@ def _check(special: Special, where: str) -> None:
         value = getattr(special, name)
         if type(value) not in kind:
             raise ValueError(f"{where}: {name} is {shown(value)}, expected another type")
+        if isinstance(value, str):
+            value.encode()  # half a character is a ValueError
     for id in special.end_ids:
         if type(id) is not int or not 0 <= id < 2**31:
             raise ValueError(f"{where}: an id of {shown(id)} that ends a response")
