@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 UNFINISHED = ".tmp"
-_DEPTH = 100
+# More than any real record has, and few enough for those that go through one by recursion.
+DEEPEST = 100
 # Characters of a value in a message, and of a message.
 _SHOWN, _LINE = 80, 900
 # Of errors of files that come while a run goes on, and are no mistake of whoever started it.
@@ -142,11 +143,8 @@ def json_object(content: str | bytes, where: str) -> dict[str, Any]:
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_each_once)
-        if _is_deep(value):
-            raise RecursionError
-    except RecursionError:
-        raise ValueError(f"{where}: not readable as JSON: it nests too deeply") from None
-    except ValueError as error:
+        check_depth(value, text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
@@ -162,20 +160,22 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether a JSON value has more than `_DEPTH` levels, beyond which Python's own code fails."""
+def check_depth(value: Any, text: str) -> None:
+    """Checks that a JSON value, which `text` says, has no more than `DEEPEST` levels.
+
+    Raises:
+      ValueError: it has more, of which Python's own code, such as repr, makes a RecursionError.
+    """
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
     level = [value]
-    for _ in range(_DEPTH):
+    for _ in range(DEEPEST):
+        nested = [item for item in level if isinstance(item, dict | list)]
         level = [
-            item
-            for outer in level
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, dict | list)
+            item for own in nested for item in (own.values() if isinstance(own, dict) else own)
         ]
-        if not level:
-            return False
-    return True
+    if level:
+        raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def plain(value: Any) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import tokenizers
 
 from l2s_jax import sealed
-from l2s_jax.files import one_line, read_json, shown
+from l2s_jax.files import json_object, one_line, read_json, shown
 from l2s_jax.tokenizers import gguf, sentencepiece
 from l2s_jax.tokenizers.huggingface import (
     OWN,
@@ -113,23 +112,29 @@ def _load_gguf(file: str) -> HuggingFaceTokenizer:
 
 def _checked(file: str) -> tokenizers.Tokenizer:
     """A tokenizer.json, as it is."""
-    # (The library's own parser takes what nests for ever as far as the stack goes.)
-    fields = read_json(file)
+    try:
+        with open(file, encoding="utf-8-sig") as handle:
+            content = handle.read()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot read the tokenizer: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: cannot read the tokenizer: expected UTF-8") from None
+    # (The library's own parser follows what nests for ever as far as its stack goes.)
+    fields = json_object(content, file)
     with refused(file, "not a tokenizer of the tokenizers library"):
         _check_pieces(fields)
-        return tokenizers.Tokenizer.from_str(json.dumps(fields, ensure_ascii=False))
+        return tokenizers.Tokenizer.from_str(content)
 
 
 def _check_pieces(fields: dict[str, Any]) -> None:
     """Raises a ValueError where the library's Rust code would give up, and print where it did."""
     model, after = fields.get("model"), fields.get("post_processor")
-    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
-    if isinstance(model, dict) and isinstance(prefix, str) and prefix:
+    if isinstance(model, dict) and isinstance(pieces := model.get("vocab"), dict):
+        prefix = model.get("continuing_subword_prefix") or ""
         for merge in model.get("merges") or ():
-            if not str(merge[1] if isinstance(merge, list) else merge.split(" ")[1]).startswith(
-                prefix
-            ):
-                raise ValueError(f"{shown(merge)} merges what does not begin with {prefix!r}")
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if not {left, right, left + right.removeprefix(prefix)} <= pieces.keys():
+                raise ValueError(f"the merge {shown(merge)} is not of tokens")
     steps = after.get("processors") if isinstance(after, dict) else None
     for step in steps if isinstance(steps, list) else (after,):
         if not isinstance(step, dict) or step.get("type") != "TemplateProcessing":
