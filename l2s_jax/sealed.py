@@ -55,25 +55,26 @@ def check(*paths: str) -> None:
 
 def with_hash(record: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a hash of what else it holds."""
-    return {**record, _HASH: _hash_of_record(record)}
+    return {**record, _HASH: hash_of(record)}
 
 
-def without_hash(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What `with_hash` was given, or the object itself where it has no hash.
+def without_hash(record: Mapping[str, Any], where: str, *, needed: bool = False) -> dict[str, Any]:
+    """What `with_hash` was given, or the object itself where it has no hash, unless it is `needed`.
 
     Raises:
       ValueError: its content is another one; `where` says whose.
     """
     content = {name: value for name, value in record.items() if name != _HASH}
-    if _HASH in record and record[_HASH] != _hash_of_record(content):
+    if (needed or _HASH in record) and record.get(_HASH) != hash_of(content):
         raise ValueError(
             f"{where}: damaged, or changed since it was written: its content is not that of its "
-            f"{_HASH} {shown(record[_HASH])}"
+            f"{_HASH} {shown(record.get(_HASH))}"
         )
     return content
 
 
-def _hash_of_record(record: Mapping[str, Any]) -> str:
+def hash_of(record: Mapping[str, Any]) -> str:
+    """The hash of a JSON object, whatever the order of its keys."""
     # JSON has one way to write it: what comes of a file has the hash of what went into it.
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 

@@ -19,13 +19,13 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from l2s_jax.checkpoints.files import listed
 from l2s_jax.files import CannotWrite, one_line
-from l2s_jax.sealed import with_hash, without_hash
+from l2s_jax.sealed import hash_of, with_hash, without_hash
 from l2s_jax.training.checksums import checksums, different
 
 # How many of the newest are kept, whatever they are worth.
 NEWEST = 3
-# In the config of a checkpoint: sums of its arrays.
-_SUMS = "sums"
+# In the config of a checkpoint: sums of its arrays, and the hash of its data.
+_SUMS, _DATA = "sums", "data"
 # How TensorStore says what the system said.
 _SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 
@@ -144,14 +144,14 @@ class Checkpoints:
           CannotWrite: this one, or the one before it.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
-        sums = checksums({**params, "opt": opt})
+        sums = {**checksums({**params, "opt": opt}), _DATA: hash_of(data)}
         with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **items,
                     opt=ocp.args.StandardSave(opt),
-                    data=ocp.args.JsonSave(with_hash(data)),
+                    data=ocp.args.JsonSave(dict(data)),
                     config=ocp.args.JsonSave(with_hash({**config, _SUMS: sums})),
                 ),
                 metrics=dict(metrics) if metrics is not None else None,
@@ -173,7 +173,7 @@ class Checkpoints:
             restored: Any = self._manager.restore(
                 step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
             )
-            config = without_hash(restored.config, where)
+            config = without_hash(restored.config, where, needed=_SUMS in restored.config)
         return config, config.pop(_SUMS, None)
 
     def _place(self, step: int) -> str:
@@ -196,13 +196,12 @@ class Checkpoints:
                     **items, opt=ocp.args.StandardRestore(opt), data=ocp.args.JsonRestore()
                 ),
             )
-            data = without_hash(restored.data, where)
             trees = {name: restored[name] for name in params}
             if expected is not None:
-                found = checksums({**trees, "opt": restored.opt})
+                found = checksums({**trees, "opt": restored.opt}) | {_DATA: hash_of(restored.data)}
                 if names := different(found, expected):
                     raise ValueError(f"damaged: other numbers than were saved in {listed(names)}")
-        return trees, restored.opt, data
+        return trees, restored.opt, restored.data
 
 
 @contextlib.contextmanager
