@@ -66,7 +66,7 @@ def facts(tokenizer):
 
 def fits(found, _):
     """Of a file that nothing says the content of: ids are those of the vocabulary."""
-    _, ids, _, (size, pad_id, end_ids, pieces) = found
+    _, ids, _, (size, *_, pieces) = found
     return pieces == size and 0 <= min(ids, default=0) <= max(ids, default=0) < size
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_l2s_model(model):
 
 def test_a_tokenizer_with_more_pieces_than_the_model_has_ids(model, tmp_path):
     (model / sealed.SUMS).unlink()
-    words = ["".join(chr(97 + i + j) for j in range(3)) for i in range(20)]
+    words = ["".join(chr(97 + i + j) for j in range(3)) for i in range(24)]
     train_sentencepiece(words * 20, vocab_size=50, directory=str(tmp_path / "other"))
     shutil.copy(tmp_path / "other/spiece.model", model)
     with pytest.raises(ValueError, match="l2s: the tokenizer has 50 pieces, the model only 48 ids"):

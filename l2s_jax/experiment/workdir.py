@@ -149,7 +149,9 @@ def changes(
 
 def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: list[str]) -> bool:
     """Whether all that has changed is that training is to take more steps."""
-    return changed == [_STEPS] and inputs["train"]["steps"] > found["train"]["steps"]
+    if changed != [_STEPS] or not holds(found, _STEPS):
+        return False
+    return inputs["train"]["steps"] > found["train"]["steps"]
 
 
 def holds(values: Mapping[str, Any], key: str) -> bool:

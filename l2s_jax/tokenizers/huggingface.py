@@ -104,7 +104,13 @@ class HuggingFaceTokenizer:
         wants = special.prompt_bos if bos_id is not None else None
         self._wants_bos = self._has_bos if wants is None else wants
         self._wants_eos = self._has_eos if special.prompt_eos is None else special.prompt_eos
-        self._around([])  # a post-processor may be none
+        # A post-processor may leave out the text, or have ids of its own.
+        around = self._around([])
+        if not 0 <= min(around, default=0) <= max(around, default=0) < self.vocab_size:
+            raise ValueError(
+                f"{origin}: the ids {around} go around a prompt, of which one is none of the "
+                f"{self.vocab_size}"
+            )
 
     @property
     def fingerprint(self) -> str:

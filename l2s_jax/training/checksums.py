@@ -48,6 +48,8 @@ def _own_sum(leaf: Any) -> int:
 
 def _sum(part: np.ndarray, start: int) -> int:
     """Of an array's rows from `start` on, each times an odd number of its own."""
+    if not part.size:
+        return 0
     rows = np.ascontiguousarray(part if part.ndim else part[None])
     bits = rows.view(f"u{rows.dtype.itemsize}").reshape(len(rows), -1)
     weights = 2 * np.arange(start, start + len(rows), dtype=np.uint64) + np.uint64(1)
