@@ -28,12 +28,20 @@ _DIGITS = 16
 def writing(directory: str, *names: str) -> Iterator[None]:
     """Around the writing of files in a folder: leaves their hashes in it.
 
-    Meanwhile it has none of them, so that a write cut short leaves none that is wrong.
+    Meanwhile it has none of them, so that a write cut short leaves none that is wrong. One that
+    fails, and leaves files as they were, leaves their hashes too.
     """
-    before = {name: hash for name, hash in _sums(directory).items() if name not in names}
-    _write(directory, before)
-    yield
-    _write(directory, before | {name: _hash_of(os.path.join(directory, name)) for name in names})
+    before = _sums(directory)
+    others = {name: hash for name, hash in before.items() if name not in names}
+    _write(directory, others)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):
+            same = {n: h for n, h in before.items() if _hash_of(os.path.join(directory, n)) == h}
+            _write(directory, others | same)
+        raise
+    _write(directory, others | {name: _hash_of(os.path.join(directory, name)) for name in names})
 
 
 def check(*paths: str) -> None:
