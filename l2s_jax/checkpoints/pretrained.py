@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,9 +17,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from l2s_jax import sealed
-from l2s_jax.checkpoints import gpt2, gpt_neox, llama, t5
+from l2s_jax.checkpoints.configs import (
+    FAMILIES,
+    FORMAT,
+    RUNTIME_FIELDS,
+    config_from_native,
+    config_to_native,
+    family_of,
+    hf_family,
+    model_config,
+    native_family,
+)
 from l2s_jax.checkpoints.engine import (
-    Family,
     Params,
     make_entries,
     matched,
@@ -32,20 +41,21 @@ from l2s_jax.checkpoints.files import (
     Tensors,
     content_hash,
     hashed_files,
-    listed,
     write_directory,
 )
 from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
-from l2s_jax.files import read_json, shown
+from l2s_jax.files import read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 from l2s_jax.models.serving import float_dtype
-from l2s_jax.models.sizes import check_ids
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.vocabulary import without_vocabulary
 
 __all__ = [
+    "FAMILIES",
+    "FORMAT",
+    "RUNTIME_FIELDS",
     "abstract_encoder",
     "config_from_native",
     "config_to_native",
@@ -61,19 +71,6 @@ __all__ = [
     "save_hf",
     "save_native",
 ]
-
-FORMAT = "l2s_jax"
-# Of a model config: how programs compute, which no file says.
-RUNTIME_FIELDS = ("dtype", "scan_layers", "remat", "vocabulary")
-FAMILIES: tuple[Family, ...] = (t5.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY)
-
-
-def family_of(config: Any) -> Family:
-    """The family of a model config such as T5Config."""
-    for family in FAMILIES:
-        if isinstance(config, family.config_class):
-            return family
-    raise ValueError(f"no conversion for a {type(config).__name__}")
 
 
 def _read_config(directory: str) -> tuple[dict[str, Any], str]:
@@ -183,24 +180,13 @@ def opened(directory: str, format: str | None = None) -> Iterator[tuple]:
         fields, path = _read_config(directory)
         tensors = None
     native = "format" in fields if format is None else format == FORMAT
-    family = _native_family(fields, path) if native else _hf_family(fields, path)
+    family = native_family(fields, path) if native else hf_family(fields, path)
     with tensors or TensorFiles(directory, "params" if native else "model") as files:
-        config = _model_config(family, fields, files.keys, path, native)
+        config = model_config(family, fields, files.keys, path, native)
         check_layers(config, files, path)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
         entries = own_entries(shapes) if native else family.make_entries(config, list(shapes))
         yield family, config, files, entries, shapes, () if native else family.ignored
-
-
-def _model_config(
-    family: Family, fields: dict[str, Any], keys: frozenset[str], path: str, native: bool
-) -> Any:
-    try:
-        if native:
-            return config_from_native(fields, path)
-        return family.config_from_hf(fields, keys, path)
-    except ValueError as error:
-        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
 
 
 def check_layers(config: Any, files: Tensors, path: str, *, stack: int = 0) -> None:
@@ -249,8 +235,8 @@ def read_config(directory: str) -> Any:
     """
     fields, path = _read_config(find(directory, "config"))
     native = "format" in fields
-    family = _native_family(fields, path) if native else _hf_family(fields, path)
-    return _model_config(family, fields, frozenset(["lm_head.weight"]), path, native)
+    family = native_family(fields, path) if native else hf_family(fields, path)
+    return model_config(family, fields, frozenset(["lm_head.weight"]), path, native)
 
 
 def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
@@ -308,25 +294,6 @@ def _load(
     return family.make_module(config), params
 
 
-def _hf_family(fields: dict[str, Any], path: str) -> Family:
-    model_type = fields.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise ValueError(f"{path}: model_type is {shown(model_type)}, expected one of {known}")
-
-
-def _native_family(fields: dict[str, Any], path: str) -> Family:
-    if fields.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {shown(fields.get('format'))}, expected {FORMAT!r}")
-    for family in FAMILIES:
-        if family.name == fields.get("family"):
-            return family
-    known = ", ".join(family.name for family in FAMILIES)
-    raise ValueError(f"{path}: family is {shown(fields.get('family'))}, expected one of {known}")
-
-
 def save_hf(config: Any, params: Params, directory: str) -> None:
     """Writes config.json and model.safetensors (float32), as transformers reads them."""
     family, config = family_of(config), without_vocabulary(config)
@@ -334,60 +301,6 @@ def save_hf(config: Any, params: Params, directory: str) -> None:
     entries = make_entries(family.make_rules(config), list(shapes))
     tensors = write_tensors(params, entries, shapes)
     write_directory(directory, family.config_to_hf(config), tensors, "model")
-
-
-def config_to_native(config: Any) -> dict[str, Any]:
-    """A model config as a JSON object: its family and its fields but those of RUNTIME_FIELDS."""
-    fields = dataclasses.asdict(without_vocabulary(config))
-    for name in RUNTIME_FIELDS:
-        del fields[name]
-    return {"format": FORMAT, "family": family_of(config).name, **fields}
-
-
-def config_from_native(fields: dict[str, Any], path: str) -> Any:
-    """What `config_to_native` made of a config; `path` is named in errors."""
-    family = _native_family(fields, path)
-    defaults = {f.name: f.default for f in dataclasses.fields(family.config_class)}
-    for name in RUNTIME_FIELDS:
-        del defaults[name]
-    given = {name: value for name, value in fields.items() if name not in ("format", "family")}
-    marked = [f"- {name}" for name in sorted(defaults.keys() - given.keys())]
-    marked += [f"+ {name}" for name in sorted(given.keys() - defaults.keys())]
-    if marked:
-        raise ValueError(f"{path}: fields missing (-) or unknown (+): {listed(marked)}")
-    for name, value in given.items():
-        if dataclasses.is_dataclass(defaults[name]) and isinstance(value, dict):
-            given[name] = value = _nested(type(defaults[name]), value, f"{path}: {name}")
-        if type(value) is not type(defaults[name]):
-            expected = type(defaults[name]).__name__
-            raise ValueError(
-                f"{path}: {name} is {shown(value)}, expected a value of type {expected}"
-            )
-    try:
-        config = family.config_class(**given)
-        check_ids(config)
-        return config
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _nested(kind: type, fields: dict[str, Any], where: str) -> Any:
-    """A config within a config; a number may be written without its fraction."""
-    hints = get_type_hints(kind)
-    marked = [f"- {name}" for name in sorted(hints.keys() - fields.keys())]
-    marked += [f"+ {name}" for name in sorted(fields.keys() - hints.keys())]
-    if marked:
-        raise ValueError(f"{where}: fields missing (-) or unknown (+): {listed(marked)}")
-    for name, value in fields.items():
-        if type(value) is not hints[name] and (type(value), hints[name]) != (int, float):
-            expected = hints[name].__name__
-            raise ValueError(
-                f"{where}: {name} is {shown(value)}, expected a value of type {expected}"
-            )
-    try:
-        return kind(**{name: hints[name](value) for name, value in fields.items()})
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def save_native(config: Any, params: Params, directory: str) -> None:
