@@ -110,9 +110,9 @@ def read_fields(directory: str) -> tuple[dict[str, Any], str]:
     """
     path = os.path.join(directory, "config.json")
     fields = read_json(path)
-    if fields.get("format") != pretrained.FORMAT or fields.get("family") != FAMILY:
-        found = f"format {shown(fields.get('format'))}, family {shown(fields.get('family'))}"
-        raise ValueError(f"{path}: {found}; expected {pretrained.FORMAT!r} and {FAMILY!r}")
+    for name, expected in (("family", FAMILY), ("format", pretrained.FORMAT)):
+        if (found := fields.get(name)) != expected:
+            raise ValueError(f"{path}: {name} is {shown(found)}, expected {expected!r}")
     for name, needed in _NEEDED.items():
         part = fields.get(name) if name else fields
         for key in needed if isinstance(part, dict) else ():

@@ -92,7 +92,7 @@ def load_gguf(file: str) -> HuggingFaceTokenizer:
     Raises:
       ValueError: it holds none, or one of an unknown kind.
     """
-    with refused(file, "not readable as a tokenizer"):
+    with refused(file, "not a tokenizer"):
         return _load_gguf(file)
 
 
@@ -120,8 +120,9 @@ def _checked(file: str) -> tokenizers.Tokenizer:
     except UnicodeDecodeError:
         raise ValueError(f"{file}: cannot read the tokenizer: expected UTF-8") from None
     # (The library's own parser follows what nests for ever as far as its stack goes.)
-    fields = json_object(content, file)
-    with refused(file, "not a tokenizer of the tokenizers library"):
+    what = "not a tokenizer of the tokenizers library"
+    fields = json_object(content, f"{file}: {what}")
+    with refused(file, what):
         _check_pieces(fields)
         return tokenizers.Tokenizer.from_str(content)
 
