@@ -30,12 +30,13 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
-from l2s_jax.files import atomic_directory, read_json
+from l2s_jax.files import atomic_directory, escaped, one_line, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import TOKENIZER_FILES, find
 from l2s_jax.models.families import make_module
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving import bundle
+from l2s_jax.serving.bundle_config import is_bundle
 from l2s_jax.tokenizers import load_tokenizer
 
 __all__ = [
@@ -114,7 +115,7 @@ def _check(flags: argparse.Namespace) -> None:
     ):
         raise ValueError(f"{flags.output}: exists already; give --output a new directory")
     flags.input = find(flags.input)
-    whole = bundle.is_bundle(flags.input)
+    whole = is_bundle(flags.input)
     if flags.include_llm and (not whole or flags.to == "hf"):
         raise ValueError(f"--include-llm: expected a whole L2S model as --input, not {flags.input}")
     if not flags.verify:
@@ -134,12 +135,12 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _convert(flags: argparse.Namespace) -> None:
-    if bundle.is_bundle(flags.input) and flags.to != "hf":
+    if is_bundle(flags.input) and flags.to != "hf":
         with atomic_directory(flags.output) as temporary:
             bundle.copy(flags.input, temporary, include_llm=flags.include_llm)
         print(f"{flags.output}: an L2S model")
         return
-    if bundle.is_bundle(flags.input):
+    if is_bundle(flags.input):
         system, trained, _ = bundle.load(flags.input)
         if "encoder" not in trained["slm"] and system.fusion == "cross":
             raise ValueError(
@@ -199,8 +200,8 @@ def _verify(flags: argparse.Namespace, module: Any, params: Params) -> None:
 
 
 def _inspect(directory: str) -> None:
-    rows = bundle.inspect(directory) if bundle.is_bundle(directory) else inspect(directory)
-    cells = [(r.path, "x".join(map(str, r.shape)), r.dtype, r.key) for r in rows]
+    rows = bundle.inspect(directory) if is_bundle(directory) else inspect(directory)
+    cells = [(escaped(r.path), "x".join(map(str, r.shape)), r.dtype, escaped(r.key)) for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads the output, head for one, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -5,6 +5,7 @@ What is being written lies beside its place, under a name that ends in `.tmp`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import json
@@ -18,6 +19,10 @@ from typing import Any
 
 UNFINISHED = ".tmp"
 _OWN_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(UNFINISHED)}$")
+# More than any real record has, and few enough for those that go through one by recursion.
+DEEPEST = 100
+# Characters of a value in a message, and of a message.
+_SHOWN, _LINE = 80, 900
 # Of errors of files that come while a run goes on, and are no mistake of whoever started it.
 _FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOMEM}
 
@@ -126,15 +131,58 @@ def read_json(path: str) -> dict[str, Any]:
       ValueError: there is no such file, or it holds no JSON object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        with open(path, "rb") as file:
+            content = file.read()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: not readable: {error.strerror}") from None
+    return json_object(content, path)
+
+
+def json_object(content: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a text, or in its UTF-8.
+
+    Raises:
+      ValueError: it is none, or has a key twice, or nests deeper than anything that is meant.
+        `where` says whose text it is.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_each_once)
+        check_depth(value, text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; readers differ in which of two values of one key they take."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} is there twice")
+    return made
+
+
+def check_depth(value: Any, text: str) -> None:
+    """Checks that a JSON value, which `text` says, has no more than `DEEPEST` levels.
+
+    Raises:
+      ValueError: it has more, of which Python's own code, such as repr, makes a RecursionError.
+    """
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    level = [value]
+    for _ in range(DEEPEST):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [
+            item for own in nested for item in (own.values() if isinstance(own, dict) else own)
+        ]
+    if level:
+        raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def plain(value: Any) -> Any:
@@ -142,6 +190,26 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def shown(value: Any) -> str:
+    """A value of a file in a message: the beginning of its repr."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of more digits than are written"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, in one line, which no text of a file in it makes a long or another one.
+
+    A terminal obeys some characters, and turns the line round at others: these are escaped.
+    """
+    line = escaped(" ".join(str(error).split())) or type(error).__name__
+    return line if len(line) <= _LINE else f"{line[: _LINE * 2 // 3]} ... {line[-_LINE // 4 :]}"
+
+
+def escaped(text: str) -> str:
+    """A text with what is no printable character as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

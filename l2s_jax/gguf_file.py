@@ -16,6 +16,7 @@ SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
+_MOST_AXES = 8
 # struct's letters for the other types of a value.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
@@ -85,7 +86,7 @@ def read_header(path: str, strings: bool = False) -> Header:
             return _Reader(path, data, strings).header()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, struct.error, IndexError, UnicodeDecodeError, MemoryError) as error:
+    except (ValueError, struct.error, IndexError, RecursionError) as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
         raise ValueError(
@@ -114,13 +115,16 @@ class _Reader:
         for _ in range(count):
             key = self._string()
             metadata[key] = self._value(*self._take("I"))
-        if (parts := metadata.get("split.count", 0)) and parts > 1:
+        parts, alignment = metadata.get("split.count", 0), metadata.get("general.alignment", 32)
+        for name, value, low in (("split.count", parts, 0), ("general.alignment", alignment, 1)):
+            if type(value) is not int or not low <= value < 1 << 32:
+                raise ValueError(f"{self._path}: {name} is {value!r:.60}, expected a whole number")
+        if parts > 1:
             raise ValueError(
                 f"{self._path}: one of {parts} parts of a model; expected a whole one "
                 "(llama-gguf-split --merge makes one)"
             )
         tensors = list(self._tensors(tensor_count))
-        alignment = metadata.get("general.alignment", 32)
         start = -(-self._at // alignment) * alignment
         placed = {t.name: dataclasses.replace(t, offset=start + t.offset) for t in tensors}
         if len(placed) < len(tensors):
@@ -130,6 +134,8 @@ class _Reader:
     def _tensors(self, count: int) -> Iterator[TensorInfo]:
         for _ in range(count):
             name, (axes,) = self._string(), self._take("I")
+            if axes > _MOST_AXES:
+                raise ValueError(f"{self._path}: a tensor of {axes} axes")
             *sizes, kind, offset = self._take(*"Q" * axes, "I", "Q")
             yield TensorInfo(name, tuple(reversed(sizes)), kind, offset)
 

@@ -28,14 +28,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_CONFIGS = ("config.json", "generation_config.json")
+_CONFIGS = ("config.json", "generation_config.json", "SHA256SUMS")
 _WEIGHTS = tuple(
     f"{stem}{rest}.safetensors{index}"
     for stem in ("model", "params")
     for rest, index in (("", ""), ("-*-of-*", ""), ("", ".index.json"))
 )
 # Of a model of ours: its LLM, and the LLM's tokenizer.
-_FOLDERS = ("llm/*.json", "llm/params.safetensors", "llm_tokenizer/*")
+_FOLDERS = ("llm/*.json", "llm/params.safetensors", "llm/SHA256SUMS", "llm_tokenizer/*")
 PARTS = {
     "config": _CONFIGS,
     "tokenizer": (*_CONFIGS, *TOKENIZER_FILES, "llm_tokenizer/*"),

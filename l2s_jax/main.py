@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.config import complaint, settled, unknown_key
-from l2s_jax.files import exit_status
+from l2s_jax.files import exit_status, one_line
 from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
@@ -340,7 +340,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return status
 
 

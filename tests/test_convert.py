@@ -484,7 +484,7 @@ def test_overwriting_keeps_other_files(directory, tmp_path, save):
     save(module.config, params, str(out))
     assert_same(load(str(out))[1], params)
     assert (out / "spiece.model").read_bytes() == b"pieces"
-    assert len(list(out.iterdir())) == 3
+    assert len(list(out.iterdir())) == 4
 
 
 def native(change):
@@ -512,6 +512,7 @@ def native(change):
 def test_native_refused_in_one_line(checkpoints, tmp_path, change, fragments):
     module, params = load_hf(str(checkpoints / "v1.0"))
     save_native(module.config, params, str(tmp_path / "ours"))
+    (tmp_path / "ours/SHA256SUMS").unlink()
     change(tmp_path / "ours")
     refused(tmp_path / "ours", *fragments, read=load)
 

@@ -13,7 +13,7 @@ import pytest
 import shapes
 from ml_collections import ConfigDict
 
-from l2s_jax.checkpoints import pretrained
+from l2s_jax.checkpoints import configs
 from l2s_jax.config import default
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.models import families
@@ -51,7 +51,7 @@ def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What an example registers is gone when it ends.
     monkeypatch.setattr(families, "CONFIGS", dict(families.CONFIGS))
     monkeypatch.setattr(families, "_MODULES", dict(families._MODULES))
-    monkeypatch.setattr(pretrained, "FAMILIES", pretrained.FAMILIES)
+    monkeypatch.setattr(configs, "FAMILIES", configs.FAMILIES)
     example = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", example)
     for code in EXAMPLES[name]:

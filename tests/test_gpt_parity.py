@@ -17,7 +17,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from l2s_jax.checkpoints.pretrained import gpt2, gpt_neox, load_hf, save_hf
+from l2s_jax.checkpoints import gpt2, gpt_neox
+from l2s_jax.checkpoints.pretrained import load_hf, save_hf
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.rotary import Rotary

@@ -115,7 +115,7 @@ def test_only_what_is_needed_is_fetched(hub, checkpoint, tmp_path):
     )
     done = python(hub, tmp_path / "home", program)
     assert done.stdout == "30\n", done.stderr
-    assert hub.fetched() <= {"config.json", "generation_config.json"}
+    assert hub.fetched() <= {"config.json", "generation_config.json", "SHA256SUMS"}
     done = python(hub, tmp_path / "home", program + "print(load_tokenizer('org/parts').eos_id)")
     assert done.stdout == "30\n1\n", done.stderr
     assert "spiece.model" in hub.fetched()

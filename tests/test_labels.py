@@ -157,10 +157,10 @@ def test_sampled_labels_have_seeds_of_their_places_in_the_split(tmp_path, monkey
 @pytest.mark.parametrize("line", ['{"response": "x"}', '{"prompt": "x"}', "3"])
 def test_a_line_that_is_no_label_is_refused(line, tmp_path):
     (tmp_path / "train-00000.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=r"train-00000\.jsonl:1: no label; expected"):
+    with pytest.raises(ValueError, match=r"train-00000\.jsonl:1: .*expected"):
         label_files.label(examples_of("a"), Counting, str(tmp_path))
     (tmp_path / "train-00000.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"train-00000\.jsonl: not readable as JSON Lines"):
+    with pytest.raises(ValueError, match=r"train-00000\.jsonl:1: not readable as JSON"):
         label_files.label(examples_of("a"), Counting, str(tmp_path))
 
 

@@ -85,7 +85,7 @@ def test_load_gives_the_same_tokenizer(tokenizer, directory, tmp_path):
     model = (tmp_path / "copy" / "spiece.model").absolute()
     tokenizer.save(str(model.parent))
     names = sorted(file.name for file in model.parent.iterdir())
-    assert names == ["spiece.model", "tokenizer_config.json"]
+    assert names == ["SHA256SUMS", "spiece.model", "tokenizer_config.json"]
     assert tokenizer.fingerprint == hashlib.sha256(model.read_bytes()).hexdigest()
     for path in (directory, str(model), str(model.parent)):
         loaded = load_tokenizer(path)

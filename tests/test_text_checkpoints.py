@@ -84,6 +84,7 @@ def test_tokens_that_were_added_to_a_t5_stay(t5):
     tokenizer = theirs(t5)
     tokenizer.add_tokens(["<", "\n"])
     tokenizer.save_pretrained(str(t5))
+    (t5 / "SHA256SUMS").unlink()
     assert (t5 / "spiece.model").exists() and (t5 / "tokenizer.json").exists()
     ours = equal(t5, ["a < b\nfox", "<\n<"])
     assert ours.decode(ours.encode_responses(["brown\n< dog"])[0]) == theirs(t5).decode(

@@ -35,6 +35,7 @@ from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unf
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.report import write_report
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.files import one_line
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find, is_name
 from l2s_jax.models.geometries import GEOMETRIES
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     with open(options.output.removesuffix(".json") + ".md", encoding="utf-8") as file:
         print(file.read())

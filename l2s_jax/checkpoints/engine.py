@@ -7,6 +7,7 @@ another exactly: every tensor matched by one rule, every parameter filled once.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -93,11 +94,16 @@ class Family:
 
         Layers are not stacked, whatever the module's `scan_layers`.
         """
-        # One layer is traced for all.
-        module = self.make_module(dataclasses.replace(module.config, scan_layers=True))
-        dtypes = {"ids": jnp.int32, "mask": jnp.bool_}
-        inputs = [jax.ShapeDtypeStruct((1, 1), dtypes[name]) for name in self.inputs]
-        return unstack_layers(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
+        return unstack_layers(_stacked_params(self, module.config))
+
+
+@functools.lru_cache(maxsize=64)
+def _stacked_params(family: Family, config: Any) -> Params:
+    """One layer is traced for all."""
+    module = family.make_module(dataclasses.replace(config, scan_layers=True))
+    dtypes = {"ids": jnp.int32, "mask": jnp.bool_}
+    inputs = [jax.ShapeDtypeStruct((1, 1), dtypes[name]) for name in family.inputs]
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def first_layers(*shared: str) -> Callable[[Any, float], tuple[Any, tuple[str, ...]]]:
@@ -178,6 +184,7 @@ def _apply(rule: Rule, path: str) -> Entry | None:
 def make_entries(rules: Sequence[Rule], paths: Sequence[str]) -> list[Entry]:
     """One entry per tensor; ValueError unless each path has one rule and each key one use."""
     entries: dict[str, Entry] = {}
+    known = set(paths)
     for path in paths:
         found = [entry for rule in rules if (entry := _apply(rule, path))]
         if len(found) != 1:
@@ -187,10 +194,12 @@ def make_entries(rules: Sequence[Rule], paths: Sequence[str]) -> list[Entry]:
         if entries.setdefault(entry.key, entry) != entry:
             filled = ", ".join(entries[entry.key].parameters)
             raise ValueError(f"tensor {entry.key}: goes to {path} and again to {filled}")
-        if absent := [f"- {other}" for other in entry.parameters if other not in paths]:
+        if absent := [f"- {other}" for other in entry.parameters if other not in known]:
             raise ValueError(f"tensor {entry.key}: the model lacks {listed(absent)}")
-    names = [key for entry in entries.values() for key in (entry.key, *entry.aliases)]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    names = collections.Counter(
+        key for entry in entries.values() for key in (entry.key, *entry.aliases)
+    )
+    if repeated := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(f"tensors of more than one rule: {listed(repeated)}")
     return list(entries.values())
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from l2s_jax.files import shown
+
+# What programs compute with has 32 bits.
+_MOST_INT, _MOST_FLOAT = 2**31 - 1, 3.4e38
+
 
 def read_integer(
     fields: Mapping[str, Any], name: str, default: Any, source: str, low: int = 1
 ) -> int:
-    """An integer of at least `low`."""
+    """An integer of at least `low`, of 32 bits."""
     value = fields.get(name, default)
-    if type(value) is not int or value < low:
-        raise ValueError(f"{source}: {name} is {value!r}, expected an integer >= {low}")
+    if type(value) is not int or not low <= value <= _MOST_INT:
+        most = " and of 32 bits at most" if type(value) is int and value > _MOST_INT else ""
+        raise ValueError(f"{source}: {name} is {shown(value)}, expected an integer >= {low}{most}")
     return value
 
 
@@ -20,15 +26,15 @@ def read_fraction(fields: Mapping[str, Any], name: str, default: float, source: 
     """A number in [0, 1)."""
     value = fields.get(name, default)
     if type(value) not in (int, float) or not 0 <= value < 1:
-        raise ValueError(f"{source}: {name} is {value!r}, expected a number in [0, 1)")
+        raise ValueError(f"{source}: {name} is {shown(value)}, expected a number in [0, 1)")
     return float(value)
 
 
 def read_positive(fields: Mapping[str, Any], name: str, default: Any, source: str) -> float:
-    """A number above 0."""
+    """A finite number above 0."""
     value = fields.get(name, default)
-    if type(value) not in (int, float) or not value > 0:
-        raise ValueError(f"{source}: {name} is {value!r}, expected a number above 0")
+    if type(value) not in (int, float) or not 0 < value <= _MOST_FLOAT:
+        raise ValueError(f"{source}: {name} is {shown(value)}, expected a finite number above 0")
     return float(value)
 
 
@@ -36,7 +42,7 @@ def read_flag(fields: Mapping[str, Any], name: str, default: bool, source: str) 
     """true or false."""
     value = fields.get(name, default)
     if type(value) is not bool:
-        raise ValueError(f"{source}: {name} is {value!r}, expected true or false")
+        raise ValueError(f"{source}: {name} is {shown(value)}, expected true or false")
     return value
 
 
@@ -74,4 +80,4 @@ def refuse_unsupported(
     """
     for name, values in neutral.items():
         if name in fields and fields[name] not in values:
-            raise ValueError(f"{source}: {name} is {fields[name]!r}, which is not supported")
+            raise ValueError(f"{source}: {name} is {shown(fields[name])}, which is not supported")

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from l2s_jax import sealed
 from l2s_jax.files import atomic_directory, read_json, replacing, write_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
@@ -261,12 +262,13 @@ def write_directory(
 
     weights, settings = f"{stem}.safetensors", "config.json"
     if not os.path.isdir(directory) or not os.listdir(directory):
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory) as temporary, sealed.writing(temporary, weights, settings):
             write_weights(os.path.join(temporary, weights))
             write_json(os.path.join(temporary, settings), config, sort_keys=True)
         return
-    with replacing(os.path.join(directory, weights)) as temporary:
-        write_weights(temporary)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(directory, settings))
-    write_json(os.path.join(directory, settings), config, sort_keys=True)
+    with sealed.writing(directory, weights, settings):
+        with replacing(os.path.join(directory, weights)) as temporary:
+            write_weights(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(directory, settings))
+        write_json(os.path.join(directory, settings), config, sort_keys=True)

@@ -15,6 +15,7 @@ from l2s_jax.checkpoints.fields import (
     read_token,
     refuse_unsupported,
 )
+from l2s_jax.files import shown
 from l2s_jax.models.gpt2 import GPT2, GPT2Config
 
 ACTIVATION_OF = {
@@ -78,7 +79,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     activation = fields.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATION_OF:
         raise ValueError(
-            f"{source}: activation_function is {activation!r}, expected one of "
+            f"{source}: activation_function is {shown(activation)}, expected one of "
             f"{list(ACTIVATION_OF)}"
         )
     named = {name: fields[alias] for name, alias in ALIAS_OF.items() if alias in fields}

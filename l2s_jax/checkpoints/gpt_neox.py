@@ -18,6 +18,7 @@ from l2s_jax.checkpoints.fields import (
     refuse_unsupported,
 )
 from l2s_jax.checkpoints.rope import read_rotary, write_rotary
+from l2s_jax.files import shown
 from l2s_jax.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 
 ACTIVATION_OF = {
@@ -97,7 +98,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     activation = fields.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATION_OF:
         raise ValueError(
-            f"{source}: hidden_act is {activation!r}, expected one of {list(ACTIVATION_OF)}"
+            f"{source}: hidden_act is {shown(activation)}, expected one of {list(ACTIVATION_OF)}"
         )
     width = read_integer(fields, "hidden_size", 6144, source)
     num_heads = read_integer(fields, "num_attention_heads", 64, source)

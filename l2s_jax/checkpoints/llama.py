@@ -15,6 +15,7 @@ from l2s_jax.checkpoints.fields import (
     refuse_unsupported,
 )
 from l2s_jax.checkpoints.rope import read_rotary, write_rotary
+from l2s_jax.files import shown
 from l2s_jax.models.llama import Llama, LlamaConfig
 
 # transformers' defaults for what a config.json leaves out, where the kinds differ or ours do.
@@ -128,7 +129,8 @@ def _windows(fields: Mapping[str, Any], kind: str, num_layers: int, source: str)
         if fields.get("layer_types") is not None:
             raise ValueError(f"{source}: layer_types of a mistral, which is not supported")
         window = fields.get("sliding_window", 4096)
-        return (read_integer(fields, "sliding_window", 4096, source) if window else 0), ""
+        none = window is None or (type(window) is int and window == 0)
+        return (0 if none else read_integer(fields, "sliding_window", 4096, source)), ""
     used = read_flag(fields, "use_sliding_window", False, source)
     if not used or fields.get("sliding_window", 4096) is None:
         return 0, ""
@@ -137,8 +139,10 @@ def _windows(fields: Mapping[str, Any], kind: str, num_layers: int, source: str)
     names = {"sliding_attention": "s", "full_attention": "f"}
     if fields.get("layer_types") is not None:
         given = fields["layer_types"]
-        if not isinstance(given, list) or any(name not in names for name in given):
-            raise ValueError(f"{source}: layer_types is {given!r}, expected {sorted(names)} only")
+        if not isinstance(given, list) or any(name not in list(names) for name in given):
+            raise ValueError(
+                f"{source}: layer_types is {shown(given)}, expected {sorted(names)} only"
+            )
         pattern = "".join(names[name] for name in given)
         if len(pattern) != num_layers:
             raise ValueError(

@@ -9,16 +9,26 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from l2s_jax.checkpoints import gpt2, gpt_neox, llama, t5
+from l2s_jax import sealed
+from l2s_jax.checkpoints.configs import (
+    FAMILIES,
+    FORMAT,
+    RUNTIME_FIELDS,
+    config_from_native,
+    config_to_native,
+    family_of,
+    hf_family,
+    model_config,
+    native_family,
+)
 from l2s_jax.checkpoints.engine import (
-    Family,
     Params,
     make_entries,
     matched,
@@ -26,7 +36,13 @@ from l2s_jax.checkpoints.engine import (
     param_shapes,
     write_tensors,
 )
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, listed, write_directory
+from l2s_jax.checkpoints.files import (
+    TensorFiles,
+    Tensors,
+    content_hash,
+    hashed_files,
+    write_directory,
+)
 from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import read_json
@@ -37,6 +53,9 @@ from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.vocabulary import without_vocabulary
 
 __all__ = [
+    "FAMILIES",
+    "FORMAT",
+    "RUNTIME_FIELDS",
     "abstract_encoder",
     "config_from_native",
     "config_to_native",
@@ -52,19 +71,6 @@ __all__ = [
     "save_hf",
     "save_native",
 ]
-
-FORMAT = "l2s_jax"
-# Of a model config: how programs compute, which no file says.
-RUNTIME_FIELDS = ("dtype", "scan_layers", "remat", "vocabulary")
-FAMILIES: tuple[Family, ...] = (t5.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY)
-
-
-def family_of(config: Any) -> Family:
-    """The family of a model config such as T5Config."""
-    for family in FAMILIES:
-        if isinstance(config, family.config_class):
-            return family
-    raise ValueError(f"no conversion for a {type(config).__name__}")
 
 
 def _read_config(directory: str) -> tuple[dict[str, Any], str]:
@@ -122,16 +128,25 @@ def load_encoder(
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     entries: Sequence[str] | None = None,
+    is_known: bool = False,
 ) -> tuple[nn.Module, Params]:
     """As `load`, but only what encodes a prompt is read and held.
 
     An encoder-decoder gives its encoder. A decoder-only model gives its first `layer` layers, or
     that fraction of them if it is below 1, or all of them if it is 0. With `scan_layers`, they are
     stacked (models/stacking.py), as the module then takes them. Of all this only `entries` of the
-    parameter tree, where they are given.
+    parameter tree, where they are given. `is_known`: the caller compares the directory's content
+    hash, and no other is looked at.
     """
     return _load(
-        directory, dtype, layer=layer, serve=serve, mesh=mesh, scan_layers=scan_layers, kept=entries
+        directory,
+        dtype,
+        layer=layer,
+        serve=serve,
+        mesh=mesh,
+        scan_layers=scan_layers,
+        kept=entries,
+        is_known=is_known,
     )
 
 
@@ -165,23 +180,31 @@ def opened(directory: str, format: str | None = None) -> Iterator[tuple]:
         fields, path = _read_config(directory)
         tensors = None
     native = "format" in fields if format is None else format == FORMAT
-    family = _native_family(fields, path) if native else _hf_family(fields, path)
+    family = native_family(fields, path) if native else hf_family(fields, path)
     with tensors or TensorFiles(directory, "params" if native else "model") as files:
-        config = _model_config(family, fields, files.keys, path, native)
+        config = model_config(family, fields, files.keys, path, native)
+        check_layers(config, files, path)
         shapes = param_shapes(family.abstract_params(family.make_module(config)))
         entries = own_entries(shapes) if native else family.make_entries(config, list(shapes))
         yield family, config, files, entries, shapes, () if native else family.ignored
 
 
-def _model_config(
-    family: Family, fields: dict[str, Any], keys: frozenset[str], path: str, native: bool
-) -> Any:
-    try:
-        if native:
-            return config_from_native(fields, path)
-        return family.config_from_hf(fields, keys, path)
-    except ValueError as error:
-        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
+def check_layers(config: Any, files: Tensors, path: str, *, stack: int = 0) -> None:
+    """Checks that files can hold so many layers, before there is an entry for each parameter.
+
+    `stack` is how many there are beside a model's own; `path` is named in errors.
+
+    Raises:
+      ValueError: there are more layers than tensors.
+    """
+    names = ("num_layers", "num_encoder_layers", "num_decoder_layers")
+    counts = {name: getattr(config, name, 0) for name in names} | {"stack": stack}
+    for name, count in counts.items():
+        if count > len(files.keys):
+            raise ValueError(
+                f"{path}: {count} layers ({name}), but {files.source} has only "
+                f"{len(files.keys)} tensors"
+            )
 
 
 def encodes_only(directory: str) -> bool:
@@ -212,8 +235,8 @@ def read_config(directory: str) -> Any:
     """
     fields, path = _read_config(find(directory, "config"))
     native = "format" in fields
-    family = _native_family(fields, path) if native else _hf_family(fields, path)
-    return _model_config(family, fields, frozenset(["lm_head.weight"]), path, native)
+    family = native_family(fields, path) if native else hf_family(fields, path)
+    return model_config(family, fields, frozenset(["lm_head.weight"]), path, native)
 
 
 def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
@@ -243,7 +266,10 @@ def _load(
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     kept: Sequence[str] | None = None,
+    is_known: bool = False,
 ) -> tuple[nn.Module, Params]:
+    if not is_known:
+        sealed.check(*hashed_files(directory))
     with opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
         if layer is not None:
@@ -268,25 +294,6 @@ def _load(
     return family.make_module(config), params
 
 
-def _hf_family(fields: dict[str, Any], path: str) -> Family:
-    model_type = fields.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise ValueError(f"{path}: model_type is {model_type!r}, expected one of {known}")
-
-
-def _native_family(fields: dict[str, Any], path: str) -> Family:
-    if fields.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
-    for family in FAMILIES:
-        if family.name == fields.get("family"):
-            return family
-    known = ", ".join(family.name for family in FAMILIES)
-    raise ValueError(f"{path}: family is {fields.get('family')!r}, expected one of {known}")
-
-
 def save_hf(config: Any, params: Params, directory: str) -> None:
     """Writes config.json and model.safetensors (float32), as transformers reads them."""
     family, config = family_of(config), without_vocabulary(config)
@@ -294,51 +301,6 @@ def save_hf(config: Any, params: Params, directory: str) -> None:
     entries = make_entries(family.make_rules(config), list(shapes))
     tensors = write_tensors(params, entries, shapes)
     write_directory(directory, family.config_to_hf(config), tensors, "model")
-
-
-def config_to_native(config: Any) -> dict[str, Any]:
-    """A model config as a JSON object: its family and its fields but those of RUNTIME_FIELDS."""
-    fields = dataclasses.asdict(without_vocabulary(config))
-    for name in RUNTIME_FIELDS:
-        del fields[name]
-    return {"format": FORMAT, "family": family_of(config).name, **fields}
-
-
-def config_from_native(fields: dict[str, Any], path: str) -> Any:
-    """What `config_to_native` made of a config; `path` is named in errors."""
-    family = _native_family(fields, path)
-    defaults = {f.name: f.default for f in dataclasses.fields(family.config_class)}
-    for name in RUNTIME_FIELDS:
-        del defaults[name]
-    given = {name: value for name, value in fields.items() if name not in ("format", "family")}
-    marked = [f"- {name}" for name in sorted(defaults.keys() - given.keys())]
-    marked += [f"+ {name}" for name in sorted(given.keys() - defaults.keys())]
-    if marked:
-        raise ValueError(f"{path}: fields missing (-) or unknown (+): {listed(marked)}")
-    for name, value in given.items():
-        if dataclasses.is_dataclass(defaults[name]) and isinstance(value, dict):
-            try:
-                given[name] = value = _nested(type(defaults[name]), value)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {name}: {error}") from None
-        if type(value) is not type(defaults[name]):
-            expected = type(defaults[name]).__name__
-            raise ValueError(f"{path}: {name} is {value!r}, expected a value of type {expected}")
-    try:
-        return family.config_class(**given)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _nested(kind: type, fields: dict[str, Any]) -> Any:
-    """A config within a config; a number may be written without its fraction."""
-    made = kind(**fields)
-    hints = get_type_hints(kind)
-    for name, value in fields.items():
-        if type(value) is not hints[name] and (type(value), hints[name]) != (int, float):
-            expected = hints[name].__name__
-            raise ValueError(f"{name} is {value!r}, expected a value of type {expected}")
-    return made
 
 
 def save_native(config: Any, params: Params, directory: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l2s_jax.checkpoints.fields import read_integer, read_positive
+from l2s_jax.files import shown
 from l2s_jax.models.rotary import KINDS, Rotary
 
 
@@ -23,11 +24,13 @@ def read_rotary(
     # transformers lets the older field win where a file has both.
     given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-        raise ValueError(f"{source}: rope_parameters is {given!r}, expected one set for all layers")
+        raise ValueError(
+            f"{source}: rope_parameters is {shown(given)}, expected one set for all layers"
+        )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in KINDS:
         raise ValueError(
-            f"{source}: rope_type is {kind!r}, which is not supported; expected one of {KINDS}"
+            f"{source}: rope_type is {shown(kind)}, which is not supported; expected one of {KINDS}"
         )
     merged = {"rope_theta": fields.get(theta_field), "share": fields.get(share_field)}
     merged = {name: value for name, value in merged.items() if value is not None} | dict(given)
@@ -57,7 +60,9 @@ def read_rotary(
             high_frequency_factor=read_positive(merged, "high_freq_factor", None, source),
         )
     if merged.get("truncate", True) is not True:
-        raise ValueError(f"{source}: truncate is {merged['truncate']!r}, which is not supported")
+        raise ValueError(
+            f"{source}: truncate is {shown(merged['truncate'])}, which is not supported"
+        )
     return Rotary(
         **rotary,
         beta_fast=_optional(merged, "beta_fast", source) or 32.0,

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l2s_jax.checkpoints.engine import TRANSPOSED, Family, Rule
-from l2s_jax.checkpoints.fields import read_fraction, read_integer, read_token, refuse_unsupported
+from l2s_jax.checkpoints.fields import (
+    read_flag,
+    read_fraction,
+    read_integer,
+    read_token,
+    refuse_unsupported,
+)
+from l2s_jax.files import shown
 from l2s_jax.models.t5 import T5, T5Config
 
 ACTIVATION_OF = {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu"}
@@ -98,6 +105,8 @@ def _head(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> tuple
     scaled = fields.get("scale_decoder_outputs")
     if scaled is None:
         tied = fields.get("tie_word_embeddings")
+        if tied is not None:
+            tied = read_flag(fields, "tie_word_embeddings", True, source)
         scaled = fields["model_type"] == "t5" and tied is not False
         by_version_4 = str(fields.get("transformers_version", "5")).startswith("4.")
         if fields["model_type"] == "mt5" and tied and by_version_4 and "lm_head.weight" not in keys:
@@ -106,7 +115,9 @@ def _head(fields: Mapping[str, Any], keys: frozenset[str], source: str) -> tuple
                 "does not; set scale_decoder_outputs to true or false"
             )
     if type(scaled) is not bool:
-        raise ValueError(f"{source}: scale_decoder_outputs is {scaled!r}, expected true or false")
+        raise ValueError(
+            f"{source}: scale_decoder_outputs is {shown(scaled)}, expected true or false"
+        )
     tied_head = scaled or "lm_head.weight" not in keys
     return tied_head, scaled or not tied_head
 
@@ -118,7 +129,8 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     projection = fields.get("feed_forward_proj", defaults["feed_forward_proj"])
     if not isinstance(projection, str) or projection not in ACTIVATION_OF:
         raise ValueError(
-            f"{source}: feed_forward_proj is {projection!r}, expected one of {list(ACTIVATION_OF)}"
+            f"{source}: feed_forward_proj is {shown(projection)}, expected one of "
+            f"{list(ACTIVATION_OF)}"
         )
     implied = {
         "is_gated_act": projection.startswith("gated"),
@@ -127,7 +139,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
     for name, value in implied.items():
         if fields.get(name, value) != value:
             raise ValueError(
-                f"{source}: {name} is {fields[name]!r}, expected {value!r} beside "
+                f"{source}: {name} is {shown(fields[name])}, expected {value!r} beside "
                 f"feed_forward_proj {projection!r}"
             )
 
@@ -138,7 +150,7 @@ def config_from_hf(fields: Mapping[str, Any], keys: frozenset[str], source: str)
         # Unlike a decoder-only model's, a T5's tokens have one meaning each and no stand-ins.
         given = fields.get(name, default)
         if given is None or (isinstance(given, list) and len(given) != 1):
-            raise ValueError(f"{source}: {name} is {given!r}, expected an integer >= 0")
+            raise ValueError(f"{source}: {name} is {shown(given)}, expected an integer >= 0")
         return read_token(fields, name, default, vocab_size, source)
 
     vocab_size = number("vocab_size")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -14,17 +15,18 @@ from typing import Any
 def errors_once() -> Iterator[None]:
     """Has libraries not tell of errors in threads of theirs, which end the command with its line.
 
-    Of a write that fails, Orbax and TensorStore print a traceback for each array.
+    Of a write or a read that fails, Orbax and TensorStore print a traceback for each array.
     """
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for log in logs:
         log.addFilter(_is_news)
-    before = sys.unraisablehook, threading.excepthook
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook
+    sys.excepthook = functools.partial(_of_main_thread, before[0])
     sys.unraisablehook, threading.excepthook = _main_thread_only, _not_of_files
     try:
         yield
     finally:
-        sys.unraisablehook, threading.excepthook = before
+        sys.excepthook, sys.unraisablehook, threading.excepthook = before
         for log in logs:
             log.removeFilter(_is_news)
 
@@ -32,6 +34,12 @@ def errors_once() -> Iterator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
     # (Orbax warns of each checkpoint that is saved without a validation.)
     return record.levelno != logging.ERROR and "tracked_metric" not in str(record.msg)
+
+
+def _of_main_thread(tell: Callable[..., Any], *error: Any) -> None:
+    """In place of sys.excepthook, which threads of TensorStore's call too."""
+    if threading.current_thread() is threading.main_thread():
+        tell(*error)
 
 
 def _main_thread_only(arguments: Any) -> None:

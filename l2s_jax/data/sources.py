@@ -24,14 +24,12 @@ import fsspec
 import numpy as np
 
 from l2s_jax.data.text import all_whole, decoded
-from l2s_jax.files import one_line
+from l2s_jax.files import check_depth, one_line
 
 STDIN = "-"
 
 _READ_AT_ONCE = 1024
 _GZIP = b"\x1f\x8b"  # no UTF-8 text begins with it
-# More than any real record has, and few enough for those that go through a record by recursion.
-_DEEPEST = 100
 
 
 class Record(NamedTuple):
@@ -189,15 +187,7 @@ def read_jsonl(path: str) -> Iterator[Record]:
 
 def _parsed(line: str) -> Any:
     value = json.loads(line)
-    if line.count("[") + line.count("{") > _DEEPEST:
-        level = [value]
-        for _ in range(_DEEPEST):
-            nested = [item for item in level if isinstance(item, dict | list)]
-            level = [
-                item for own in nested for item in (own.values() if isinstance(own, dict) else own)
-            ]
-        if level:
-            raise ValueError(f"nested more than {_DEEPEST} deep")
+    check_depth(value, line)
     # No line of UTF-8 holds half a character as it is.
     return all_whole(value) if "\\u" in line else value
 

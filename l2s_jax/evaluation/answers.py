@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from l2s_jax import models
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.training import TrainedStage
+from l2s_jax.files import json_object
 
 _FILE = "predictions.jsonl"
 
@@ -75,7 +75,18 @@ class AnswerStage(RecordedStage):
 
 def read_answers(folder: str) -> Answers:
     """What is in the folder of an AnswerStage that is made."""
-    with open(os.path.join(folder, _FILE), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    cut = [record["cut"] for record in records]
-    return Answers([record["response"] for record in records], sum(cut) / len(cut))
+    path = os.path.join(folder, _FILE)
+    responses, cut = [], []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            record = json_object(line, f"{path}:{number}")
+            if not isinstance(record.get("response"), str) or type(record.get("cut")) is not bool:
+                raise ValueError(
+                    f"{path}:{number}: no answer; expected the keys 'response' and 'cut': remove "
+                    "the file, and the same command makes it again"
+                )
+            responses.append(record["response"])
+            cut.append(record["cut"])
+    if not cut:
+        raise ValueError(f"{path}: no answers; remove it, and the same command makes it again")
+    return Answers(responses, sum(cut) / len(cut))

@@ -6,6 +6,7 @@ again only where one of these has changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import read_json, write_json
+from l2s_jax.sealed import with_hash, without_hash
 
 
 class Hashes:
@@ -22,7 +24,13 @@ class Hashes:
     def __init__(self, workdir: str, *, keep: bool):
         self._path = os.path.join(workdir, "hashes.json")
         self._keep = keep
-        self._known = read_json(self._path) if os.path.exists(self._path) else {}
+        self._known: dict[str, Any] = {}
+        for name, known in (read_json(self._path) if os.path.exists(self._path) else {}).items():
+            # What is damaged is made again. (Older versions wrote no hash of it.)
+            with contextlib.suppress(ValueError):
+                if isinstance(known, dict) and {"files", "hash"} <= known.keys():
+                    without_hash(known, self._path)
+                    self._known[name] = known
 
     def of(self, what: Any, files: Sequence[str], compute: Callable[[], str]) -> str:
         """The hash of `what` (JSON-able), which `compute` makes of `files`.
@@ -35,7 +43,7 @@ class Hashes:
         if known and (signature is None or known["files"] == signature):
             return known["hash"]
         value = compute()
-        self._known[name] = {"files": signature, "hash": value}
+        self._known[name] = with_hash({"files": signature, "hash": value})
         if signature and self._keep and os.path.isdir(os.path.dirname(self._path)):
             lasting = {name: known for name, known in self._known.items() if known["files"]}
             write_json(self._path, lasting, sort_keys=True)

@@ -6,7 +6,6 @@ import collections
 import functools
 import glob
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,11 +15,13 @@ import numpy as np
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment import shards
-from l2s_jax.files import write_json_lines
+from l2s_jax.files import json_object, write_json_lines
+from l2s_jax.sealed import with_hash, without_hash
 
 log = logging.getLogger(__name__)
 
 SHARD = 2048
+_AGAIN = "remove the file, and the same command makes it again"
 
 
 class Label(NamedTuple):
@@ -58,21 +59,20 @@ class LabelFiles:
         labels = {}
         for path in files:
             for number, record in enumerate(_records(path), 1):
-                try:
-                    cut = record.get("cut", False)
-                    labels[record["prompt"]] = Label(record["response"], cut)
-                except (KeyError, TypeError, AttributeError):
+                key, response, cut = (record.get(n) for n in ("prompt", "response", "cut"))
+                if not (isinstance(key, str) and isinstance(response, str)):
                     raise ValueError(
                         f"{path}:{number}: no label; expected the keys 'prompt' and 'response': "
-                        "remove the file, and the same command makes it again"
-                    ) from None
+                        f"{_AGAIN}"
+                    )
+                labels[key] = Label(response, cut is True)
         return labels
 
     def write(self, number: int, keys: Sequence[str], values: Sequence[Label]) -> None:
         """Adds a file."""
         path = os.path.join(self._directory, f"{self._split}-{number:05d}.jsonl")
         records = (
-            {"prompt": key, "response": response, **({"cut": True} if cut else {})}
+            with_hash({"prompt": key, "response": response, **({"cut": True} if cut else {})})
             for key, (response, cut) in zip(keys, values, strict=True)
         )
         write_json_lines(path, records)
@@ -96,7 +96,7 @@ class LabelFiles:
                     f"{path}: labels of more than the {len(keys)} prompts of the train split; "
                     "expected the data that they were made of"
                 )
-            self.write(number, own, [Label(r["response"], False) for r in records])
+            self.write(number, own, [Label(r.get("response", ""), False) for r in records])
             start += len(records)
 
 
@@ -169,12 +169,14 @@ def label(
     return labelled
 
 
-def _records(path: str) -> list[Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not readable as JSON Lines: {error}; remove it, and the same command makes "
-            "it again"
-        ) from None
+def _records(path: str) -> list[dict[str, Any]]:
+    """The objects in a file's lines, each once it is what it was when it was written."""
+    records = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                records.append(without_hash(json_object(line, where), where))
+            except ValueError as error:
+                raise ValueError(f"{error}; {_AGAIN}") from None
+    return records

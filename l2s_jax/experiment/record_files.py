@@ -41,17 +41,25 @@ class RecordFiles:
         """The key of each record of a shard.
 
         Raises:
-          ValueError: there is no index.
+          ValueError: there is no index, or another one than was written.
         """
-        name = f"{path.removesuffix(_SUFFIX)}{_INDEX_SUFFIX}"
+        stem = path.removesuffix(_SUFFIX)
+        name = f"{stem}{_INDEX_SUFFIX}"
         try:
-            return np.fromfile(name, "V16").tolist()
+            with open(name, "rb") as file:
+                content = file.read()
         except OSError as error:
             raise ValueError(f"{name}: not readable: {error.strerror}; {_AGAIN}") from None
+        if not stem.endswith(f"-{_hash(content)}"):
+            raise ValueError(
+                f"{name}: damaged: its content is not that of the hash in its name; remove it and "
+                "the file beside it, and the same command makes them again"
+            )
+        return np.frombuffer(content, "V16").tolist()
 
     def write(self, number: int, keys: Sequence[bytes], values: Sequence[np.ndarray]) -> None:
         """Adds a shard: the bytes of a value for each key of 16 bytes."""
-        digest = hashlib.sha256(b"".join(keys)).hexdigest()[:8]
+        digest = _hash(b"".join(keys))
         stem = os.path.join(self._directory, f"{self._name}-{number:05d}-{digest}")
         write_bytes(f"{stem}{_INDEX_SUFFIX}", b"".join(keys))
         path = f"{stem}{_SUFFIX}"
@@ -119,6 +127,10 @@ class Records:
                 f"{path}: {len(record)} bytes for {self._what} {index}, expected {size}; {_AGAIN}"
             )
         return record
+
+
+def _hash(keys: bytes) -> str:
+    return hashlib.sha256(keys).hexdigest()[:8]
 
 
 @contextlib.contextmanager

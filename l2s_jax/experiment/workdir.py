@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from l2s_jax.config import of_settings
-from l2s_jax.files import plain, read_json, write_json
+from l2s_jax.files import plain, read_json, shown, write_json
 from l2s_jax.settings.declare import read
 from l2s_jax.settings.moved import upgraded
 from l2s_jax.settings.sections import Settings
@@ -48,12 +48,29 @@ class Record:
 
     def read(self) -> dict[str, Any] | None:
         """What is recorded; None where nothing is."""
-        return read_json(self._path) if os.path.exists(self._path) else None
+        if not os.path.exists(self._path):
+            return None
+        found = read_json(self._path)
+        train = found.get("train", {"steps": 0})
+        for name, value, kind in (
+            (_VERSION, found.get(_VERSION, 0), int),
+            (_RUN, found.get(_RUN, ""), str),
+            ("train.steps", train.get("steps", 0) if isinstance(train, dict) else None, int),
+        ):
+            if type(value) is not kind or (_VERSION in found) != (_RUN in found):
+                raise ValueError(
+                    f"{self._path}: {name} is {shown(value)}: damaged; move {self.directory} away, "
+                    "and the same command makes it again"
+                )
+        return found
 
     @property
     def run(self) -> str:
         """The name of the run, hex."""
-        return str(read_json(self._path)[_RUN])
+        found = self.read()
+        if found is None:
+            raise ValueError(f"{self._path}: no such file")
+        return found[_RUN]
 
     def write(
         self, inputs: Mapping[str, Any], version: int, sources: Mapping[str, str] | None = None
@@ -132,7 +149,9 @@ def changes(
 
 def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: list[str]) -> bool:
     """Whether all that has changed is that training is to take more steps."""
-    return changed == [_STEPS] and inputs["train"]["steps"] > found["train"]["steps"]
+    if changed != [_STEPS] or not holds(found, _STEPS):
+        return False
+    return inputs["train"]["steps"] > found["train"]["steps"]
 
 
 def holds(values: Mapping[str, Any], key: str) -> bool:

@@ -14,6 +14,7 @@ from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.stacking import make_layers
 from l2s_jax.models.vocabulary import Vocabulary, response_size
 
@@ -47,6 +48,7 @@ class GPTNeoXConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.num_heads < 1 or self.width % self.num_heads:
             raise ValueError(f"width {self.width}: expected a multiple of {self.num_heads} heads")
         if self.activation not in ACTIVATIONS:

@@ -18,6 +18,7 @@ from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.stacking import make_layers
 from l2s_jax.models.vocabulary import Vocabulary, response_size
 
@@ -57,6 +58,7 @@ class LlamaConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} heads: expected a multiple of the {self.num_kv_heads} "

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
+from l2s_jax.models.sizes import check_finite
+
 KINDS = ("default", "linear", "llama3", "yarn")
+_FACTORS = (
+    "base", "factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow",
+    "attention_factor",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +52,19 @@ class Rotary:
                 f"rotary low_freq_factor {self.low_frequency_factor}: expected less than "
                 f"high_freq_factor {self.high_frequency_factor}"
             )
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"rotary width {self.width}: expected an even number above 0")
+        if not 2 <= self.width <= 2**16 or self.width % 2:
+            raise ValueError(f"rotary width {self.width}: expected an even number, 2 to {2**16}")
+        check_finite(self, *_FACTORS)
+        if self.kind in ("llama3", "yarn") and not 1 <= self.original_length < 2**31:
+            raise ValueError(
+                f"rotary original_length {self.original_length}: expected 1 to {2**31 - 1}"
+            )
+        if self.kind == "yarn" and self.base <= 1:
+            raise ValueError(f"rotary base {self.base}: expected a number above 1")
+        with np.errstate(all="ignore"):
+            is_finite = np.isfinite(self.frequencies()).all()
+        if not is_finite:
+            raise ValueError(f"rotary base {self.base}: frequencies that are not finite")
 
     def frequencies(self) -> Float32[np.ndarray, " {self.width}//2"]:
         """Radians per position of each plane."""

@@ -13,6 +13,7 @@ from l2s_jax.models.attention import Bias
 from l2s_jax.models.cache import KeyValue, write
 from l2s_jax.models.layers import Attention, Dropout, Linear, RMSNorm
 from l2s_jax.models.relative import RelativeBias
+from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.vocabulary import Vocabulary
 
 ACTIVATIONS = {
@@ -51,6 +52,12 @@ class T5Config:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(self)
+        if self.max_distance <= self.num_buckets // 2:
+            raise ValueError(
+                f"max_distance {self.max_distance}: expected more than half of the "
+                f"{self.num_buckets} buckets"
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"T5 activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}"

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from l2s_jax.bench.arguments import Parser
+from l2s_jax.files import one_line
 
 if TYPE_CHECKING:
     from l2s_jax.serve.run import Options
@@ -176,5 +177,5 @@ def options_of(flags: argparse.Namespace) -> Options:
 
 def told(error: Exception, status: int) -> int:
     """Says in one line what was wrong; gives the exit status."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return status

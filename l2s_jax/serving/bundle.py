@@ -9,6 +9,7 @@ model card, is written once there is a report.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,18 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from l2s_jax import sealed
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, write_directory
+from l2s_jax.checkpoints.files import TensorFiles, content_hash, hashed_files, write_directory
 from l2s_jax.checkpoints.reading import read_params
-from l2s_jax.files import read_json, write_json
+from l2s_jax.files import write_json
 from l2s_jax.hub import find, is_name
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.models.vocabulary import with_vocabulary, without_vocabulary
+from l2s_jax.serving.bundle_config import FAMILY, check_layers, read_fields
 from l2s_jax.tokenizers.cut import read_kept, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-_FAMILY = "l2s"
 # How H comes to the SLM: fields that are there where they are not as by default.
 _JOINED = ("layers", "normalize", "stack")
 _LLM, _LLM_TOKENIZER = "llm", "llm_tokenizer"
@@ -37,6 +39,7 @@ CARD = "README.md"
 _GENERATION = "generation_config.json"
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(system: LlmToSlm) -> dict[str, tuple[int, ...]]:
     return param_shapes(jax.eval_shape(system.init, jax.random.key(0)))
 
@@ -62,7 +65,7 @@ def save(
     """
     fields = {
         "format": pretrained.FORMAT,
-        "family": _FAMILY,
+        "family": FAMILY,
         "fusion": system.fusion,
         "projector_width": system.projector_width,
         "shared_vocabulary": system.shared_vocabulary,
@@ -79,7 +82,8 @@ def save(
     shapes = _shapes(system)
     tensors = write_tensors(trained, own_entries(shapes), shapes)
     write_directory(directory, fields, tensors, "params")
-    write_json(os.path.join(directory, _GENERATION), _generation_config(system, generation))
+    with sealed.writing(directory, _GENERATION):
+        write_json(os.path.join(directory, _GENERATION), _generation_config(system, generation))
     slm_tokenizer.save(directory)
     if not system.shared_vocabulary:
         llm_tokenizer.save(os.path.join(directory, _LLM_TOKENIZER))
@@ -159,7 +163,7 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
     """
     if include_llm not in (False, True, "whole"):
         raise ValueError(f"include_llm={include_llm!r}: expected True, False or 'whole'")
-    fields, _ = _read_fields(source)
+    fields, _ = read_fields(source)
     whole = include_llm == "whole" or fields["llm"].get("whole")
     llm_directory = find(whole_llm(source)) if whole else ""
     # A whole LLM is read from its own directory.
@@ -192,11 +196,8 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
 
 def llm_path(directory: str) -> str:
     """Where the LLM of the L2S model in a directory is; see `_llm_path`."""
-    fields, path = _read_fields(directory)
-    try:
-        return _llm_path(directory, fields["llm"]["path"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
+    fields, _ = read_fields(directory)
+    return _llm_path(directory, fields["llm"]["path"])
 
 
 def whole_llm(directory: str) -> str:
@@ -205,7 +206,7 @@ def whole_llm(directory: str) -> str:
     Raises:
       ValueError: the model has no more of it than what encodes.
     """
-    fields, _ = _read_fields(directory)
+    fields, _ = read_fields(directory)
     path = llm_path(directory)
     inside = os.path.normpath(os.path.join(directory, _LLM))
     partial = path == inside and not fields["llm"].get("whole")
@@ -223,12 +224,6 @@ def _llm_path(directory: str, path: str) -> str:
     return path if not os.path.exists(inside) and is_name(path) else inside
 
 
-def is_bundle(directory: str) -> bool:
-    """Whether an L2S model lies there, as opposed to a model on its own."""
-    path = os.path.join(directory, "config.json")
-    return os.path.exists(path) and read_json(path).get("family") == _FAMILY
-
-
 def inspect(directory: str) -> list[pretrained.Parameter]:
     """As `pretrained.inspect`, of projector and SLM."""
     with TensorFiles(directory, "params") as files:
@@ -238,20 +233,9 @@ def inspect(directory: str) -> list[pretrained.Parameter]:
         ]
 
 
-def _read_fields(directory: str) -> tuple[dict[str, Any], str]:
-    """(config.json's object, its path) of an L2S model."""
-    path = os.path.join(directory, "config.json")
-    fields = read_json(path)
-    if fields.get("family") != _FAMILY:
-        raise ValueError(f"{path}: family is {fields.get('family')!r}, expected {_FAMILY!r}")
-    return fields, path
-
-
 def generation_settings(directory: str) -> dict[str, Any]:
     """What `save` was given as `generation`."""
-    fields, path = _read_fields(directory)
-    if not isinstance(fields.get("generation"), dict):
-        raise ValueError(f"{path}: not the config of an L2S model: no settings of generation")
+    fields, _ = read_fields(directory)
     return dict(fields["generation"])
 
 
@@ -274,20 +258,18 @@ def load(
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
     """
-    fields, path = _read_fields(directory)
-    try:
-        llm_path = llm_directory or _llm_path(directory, fields["llm"]["path"])
-        expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
-        slm_config = pretrained.config_from_native(fields["slm"], path)
-        slm_config = dataclasses.replace(slm_config, dtype=dtype)
-        slm_config = with_vocabulary(slm_config, read_kept(directory))
-        names = ("fusion", "projector_width", "shared_vocabulary")
-        settings = {name: fields[name] for name in names}
-        settings |= {name: fields[name] for name in _JOINED if name in fields}
-        if "layers" in settings:
-            settings["layers"] = tuple(map(tuple, settings["layers"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the config of an L2S model: {error}") from None
+    fields, path = read_fields(directory)
+    sealed.check(*hashed_files(directory))
+    llm_path = llm_directory or _llm_path(directory, fields["llm"]["path"])
+    expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
+    slm_config = pretrained.config_from_native(fields["slm"], path)
+    slm_config = dataclasses.replace(slm_config, dtype=dtype)
+    slm_config = with_vocabulary(slm_config, read_kept(directory))
+    names = ("fusion", "projector_width", "shared_vocabulary")
+    settings = {name: fields[name] for name in names}
+    settings |= {name: fields[name] for name in _JOINED if name in fields}
+    if "layers" in settings:
+        settings["layers"] = tuple(map(tuple, settings["layers"]))
     encoder, frozen = pretrained.load_encoder(
         llm_path,
         layer=layer,
@@ -296,15 +278,18 @@ def load(
         mesh=mesh,
         scan_layers=scan_layers,
         entries=entries,
+        is_known=True,
     )
     if content_hash(llm_path) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "
             "(content hashes differ)"
         )
-    system = LlmToSlm(encoder.config, slm_config, **settings)
-    shapes = _shapes(system)
+    check_layers(path, encoder.config, settings.get("layers", ()))
     with TensorFiles(directory, "params") as files:
+        pretrained.check_layers(slm_config, files, path, stack=settings.get("stack", 0))
+        system = LlmToSlm(encoder.config, slm_config, **settings)
+        shapes = _shapes(system)
         return system, read_params(files, own_entries(shapes), shapes), frozen
 
 

@@ -16,9 +16,10 @@ from l2s_jax.config import buckets_of, compute_dtypes
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import with_tokens
-from l2s_jax.models.systems import LanguageModel, Params, System
+from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.vocabulary import with_vocabulary
 from l2s_jax.serving import bundle
+from l2s_jax.serving.bundle_config import check_tokenizer
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.model import Model
 from l2s_jax.settings.search import alone
@@ -89,7 +90,16 @@ def load(
     else:
         settings["search"] = alone(settings.get("search", {}))
         loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
+        _check_tokenizers(directory, loaded[0], *tokenizers)
     return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
+
+
+def _check_tokenizers(
+    directory: str, system: LlmToSlm, prompts: Tokenizer, responses: Tokenizer
+) -> None:
+    """Raises a ValueError where LLM or SLM lack ids for pieces of their tokenizers."""
+    check_tokenizer(directory, system.llm_config, prompts)
+    check_tokenizer(directory, system.slm_config, responses)
 
 
 def mesh_of(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
@@ -123,6 +133,7 @@ def load_alone(
     """
     module, params = pretrained.load(directory, dtype=dtype, serve=mesh is not None, mesh=mesh)
     whole = whole_of(tokenizer)
+    check_tokenizer(directory, module.config, tokenizer)
     config = with_tokens(module.config, whole.pad_id, whole.eos_id, directory)
     config = with_vocabulary(config, kept_by(tokenizer))
     return LanguageModel(name, config), {name: params}, {}
@@ -172,12 +183,10 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
         loaded = load_exact(directory, prompts, dtype=dtype, mesh=placed)
         return make_generator(config, loaded, prompts, prompts, **settings)
     if name == "l2s":
-        return make_generator(
-            config,
-            bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=placed),
-            *bundle.load_tokenizers(directory),
-            **settings,
-        )
+        loaded = bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=placed)
+        tokenizers = bundle.load_tokenizers(directory)
+        _check_tokenizers(directory, loaded[0], *tokenizers)
+        return make_generator(config, loaded, *tokenizers, **settings)
     tokenizer = load_tokenizer(directory)
     loaded = load_alone(name, directory, tokenizer, dtype=dtype, mesh=placed)
     return make_generator(config, loaded, whole_of(tokenizer), tokenizer, **settings)

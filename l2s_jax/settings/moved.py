@@ -25,7 +25,9 @@ def _labels_section(config: dict[str, Any]) -> None:
     config["labels"] = {"source": source}
     if source == "llm":
         names = ("search", "max_new_tokens", "batch_size")
-        config["labels"] |= {n: v for n, v in config.get("decoding", {}).items() if n in names}
+        decoding = config.get("decoding")
+        decoding = decoding if isinstance(decoding, Mapping) else {}
+        config["labels"] |= {n: v for n, v in decoding.items() if n in names}
 
 
 _UPGRADES: tuple[Callable[[dict[str, Any]], None], ...] = (_labels_section,)

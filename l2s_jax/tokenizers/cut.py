@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from l2s_jax import sealed
 from l2s_jax.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class CutTokenizer:
     def save(self, directory: str) -> None:
         """Writes the whole tokenizer, and which of its pieces are kept beside it."""
         self.whole.save(directory)
-        write_json(os.path.join(directory, VOCABULARY_FILE), {"kept": self.kept.tolist()})
+        with sealed.writing(directory, VOCABULARY_FILE):
+            write_json(os.path.join(directory, VOCABULARY_FILE), {"kept": self.kept.tolist()})
 
     def _fewest(self, id: int) -> tuple[int, ...]:
         """The fewest kept pieces that make up the piece of an id of the whole."""
@@ -223,7 +225,10 @@ def read_kept(directory: str) -> np.ndarray | None:
     path = os.path.join(directory, VOCABULARY_FILE)
     if not os.path.exists(path):
         return None
+    sealed.check(path)
     kept = read_json(path).get("kept")
-    if not (isinstance(kept, list) and kept and all(type(id) is int for id in kept)):
+    if not (
+        isinstance(kept, list) and kept and all(type(id) is int and 0 <= id < 2**31 for id in kept)
+    ):
         raise ValueError(f"{path}: expected an object with 'kept', a list of ids")
     return np.array(kept, np.int32)

@@ -17,7 +17,6 @@ from tokenizers import (
     pre_tokenizers,
 )
 
-from l2s_jax.files import one_line
 from l2s_jax.gguf_file import Header, read_header
 
 # Values of tokenizer.ggml.token_type.
@@ -37,6 +36,8 @@ _SPLITS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
 }
+# Every way to cut one in two is looked at.
+_LONGEST = 1024
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
@@ -61,15 +62,16 @@ def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
             f"{path}: tokenizer.ggml.model is {kind!r}, which is not read; expected gpt2 or llama"
         )
     kinds = header.get("tokenizer.ggml.token_type", list, [])
+    if len(kinds) > len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.token_type: {len(kinds)} of {len(tokens)} tokens")
     kinds = kinds + [1] * (len(tokens) - len(kinds))
-    try:
-        make = _byte_level if kind == "gpt2" else _sentencepiece
-        tokenizer = make(header, tokens, kinds)
-        _mark(tokenizer, tokens, kinds)
-    except ValueError:
-        raise
-    except Exception as error:  # the library raises no narrower type
-        raise ValueError(f"{path}: not a tokenizer: {one_line(error)}") from None
+    if not all(isinstance(token, str) and len(token) <= _LONGEST for token in tokens):
+        raise ValueError(
+            f"{path}: tokenizer.ggml.tokens: expected texts of at most {_LONGEST} characters"
+        )
+    make = _byte_level if kind == "gpt2" else _sentencepiece
+    tokenizer = make(header, tokens, kinds)
+    _mark(tokenizer, tokens, kinds)
     ids = {
         name: _token(header, f"tokenizer.ggml.{theirs}_token_id", len(tokens))
         for name, theirs in (
@@ -136,6 +138,8 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: list[int]) -> Token
     unknown = header.integer("tokenizer.ggml.unknown_token_id")
     if unknown is None:
         unknown = kinds.index(_UNKNOWN) if _UNKNOWN in kinds else 0
+    if not 0 <= unknown < len(tokens):
+        raise ValueError(f"{header.path}: tokenizer.ggml.unknown_token_id is {unknown}")
     model = models.BPE(
         vocab=vocabulary,
         merges=_merges(vocabulary, scores),

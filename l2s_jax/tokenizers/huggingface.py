@@ -15,12 +15,15 @@ from typing import Any
 
 import tokenizers
 
+from l2s_jax import sealed
 from l2s_jax.files import one_line, write_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 # In SETTINGS_FILE, what `HuggingFaceTokenizer.save` adds for `reading.load`.
 OWN = "l2s_jax"
+# There may be so many ids for each token, and a few more, before they fill memory.
+_SPARSE, _FEW = 4, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +69,31 @@ class HuggingFaceTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._special = tokenizer, special
-        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        ids = tokenizer.get_vocab().values()
+        self.vocab_size = max(ids, default=-1) + 1
+        # There is a list with a place for each id.
+        if self.vocab_size > _SPARSE * len(ids) + _FEW:
+            raise ValueError(
+                f"{origin}: an id {self.vocab_size - 1} among {len(ids)} tokens; expected ids that "
+                "follow one another"
+            )
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{origin}: two tokens of one id")
         self.eos_id = special.eos_id
         self.pad_id = self.eos_id if special.pad_id is None else special.pad_id
         self.end_ids = tuple(sorted({self.eos_id, *special.end_ids}))
         self.is_chat = special.system is not None
-        for name in ("eos_id", "pad_id", "bos_id"):
+        for name in ("eos_id", "pad_id", "bos_id", "unk_id"):
             value = getattr(special, name)
             if value is not None and not 0 <= value < self.vocab_size:
                 raise ValueError(
                     f"{origin}: {name} is {value}, not below the {self.vocab_size} ids"
                 )
+        if self.end_ids[-1] >= self.vocab_size or self.end_ids[0] < 0:
+            raise ValueError(
+                f"{origin}: responses end with {list(self.end_ids)}, of which one is none of the "
+                f"{self.vocab_size} ids"
+            )
         # What the post-processor adds by itself.
         self._empty = empty = tokenizer.encode("").ids
         bos_id = special.bos_id
@@ -87,6 +104,13 @@ class HuggingFaceTokenizer:
         wants = special.prompt_bos if bos_id is not None else None
         self._wants_bos = self._has_bos if wants is None else wants
         self._wants_eos = self._has_eos if special.prompt_eos is None else special.prompt_eos
+        # A post-processor may leave out the text, or have ids of its own.
+        around = self._around([])
+        if not 0 <= min(around, default=0) <= max(around, default=0) < self.vocab_size:
+            raise ValueError(
+                f"{origin}: the ids {around} go around a prompt, of which one is none of the "
+                f"{self.vocab_size}"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -192,8 +216,9 @@ class HuggingFaceTokenizer:
                 fields[f"add_{name}_token"] = getattr(special, f"prompt_{name}")
         if special.chat_template:
             fields["chat_template"] = special.chat_template
-        write_json(os.path.join(directory, SETTINGS_FILE), fields)
-        write_text(os.path.join(directory, TOKENIZER_FILE), self._tokenizer.to_str())
+        with sealed.writing(directory, SETTINGS_FILE, TOKENIZER_FILE):
+            write_json(os.path.join(directory, SETTINGS_FILE), fields)
+            write_text(os.path.join(directory, TOKENIZER_FILE), self._tokenizer.to_str())
 
     def _named(self) -> dict[str, str]:
         """Special tokens by the names that transformers has for them."""
@@ -224,7 +249,9 @@ class HuggingFaceTokenizer:
         text = next((text for text in texts if self._tokenizer.encode(text).ids != self._empty), "")
         (probe,) = self._encode([text], False)
         (whole,) = self._encode([text], True)
-        start = next(i for i in range(len(whole)) if whole[i : i + len(probe)] == probe)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(probe)] == probe)
+        if (start := next(starts, None)) is None:
+            raise ValueError("its post-processor leaves out the text")
         before, after = whole[:start], whole[start + len(probe) :]
         bos_id = self._special.bos_id
         if self._wants_bos != self._has_bos and bos_id is not None:
@@ -257,6 +284,22 @@ class HuggingFaceTokenizer:
             chat_template=self._special.chat_template,
             **self._named(),
         )
+
+
+@contextlib.contextmanager
+def refused(where: str, what: str) -> Iterator[None]:
+    """Has what the library raises within be a ValueError, which says `where` and `what`.
+
+    It has no narrower type than Exception, and its Rust code, where it gives up, none of even that.
+    """
+    try:
+        yield
+    except (ValueError, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, ValueError) and where not in str(error):
+            raise ValueError(f"{where}: {what}: {one_line(error)}") from None
+        raise
+    except BaseException as error:
+        raise ValueError(f"{where}: {what}: {one_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 
 import tokenizers
 
-from l2s_jax.files import one_line, read_json
+from l2s_jax import sealed
+from l2s_jax.files import json_object, one_line, read_json, shown
 from l2s_jax.tokenizers import gguf, sentencepiece
 from l2s_jax.tokenizers.huggingface import (
     OWN,
@@ -16,6 +17,7 @@ from l2s_jax.tokenizers.huggingface import (
     HuggingFaceTokenizer,
     Special,
     quiet,
+    refused,
 )
 
 GENERATION_FILE = "generation_config.json"
@@ -32,7 +34,13 @@ def load(path: str) -> HuggingFaceTokenizer:
     Raises:
       ValueError: it cannot be read, or no file names an end-of-sequence token.
     """
+    with refused(path, "not readable as a tokenizer"):
+        return _load(path)
+
+
+def _load(path: str) -> HuggingFaceTokenizer:
     directory = path if os.path.isdir(path) else os.path.dirname(path)
+    sealed.check(*(os.path.join(directory, name) for name in (SETTINGS_FILE, TOKENIZER_FILE)))
     given = {
         name: read_json(file) if os.path.exists(file := os.path.join(directory, name)) else {}
         for name in (SETTINGS_FILE, GENERATION_FILE, MODEL_FILE)
@@ -40,10 +48,14 @@ def load(path: str) -> HuggingFaceTokenizer:
     file = os.path.join(directory, TOKENIZER_FILE) if os.path.isdir(path) else path
     if os.path.exists(file):
         content = _checked(file)
-        if isinstance(own := given[SETTINGS_FILE].get(OWN), dict):
+        own = given[SETTINGS_FILE].get(OWN)
+        if own is not None and not isinstance(own, dict):
+            where = os.path.join(directory, SETTINGS_FILE)
+            raise ValueError(f"{where}: {OWN} is {shown(own)}, expected an object")
+        if own is not None:
             return HuggingFaceTokenizer(content, _own_special(own, file), origin=file)
     theirs = _read(directory, path, given)
-    ends = _ends(given[GENERATION_FILE], GENERATION_FILE) or _ends(given[MODEL_FILE], MODEL_FILE)
+    ends = next((ids for name in (GENERATION_FILE, MODEL_FILE) if (ids := _ends(given[name]))), [])
     eos_id = theirs.eos_token_id
     if eos_id is None and ends:
         eos_id = ends[0]
@@ -70,6 +82,7 @@ def load(path: str) -> HuggingFaceTokenizer:
         prompt_eos=prompt_eos,
         chat_template=template or "",
     )
+    _check(special, path)
     return HuggingFaceTokenizer(theirs.backend_tokenizer, special, origin=path)
 
 
@@ -79,6 +92,11 @@ def load_gguf(file: str) -> HuggingFaceTokenizer:
     Raises:
       ValueError: it holds none, or one of an unknown kind.
     """
+    with refused(file, "not a tokenizer"):
+        return _load_gguf(file)
+
+
+def _load_gguf(file: str) -> HuggingFaceTokenizer:
     tokenizer, found = gguf.read(file)
     special = Special(
         eos_id=found["eos_id"],
@@ -95,24 +113,72 @@ def load_gguf(file: str) -> HuggingFaceTokenizer:
 def _checked(file: str) -> tokenizers.Tokenizer:
     """A tokenizer.json, as it is."""
     try:
-        with open(file, encoding="utf-8") as handle:
-            return tokenizers.Tokenizer.from_str(handle.read())
+        with open(file, encoding="utf-8-sig") as handle:
+            content = handle.read()
     except OSError as error:
         raise ValueError(f"{file}: cannot read the tokenizer: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{file}: cannot read the tokenizer: expected UTF-8") from None
-    except Exception as error:  # the library raises no narrower type
-        raise ValueError(
-            f"{file}: not a tokenizer of the tokenizers library: {one_line(error)}"
-        ) from None
+    # (The library's own parser follows what nests for ever as far as its stack goes.)
+    what = "not a tokenizer of the tokenizers library"
+    fields = json_object(content, f"{file}: {what}")
+    with refused(file, what):
+        _check_pieces(fields)
+        return tokenizers.Tokenizer.from_str(content)
+
+
+def _check_pieces(fields: dict[str, Any]) -> None:
+    """Raises a ValueError where the library's Rust code would give up, and print where it did."""
+    model, after = fields.get("model"), fields.get("post_processor")
+    if isinstance(model, dict) and isinstance(pieces := model.get("vocab"), dict):
+        prefix = model.get("continuing_subword_prefix") or ""
+        for merge in model.get("merges") or ():
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if not {left, right, left + right.removeprefix(prefix)} <= pieces.keys():
+                raise ValueError(f"the merge {shown(merge)} is not of tokens")
+    steps = after.get("processors") if isinstance(after, dict) else None
+    for step in steps if isinstance(steps, list) else (after,):
+        if not isinstance(step, dict) or step.get("type") != "TemplateProcessing":
+            continue
+        named = step.get("special_tokens")
+        for part in (*step.get("single", ()), *step.get("pair", ())):
+            id = part.get("SpecialToken", {}).get("id") if isinstance(part, dict) else None
+            if id is not None and id not in named:
+                raise ValueError(f"its post-processor puts {shown(id)}, which it has no ids of")
 
 
 def _own_special(fields: dict[str, Any], file: str) -> Special:
+    where = os.path.join(os.path.dirname(file), SETTINGS_FILE)
     try:
-        return Special(**{**fields, "end_ids": tuple(fields["end_ids"])})
+        special = Special(**{**fields, "end_ids": tuple(fields["end_ids"])})
     except (TypeError, KeyError):
-        where = os.path.join(os.path.dirname(file), SETTINGS_FILE)
-        raise ValueError(f"{where}: {OWN}: not what this version writes: {fields}") from None
+        given = shown(fields)
+        raise ValueError(f"{where}: {OWN}: not what this version writes: {given}") from None
+    _check(special, where)
+    return special
+
+
+def _check(special: Special, where: str) -> None:
+    """Raises a ValueError where a field of what a file says is of another type."""
+    id = (int, type(None))
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("pad_id", "bos_id", "unk_id"), id),
+        "eos_id": (int,),
+        "prompt_bos": (bool, type(None)),
+        "prompt_eos": (bool, type(None)),
+        "chat_template": (str,),
+        "system": (str, type(None)),
+        "options": (dict,),
+    }
+    for name, kind in kinds.items():
+        value = getattr(special, name)
+        if type(value) not in kind:
+            raise ValueError(f"{where}: {name} is {shown(value)}, expected another type")
+        if isinstance(value, str):
+            value.encode()  # half a character is a ValueError
+    for id in special.end_ids:
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise ValueError(f"{where}: an id of {shown(id)} that ends a response")
 
 
 def _read(directory: str, path: str, given: dict[str, dict[str, Any]]) -> Any:
@@ -160,7 +226,8 @@ def is_own(directory: str) -> bool:
     """
     settings, file = (os.path.join(directory, name) for name in (SETTINGS_FILE, TOKENIZER_FILE))
     if os.path.exists(settings):
-        return "file" in read_json(settings).get(OWN, {}) and not os.path.exists(file)
+        own = read_json(settings).get(OWN)
+        return isinstance(own, dict) and "file" in own and not os.path.exists(file)
     return is_bare(directory) and not sentinels(directory)
 
 
@@ -185,11 +252,11 @@ def sentinels(directory: str) -> int:
     return min(100, max(0, size - pieces)) if isinstance(size, int) else 100
 
 
-def _ends(fields: dict[str, Any], file: str) -> list[int]:
+def _ends(fields: dict[str, Any]) -> list[int]:
     """The ids that a model's settings end a response with; -1 means none in older files."""
     ids = fields.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     for token in ids:
         if token is not None and type(token) is not int:
-            raise ValueError(f"{file}: eos_token_id has {token!r}, expected ids")
+            raise ValueError(f"eos_token_id has {shown(token)}, expected ids")
     return [token for token in ids if token is not None and token >= 0]

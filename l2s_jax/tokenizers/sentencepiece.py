@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece as spm
 
+from l2s_jax import sealed
 from l2s_jax.files import one_line, write_bytes, write_json
 from l2s_jax.tokenizers.huggingface import OWN, SETTINGS_FILE
 
@@ -97,8 +98,9 @@ class SentencePieceTokenizer:
         """
         os.makedirs(directory, exist_ok=True)
         settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, OWN: {"file": MODEL_FILE}}
-        write_json(os.path.join(directory, SETTINGS_FILE), settings)
-        write_bytes(os.path.join(directory, MODEL_FILE), self._model)
+        with sealed.writing(directory, SETTINGS_FILE, MODEL_FILE):
+            write_json(os.path.join(directory, SETTINGS_FILE), settings)
+            write_bytes(os.path.join(directory, MODEL_FILE), self._model)
 
 
 def load(file: str) -> SentencePieceTokenizer:
@@ -107,6 +109,7 @@ def load(file: str) -> SentencePieceTokenizer:
     Raises:
       ValueError: it cannot be read, or is no such model.
     """
+    sealed.check(file)
     try:
         with open(file, "rb") as handle:
             model = handle.read()

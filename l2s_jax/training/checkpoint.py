@@ -7,6 +7,7 @@ optimizer state, averaged parameters), "data" (the data iterator's state) and "c
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from l2s_jax.checkpoints.files import listed
 from l2s_jax.files import CannotWrite, one_line
+from l2s_jax.sealed import hash_of, with_hash, without_hash
+from l2s_jax.training.checksums import checksums, different
 
 # How many of the newest are kept, whatever they are worth.
 NEWEST = 3
+# In the config of a checkpoint: sums of its arrays, and the hash of its data.
+_SUMS, _DATA = "sums", "data"
 # How TensorStore says what the system said.
 _SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 
@@ -56,7 +62,13 @@ class Checkpoints:
             )
         self._best_metric = best_metric
         self._directory = os.path.abspath(directory)
-        self._manager = _Manager(
+        os.makedirs(self._directory, exist_ok=True)
+        with _readable(self._directory):
+            self._manager = self._opened(keep)
+
+    def _opened(self, keep: list[Any]) -> ocp.CheckpointManager:
+        best_metric = self._best_metric
+        return _Manager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
@@ -132,6 +144,7 @@ class Checkpoints:
           CannotWrite: this one, or the one before it.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
+        sums = {**checksums({**params, "opt": opt}), _DATA: hash_of(data)}
         with self._writing():
             self._manager.save(
                 step,
@@ -139,27 +152,68 @@ class Checkpoints:
                     **items,
                     opt=ocp.args.StandardSave(opt),
                     data=ocp.args.JsonSave(dict(data)),
-                    config=ocp.args.JsonSave(dict(config)),
+                    config=ocp.args.JsonSave(with_hash({**config, _SUMS: sums})),
                 ),
                 metrics=dict(metrics) if metrics is not None else None,
             )
 
     def config(self, step: int) -> dict[str, Any]:
-        """The config that `step` was saved with."""
-        restored: Any = self._manager.restore(
-            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )
-        return restored.config
+        """The config that `step` was saved with.
+
+        Raises:
+          ValueError: it cannot be read, or is not what was saved.
+        """
+        config, _ = self._config(step)
+        return config
+
+    def _config(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """(config, sums of the arrays or None where an older version saved none) of `step`."""
+        where = self._place(step)
+        with _readable(where):
+            restored: Any = self._manager.restore(
+                step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+            )
+            config = without_hash(restored.config, where, needed=_SUMS in restored.config)
+        return config, config.pop(_SUMS, None)
+
+    def _place(self, step: int) -> str:
+        return os.path.join(self._directory, str(step))
 
     def restore(
         self, step: int, *, params: Mapping[str, Any], opt: Any
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """(params, opt, data) of `step`, placed as the abstract arrays given."""
+        """(params, opt, data) of `step`, placed as the abstract arrays given.
+
+        Raises:
+          ValueError: it cannot be read, or is not what was saved.
+        """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in params.items()}
-        restored: Any = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **items, opt=ocp.args.StandardRestore(opt), data=ocp.args.JsonRestore()
-            ),
-        )
-        return {name: restored[name] for name in params}, restored.opt, restored.data
+        where, (_, expected) = self._place(step), self._config(step)
+        with _readable(where):
+            restored: Any = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **items, opt=ocp.args.StandardRestore(opt), data=ocp.args.JsonRestore()
+                ),
+            )
+            trees = {name: restored[name] for name in params}
+            if expected is not None:
+                found = checksums({**trees, "opt": restored.opt}) | {_DATA: hash_of(restored.data)}
+                if names := different(found, expected):
+                    raise ValueError(f"damaged: other numbers than were saved in {listed(names)}")
+        return trees, restored.opt, restored.data
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Has errors of Orbax, whatever their class, say in one line which checkpoint it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            raise
+        said = one_line(error).removeprefix(f"{where}: ")
+        raise ValueError(
+            f"{where}: not readable: {said}; remove the folder, and the same command goes on from "
+            "the checkpoint before"
+        ) from None

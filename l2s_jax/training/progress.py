@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from l2s_jax.data.text import whole
-from l2s_jax.files import CannotWrite, naming, write_bytes
+from l2s_jax.files import CannotWrite, json_object, naming, write_bytes
 from l2s_jax.training.trackers import Trackers
 
 _FILE = "metrics.jsonl"
@@ -261,11 +261,10 @@ def _keep_lines_before(path: str, start_step: int) -> None:
 
 def _step_of(line: bytes, where: str) -> int:
     try:
-        record = json.loads(line)
+        step = json_object(line, where).get("step")
     except ValueError:
-        record = None
-    step = record.get("step") if isinstance(record, dict) else None
-    if not isinstance(step, int):
+        step = None
+    if type(step) is not int:
         raise ValueError(
             f'{where}: expected a JSON object with an integer "step", got {line[:80]!r}'
         )

@@ -1,0 +1,150 @@
+"""The config.json of an L2S model: what it may say, and where that is checked.
+
+Anyone may have written one, and tables and programs are made by its numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.files import read_json, shown
+from l2s_jax.models.l2s import FUSIONS
+from l2s_jax.models.mix import Groups, encoding_layer
+from l2s_jax.models.serving import WEIGHTS
+from l2s_jax.settings.declare import Section, read, setting
+from l2s_jax.settings.search import Search
+from l2s_jax.tokenizers.cut import whole_of
+from l2s_jax.tokenizers.tokenizer import Tokenizer
+
+FAMILY = "l2s"
+_WIDEST, _LAYERS = 2**20, 10_000
+# Of one program: tokens in a row, rows, and tokens in all rows; more than any machine holds.
+_TOKENS, _ROWS, _ALL_TOKENS = 2**20, 2**16, 2**26
+_NEEDED = {
+    "": ("fusion", "projector_width", "shared_vocabulary", "slm", "llm", "generation"),
+    "llm": ("path", "content_hash", "layer"),
+    "generation": ("prompt_lengths", "max_new_tokens", "batch_size"),
+}
+
+
+def _ascend(lengths: tuple[Any, ...]) -> bool:
+    return bool(lengths) and all(
+        type(length) is int and before < length <= _TOKENS
+        for before, length in zip((0, *lengths), lengths, strict=False)
+    )
+
+
+def _are_groups(groups: tuple[Any, ...]) -> bool:
+    return all(
+        isinstance(group, tuple)
+        and group
+        and all(type(layer) is int and 1 <= layer <= _LAYERS for layer in group)
+        for group in groups
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Llm(Section):
+    path: str = setting("", "Its place.", fits=bool, expected="the place of the LLM")
+    content_hash: str = setting(
+        "",
+        "Of all its files.",
+        fits=lambda text: bool(re.fullmatch("[0-9a-f]{64}", text)),
+        expected="a SHA-256 in hex",
+    )
+    layer: float = setting(0.0, "After which H is taken.", at_least=0, at_most=_LAYERS)
+    whole: bool = setting(False, "All of it is inside.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation(Section):
+    prompt_lengths: tuple[int, ...] = setting(
+        (),
+        "What prompts are padded to.",
+        fits=_ascend,
+        expected=f"numbers of tokens that ascend, from 1 to {_TOKENS}",
+    )
+    max_new_tokens: int = setting(1, "Where a response is cut.", at_least=1, at_most=_TOKENS)
+    batch_size: int = setting(1, "Prompts at a time.", at_least=1, at_most=_ROWS)
+    search: Search = Search()
+    weights: str = setting("float", "How kernels are held.", one_of=WEIGHTS)
+
+    def conflict(self) -> str:
+        """A batch that no machine holds."""
+        tokens = self.batch_size * (self.prompt_lengths[-1] + self.max_new_tokens)
+        if tokens <= _ALL_TOKENS:
+            return ""
+        return f"batch_size={self.batch_size}: {tokens} tokens, expected at most {_ALL_TOKENS}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bundle(Section):
+    fusion: str = setting("add", "How Z comes to the SLM.", one_of=FUSIONS)
+    projector_width: int = setting(1, "Its width.", at_least=1, at_most=_WIDEST)
+    shared_vocabulary: bool = setting(True, "Both have one tokenizer.")
+    layers: Groups = setting(
+        (), "Of the LLM.", fits=_are_groups, expected=f"groups of numbers from 1 to {_LAYERS}"
+    )
+    normalize: bool = setting(False, "A norm over H.")
+    stack: int = setting(0, "Layers over Z.", at_least=0, at_most=_LAYERS)
+    slm: dict[str, Any] = setting({}, "Its config.", fits=bool, expected="the config of a model")
+    llm: _Llm = dataclasses.field(default=_Llm("-", "0" * 64))
+    generation: _Generation = dataclasses.field(default=_Generation((1,)))
+
+
+def is_bundle(directory: str) -> bool:
+    """Whether an L2S model lies there, as opposed to a model on its own."""
+    path = os.path.join(directory, "config.json")
+    return os.path.exists(path) and read_json(path).get("family") == FAMILY
+
+
+def read_fields(directory: str) -> tuple[dict[str, Any], str]:
+    """(config.json's object, its path) of an L2S model.
+
+    Raises:
+      ValueError: it is that of no L2S model, or holds what does not fit.
+    """
+    path = os.path.join(directory, "config.json")
+    fields = read_json(path)
+    for name, expected in (("family", FAMILY), ("format", pretrained.FORMAT)):
+        if (found := fields.get(name)) != expected:
+            raise ValueError(f"{path}: {name} is {shown(found)}, expected {expected!r}")
+    for name, needed in _NEEDED.items():
+        part = fields.get(name) if name else fields
+        for key in needed if isinstance(part, dict) else ():
+            if key not in part:
+                raise ValueError(f"{path}: not the config of an L2S model: no {name}.{key}")
+    own = {name: value for name, value in fields.items() if name not in ("format", "family")}
+    read(_Bundle, own, f"{path}: config")
+    return fields, path
+
+
+def check_tokenizer(directory: str, config: Any, tokenizer: Tokenizer) -> None:
+    """Checks that a model has an id for each piece of its tokenizer.
+
+    Args:
+      directory: where they lie.
+      config: the model's.
+      tokenizer: whose pieces it reads or writes.
+
+    Raises:
+      ValueError: it has fewer.
+    """
+    pieces = whole_of(tokenizer).vocab_size
+    if pieces > config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {pieces} pieces, the model only {config.vocab_size} "
+            "ids; expected the tokenizer that it was trained with"
+        )
+
+
+def check_layers(path: str, llm: Any, layers: Groups) -> None:
+    """Checks that an LLM has the layers that H is of; `path` is named in errors."""
+    try:
+        encoding_layer(llm, 0.0, layers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
