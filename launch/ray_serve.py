@@ -41,6 +41,8 @@ _LOOK_S = 2.0
 _GRACE_S = 15.0
 # Ray keeps requests and answers there, which are small.
 _STORE_BYTES = 100 << 20
+# What Ray's proxies put around themselves, and where they are told: their environment.
+_AROUND_PROXIES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "l2s_jax.serve.proxy.middlewares"}
 
 
 class Replica:
@@ -231,6 +233,8 @@ def _serve(flags: argparse.Namespace, options: Options) -> NoReturn:
         serve.start(
             proxy_location="EveryNode",
             http_options={"host": options.host, "port": options.port},
+            # The controller starts the proxies, which inherit it.
+            controller_options={"runtime_env": {"env_vars": _AROUND_PROXIES}},
             logging_config=quiet,
         )
         application = _application(flags, options)

@@ -54,6 +54,7 @@ class Load:
     counts: of answers that are "right" and "wrong"; of requests that were "refused" (by a status,
     or without a word) and "broken" (a stream began, and the client sees that it has no end); of
     those that were "repeated" by the official client.
+    statuses: of all answers to all clients.
     pause_s: between an answer and the client's next request; servers may start beside them, on the
     same processor.
     """
@@ -61,6 +62,7 @@ class Load:
     def __init__(self, address: str, expected: list[str]):
         self._url, self._expected = f"{address}/v1", expected
         self.counts: Counter[str] = Counter()
+        self.statuses: Counter[int] = Counter()
         self.pause_s = 0.3
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -96,6 +98,14 @@ class Load:
             if client.done():
                 client.result()
 
+    def _note(self, found: httpx.Response) -> None:
+        with self._lock:
+            self.statuses[found.status_code] += 1
+        assert found.status_code == 200 or found.headers["Retry-After"], found.status_code
+
+    def _client(self) -> httpx.Client:
+        return httpx.Client(timeout=120, event_hooks={"response": [self._note]})
+
     def _add(self, what: str, number: int = 1) -> None:
         with self._lock:
             self.counts[what] += number
@@ -105,7 +115,7 @@ class Load:
         time.sleep(self.pause_s)
 
     def _stream_all(self, number: int) -> None:
-        with httpx.Client(timeout=120) as client:
+        with self._client() as client:
             while not self._ended.is_set():
                 number = (number + 1) % len(PROMPTS)
                 text, failed = self._stream(client, number)
@@ -120,8 +130,7 @@ class Load:
         try:
             with client.stream("POST", f"{self._url}/completions", json=body) as found:
                 if found.status_code != 200:
-                    assert found.status_code in (429, 500, 503), found.status_code
-                    assert found.status_code != 429 or found.headers["Retry-After"]
+                    assert json.loads(found.read())["error"]["code"]
                     return "", "refused"
                 begun = True
                 text = text_of(list(found.iter_lines()))
@@ -130,7 +139,9 @@ class Load:
         return ("", "broken") if text is None else (text, "")
 
     def _ask_all(self, number: int) -> None:
-        with openai.OpenAI(base_url=self._url, api_key="none", max_retries=99) as client:
+        with openai.OpenAI(
+            base_url=self._url, api_key="none", max_retries=99, http_client=self._client()
+        ) as client:
             create = client.completions.with_raw_response.create
             while not self._ended.is_set():
                 number = (number + 1) % len(PROMPTS)
