@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2s_jax.serve.flags import make_parser, number, options_of, told
+from l2s_jax.serve.signals import STATUSES, end_at_once, heard
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -200,7 +201,7 @@ def _end_on_signals(drain_s: float) -> None:
     """Raises SystemExit at the first signal; the next one waits for nobody."""
 
     def end(which: int, frame: object) -> NoReturn:
-        status = 130 if which == signal.SIGINT else 0
+        status = STATUSES[signal.Signals(which)]
         signal.signal(which, signal.SIG_DFL)
         # Where Ray's own processes were told to end too, it would wait for them for a minute.
         late = threading.Timer(drain_s + _GRACE_S, os._exit, [status])
@@ -208,7 +209,7 @@ def _end_on_signals(drain_s: float) -> None:
         late.start()
         raise SystemExit(status)
 
-    for one in (signal.SIGTERM, signal.SIGINT):
+    for one in heard():
         signal.signal(one, end)
 
 
@@ -265,4 +266,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_at_once()
     sys.exit(main())

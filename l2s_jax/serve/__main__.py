@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from l2s_jax.serve.flags import make_parser, options_of, told
+from l2s_jax.serve.signals import end_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,4 +37,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_at_once()
     sys.exit(main())

@@ -16,16 +16,20 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import uvicorn
 import uvloop
+from tqdm import tqdm
 
 from l2s_jax.serve.app import make_app
 from l2s_jax.serve.heads import BoundedProtocol
 from l2s_jax.serve.models import Models, load_models
 from l2s_jax.serve.service import Limits, Service
+from l2s_jax.serve.signals import NOT_READY, STATUSES, heard
 
 log = logging.getLogger("l2s_jax")
 
 # Seconds that clients have to take what they have been answered, at the end.
 _FLUSH_S = 2
+# Connections that wait to be accepted.
+_BACKLOG = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,9 @@ def run(options: Options) -> int:
     listener = listen(options.host, options.port)
     life = _Life(options, listener)
     status = uvloop.run(life.serve())
+    # It is ending: one more signal would only have Python say where it was.
+    for number in heard():
+        signal.signal(number, signal.SIG_IGN)
     if life.error:
         raise life.error
     if life.loading:
@@ -97,16 +104,22 @@ def listen(host: str, port: int) -> socket.socket:
       ValueError: it can't listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, or asyncio leaves Nagle's algorithm on: each answer would wait 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"--host={host} --port={port}: cannot listen there: {reason}") from None
-    listener.set_inheritable(True)
+    with contextlib.ExitStack() as unless_all_is_well:
+        try:
+            # Named as TCP, or asyncio leaves Nagle's algorithm on: each answer would wait 40 ms.
+            listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            unless_all_is_well.enter_context(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            # Else another one that is starting could take the same address.
+            listener.listen(_BACKLOG)
+        except (OSError, ValueError) as error:  # a ValueError: what can't be a host's name
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ValueError(
+                f"--host={host} --port={port}: cannot listen there: {reason}"
+            ) from None
+        listener.set_inheritable(True)
+        unless_all_is_well.pop_all()
     return listener
 
 
@@ -129,6 +142,7 @@ class _Life:
             log_config=None,
             log_level="warning",
             access_log=False,
+            backlog=_BACKLOG,
             proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=_FLUSH_S,
@@ -141,7 +155,7 @@ class _Life:
     async def serve(self) -> int:
         """Until it ends; the exit status."""
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in heard():
             self._loop.add_signal_handler(number, self._on_signal, number)
         threading.Thread(target=self._load, name="load", daemon=True).start()
         await self._server.serve(sockets=[self._listener])
@@ -174,14 +188,18 @@ class _Life:
         self._close()
 
     def _on_signal(self, number: int) -> None:
-        if number == signal.SIGINT:
-            self._status = self._status or 130
+        self._status = self._status or STATUSES[number]
         # A second one waits for nobody.
         again = self._service.state == "stopping"
         self._service.state = "stopping"
         if self.loading:
+            if not again:
+                tqdm.write(NOT_READY, file=sys.stderr)  # it may stand beside a progress bar
             self._close()
             return
+        if not again:
+            seconds = self._options.drain_s
+            print(f"stopping: what is being answered has {seconds:g} s to end", file=sys.stderr)
         # Those that wait for a next request; the others are when they have been answered.
         for connection in list(self._server.server_state.connections):
             connection.shutdown()
