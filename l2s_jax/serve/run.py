@@ -188,7 +188,7 @@ class _Life:
         self._close()
 
     def _on_signal(self, number: int) -> None:
-        self._status = self._status or STATUSES[number]
+        self._status = self._status or STATUSES[signal.Signals(number)]
         # A second one waits for nobody.
         again = self._service.state == "stopping"
         self._service.state = "stopping"
