@@ -22,12 +22,12 @@ from l2s_jax.cluster import sharding
 from l2s_jax.cluster.chips import CHIPS, chip_of
 from l2s_jax.config import default
 from l2s_jax.models.geometries import GEOMETRIES
-from l2s_jax.plan import hlo
+from l2s_jax.plan import command, hlo
 from l2s_jax.plan.command import make_mesh, plan
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.program import Costs
 from l2s_jax.plan.programs import PROGRAMS
-from l2s_jax.plan.slices import open_slice, parse_size
+from l2s_jax.plan.slices import Slice, open_slice, parse_size
 from l2s_jax.plan.stages import Run, examples_of, meshes_of
 from l2s_jax.training import optim, update
 from tests import tiny
@@ -49,6 +49,7 @@ def small_config(**mesh: int) -> ConfigDict:
             num_encoder_layers=1,
             num_decoder_layers=1,
         )
+    config.llm.train.steps = 1
     config.max_prompt_tokens = config.max_response_tokens = 16
     config.buckets = ((16, 16),)
     config.l2s.train.batch_size = 16
@@ -521,75 +522,86 @@ def test_a_gpu_has_all_its_links_to_a_switch():
     assert CHIPS["h100"].sent_per_s((8,)) == 450e9
 
 
-def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
+def everything(folder: Path) -> ConfigDict:
+    """A run that has every stage."""
     config = small_config(data=4)
     config.llm.train.update(steps=5, batch_size=8)
     config.labels.update(source="llm", batch_size=8, max_new_tokens=5)
     config.labels.search.temperature = 0.5
     config.slm.train.update(steps=7, batch_size=8)
-    config.l2s.train.steps = 11
+    config.features.cache = str(folder / "features")
+    config.distillation.update(weight=0.5, batch_size=12)
+    config.l2s.train.update(steps=11, parameter_scale=False)
     config.llm.tune.update(rank=2, steps=3)
-    config.l2s.train.parameter_scale = False
     config.evaluation.update(max_examples=20, validation_examples=9)
-    report = planned(
-        config, tmp_path, "v5e:2x2", programs=["run"], price=2.0, mfu=0.01, examples=100
-    )
-    assert report["programs"] == {}
-    run = report["run"]
-    stages = {stage["name"]: stage for stage in run["stages"]}
-    assert {name: stage["times"] for name, stage in stages.items()} == {
-        "llm": {"train": 5},
+    return config
+
+
+def run_of(config: ConfigDict, topology: str, examples: int) -> Run:
+    where = open_slice(topology)
+    meshes = meshes_of(config, where, make_mesh(config, where), make_mesh)
+    return Run(make_plan(config, where.platform), config, where, meshes, examples)
+
+
+def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
+    stages = list(run_of(everything(tmp_path), "cpu:4", 100).stages())
+    answers = {"encode": 2, "prefill": 2, "decode": 16}
+    assert {stage.name: (stage.rows, stage.times) for stage in stages} == {
+        "llm": (8, {"train": 5}),
         # 13 batches of 100 examples and 2 of 9 to validate with.
-        "labels": {"encode": 15, "prefill": 15, "decode": 60},
-        "slm": {"train": 7},
-        "l2s": {"train": 11},
-        "l2s tuned": {"train": 3},
-        **{
-            f"evaluation: {name}": {"encode": 2, "prefill": 2, "decode": 16}
-            for name in ("llm", "slm", "l2s")
-        },
+        "labels": (8, {"encode": 15, "prefill": 15, "decode": 60}),
+        "logits": (12, {"score": 9}),
+        "slm": (8, {"train": 7}),
+        "features": (16, {"encode": 8}),
+        "l2s": (16, {"train": 11}),
+        "l2s tuned": (16, {"train": 3}),
+        **{f"evaluation: {name}": (16, answers) for name in ("llm", "slm", "l2s")},
     }
+    assert {(stage.mesh.size, stage.groups) for stage in stages} == {(4, 1)}
+
+
+def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
+    compiled = ("labels", "logits", "slm", "features", "l2s tuned")
+    every = Run.stages
+
+    def rated(topology: str) -> Slice:
+        """Devices that compile in no time, with a chip's rates."""
+        return dataclasses.replace(open_slice(topology), chip=CHIPS["v5e"])
+
+    monkeypatch.setattr(command, "open_slice", rated)
+    monkeypatch.setattr(
+        Run, "stages", lambda self: (one for one in every(self) if one.name in compiled)
+    )
+    settings = {"programs": ["run"], "price": 2.0, "mfu": 0.01, "examples": 100}
+    run = planned(everything(tmp_path), tmp_path, "cpu:4", **settings)["run"]
+    assert [stage["name"] for stage in run["stages"]] == list(compiled)
     for stage in run["stages"]:
-        rows = {"labels": 8, "llm": 8, "slm": 8}.get(stage["name"], 16)
-        assert stage["batch_size"] == rows and stage["fits"] and stage["groups"] == 1
-        times = {name: one["roofline_ms"] for name, one in stage["programs"].items()}
-        assert stage["hours"] == pytest.approx(
-            sum(times[name] * stage["times"][name] for name in times) / 3_600_000
-        )
-        assert stage["dollars"] == pytest.approx(stage["hours"] * 4 * 2.0)
-        assert stage["estimated_hours"] >= stage["hours"]
+        hours = real = 0.0
+        for name, one in stage["programs"].items():
+            assert one["roofline_ms"] == max(v for k, v in one.items() if k[-3:] == "_ms")
+            hours += one["roofline_ms"] * stage["times"][name] / 3_600_000
+            at_share = max(one["roofline_ms"], one["compute_ms"] * 100)
+            real += at_share * stage["times"][name] / 3_600_000
+        assert stage["fits"] and stage["hours"] == pytest.approx(hours) and hours > 0
+        assert stage["estimated_hours"] == pytest.approx(real)
+        assert stage["dollars"] == pytest.approx(hours * 4 * 2.0)
     for name in ("hours", "dollars", "estimated_hours", "estimated_dollars"):
         assert run["total"][name] == pytest.approx(sum(stage[name] for stage in run["stages"]))
-    step, table = stages["l2s"]["programs"]["train"], (tmp_path / "plan.md").read_text()
-    assert stages["l2s"]["estimated_hours"] == pytest.approx(
-        max(step["roofline_ms"], step["compute_ms"] * 100) * 11 / 3_600_000
-    )
-    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | encode 15 x " in table
-    # An adapted LLM's gradient takes more than a frozen one.
-    assert stages["l2s tuned"]["programs"]["train"]["flops"] > step["flops"]
+    text = (tmp_path / "plan.md").read_text()
+    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | encode 15 x " in text
+    assert "hours at 1% of the FLOPs" in text and "\n| total |" in text
 
 
-def test_a_run_with_a_cache_and_distributions_reads_each_example_once(tmp_path):
-    config = small_config(data=8)
-    config.features.cache, config.labels.source = str(tmp_path / "features"), "data"
-    config.distillation.update(weight=0.5, batch_size=16)
-    config.evaluation.validation_examples = 20
-    report = planned(config, tmp_path, "cpu:8", programs=["run"], examples=100)
-    stages = {stage["name"]: stage["times"] for stage in report["run"]["stages"]}
-    assert stages["logits"] == {"score": 7} and stages["features"] == {"encode": 7 + 2}
-    assert "labels" not in stages and "llm" not in stages
-    assert report["run"]["total"]["without"] == [stage["name"] for stage in report["run"]["stages"]]
+def test_where_there_are_no_rates_the_plan_says_so(tmp_path):
+    planned(small_config(data=4), tmp_path, "cpu:4", programs=["encode"])
     text = (tmp_path / "plan.md").read_text()
     assert "There are no rates of cpu here, so no times: of slices v5e, v5p, v6e have them." in text
 
 
-def test_each_host_with_whole_copies_answers_other_prompts(tmp_path):
+def test_each_host_with_whole_copies_answers_other_prompts():
     config = small_config(data=16)
     config.evaluation.max_examples = 100
-    where = open_slice("v5e:4x4")
-    mesh = make_mesh(config, where)
-    run = Run(make_plan(config, "tpu"), config, where, meshes_of(config, where, mesh, make_mesh), 9)
-    last = list(run.stages())[-1]
+    last = list(run_of(config, "v5e:4x4", 9).stages())[-1]
     # Four hosts of four chips, each with 16 prompts at a time: two batches.
     assert (last.mesh.size, last.groups, last.times["encode"]) == (4, 4, 2)
 
@@ -597,9 +609,10 @@ def test_each_host_with_whole_copies_answers_other_prompts(tmp_path):
 def test_the_train_split_is_counted_where_it_is_at_hand(tmp_path):
     tiny.write_task(tmp_path / "task")
     config = default()
-    config.task.update(source="jsonl", data_dir=str(tmp_path / "task"), response="reversed")
+    config.task.update(name="reverse", source="jsonl", data_dir=str(tmp_path / "task"))
+    config.task.response = "reversed"
     config.task.prompt = "reverse: {words}"
-    config.task.splits = ConfigDict({"train": "train.jsonl"})
+    config.task.splits = ConfigDict({"train": "train.jsonl", "test": "test.jsonl"})
     assert examples_of(config, "train") == 64
     config.task.data_dir = str(tmp_path / "nowhere")
     assert examples_of(config, "train") is None
