@@ -82,7 +82,15 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 _JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4 or cpu:8.")
 _PROGRAMS = flags.DEFINE_list(
-    "programs", ["train", "encode", "prefill", "decode"], "plan: what is compiled."
+    "programs",
+    ["train", "encode", "prefill", "decode", "run"],
+    "plan: what is compiled; run: all stages of a run.",
+)
+_MFU = flags.DEFINE_float(
+    "mfu", None, "plan: share of the chips' peak FLOPs that a run reaches, for an estimate."
+)
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "plan: examples of the train split; default: those of the data, if at hand."
 )
 _PRICE = flags.DEFINE_float("price", None, "plan: dollars per chip-hour.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "plan: try every mesh over the slice.")
@@ -261,6 +269,8 @@ def _plan(config: ConfigDict | None, workdir: str) -> None:
         _TOPOLOGY.value,
         programs=_PROGRAMS.value,
         price=_PRICE.value,
+        mfu=_MFU.value,
+        examples=_EXAMPLES.value,
         sweep=_SWEEP.value,
         batch_sizes=batch_sizes,
     )

@@ -22,11 +22,13 @@ from l2s_jax.cluster import sharding
 from l2s_jax.cluster.chips import CHIPS, chip_of
 from l2s_jax.config import default
 from l2s_jax.models.geometries import GEOMETRIES
-from l2s_jax.plan import hlo
-from l2s_jax.plan.command import plan
+from l2s_jax.plan import command, hlo
+from l2s_jax.plan.command import make_mesh, plan
 from l2s_jax.plan.models import make_plan
-from l2s_jax.plan.programs import Costs
-from l2s_jax.plan.slices import open_slice, parse_size
+from l2s_jax.plan.program import Costs
+from l2s_jax.plan.programs import PROGRAMS
+from l2s_jax.plan.slices import Slice, open_slice, parse_size
+from l2s_jax.plan.stages import Run, examples_of, meshes_of
 from l2s_jax.training import optim, update
 from tests import tiny
 
@@ -37,6 +39,7 @@ GIB = 1 << 30
 def small_config(**mesh: int) -> ConfigDict:
     config = default()
     config.tokenizer.train_vocab_size = 64
+    config.task.splits = ConfigDict({split: split for split in ("train", "validation", "test")})
     for section in (config.llm, config.slm):
         section.model.update(
             width=32,
@@ -46,6 +49,7 @@ def small_config(**mesh: int) -> ConfigDict:
             num_encoder_layers=1,
             num_decoder_layers=1,
         )
+    config.llm.train.steps = 1
     config.max_prompt_tokens = config.max_response_tokens = 16
     config.buckets = ((16, 16),)
     config.l2s.train.batch_size = 16
@@ -63,7 +67,7 @@ def planned(config: ConfigDict, directory: Path, topology: str, **settings) -> d
 def v5e(tmp_path_factory) -> tuple[ConfigDict, dict, str]:
     config = small_config(data=2, fsdp=2)
     directory = tmp_path_factory.mktemp("v5e")
-    report = planned(config, directory, "v5e:2x2", price=1.2)
+    report = planned(config, directory, "v5e:2x2", programs=PROGRAMS, price=1.2)
     return config, report, (directory / "plan.md").read_text()
 
 
@@ -166,9 +170,11 @@ def test_flops_and_collectives_of_a_known_matrix_product():
     assert {one.kind for one in found} <= {"all-reduce", "reduce-scatter", "all-gather"}
     # In bfloat16 or, before it is rounded, in float32.
     assert sent in [2 * 3 / 4 * 512 * 1024 * width for width in (2, 4)]
-    times = Costs(197e12, 819e9, tuple(found)).roofline(CHIPS["v5e"])
+    times = Costs(197e12, 819e9, tuple(found)).roofline(CHIPS["v5e"], where.sent_per_s)
     assert times["compute_ms"] == times["memory_ms"] == 1000
-    assert times["network_ms"] == pytest.approx(sent / 200e9 * 1e3)
+    # Of four links of 50 GB/s in each direction a chip of 2x2 has two.
+    assert times["network_ms"] == pytest.approx(sent / 100e9 * 1e3)
+    assert times["latency_ms"] == pytest.approx(1e-3 * sum(one.times for one in found))
 
 
 @pytest.mark.parametrize(("topology", "gib"), [("v5p:2x2x1", 95.74), ("v6e:2x2", 31.25)])
@@ -455,7 +461,16 @@ def test_published_geometries_have_their_published_sizes():
         (["--topology=cpu:999"], "8 CPU devices already; expected at most cpu:8"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must be the number of devices, 4"),
         (["--topology=cpu:8", "--config.decoding.batch_size=12"], "expected a multiple of 8"),
-        (["--topology=cpu:8", "--programs=fly"], "expected some of train,encode,prefill,decode"),
+        (["--topology=cpu:8", "--config.slm.train.batch_size=12"], "config.slm.train.batch_size"),
+        (
+            ["--topology=cpu:8", "--config.labels.source=llm", "--config.labels.batch_size=9"],
+            "config.labels.batch_size=9: mesh data=8",
+        ),
+        (["--topology=cpu:8", "--programs=fly"], "some of train,encode,prefill,decode,run"),
+        (["--topology=cpu:8", "--mfu=0"], "--mfu=0: expected a share of the peak, above 0"),
+        (["--topology=cpu:8", "--mfu=1.5"], "--mfu=1.5: expected a share of the peak"),
+        (["--topology=cpu:8", "--mfu=nan"], "--mfu=nan: expected a share of the peak"),
+        (["--topology=cpu:8", "--examples=0"], "--examples=0: expected a number above 0"),
         (["--topology=cpu:8", "--config.decoding.weights=int8"], "expected 'float', for which"),
         (["--topology=cpu:8", "--price=-1"], "expected dollars per chip-hour"),
         (["--topology=cpu:8", "--batch_sizes=a"], "expected numbers above 0"),
@@ -481,6 +496,128 @@ def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("topology", "links"),
+    [
+        ("v5e:1x1", 0),
+        ("v5e:2x2", 2),
+        ("v5e:4x4", 2),
+        ("v5e:8x8", 2),
+        ("v6e:8x16", 3),
+        ("v5e:16x16", 4),
+        ("v5p:2x2x1", 2),
+        ("v5p:2x4x4", 3),
+        ("v5p:4x4x4", 6),
+        ("v5p:4x4x8", 6),
+    ],
+)
+def test_a_chip_in_a_corner_has_the_links_of_its_neighbours(topology, links):
+    kind, _, text = topology.partition(":")
+    shape, chip = tuple(map(int, text.split("x"))), CHIPS[kind]
+    assert chip.least_links(shape) == links
+    assert chip.sent_per_s(shape) == pytest.approx(chip.links / 2 * links / chip.ports)
+
+
+def test_a_gpu_has_all_its_links_to_a_switch():
+    assert CHIPS["h100"].sent_per_s((8,)) == 450e9
+
+
+def everything(folder: Path) -> ConfigDict:
+    """A run that has every stage."""
+    config = small_config(data=4)
+    config.llm.train.update(steps=5, batch_size=8)
+    config.labels.update(source="llm", batch_size=8, max_new_tokens=5)
+    config.labels.search.temperature = 0.5
+    config.slm.train.update(steps=7, batch_size=8)
+    config.features.cache = str(folder / "features")
+    config.distillation.update(weight=0.5, batch_size=12)
+    config.l2s.train.update(steps=11, parameter_scale=False)
+    config.llm.tune.update(rank=2, steps=3)
+    config.evaluation.update(max_examples=20, validation_examples=9)
+    return config
+
+
+def run_of(config: ConfigDict, topology: str, examples: int) -> Run:
+    where = open_slice(topology)
+    meshes = meshes_of(config, where, make_mesh(config, where), make_mesh)
+    return Run(make_plan(config, where.platform), config, where, meshes, examples)
+
+
+def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
+    stages = list(run_of(everything(tmp_path), "cpu:4", 100).stages())
+    answers = {"encode": 2, "prefill": 2, "decode": 16}
+    assert {stage.name: (stage.rows, stage.times) for stage in stages} == {
+        "llm": (8, {"train": 5}),
+        # 13 batches of 100 examples and 2 of 9 to validate with.
+        "labels": (8, {"encode": 15, "prefill": 15, "decode": 60}),
+        "logits": (12, {"score": 9}),
+        "slm": (8, {"train": 7}),
+        "features": (16, {"encode": 8}),
+        "l2s": (16, {"train": 11}),
+        "l2s tuned": (16, {"train": 3}),
+        **{f"evaluation: {name}": (16, answers) for name in ("llm", "slm", "l2s")},
+    }
+    assert {(stage.mesh.size, stage.groups) for stage in stages} == {(4, 1)}
+
+
+def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
+    compiled = ("labels", "logits", "slm", "features", "l2s tuned")
+    every = Run.stages
+
+    def rated(topology: str) -> Slice:
+        """Devices that compile in no time, with a chip's rates."""
+        return dataclasses.replace(open_slice(topology), chip=CHIPS["v5e"])
+
+    monkeypatch.setattr(command, "open_slice", rated)
+    monkeypatch.setattr(
+        Run, "stages", lambda self: (one for one in every(self) if one.name in compiled)
+    )
+    settings = {"programs": ["run"], "price": 2.0, "mfu": 0.01, "examples": 100}
+    run = planned(everything(tmp_path), tmp_path, "cpu:4", **settings)["run"]
+    assert [stage["name"] for stage in run["stages"]] == list(compiled)
+    for stage in run["stages"]:
+        hours = real = 0.0
+        for name, one in stage["programs"].items():
+            assert one["roofline_ms"] == max(v for k, v in one.items() if k[-3:] == "_ms")
+            hours += one["roofline_ms"] * stage["times"][name] / 3_600_000
+            at_share = max(one["roofline_ms"], one["compute_ms"] * 100)
+            real += at_share * stage["times"][name] / 3_600_000
+        assert stage["fits"] and stage["hours"] == pytest.approx(hours) and hours > 0
+        assert stage["estimated_hours"] == pytest.approx(real)
+        assert stage["dollars"] == pytest.approx(hours * 4 * 2.0)
+    for name in ("hours", "dollars", "estimated_hours", "estimated_dollars"):
+        assert run["total"][name] == pytest.approx(sum(stage[name] for stage in run["stages"]))
+    text = (tmp_path / "plan.md").read_text()
+    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | encode 15 x " in text
+    assert "hours at 1% of the FLOPs" in text and "\n| total |" in text
+
+
+def test_where_there_are_no_rates_the_plan_says_so(tmp_path):
+    planned(small_config(data=4), tmp_path, "cpu:4", programs=["encode"])
+    text = (tmp_path / "plan.md").read_text()
+    assert "There are no rates of cpu here, so no times: of slices v5e, v5p, v6e have them." in text
+
+
+def test_each_host_with_whole_copies_answers_other_prompts():
+    config = small_config(data=16)
+    config.evaluation.max_examples = 100
+    last = list(run_of(config, "v5e:4x4", 9).stages())[-1]
+    # Four hosts of four chips, each with 16 prompts at a time: two batches.
+    assert (last.mesh.size, last.groups, last.times["encode"]) == (4, 4, 2)
+
+
+def test_the_train_split_is_counted_where_it_is_at_hand(tmp_path):
+    tiny.write_task(tmp_path / "task")
+    config = default()
+    config.task.update(name="reverse", source="jsonl", data_dir=str(tmp_path / "task"))
+    config.task.response = "reversed"
+    config.task.prompt = "reverse: {words}"
+    config.task.splits = ConfigDict({"train": "train.jsonl", "test": "test.jsonl"})
+    assert examples_of(config, "train") == 64
+    config.task.data_dir = str(tmp_path / "nowhere")
+    assert examples_of(config, "train") is None
+
+
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"libtpu.*not installed.*l2s-jax\[tpu\]"):
@@ -492,7 +629,8 @@ def test_the_command_makes_its_own_cpu_devices(tmp_path):
     config = tiny.write_task(tmp_path / "task")
     command = [sys.executable, "-m", "l2s_jax.main", "--mode=plan", f"--config={config}"]
     command += [f"--workdir={tmp_path}", "--topology=cpu:16", "--programs=encode"]
-    command += ["--config.decoding.batch_size=16", "--config.l2s.train.batch_size=16"]
+    command += ["--config.decoding.batch_size=16"]
+    command += [f"--config.{name}.train.batch_size=16" for name in ("llm", "slm", "l2s")]
     result = subprocess.run(
         command, cwd=ROOT, env={"PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True
     )

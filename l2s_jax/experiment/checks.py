@@ -23,6 +23,16 @@ def check_config(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh, label_mesh
     distributed.on_primary(lambda: trackers.check(settings.trackers))
     if settings.features.cache:
         feature_cache.check_folder(settings.features.cache)
+    check_batches(config, mesh, decoding_mesh, label_mesh)
+
+
+def check_batches(config: ConfigDict, mesh: Mesh, decoding_mesh: Mesh, label_mesh: Mesh) -> None:
+    """Checks that the meshes split the batches of all stages that a run has.
+
+    Raises:
+      ValueError: a batch that one does not split.
+    """
+    settings = typed(config)
     batches = [
         ("decoding", settings.decoding.batch_size, decoding_mesh),
         ("slm.train", settings.slm.train.batch_size, mesh),

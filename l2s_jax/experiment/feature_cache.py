@@ -57,17 +57,20 @@ class Encoder:
         """The LLM's config, its parameters that encode, and the layers that H is of."""
         self._mesh = mesh
         self._frozen = sharding.put_parameters(frozen, mesh)
-        self._encode = jax.jit(
-            lambda frozen, ids, mask: represent(config, frozen, ids, mask, layers).astype(
-                jnp.bfloat16
-            ),
-            out_shardings=NamedSharding(mesh, P()),
-        )
+        self._encode = encoding(config, layers, NamedSharding(mesh, P()))
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
         batch = sharding.put((ids, mask), sharding.batch_sharding(self._mesh))
         with jax.set_mesh(self._mesh):
             return self._encode(self._frozen, *batch)
+
+
+def encoding(config: ModelConfig, layers: tuple[int, ...], result: NamedSharding) -> Any:
+    """The program of an `Encoder`, (frozen, ids, mask) -> H, which lies as `result` says."""
+    return jax.jit(
+        lambda frozen, ids, mask: represent(config, frozen, ids, mask, layers).astype(jnp.bfloat16),
+        out_shardings=result,
+    )
 
 
 def check_folder(folder: str) -> None:

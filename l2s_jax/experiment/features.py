@@ -7,12 +7,20 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import Stage
+
+
+def rows_of(train: ConfigDict, ways: int) -> int:
+    """Prompts that are encoded at a time: as training would, on a mesh that splits them `ways`."""
+    rows = train.batch_size // train.accumulation
+    return train.batch_size if rows % ways else rows
 
 
 class FeatureStage(Stage):
@@ -65,8 +73,6 @@ class FeatureStage(Stage):
                 llm.config, self._llm.encoder(entries=None)[1], context.mesh, layers
             )
         )
-        rows = train.batch_size // train.accumulation
-        whole = rows % sharding.batch_ways(context.mesh)
         for split, data in splits.items():
             data.hidden = feature_cache.cached(
                 data,
@@ -82,5 +88,5 @@ class FeatureStage(Stage):
                 split=split,
                 width=hidden_width(llm.config, self._llm.layers),
                 buckets=[prompt_tokens for prompt_tokens, _ in context.buckets],
-                batch_size=train.batch_size if whole else rows,
+                batch_size=rows_of(train, sharding.batch_ways(context.mesh)),
             )

@@ -46,15 +46,20 @@ class Scorer:
         self, system: LanguageModel, params: Params, mesh: Mesh, *, top_k: int, temperature: float
     ):
         self._mesh, self._params = mesh, params
-        self._score = jax.jit(
-            lambda params, batch: likeliest(system, params, batch, top_k, temperature),
-            out_shardings=NamedSharding(mesh, P()),
-        )
+        self._score = scoring(system, top_k, temperature, NamedSharding(mesh, P()))
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
         placed = sharding.put(dict(batch), sharding.batch_sharding(self._mesh))
         with jax.set_mesh(self._mesh):
             return self._score(self._params, placed)
+
+
+def scoring(system: LanguageModel, top_k: int, temperature: float, result: NamedSharding) -> Any:
+    """The program of a `Scorer`, (params, batch) -> its result, which lies as `result` says."""
+    return jax.jit(
+        lambda params, batch: likeliest(system, params, batch, top_k, temperature),
+        out_shardings=result,
+    )
 
 
 def likeliest(

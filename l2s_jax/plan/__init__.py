@@ -1,4 +1,4 @@
-"""Compiles an experiment's programs for a slice that isn't there, and says what fits.
+"""Compiles an experiment for a slice that isn't there, and says what fits and what it costs.
 
-Imports training, serving, and what they stand on.
+Imports experiment, and what it stands on.
 """

@@ -14,10 +14,13 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import typed
-from l2s_jax.plan import report
+from l2s_jax.plan import costs, report
 from l2s_jax.plan.models import Plan, make_plan
-from l2s_jax.plan.programs import PROGRAMS, Compiler, shard_bytes
+from l2s_jax.plan.program import shard_bytes
+from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler
 from l2s_jax.plan.slices import Slice, open_slice
+from l2s_jax.plan.stages import Run, meshes_of
+from l2s_jax.settings import rules
 from l2s_jax.training import optim, update
 
 log = logging.getLogger(__name__)
@@ -28,29 +31,37 @@ def plan(
     workdir: str,
     topology: str,
     *,
-    programs: Sequence[str] = PROGRAMS,
+    programs: Sequence[str] = (*PROGRAMS, RUN),
     price: float | None = None,
+    mfu: float | None = None,
+    examples: int | None = None,
     sweep: bool = False,
     batch_sizes: Sequence[int] = (),
 ) -> str:
     """Compiles `programs` for a slice, writes plan.json and plan.md; gives the latter's text.
 
     With `sweep`, also for every mesh over the slice and each of `batch_sizes` (those of the config
-    if there are none). `price` is in dollars per chip-hour.
+    if there are none). `price` is in dollars per chip-hour. `mfu` is the share of the chips' FLOPs
+    that estimates of the run reckon with. `examples` are those of the train split, which is counted
+    where it is at hand and this is None.
 
     Raises:
       ValueError: no such slice, a mesh that does not divide it, or a config that no run could use.
     """
-    unknown = sorted(set(programs) - set(PROGRAMS))
-    if unknown or not programs:
-        raise ValueError(f"--programs={','.join(programs)}: expected some of {','.join(PROGRAMS)}")
+    known = (*PROGRAMS, RUN)
+    if set(programs) - set(known) or not programs:
+        raise ValueError(f"--programs={','.join(programs)}: expected some of {','.join(known)}")
     if price is not None and not price > 0:
         raise ValueError(f"--price={price:g}: expected dollars per chip-hour, above 0")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ValueError(f"--mfu={mfu:g}: expected a share of the peak, above 0 and at most 1")
+    if examples is not None and examples < 1:
+        raise ValueError(f"--examples={examples}: expected a number above 0")
     if any(size < 1 for size in batch_sizes):
         raise ValueError(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
         )
-    typed(config)
+    rules.check(typed(config))
     if config.decoding.weights != "float":
         raise ValueError(
             f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "
@@ -58,15 +69,24 @@ def plan(
         )
     where = open_slice(topology)
     mesh = make_mesh(config, where)
+    meshes = meshes_of(config, where, mesh, make_mesh)
     models = make_plan(config, where.platform)
     compiler = Compiler(models, config, where, mesh)
+    run = Run(models, config, where, meshes, examples) if RUN in programs else None
+    programs = tuple(name for name in programs if name != RUN)
     result = report.describe(where, mesh) | {"model": models.description()}
     result["programs"] = {}
     for name, program in compiler.compile(tuple(programs)):
-        result["programs"][name] = report.program_report(program, where)
+        result["programs"][name] = costs.program_report(program, where)
         fits = "fits" if program.fits else "does not fit"
         log.info("plan: %s %s, compiled in %.0f s", name, fits, program.compile_s)
     result["throughput"] = report.throughput(result["programs"], config, where.chips, price)
+    if run:
+        stages = []
+        for stage in run.stages():
+            stages.append(costs.stage_report(stage, where, price, mfu))
+            log.info("plan: %s", stage.name)
+        result["run"] = costs.run_report(stages, run.examples, price, mfu)
     if not all(program["fits"] for program in result["programs"].values()):
         result["meshes_with_room"] = [
             f"{sharding.mesh_name(other)}: {size / 2**30:.2f} GiB"
@@ -167,7 +187,7 @@ def _sweep(
                     continue  # it does not divide
                 names = tuple(one for one in PROGRAMS if one in own)
                 compiled = dict(compiler.compile(names))
-                reports = {n: report.program_report(p, where) for n, p in compiled.items()}
+                reports = {n: costs.program_report(p, where) for n, p in compiled.items()}
                 log.info("plan: %s with %d rows on %s", name, batch_size, sharding.mesh_name(mesh))
                 if not all(program.fits for program in compiled.values()):
                     continue

@@ -16,11 +16,18 @@ from l2s_jax.hub import cached, is_name
 from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, make_config
 from l2s_jax.models.geometries import GEOMETRIES
-from l2s_jax.models.lora import Lora
+from l2s_jax.models.lora import Adapted, Adapters, Lora
 from l2s_jax.models.mix import encoding_layer
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import unstack_layers
-from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
+from l2s_jax.models.systems import (
+    LanguageModel,
+    LlmToSlm,
+    Params,
+    System,
+    parameter_count,
+)
+from l2s_jax.models.tuning import Tuned
 from l2s_jax.models.vocabulary import of_size, with_vocabulary
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
@@ -29,16 +36,22 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is compiled: an L2S system, and ShapeDtypeStructs of its parameters.
+    """What is compiled: a system, and ShapeDtypeStructs of its parameters.
 
     trained and frozen: as decoding takes them. adapted: (system, trained, frozen) as training does,
     which differ with LoRA, and where H comes from a cache.
     """
 
-    system: LlmToSlm
+    system: System
     trained: Params
     frozen: Params
     adapted: tuple[Any, Params, Params]
+
+    @property
+    def l2s(self) -> LlmToSlm:
+        """The system, of a plan of L2S."""
+        assert isinstance(self.system, LlmToSlm)
+        return self.system
 
     def unscanned(self) -> Plan:
         """The same with layers that are not stacked, one by one in every program."""
@@ -47,12 +60,13 @@ class Plan:
         def one_by_one(config: ModelConfig) -> ModelConfig:
             return dataclasses.replace(config, scan_layers=False)
 
+        names = ("config", "llm_config", "slm_config")
+        configs = {name: getattr(self.system, name, None) for name in names}
         plain = dataclasses.replace(
-            self.system,
-            llm_config=one_by_one(self.system.llm_config),
-            slm_config=one_by_one(self.system.slm_config),
+            self.system, **{name: one_by_one(config) for name, config in configs.items() if config}
         )
-        adapted = dataclasses.replace(system, system=plain) if isinstance(system, Lora) else plain
+        own = isinstance(system, Adapted)
+        adapted = dataclasses.replace(system, system=plain) if own else plain  # pyright: ignore
         return Plan(
             plain,
             self.trained,
@@ -66,9 +80,9 @@ class Plan:
             "llm_parameters": parameter_count(self.frozen),
             "trained_parameters": parameter_count(self.adapted[1]),
             "parameters": parameter_count(self.trained) + parameter_count(self.frozen),
-            "shared_vocabulary": self.system.shared_vocabulary,
-            "dtype": str(self.system.slm_config.dtype),
-            "encoder_dtype": str(self.system.llm_config.dtype),
+            "shared_vocabulary": self.l2s.shared_vocabulary,
+            "dtype": str(self.l2s.slm_config.dtype),
+            "encoder_dtype": str(self.l2s.llm_config.dtype),
         }
 
 
@@ -109,21 +123,60 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         normalize=settings.normalize,
         stack=settings.stack,
     )
-    if config.llm.tune.rank:
-        log.info("the second stage, which adapts the LLM too, is not planned")
     if config.distillation.on_policy:
         log.info("batches that L2S writes itself, and the whole LLM that scores them: not planned")
-    key = jax.random.key(0)
-    trained = jax.eval_shape(system.init, key)
+    trained = jax.eval_shape(system.init, jax.random.key(0))
     beside = frozen
     if config.features.cache:
         beside = {name: frozen[name] for name in system.beside_hidden}
-    adapted: tuple[Any, Params, Params] = system, trained, beside
-    if settings.lora.rank:
-        lora = Lora(system, **settings.lora.to_dict())
-        adapters, base = jax.eval_shape(lora.split, trained, key)
-        adapted = lora, adapters, {"base": base, "inner": beside}
-    return Plan(system, trained, frozen, adapted)
+    return Plan(system, trained, frozen, _adapted(system, trained, beside, settings.lora))
+
+
+def alone(config: ConfigDict, name: str, platform: str) -> Plan:
+    """The LLM or the SLM, as `name` says, as it is trained and answers by itself.
+
+    Raises:
+      ValueError: as of `make_plan`.
+    """
+    dtype, _ = compute_dtypes(config.dtype, config.llm.encoder_dtype, platform)
+    section, model = config[name], _model(config, "llm")
+    model = dataclasses.replace(
+        _slm(config, model) if name == "slm" else model,
+        dtype=dtype,
+        dropout_rate=section.train.dropout_rate,
+        scan_layers=config.scan_layers,
+        remat=section.train.remat,
+    )
+    system = LanguageModel(name, model)
+    trained = jax.eval_shape(system.init, jax.random.key(0))
+    return Plan(system, trained, {}, _adapted(system, trained, {}, section.get("lora")))
+
+
+def tuned(plan: Plan, config: ConfigDict) -> Plan:
+    """That of L2S -> the second stage of its training, in which the LLM is adapted too.
+
+    The LLM is held as its checkpoint has it, float32 at the most, and its layers one by one.
+    """
+    plain = plan.unscanned()
+    system, tune = plan.l2s, config.llm.tune
+    of_llm = dataclasses.replace(system.llm_config, scan_layers=False, remat=config.l2s.train.remat)
+    system = dataclasses.replace(system, llm_config=of_llm)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), plain.frozen)
+    adapters = Adapters(tune.rank, tune.alpha, tune.pattern, "config.llm.tune.pattern")
+    both = Tuned(system, adapters)
+    trained, base = jax.eval_shape(both.split, plan.trained, frozen, jax.random.key(0))
+    return Plan(system, plan.trained, plain.frozen, (both, trained, base))
+
+
+def _adapted(
+    system: System, trained: Params, frozen: Params, lora: ConfigDict | None
+) -> tuple[Any, Params, Params]:
+    """(system, trained, frozen) as training has them."""
+    if not (lora and lora.rank):
+        return system, trained, frozen
+    both = Lora(system, **lora.to_dict())
+    adapters, base = jax.eval_shape(both.split, trained, jax.random.key(0))
+    return both, adapters, {"base": base, "inner": frozen}
 
 
 def _slm(config: ConfigDict, llm: ModelConfig) -> ModelConfig:

@@ -15,74 +15,51 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.cluster.chips import Chip
 from l2s_jax.config import buckets_of
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
+from l2s_jax.experiment.feature_cache import encoding
+from l2s_jax.experiment.scoring import scoring
 from l2s_jax.models.attention import all_at_once
-from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
+from l2s_jax.models.mix import layers_of
+from l2s_jax.models.systems import LanguageModel
+from l2s_jax.plan.hlo import collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
+from l2s_jax.plan.program import Costs, Program, Work, shard_bytes, work_of_l2s
 from l2s_jax.plan.slices import Slice, parse_size
-from l2s_jax.settings.search import changed
+from l2s_jax.settings.search import alone, changed
 from l2s_jax.training import optim, update
 from l2s_jax.training.distillation import Distillation
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """Of one run on one device: operations, bytes of memory read and written, collectives."""
-
-    flops: float
-    memory_bytes: float
-    collectives: tuple[Collective, ...]
-
-    def roofline(self, chip: Chip) -> dict[str, float]:
-        """Milliseconds that each would take at the chip's published rate."""
-        sent = sum(c.sent * c.times for c in self.collectives)
-        return {
-            "compute_ms": self.flops / chip.flops * 1e3,
-            "memory_ms": self.memory_bytes / chip.hbm * 1e3,
-            "network_ms": sent / (chip.links / 2) * 1e3,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A program compiled for a slice; sizes in bytes on each device.
-
-    temporaries, peak and costs are None where the compiler gave up, or was not asked, because the
-    program cannot fit. A step of decode is one token of each row, of the others one batch.
-    """
-
-    batch_size: int
-    arguments: int
-    temporaries: int | None
-    peak: int | None
-    fits: bool
-    costs: Costs | None
-    compile_s: float
+RUN = "run"  # beside them, those of all stages of a run
 
 
 class Compiler:
     """Compiles the programs of one system for one mesh over a slice."""
 
-    def __init__(self, plan: Plan, config: ConfigDict, where: Slice, mesh: Mesh):
-        """Checks that all divides.
+    def __init__(
+        self,
+        plan: Plan,
+        config: ConfigDict,
+        where: Slice,
+        mesh: Mesh,
+        work: Work | None = None,
+    ):
+        """Checks that all divides; `work` is that of L2S, if it is no other.
 
         Raises:
           ValueError: a parameter or a batch that does not divide into the mesh's axes.
         """
         self.plan, self.config, self.slice, self.mesh = plan, config, where, mesh
+        self.work = work = work or work_of_l2s(config)
+        if work.train:
+            rows = work.train.batch_size
+            sharding.check_rows(rows, mesh, f"config.{work.train_where}.batch_size")
+        if work.batch_size:
+            sharding.check_rows(work.batch_size, mesh, f"config.{work.decoding_where}.batch_size")
         self._rows = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, P())
-        training = config.l2s.train
-        for name, size in (
-            ("l2s.train.batch_size / accumulation", training.batch_size // training.accumulation),
-            ("decoding.batch_size", config.decoding.batch_size),
-        ):
-            sharding.check_rows(size, mesh, f"config.{name}")
         self._flat = plan.unscanned()
         self._placed(plan.adapted[1])
         served = jax.eval_shape(plan.system.to_serve, plan.trained, plan.frozen)
@@ -99,12 +76,14 @@ class Compiler:
 
     def _train(self) -> Program:
         system, params, frozen = self.plan.adapted
-        settings = self.config.l2s.train
+        settings = self.work.train
+        assert settings is not None
         optimizer = optim.optimizer(settings, params)
         shardings = update.state_shardings(params, optimizer, settings, self.mesh)
 
         taught = self.config.distillation
-        distillation = Distillation(taught.weight, taught.temperature) if taught.weight else None
+        is_taught = self.work.distilled
+        distillation = Distillation(taught.weight, taught.temperature) if is_taught else None
 
         def make_step(system: Any) -> Any:
             return update.make_step(
@@ -114,15 +93,12 @@ class Compiler:
         state = update.abstract_state(params, optimizer, settings, shardings)
         prompt, response = buckets_of(self.config)[-1]
         rows = settings.batch_size
-        batch = {}
-        for name, width in (("llm", prompt), ("response", response)):
-            batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
-            batch[f"{name}_mask"] = self._array((rows, width), bool)
-        if self.config.features.cache:
-            shape = (rows, prompt, self.plan.system.hidden_width)
+        batch = self._batch(rows)
+        if self.work.features:
+            shape = (rows, prompt, self.plan.l2s.hidden_width)
             batch["llm_hidden"] = self._array(shape, jnp.bfloat16)
         if distillation:
-            shape = (rows, response, min(taught.top_k, self.plan.system.slm_config.vocab_size))
+            shape = (rows, response, min(taught.top_k, self.plan.system.decoder.vocab_size))
             batch["teacher_ids"] = self._array(shape, jnp.int32)
             batch["teacher_log_probs"] = self._array(shape, jnp.float32)
         arguments = (state, self._placed(frozen), batch)
@@ -139,12 +115,12 @@ class Compiler:
 
     def _generation(self, names: tuple[str, ...]) -> Iterator[tuple[str, Program]]:
         system = self.plan.system
-        settings = self.config.decoding
-        rows, width = settings.batch_size, self.config.max_prompt_tokens
+        work = self.work
+        rows, width = work.batch_size, self.config.max_prompt_tokens
         ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
         weights = (self._trained, self._frozen)
-        choices = changed(settings.search.to_dict(), {"num_beams": 1})
-        static = {"max_new_tokens": settings.max_new_tokens, "search": choices}
+        choices = changed(dataclasses.asdict(alone(work.search)), {"num_beams": 1})
+        static = {"max_new_tokens": work.max_new_tokens, "search": choices}
 
         encode = jax.jit(system.encode)
         inputs = (*weights, ids, mask)
@@ -174,6 +150,27 @@ class Compiler:
         state = jax.eval_shape(loop.start, logits, cache, limits, seeds, history)
         state = self._outputs(state, None).replace(cache=cache)
         yield "decode", self._decode(loop, state, rows)
+
+    def encode_for_cache(self) -> Program:
+        """The LLM's encoding of a batch into the cache of features."""
+        rows, width = self.work.batch_size, self.config.max_prompt_tokens
+        ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
+        programs = [
+            encoding(system.llm_config, layers_of(system.layers), self._replicated)
+            for system in (self.plan.l2s, self._flat.l2s)
+        ]
+        whole = (programs[1], (self._flat.frozen, ids, mask))
+        return self._program(programs[0], (self._frozen, ids, mask), rows, whole)[0]
+
+    def score(self) -> Program:
+        """The LLM's reading of a batch of responses, for its distributions over their tokens."""
+        rows = self.work.batch_size
+        batch = self._batch(rows)
+        taught = self.config.distillation
+        top_k = min(taught.top_k, self.plan.system.decoder.vocab_size)
+        assert isinstance(self.plan.system, LanguageModel)
+        read = scoring(self.plan.system, top_k, taught.temperature, self._replicated)
+        return self._program(read, (self._trained, batch), rows)[0]
 
     def _decode(self, loop: Any, state: Any, rows: int) -> Program:
         """One chunk; its costs are those of one token.
@@ -284,6 +281,17 @@ class Compiler:
             sharding.parameter_shardings(params, self.mesh),
         )
 
+    def _batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Prompts and responses in the largest bucket."""
+        batch = {}
+        widths = zip(
+            (self.plan.system.prompt_name, "response"), buckets_of(self.config)[-1], strict=True
+        )
+        for name, width in widths:
+            batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
+            batch[f"{name}_mask"] = self._array((rows, width), bool)
+        return batch
+
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
 
@@ -292,7 +300,7 @@ class Compiler:
 
         Without a program, rows lie where those of its batch do.
         """
-        rows = self.config.decoding.batch_size
+        rows = self.work.batch_size
 
         def where(leaf: Any) -> NamedSharding:
             if rows in leaf.shape:
@@ -306,12 +314,6 @@ class Compiler:
             tree,
             shardings,
         )
-
-
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of an abstract array on each device that holds a part of it."""
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
 
 
 def _peak_in(message: str) -> int | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.config import buckets_of
 from l2s_jax.files import write_json, write_text
-from l2s_jax.plan.programs import Program
+from l2s_jax.plan import costs
+from l2s_jax.plan.costs import number
 from l2s_jax.plan.slices import Slice
 
 NOTES = """\
@@ -24,45 +25,16 @@ NOTES = """\
 - Bytes are what the compiled program's instructions read from main memory and write to it, of what
   is sliced or gathered the part, with the padding of tiles; what stays on the chip in between does
   not count. They, and collectives, count in a loop as often as it turns.
-- The roofline is the longest of three times: FLOPs, bytes of memory, and bytes sent, each at the
-  chip's published rate, all links of a chip at once in one direction. A real step takes longer.
+- The roofline is the longest of four times: FLOPs, bytes of memory, and bytes sent, each at the
+  chip's published rate, and latency. A real step takes longer.
+- Bytes are sent in one direction over all links at once of the chip that has the fewest: a
+  collective waits for it. On a v5e or v6e an axis is a ring if it has 16 chips, on a v5p if the
+  slice is made of cubes of 4x4x4; elsewhere a chip in a corner has one link along it.
+- Latency is 1 microsecond for each collective, an assumption: about one hop between two chips.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
 - What is trained is float32 in memory; the frozen LLM and generation hold the weights of products
   in the products' dtype.
 """
-
-
-def program_report(program: Program, where: Slice) -> dict[str, Any]:
-    """A program's entry in plan.json; null where the compiler gave nothing."""
-    report: dict[str, Any] = {
-        "fits": program.fits,
-        "batch_size": program.batch_size,
-        "bytes_per_chip": {
-            "arguments": program.arguments,
-            "temporaries": program.temporaries,
-            "peak": program.peak,
-            "capacity": where.capacity,
-        },
-        "flops": None,
-        "bytes_accessed": None,
-        "collectives": {},
-        "roofline_ms": None,
-        "compile_s": round(program.compile_s, 2),
-    }
-    if not program.costs:
-        return report
-    report["flops"] = program.costs.flops
-    report["bytes_accessed"] = program.costs.memory_bytes
-    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
-    for one in program.costs.collectives:
-        kinds[one.kind]["count"] += one.times
-        kinds[one.kind]["bytes"] += one.bytes * one.times
-    report["collectives"] = dict(sorted(kinds.items()))
-    if where.chip:
-        times = program.costs.roofline(where.chip)
-        bound = max(times, key=times.__getitem__)
-        report |= {"roofline_ms": times[bound], "bound": bound.removesuffix("_ms"), **times}
-    return report
 
 
 def throughput(
@@ -105,6 +77,8 @@ def describe(where: Slice, mesh: Mesh) -> dict[str, Any]:
             "flops_per_s": where.chip.flops,
             "memory_bytes_per_s": where.chip.hbm,
             "link_bytes_per_s": where.chip.links,
+            "links": where.chip.ports,
+            "least_links": where.chip.least_links(where.shape),
             "source": where.chip.source,
         }
     return report
@@ -136,22 +110,30 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"A chip: {chip['flops_per_s'] / 1e12:g} TFLOP/s in bfloat16, "
             f"{chip['memory_bytes_per_s'] / 1e9:g} GB/s of memory, "
-            f"{chip['link_bytes_per_s'] / 1e9:g} GB/s of links in both directions "
-            f"({chip['source']}).",
+            f"{chip['link_bytes_per_s'] / 1e9:g} GB/s of {chip['links']} links in both directions "
+            f"({chip['source']}). In this slice a chip has at least {chip['least_links']} of them.",
+        ]
+    else:
+        kind = report["topology"].partition(":")[0]
+        rated = ", ".join(name for name, chip in CHIPS.items() if chip.ports)
+        lines += [
+            "",
+            f"There are no rates of {kind} here, so no times: of slices {rated} have them.",
         ]
     lines += [
         "",
         "| program | rows | fits | arguments GiB | temporaries GiB | peak GiB | capacity GiB "
-        "| GFLOP | GB accessed | roofline ms | bound by | compile s |",
-        "|" + "---|" * 12,
+        "| GFLOP | GB accessed | latency ms | roofline ms | bound by | compile s |",
+        "|" + "---|" * 13,
     ]
     for name, program in report["programs"].items():
         size = program["bytes_per_chip"]
         cells = [name, str(program["batch_size"]), "yes" if program["fits"] else "**no**"]
         names = ("arguments", "temporaries", "peak", "capacity")
-        cells += [_number(size[key], 2**30) for key in names]
-        cells += [_number(program["flops"], 1e9), _number(program["bytes_accessed"], 1e9)]
-        cells += [_number(program["roofline_ms"], 1), program.get("bound", "-")]
+        cells += [number(size[key], 2**30) for key in names]
+        cells += [number(program["flops"], 1e9), number(program["bytes_accessed"], 1e9)]
+        cells += [number(program.get("latency_ms"), 1), number(program["roofline_ms"], 1)]
+        cells.append(program.get("bound", "-"))
         lines.append("| " + " | ".join([*cells, f"{program['compile_s']:.0f}"]) + " |")
     lines += ["", "| program | collective | count | MB |", "|---|---|---|---|"]
     for name, program in report["programs"].items():
@@ -161,6 +143,8 @@ def markdown(report: dict[str, Any]) -> str:
         cost = one.get("dollars_per_million_tokens")
         money = "" if cost is None else f", ${cost:.4f} per million tokens"
         lines += ["", f"{name}: at most {one['tokens_per_s']:,.0f} tokens/s{money}."]
+    if "run" in report:
+        lines += costs.run_lines(report["run"])
     if report.get("meshes_with_room"):
         lines += [
             "",
@@ -178,10 +162,6 @@ def markdown(report: dict[str, Any]) -> str:
                 rate = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "-"
                 lines.append(
                     f"| {name} | {shape} | {row['batch_size']} | {rate} "
-                    f"| {_number(row['peak'], 2**30)} |"
+                    f"| {number(row['peak'], 2**30)} |"
                 )
     return "\n".join([*lines, "", NOTES])
-
-
-def _number(value: float | None, unit: float) -> str:
-    return "-" if value is None else f"{value / unit:,.3g}"

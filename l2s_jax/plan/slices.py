@@ -49,6 +49,16 @@ class Slice:
     chip: Chip | None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Chips along each axis."""
+        return tuple(map(int, self.topology.partition(":")[2].split("x")))
+
+    @property
+    def sent_per_s(self) -> float:
+        """Bytes per second that the chip with the fewest links sends; 0 without published rates."""
+        return self.chip.sent_per_s(self.shape) if self.chip else 0.0
+
+    @property
     def platform(self) -> str:
         """Of its devices: "tpu" or "cpu"."""
         return self.devices[0].platform

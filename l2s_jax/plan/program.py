@@ -1,0 +1,90 @@
+"""A program of a plan: what it is for, whether it fits, what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from l2s_jax.cluster.chips import COLLECTIVE_S, Chip
+from l2s_jax.plan.hlo import Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one run on one device: operations, bytes of memory read and written, collectives."""
+
+    flops: float
+    memory_bytes: float
+    collectives: tuple[Collective, ...]
+
+    def roofline(self, chip: Chip, sent_per_s: float) -> dict[str, float]:
+        """Milliseconds that each would take at the chip's published rate.
+
+        `sent_per_s` as of `Slice`. Latency is that of as many collectives, one after another.
+        """
+        sent = sum(c.sent * c.times for c in self.collectives)
+        return {
+            "compute_ms": self.flops / chip.flops * 1e3,
+            "memory_ms": self.memory_bytes / chip.hbm * 1e3,
+            "network_ms": sent / sent_per_s * 1e3 if sent else 0.0,
+            "latency_ms": sum(c.times for c in self.collectives) * COLLECTIVE_S * 1e3,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program compiled for a slice; sizes in bytes on each device.
+
+    temporaries, peak and costs are None where the compiler gave up, or was not asked, because the
+    program cannot fit. A step of decode is one token of each row, of the others one batch.
+    """
+
+    batch_size: int
+    arguments: int
+    temporaries: int | None
+    peak: int | None
+    fits: bool
+    costs: Costs | None
+    compile_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How a system is trained (None: not at all) and answers, of all that a config says.
+
+    batch_size: prompts that it answers, or reads, at a time; 0: none. train_where and
+    decoding_where: the sections. features: training is given H. distilled: it is given the LLM's
+    distributions.
+    """
+
+    train: ConfigDict | None = None
+    batch_size: int = 0
+    max_new_tokens: int = 1
+    search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    train_where: str = "l2s.train"
+    decoding_where: str = "decoding"
+    features: bool = False
+    distilled: bool = False
+
+
+def work_of_l2s(config: ConfigDict) -> Work:
+    """That of L2S, with its LLM frozen."""
+    decoding = config.decoding
+    return Work(
+        config.l2s.train,
+        decoding.batch_size,
+        decoding.max_new_tokens,
+        decoding.search.to_dict(),
+        features=bool(config.features.cache),
+        distilled=bool(config.distillation.weight),
+    )
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of an abstract array on each device that holds a part of it."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
