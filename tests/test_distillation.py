@@ -187,7 +187,7 @@ def test_a_step_follows_the_mixed_loss_over_tokens(name, accumulation):
     mask = batch["response_mask"]
 
     def mean_loss(trained):
-        logits = system.logits(trained, frozen, batch)
+        logits = system.scored(trained, frozen, batch).logits()
         labels = jax.nn.one_hot(batch["response_ids"], small.VOCABULARY)
         entropy = -jnp.sum(labels * jax.nn.log_softmax(logits), -1)
         apart = jnp.sum(teacher * (np.log(teacher) - jax.nn.log_softmax(logits / 2)), -1)

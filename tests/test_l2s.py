@@ -38,7 +38,7 @@ def compiled(fusion):
         ids, mask = batch["llm_ids"], batch["llm_mask"]
         hidden = system.encode(trained, frozen, ids, mask)
         encoded = from_hidden(system, trained, ids, mask, hidden)[0]
-        return hidden, encoded, system.logits(trained, frozen, batch)
+        return hidden, encoded, system.scored(trained, frozen, batch).logits()
 
     return run
 

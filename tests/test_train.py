@@ -71,7 +71,7 @@ def test_the_loss_is_averaged_over_tokens_and_not_over_rows(accumulation):
     assert len(set(lengths)) > 3
 
     def mean_loss(trained):
-        log_p = jax.nn.log_softmax(system.logits(trained, frozen, batch))
+        log_p = jax.nn.log_softmax(system.scored(trained, frozen, batch).logits())
         losses = -jnp.take_along_axis(log_p, batch["response_ids"][..., None], -1)[..., 0]
         return jnp.sum(losses * batch["response_mask"]) / batch["response_mask"].sum()
 
