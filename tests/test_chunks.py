@@ -13,6 +13,7 @@ import small
 
 from l2s_jax.cluster import sharding
 from l2s_jax.experiment.scoring import likeliest
+from l2s_jax.models import counting
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
@@ -155,6 +156,10 @@ def test_no_more_logits_are_made_than_may_be(parts, monkeypatch):
     jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(trained).jaxpr
     sizes = {shape[1] for shape in shapes_of(jaxpr) if shape[2:] == (LLM.vocab_size,)}
     assert sizes == {2}
+    # But for counting.
+    with counting.all_at_once():
+        jaxpr = jax.make_jaxpr(lambda t: loss(t))(trained).jaxpr
+    assert (ROWS, LENGTH, LLM.vocab_size) in set(shapes_of(jaxpr))
     # What the products cost is the same: nothing is made twice.
     in_chunks = step_flops(system, trained, frozen, batch, config)
     assert in_chunks > 0

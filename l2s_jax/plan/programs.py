@@ -19,7 +19,7 @@ from l2s_jax.cluster.chips import Chip
 from l2s_jax.config import buckets_of
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
-from l2s_jax.models.attention import all_at_once
+from l2s_jax.models.counting import all_at_once
 from l2s_jax.plan.hlo import Collective, collectives, loop_turns, memory_bytes
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.slices import Slice, parse_size

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from l2s_jax.cluster.sharding import AnyArray, batch_ways, program_mesh, split_rows
+from l2s_jax.models import counting
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.scored import Scored
 from l2s_jax.models.vocabulary import response_size
@@ -84,6 +85,8 @@ def chunk_length(scored: Scored, others: Sequence[ModelConfig] = ()) -> int:
     vocabulary = sum(map(response_size, (scored.config, *others)))
     mesh = program_mesh()
     of_device = -(-rows // batch_ways(mesh)) if mesh else rows
+    if counting.is_on():
+        return length
     most = max(MOST_LOGITS // (of_device * vocabulary), 1)
     return -(-length // -(-length // most))
 
