@@ -81,6 +81,16 @@ def make_params(system: System, seed: int = 0) -> tuple[dict[str, Any], dict[str
     return trained, encoder_only(t5_params(system.llm_config, seed + 1))
 
 
+def logits_of(system: Any) -> Any:
+    """(trained, frozen, batch) -> logits of the response, all positions at once."""
+    return lambda *inputs: system.scored(*inputs).logits()
+
+
+def score(module: Any, *inputs: Any) -> jax.Array:
+    """A module's logits of a response; to `apply` as a method."""
+    return module.logits(module.states(*inputs))
+
+
 def encoder_only(params: Mapping[str, Any]) -> dict[str, Any]:
     """What convert.load_encoder would read of a T5."""
     return {key: params[key] for key in ("token_embedding", "encoder")}

@@ -254,7 +254,7 @@ def test_models_of_all_families_read_long_prompts(monkeypatch, family, how):
     def loss(params):
         encoded = model.apply({"params": params}, prompt, method="embed")
         encoded = model.apply({"params": params}, encoded, mask, method="encode")
-        logits = model.apply({"params": params}, encoded, mask, response, method="score")
+        logits = model.apply({"params": params}, encoded, mask, response, method=small.score)
         return jnp.mean(jax.nn.log_softmax(logits) ** 2), logits
 
     def found():

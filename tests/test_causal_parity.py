@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -153,7 +154,7 @@ def test_logits_equal_transformers(name, tmp_path, record_property):
     def three_ways(params, ids, mask, response_ids):
         variables = {"params": params}
         embedded = module.apply(variables, ids, method="embed")
-        scored = module.apply(variables, embedded, mask, response_ids, method="score")
+        scored = module.apply(variables, embedded, mask, response_ids, method=small.score)
         whole_ids = jnp.concatenate([ids, response_ids], 1)
         whole_mask = jnp.concatenate([mask, jnp.ones_like(response_ids, bool)], 1)
         full = module.apply(variables, whole_ids, whole_mask)

@@ -310,7 +310,8 @@ def test_models_at_full_size(config: ConfigDict, tmp_path: pathlib.Path) -> None
     for name, system in systems.items():
         batch_size = config[name].train.batch_size
         batch = abstract_batch(config, system.prompt_name, batch_size)
-        logits = jax.eval_shape(system.logits, trained[name], frozen[name], batch)
+        inputs = trained[name], frozen[name], batch
+        logits = jax.eval_shape(lambda *x, s=system: s.scored(*x).logits(), *inputs)
         shape = (batch_size, config.buckets[-1][1], system.decoder.vocab_size)
         assert (logits.shape, logits.dtype) == (shape, jnp.float32)
 

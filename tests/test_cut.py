@@ -333,7 +333,7 @@ def test_distributions_over_the_whole_are_learnt_by_the_part(job, tmp_path):
     system, trained, frozen = experiment.llm.load(experiment.context.mesh, "float")
     kept = np.array(json.loads((tmp_path / "vocabulary/vocabulary.json").read_text())["kept"])
     whole = {**batch, "response_ids": kept[batch["response_ids"]].astype(np.int32)}
-    expected = np.asarray(jax.nn.softmax(system.logits(trained, frozen, whole)))
+    expected = np.asarray(jax.nn.softmax(system.scored(trained, frozen, whole).logits()))
     there = batch["response_mask"]
     found = np.zeros((*there.shape, len(kept) + 1))
     rows, places = np.indices(there.shape)

@@ -83,7 +83,7 @@ def with_eos(system, eos_id):
 def recomputed(name):
     """Tokens [B, NEW] without eos: each from teacher-forced logits of all tokens before it."""
     system, trained, frozen, batch = case(name)
-    logits = jax.jit(system.logits)
+    logits = jax.jit(small.logits_of(system))
     tokens = np.zeros((5, NEW), np.int32)
     for position in range(NEW):
         filled = {**batch, "response_ids": tokens}

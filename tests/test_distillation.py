@@ -187,7 +187,7 @@ def test_a_step_follows_the_mixed_loss_over_tokens(name, accumulation):
     mask = batch["response_mask"]
 
     def mean_loss(trained):
-        logits = system.logits(trained, frozen, batch)
+        logits = system.scored(trained, frozen, batch).logits()
         labels = jax.nn.one_hot(batch["response_ids"], small.VOCABULARY)
         entropy = -jnp.sum(labels * jax.nn.log_softmax(logits), -1)
         apart = jnp.sum(teacher * (np.log(teacher) - jax.nn.log_softmax(logits / 2)), -1)
@@ -226,7 +226,7 @@ def test_lora_learns_the_distributions_too():
     frozen = {"base": base, "inner": {}}
     distillation = Distillation(weight=1.0, temperature=1.0)
     change, metrics = one_step(lora, trained, frozen, batch, distillation)
-    logits = np.asarray(jax.jit(system.logits)(params, {}, batch))
+    logits = np.asarray(jax.jit(small.logits_of(system))(params, {}, batch))
     teacher_parts = batch["teacher_ids"], batch["teacher_log_probs"]
     mask = batch["response_mask"]
     expected = reference(logits, mask, *teacher_parts, 1.0) / mask.sum()
@@ -238,7 +238,7 @@ def test_an_slm_that_is_the_llm_has_nothing_to_learn():
     system = small.make_system("slm")
     trained, _ = small.make_params(system)
     batch = small.make_batch(system, rows=8)
-    teacher = jax.nn.log_softmax(jax.jit(system.logits)(trained, {}, batch))
+    teacher = jax.nn.log_softmax(jax.jit(small.logits_of(system))(trained, {}, batch))
     log_probs, ids = jax.device_get(jax.lax.top_k(teacher, 6))
     batch |= {"teacher_ids": ids, "teacher_log_probs": log_probs}
     change, metrics = one_step(system, trained, {}, batch, Distillation(1.0, 1.0))

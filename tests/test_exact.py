@@ -246,8 +246,8 @@ def test_a_tolerance_is_a_share_of_the_best_tokens_probability():
     def logits_of_both(response):
         batch = {"llm_ids": ids, "llm_mask": mask, "llm_hidden": hidden, "response_ids": response}
         return (
-            system.l2s.logits(trained, whole, batch)[0],
-            system.llm.logits({"llm": whole}, {}, batch)[0],
+            system.l2s.scored(trained, whole, batch).logits()[0],
+            system.llm.scored({"llm": whole}, {}, batch).logits()[0],
         )
 
     tolerance, said = 0.6, []
@@ -309,7 +309,7 @@ def test_samples_have_the_llms_distribution():
     batch = {"response_ids": response}
     for name, side in (("llm_ids", ids), ("llm_mask", mask)):
         batch[name] = np.repeat(side[:1], len(grid), axis=0)
-    logits = system.llm.logits({"llm": whole}, {}, batch)
+    logits = system.llm.scored({"llm": whole}, {}, batch).logits()
     p = np.asarray(jax.nn.softmax(logits / 1.5), np.float64).reshape(*(VOCABULARY,) * 2, 3, -1)
     truth = p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]
     expected = truth * count

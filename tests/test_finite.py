@@ -28,7 +28,7 @@ POISON = 7
 
 @dataclasses.dataclass(frozen=True)
 class Poisoned:
-    """A system whose logits are NaN where a prompt has the token POISON."""
+    """A system whose states and logits are NaN where a prompt has the token POISON."""
 
     inner: object
 
@@ -36,10 +36,11 @@ class Poisoned:
     def prompt_name(self):
         return self.inner.prompt_name
 
-    def logits(self, trained, frozen, batch, dropout_key=None):
+    def scored(self, trained, frozen, batch, dropout_key=None):
         ids = batch[f"{self.prompt_name}_ids"]
         poison = jnp.where(jnp.any(ids == POISON, axis=1), jnp.nan, 0.0)
-        return self.inner.logits(trained, frozen, batch, dropout_key) + poison[:, None, None]
+        scored = self.inner.scored(trained, frozen, batch, dropout_key)
+        return scored._replace(states=scored.states + poison[:, None, None])
 
 
 def pairs_with_poison(*bad, count=40):

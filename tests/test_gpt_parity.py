@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -100,7 +101,7 @@ def run_every_way(module, params, ids, mask, response_ids, layer):
     def every_way(params, ids, mask, response_ids):
         variables = {"params": params}
         embedded = module.apply(variables, ids, method="embed")
-        scored = module.apply(variables, embedded, mask, response_ids, method="score")
+        scored = module.apply(variables, embedded, mask, response_ids, method=small.score)
         whole = jnp.concatenate([ids, response_ids], 1)
         whole_mask = jnp.concatenate([mask, jnp.ones_like(response_ids, bool)], 1)
         full = module.apply(variables, whole, whole_mask)

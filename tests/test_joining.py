@@ -91,7 +91,7 @@ def test_what_is_off_leaves_no_trace():
 def test_results_do_not_depend_on_padding():
     system, trained, frozen = joined(**EVERYTHING)
     batch = small.make_batch(system)
-    logits = jax.jit(lambda batch: system.logits(trained, frozen, batch))
+    logits = jax.jit(lambda batch: system.scored(trained, frozen, batch).logits())
     expected = logits(batch)
     wider = {
         **batch,
@@ -110,7 +110,7 @@ def test_decoding_follows_training():
     system, trained, frozen = joined(**EVERYTHING)
     batch = small.make_batch(system)
     ids, mask = batch["llm_ids"], batch["llm_mask"]
-    logits = system.logits(trained, frozen, batch)
+    logits = system.scored(trained, frozen, batch).logits()
     served = system.to_serve(trained, frozen)
     hidden = system.encode(*served, ids, mask)
     first, cache = system.prefill(*served, ids, mask, hidden, 4)
@@ -122,10 +122,10 @@ def test_decoding_follows_training():
 def test_scanned_layers_give_the_same():
     system, trained, frozen = joined(**EVERYTHING)
     batch = small.make_batch(system)
-    expected = system.logits(trained, frozen, batch)
+    expected = system.scored(trained, frozen, batch).logits()
     config = dataclasses.replace(system.slm_config, scan_layers=True)
     scanned = dataclasses.replace(system, slm_config=config)
-    np.testing.assert_allclose(scanned.logits(trained, frozen, batch), expected, atol=2e-5)
+    np.testing.assert_allclose(scanned.scored(trained, frozen, batch).logits(), expected, atol=2e-5)
 
 
 def test_tokens_see_each_other_in_both_directions():

@@ -38,7 +38,7 @@ def compiled(fusion):
         ids, mask = batch["llm_ids"], batch["llm_mask"]
         hidden = system.encode(trained, frozen, ids, mask)
         encoded = from_hidden(system, trained, ids, mask, hidden)[0]
-        return hidden, encoded, system.logits(trained, frozen, batch)
+        return hidden, encoded, system.scored(trained, frozen, batch).logits()
 
     return run
 
@@ -161,7 +161,7 @@ def test_the_llm_encodes_without_dropout():
         system, llm_config=dataclasses.replace(system.llm_config, dropout_rate=0.5)
     )
     logits = [
-        jax.jit(one.logits)(trained, frozen, batch, jax.random.key(0))
+        jax.jit(small.logits_of(one))(trained, frozen, batch, jax.random.key(0))
         for one in (system, noisy_llm)
     ]
     np.testing.assert_array_equal(*logits)
@@ -243,7 +243,7 @@ def test_mistake_adding_llm_token_i_to_another_tokenizers_token_i(tmp_path):
         "slm_prompt_mask": np.roll(batch["llm_mask"], 1, axis=1),
     }
     logits = run(trained, frozen, batch)[2]
-    np.testing.assert_array_equal(logits, jax.jit(system.logits)(trained, frozen, mixed))
+    np.testing.assert_array_equal(logits, jax.jit(small.logits_of(system))(trained, frozen, mixed))
     data = small.make_data(small.random_pairs(4, 5), (8, 8))
     _, made = evaluation_batches(data, prompt_name="llm", buckets=((8, 8),), batch_size=4)[0]
     assert set(made) == {"llm_ids", "llm_mask", "response_ids", "response_mask"}
@@ -271,7 +271,7 @@ def test_mistake_adding_llm_token_i_to_another_tokenizers_token_i(tmp_path):
         slm.apply({"params": trained["slm"]}, fused, mask, method="encode"),
         mask,
         batch["response_ids"],
-        method="score",
+        method=small.score,
     )
     np.testing.assert_allclose(encode({"params": trained}, *inputs), expected, rtol=1e-4, atol=1e-4)
 

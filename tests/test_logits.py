@@ -57,7 +57,7 @@ def test_it_holds_what_the_llm_finds_likeliest_at_each_token(family, temperature
     data = small.make_data(PAIRS, (8, 8))
     settings = {"temperature": temperature, "mesh": mesh}
     kept = read_with(system, params, data, tmp_path, k=5, **settings)
-    logits = jax.jit(system.logits)
+    logits = jax.jit(small.logits_of(system))
     shares = []
     for index, (prompt, response) in enumerate(data[i] for i in range(len(data))):
         # Padded in another way, and alone.

@@ -40,7 +40,9 @@ def log_softmax(x):
 def llm_logits(batch, prompt="llm"):
     """Of the whole LLM, as it scores labels."""
     batch = {**batch, "llm_ids": batch[f"{prompt}_ids"], "llm_mask": batch[f"{prompt}_mask"]}
-    return np.asarray(jax.jit(LanguageModel("llm", LLM).logits)({"llm": LLM_PARAMS}, {}, batch))
+    return np.asarray(
+        jax.jit(small.logits_of(LanguageModel("llm", LLM)))({"llm": LLM_PARAMS}, {}, batch)
+    )
 
 
 @pytest.mark.parametrize("columns", [0, 5, -5])
@@ -77,7 +79,7 @@ def test_a_step_learns_the_llms_distributions_on_a_written_response(name, is_cut
     as_whole = {**batch, "response_ids": np.array(kept, np.int32)[batch["response_ids"]]}
 
     of_llm = llm_logits(as_whole, whole.prompt_name)
-    logits = jax.jit(whole.logits)
+    logits = jax.jit(small.logits_of(whole))
 
     def expected(own):
         """(mean divergence, share of the same likeliest token), in numpy."""
@@ -120,8 +122,10 @@ def test_the_llm_reads_the_same_with_its_layers_stacked():
     batch = small.make_batch(small.make_system("add"))
     inputs = batch["llm_ids"], batch["llm_mask"], batch["response_ids"]
     stacked = dataclasses.replace(LLM, scan_layers=True)
-    plain = jax.jit(on_policy.score, static_argnums=0)(LLM, LLM_PARAMS, *inputs)
-    scanned = jax.jit(on_policy.score, static_argnums=0)(stacked, stack_layers(LLM_PARAMS), *inputs)
+    plain, scanned = (
+        jax.jit(lambda params, config=config: on_policy.score(config, params, *inputs).logits())(p)
+        for config, p in ((LLM, LLM_PARAMS), (stacked, stack_layers(LLM_PARAMS)))
+    )
     np.testing.assert_allclose(scanned, plain, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(plain, llm_logits(batch), rtol=1e-4, atol=1e-4)
 
@@ -177,11 +181,11 @@ def test_responses_are_sampled_from_the_model_and_end_where_it_ends_them():
     written = jax.device_get(write(trained, frozen, batch, 0))
     ids, mask = written["response_ids"], written["response_mask"]
     # The first token has the model's distribution, and so has the second after the likeliest first.
-    logits = np.asarray(jax.jit(system.logits)(trained, frozen, row))[0, 0]
+    logits = np.asarray(jax.jit(small.logits_of(system))(trained, frozen, row))[0, 0]
     for found, after in ((ids[:, 0], None), (None, np.bincount(ids[:, 0]).argmax())):
         if after is not None:
             given = {**row, "response_ids": np.array([[after, 0]], np.int32)}
-            logits = np.asarray(jax.jit(system.logits)(trained, frozen, given))[0, 1]
+            logits = np.asarray(jax.jit(small.logits_of(system))(trained, frozen, given))[0, 1]
             found = ids[ids[:, 0] == after, 1]
         shares = np.bincount(found, minlength=small.VOCABULARY) / len(found)
         error = np.abs(shares - np.exp(log_softmax(logits))).sum()

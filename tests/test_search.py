@@ -462,7 +462,7 @@ def test_first_tokens_are_sampled_from_the_models_distribution(checkpoints):
             search=Search(temperature=1.3),
         )
     )
-    logits = system.logits(
+    logits = system.scored(
         trained,
         {},
         {
@@ -470,7 +470,7 @@ def test_first_tokens_are_sampled_from_the_models_distribution(checkpoints):
             "llm_mask": np.ones((1, PROMPT), bool),
             "response_ids": np.zeros((1, 1), np.int32),
         },
-    )[0, 0]
+    ).logits()[0, 0]
     expected = draws * np.asarray(jax.nn.softmax(logits / 1.3))
     counts = np.bincount(decoded.tokens[:, 0], minlength=len(expected))
     assert_drawn(counts, expected)

@@ -106,7 +106,7 @@ def everything(system, params, batch):
     held = stack_layers(params["llm"]) if system.config.scan_layers else params["llm"]
 
     def loss(params):
-        logits = system.logits(params, {}, batch)
+        logits = system.scored(params, {}, batch).logits()
         return (jax.nn.log_softmax(logits)[..., 3] * batch["response_mask"]).sum(), logits
 
     def run(params, held):
@@ -213,9 +213,9 @@ def test_lora_generation_and_int8_with_stacked_layers():
     adapters, base = Lora(plain, 2, 4.0, ".*layers_1/.*kernel").split(trained, jax.random.key(0))
     adapters = small.random_like(adapters)
     logits = [
-        Lora(system, 2, 4.0, ".*layers_1/.*kernel").logits(
-            adapters, {"base": base, "inner": inner}, batch
-        )
+        Lora(system, 2, 4.0, ".*layers_1/.*kernel")
+        .scored(adapters, {"base": base, "inner": inner}, batch)
+        .logits()
         for system, inner in ((plain, frozen), (scanned, stacked))
     ]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)

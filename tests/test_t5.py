@@ -122,7 +122,7 @@ def test_bfloat16_keeps_norms_softmax_and_logits_in_float32(tied_head):
     batch = small.make_batch(system)
 
     def run(config, params):
-        return small.LanguageModel("slm", config).logits({"slm": params}, {}, batch)
+        return small.LanguageModel("slm", config).scored({"slm": params}, {}, batch).logits()
 
     logits = jax.jit(run, static_argnums=0)(config, params)
     exact = jax.jit(run, static_argnums=0)(dataclasses.replace(config, dtype=jnp.float32), params)

@@ -71,7 +71,7 @@ def test_the_loss_is_averaged_over_tokens_and_not_over_rows(accumulation):
     assert len(set(lengths)) > 3
 
     def mean_loss(trained):
-        log_p = jax.nn.log_softmax(system.logits(trained, frozen, batch))
+        log_p = jax.nn.log_softmax(system.scored(trained, frozen, batch).logits())
         losses = -jnp.take_along_axis(log_p, batch["response_ids"][..., None], -1)[..., 0]
         return jnp.sum(losses * batch["response_mask"]) / batch["response_mask"].sum()
 
@@ -85,7 +85,7 @@ def test_the_loss_is_averaged_over_tokens_and_not_over_rows(accumulation):
 def test_accuracy_and_learning_rate_are_reported():
     system, trained, frozen = case()
     batch = small.make_batch(system)
-    logits = np.asarray(jax.jit(system.logits)(trained, frozen, batch))
+    logits = np.asarray(jax.jit(small.logits_of(system))(trained, frozen, batch))
     batch["response_ids"][:2] = logits[:2].argmax(-1)
     # A response is also the decoder's input, so only first tokens are sure to stay likeliest.
     batch["response_mask"][:, 1:] = False
@@ -211,7 +211,9 @@ def test_select(select, tmp_path):
     # Validation asks for what the model says before training, so that training makes it worse.
     system, trained, _ = case("slm")
     validation = small.make_batch(system, rows=8, response_tokens=1)
-    validation["response_ids"][:] = np.argmax(jax.jit(system.logits)(trained, {}, validation), -1)
+    validation["response_ids"][:] = np.argmax(
+        jax.jit(small.logits_of(system))(trained, {}, validation), -1
+    )
     params = fit(
         tmp_path,
         steps=6,

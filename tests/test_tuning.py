@@ -31,8 +31,8 @@ def parts():
 def test_it_starts_from_the_frozen_one(parts):
     system, tuned, (trained, frozen), (adapted, base) = parts
     batch = small.make_batch(system)
-    expected = system.logits(trained, frozen, batch)
-    np.testing.assert_array_equal(tuned.logits(adapted, base, batch), expected)
+    expected = system.scored(trained, frozen, batch).logits()
+    np.testing.assert_array_equal(tuned.scored(adapted, base, batch).logits(), expected)
 
 
 def test_gradients_reach_the_adapters_and_not_the_base(parts):
@@ -40,7 +40,7 @@ def test_gradients_reach_the_adapters_and_not_the_base(parts):
     batch = small.make_batch(system)
 
     def loss(adapted, base):
-        return (tuned.logits(adapted, base, batch) ** 2).sum()
+        return (tuned.scored(adapted, base, batch).logits() ** 2).sum()
 
     grads, of_base = jax.jit(jax.grad(loss, argnums=(0, 1)))(adapted, base)
     sizes = jax.tree_util.tree_leaves_with_path(grads["llm_lora"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.scored import Scored
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.models.vocabulary import with_vocabulary, without_vocabulary
 from l2s_jax.settings.search import Search
@@ -37,6 +40,14 @@ CONFIGS = {
 MASKED = -1e9
 
 
+class Masked(NamedTuple):
+    scored: Scored
+    mask: Callable
+
+    def logits(self):
+        return self.mask(self.scored.logits())
+
+
 class _CannotWriteTheRest:
     """A whole system whose logits are masked where an id is not kept: the reference."""
 
@@ -44,8 +55,8 @@ class _CannotWriteTheRest:
         gone = np.setdiff1d(np.arange(VOCABULARY), KEPT)
         return logits.at[..., gone].set(MASKED)
 
-    def logits(self, *args):
-        return self._masked(super().logits(*args))
+    def scored(self, *args):
+        return Masked(super().scored(*args), self._masked)
 
     def prefill(self, *args):
         logits, cache = super().prefill(*args)
@@ -134,7 +145,7 @@ def test_logits_and_gradients_are_those_of_the_kept_rows(name, scan_layers):
     whole_batch = {**batch, "response_ids": KEPT[batch["response_ids"]].astype(np.int32)}
 
     def loss(trained, system, batch):
-        logits = system.logits(trained, frozen, batch)
+        logits = system.scored(trained, frozen, batch).logits()
         total, _ = cross_entropy(logits, batch["response_ids"], batch["response_mask"])
         return total, logits
 

@@ -160,7 +160,7 @@ def precision(dtype: str) -> contextlib.AbstractContextManager:
 
 @functools.partial(jax.jit, static_argnames="system")
 def _jitted_logits(system: LanguageModel, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    return system.logits(params, {}, batch)
+    return system.scored(params, {}, batch).logits()
 
 
 def logits(subject: Subject, prompts: Prompts, response_ids: np.ndarray, dtype: str) -> np.ndarray:

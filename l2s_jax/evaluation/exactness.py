@@ -122,7 +122,7 @@ def _margins(
         "response_ids": np.stack([_padded(one, length) for one in sides[1]]),
     }
     with jax.set_mesh(generator.mesh):
-        logits = gather(jax.jit(lambda p: system.logits(p, {}, batch))(generator.trained))
+        logits = gather(jax.jit(lambda p: system.scored(p, {}, batch).logits())(generator.trained))
     found: list[tuple[int, float | None]] = []
     for row, (mine, its) in enumerate(zip(*sides, strict=True)):
         places = [i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b]

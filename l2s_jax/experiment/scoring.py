@@ -24,6 +24,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
 from l2s_jax.experiment.logit_files import LogitFiles, Logits, encoded, token_bytes
 from l2s_jax.models.systems import Batch, LanguageModel, Params
+from l2s_jax.training import chunks
 from l2s_jax.training.distillation import log_sum_of_others
 
 log = logging.getLogger(__name__)
@@ -69,12 +70,16 @@ def likeliest(
 
     The last log-probability is that of all other tokens; minus infinity where there is none.
     """
-    logits = system.logits(params, {}, batch) / temperature
-    kept, ids = sharding.top_k(logits, top_k)
-    rest = log_sum_of_others(logits, ids)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    log_probs = jnp.concatenate([kept, rest[..., None]], axis=-1) - total[..., None]
-    return ids, log_probs.astype(jnp.float16)
+
+    def read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = logits / temperature
+        kept, ids = sharding.top_k(logits, top_k)
+        rest = log_sum_of_others(logits, ids)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        log_probs = jnp.concatenate([kept, rest[..., None]], axis=-1) - total[..., None]
+        return ids, log_probs.astype(jnp.float16)
+
+    return chunks.each(read, system.scored(params, {}, batch))
 
 
 def scored(

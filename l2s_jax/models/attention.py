@@ -12,11 +12,9 @@ layers.py.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
 from l2s_jax.cluster.sharding import ROWS, batch_ways, program_mesh
-from l2s_jax.models import products
+from l2s_jax.models import counting, products
 from l2s_jax.models.biases import Bias, CausalBias, GivenBias
 from l2s_jax.models.cache import KeyValue
 
@@ -37,27 +35,12 @@ SCORES, QUERIES, KEYS = 1 << 20, 256, 512
 # The kernel takes so many queries and keys at a time: the first of these that divides the length.
 _PIECES = (512, 256, 128)
 
-_all_at_once = contextvars.ContextVar("all_at_once", default=False)
-
 Dropout = Callable[[jax.Array], jax.Array]
 
 
 def at_once(queries: int, keys: int) -> bool:
     """Whether the scores of so many queries and keys are made at once, and their bias too."""
-    return queries * keys <= SCORES or _all_at_once.get()
-
-
-@contextlib.contextmanager
-def all_at_once() -> Iterator[None]:
-    """Has programs that are traced in it make all scores at once, however many.
-
-    For counting operations: of a loop's body, compilers count those of one turn.
-    """
-    token = _all_at_once.set(True)
-    try:
-        yield
-    finally:
-        _all_at_once.reset(token)
+    return queries * keys <= SCORES or counting.is_on()
 
 
 def attend(

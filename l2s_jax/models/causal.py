@@ -24,7 +24,7 @@ from l2s_jax.models.cache import CausalCache, KeyValue, block, place, write
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, unit
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import each_layer, run_layers
-from l2s_jax.models.vocabulary import RESPONSE_TABLE
+from l2s_jax.models.vocabulary import RESPONSE_TABLE, response_table
 
 
 class CausalAttention(nn.Module):
@@ -123,7 +123,8 @@ class CausalModel(nn.Module):
         """The residual stream's start, from embedded tokens; learned positions go in here."""
         return x
 
-    def _logits(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T V"]:
+    def logits(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """What the head makes of states."""
         x = self.final_norm(x)
         if not self.config.tied_head:
             return self.head(x)
@@ -200,7 +201,7 @@ class CausalModel(nn.Module):
     ) -> Float32[Array, "B T V"]:
         """Logits of each next token."""
         x, _ = self._run(self.embed(ids), token_positions(mask), mask, deterministic)
-        return self._logits(x)
+        return self.logits(x)
 
     def represent(
         self,
@@ -229,22 +230,23 @@ class CausalModel(nn.Module):
         """There is no encoder: a prompt is the prefix of what the model continues."""
         return embedded
 
-    def score(
+    def states(
         self,
         prompt: Float32[Array, "B T D"],
         prompt_mask: Bool[AnyArray, "B T"],
         response_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> Float32[Array, "B S V"]:
-        """Logits of each response token, given the embedded prompt and the tokens before it."""
+    ) -> Float32[Array, "B S D"]:
+        """Of which `logits` makes those of each response token, given the embedded prompt and the
+        tokens before it.
+        """
         before = response_ids[:, :-1]
         x = jnp.concatenate([prompt, self.embed_response(before)], axis=1)
         mask = jnp.concatenate([prompt_mask, jnp.ones(before.shape, bool)], axis=1)
         x, _ = self._run(x, token_positions(mask), mask, deterministic)
-        states = jnp.concatenate(
+        return jnp.concatenate(
             [_last_real(x[:, : prompt.shape[1]], prompt_mask), x[:, prompt.shape[1] :]], axis=1
         )
-        return self._logits(states)
 
     def prefill(
         self, prompt: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], max_steps: int
@@ -284,7 +286,7 @@ class CausalModel(nn.Module):
                 layers=jax.tree.map(lambda slots: jnp.pad(slots, room), held),
             )
         )
-        return self._logits(_last_real(x, mask))[:, 0], cache
+        return self.logits(_last_real(x, mask))[:, 0], cache
 
     def extend(
         self, x: Float32[Array, "B K D"], cache: CausalCache
@@ -315,7 +317,7 @@ class CausalModel(nn.Module):
             x = split_rows(x)
             written.append(key_value)
         cache = cache.replace(index=cache.index + count, layers=tuple(written))
-        return self._logits(x), cache
+        return self.logits(x), cache
 
     def step(
         self, token: Int[AnyArray, " B"], cache: CausalCache
@@ -323,6 +325,12 @@ class CausalModel(nn.Module):
         """(logits of the next token, the cache with this one in)."""
         logits, cache = self.extend(self.embed_response(token[:, None]), cache)
         return logits[:, 0], cache
+
+    @nn.nowrap
+    def head_names(self) -> tuple[str, ...]:
+        """The parameters that `logits` reads."""
+        c = self.config
+        return "final_norm", response_table(c) if c.tied_head else "head"
 
     @nn.nowrap
     def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:

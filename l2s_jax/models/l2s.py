@@ -94,7 +94,7 @@ class L2S(nn.Module):
             projected = projected + self.prompt_map(llm_embedded)
         return self.slm.encode(projected, llm_mask, deterministic)
 
-    def __call__(
+    def states(
         self,
         llm_ids: Int[AnyArray, "B T"],
         llm_mask: Bool[AnyArray, "B T"],
@@ -102,10 +102,14 @@ class L2S(nn.Module):
         response_ids: Int[AnyArray, "B S"],
         llm_embedded: Float32[AnyArray, "B T D_llm"] | None = None,
         deterministic: bool = True,
-    ) -> Float32[Array, "B S V_slm"]:
-        """Logits of the response, to a prompt as `encode` takes it."""
+    ) -> Float32[Array, "B S D_slm"]:
+        """The SLM's, of a response to a prompt as `encode` takes it."""
         encoded = self.encode(llm_ids, llm_mask, hidden, llm_embedded, deterministic)
-        return self.slm.score(encoded, llm_mask, response_ids, deterministic)
+        return self.slm.states(encoded, llm_mask, response_ids, deterministic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Float32[Array, "B S V_slm"]:
+        """Logits of the response; arguments as of `states`."""
+        return self.slm.logits(self.states(*args, **kwargs))
 
     def prefill(
         self,

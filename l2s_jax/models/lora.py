@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Key
 
 from l2s_jax.cluster.paths import matching
 from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.scored import Scored
 from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params
 
 
@@ -105,16 +106,16 @@ class Adapted(abc.ABC):
     def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[Any, Any, Any]:
         """(system, trained, frozen) of the system itself, as it is by now."""
 
-    def logits(
+    def scored(
         self,
         trained: Params,
         frozen: Mapping[str, Params],
         batch: Batch,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float32[Array, "B S V"]:
-        """Teacher-forced logits of the response."""
+    ) -> Scored:
+        """The response, teacher-forced."""
         system, params, inner = self.whole(trained, frozen)
-        return system.logits(params, inner, batch, dropout_key)
+        return system.scored(params, inner, batch, dropout_key)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each system gives the same pure functions of (trained, frozen), two parameter trees:
 
-    logits(trained, frozen, batch, dropout_key) -> [B, S, V]          training and scoring
+    scored(trained, frozen, batch, dropout_key) -> Scored             training and scoring
     encode(trained, frozen, ids, mask) -> hidden [B, T, D]            once per prompt
     prefill(trained, frozen, ids, mask, hidden, max_steps) -> (logits [B, V], cache)    likewise
     step(trained, token, cache) -> (logits [B, V], cache)             once per token
@@ -13,8 +13,8 @@ Each system gives the same pure functions of (trained, frozen), two parameter tr
 `trained` is what an optimizer sees; a frozen LLM is only ever in `frozen`. Systems are hashable,
 so that they can be static arguments of `jax.jit`.
 
-`trained` holds whole models: where a config has a vocabulary, `logits` and `to_serve` cut it. Its
-layers are never stacked: where its config has `scan_layers`, `logits` stacks them in its program.
+`trained` holds whole models: where a config has a vocabulary, `scored` and `to_serve` cut it. Its
+layers are never stacked: where its config has `scan_layers`, `scored` stacks them in its program.
 Those of `frozen` are, where the LLM's config has it.
 """
 
@@ -34,6 +34,7 @@ from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.l2s import L2S
 from l2s_jax.models.mix import Groups, hidden_width, layers_of
 from l2s_jax.models.representation import represent
+from l2s_jax.models.scored import Scored
 from l2s_jax.models.serving import to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config
@@ -82,16 +83,21 @@ def _apply(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     return module.apply({"params": params}, *args, **kwargs)
 
 
-def _respond(
+def response_states(
     module: Any,
     ids: Int[AnyArray, "B T"],
     mask: Bool[AnyArray, "B T"],
     response_ids: Int[AnyArray, "B S"],
-    deterministic: bool,
-) -> Float32[Array, "B S V"]:
-    """Logits of a response to a prompt, by a model of any family."""
+    deterministic: bool = True,
+) -> Float32[Array, "B S D"]:
+    """Of which the head makes the logits of a response to a prompt, by a model of any family."""
     encoded = module.encode(module.embed(ids), mask, deterministic)
-    return module.score(encoded, mask, response_ids, deterministic)
+    return module.states(encoded, mask, response_ids, deterministic)
+
+
+def _respond(module: Any, *args: Any) -> Float32[Array, "B S V"]:
+    """Logits of a response to a prompt."""
+    return module.logits(response_states(module, *args))
 
 
 def _extend(
@@ -123,30 +129,32 @@ class LanguageModel:
         ids = jnp.zeros((1, 2), jnp.int32)
         mask = jnp.ones((1, 2), bool)
         module = make_module(_whole(self.config))
-        return {self.name: module.init(key, ids, mask, ids, True, method=_respond)["params"]}
+        return {self.name: module.init(key, ids, mask, ids, method=_respond)["params"]}
 
     def _apply(self, trained: Params, *args: Any, **kwargs: Any) -> Any:
         module = make_module(_one_by_one(self.config))
         return _apply(module, trained[self.name], *args, **kwargs)
 
-    def logits(
+    def scored(
         self,
         trained: Params,
         frozen: Params,
         batch: Batch,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float32[Array, "B S V"]:
-        """Teacher-forced logits of the response."""
-        return _apply(
+    ) -> Scored:
+        """The response, teacher-forced."""
+        params = _as_trained(trained, self.name, self.config)[self.name]
+        states = _apply(
             make_module(self.config),
-            _as_trained(trained, self.name, self.config)[self.name],
+            params,
             batch[f"{self.prompt_name}_ids"],
             batch[f"{self.prompt_name}_mask"],
             batch["response_ids"],
             dropout_key is None,
             rngs=_rngs(dropout_key),
-            method=_respond,
+            method=response_states,
         )
+        return Scored.by(self.config, params, states)
 
     def encode(
         self,
@@ -272,14 +280,14 @@ class LlmToSlm:
         module = self._module(_whole(self.slm_config))
         return module.init(key, ids, mask, hidden, ids, embedded)["params"]
 
-    def logits(
+    def scored(
         self,
         trained: Params,
         frozen: Params,
         batch: Batch,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float32[Array, "B S V"]:
-        """Teacher-forced logits of the response.
+    ) -> Scored:
+        """The response, teacher-forced.
 
         Where the batch holds H, as "llm_hidden" [B, T, K*D_llm], it is not computed.
         """
@@ -288,9 +296,10 @@ class LlmToSlm:
             hidden = batch["llm_hidden"].astype(jnp.float32)
         else:
             hidden = self.encode(trained, frozen, ids, mask)
-        return _apply(
+        params = _as_trained(trained, "slm", self.slm_config)
+        states = _apply(
             self._module(self.slm_config),
-            _as_trained(trained, "slm", self.slm_config),
+            params,
             ids,
             mask,
             hidden,
@@ -298,7 +307,9 @@ class LlmToSlm:
             self._embedded(frozen, ids),
             deterministic=dropout_key is None,
             rngs=_rngs(dropout_key),
+            method="states",
         )
+        return Scored.by(self.slm_config, params["slm"], states)
 
     def encode(
         self,

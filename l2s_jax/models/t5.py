@@ -201,7 +201,8 @@ class T5(nn.Module):
         represented, hidden = self._read(prompt, mask, layers)
         return represented, *self.prefill(hidden, mask, max_steps)
 
-    def _logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
+    def logits(self, x: Float32[Array, "B S D"]) -> Float32[Array, "B S V"]:
+        """What the head makes of the decoder's output."""
         if self.config.tied_head:
             scale = self.config.width**-0.5 if self.config.scaled_head else 1.0
             table = self.response_embedding if self.config.vocabulary else self.token_embedding
@@ -216,7 +217,7 @@ class T5(nn.Module):
         deterministic: bool = True,
     ) -> Float32[Array, "B S V"]:
         """Logits, from decoder_ids that are already shifted right and the encoder's output."""
-        return self._logits(
+        return self.logits(
             self.decoder(self.embed_response(decoder_ids), hidden, mask, deterministic)
         )
 
@@ -231,17 +232,17 @@ class T5(nn.Module):
         hidden = self.encode(self.embed(prompt_ids), prompt_mask, deterministic)
         return self.decode(decoder_ids, hidden, prompt_mask, deterministic)
 
-    def score(
+    def states(
         self,
         hidden: Float32[Array, "B T D"],
         mask: Bool[AnyArray, "B T"],
         response_ids: Int[AnyArray, "B S"],
         deterministic: bool = True,
-    ) -> Float32[Array, "B S V"]:
-        """As `decode`, of response_ids that are not shifted yet."""
+    ) -> Float32[Array, "B S D"]:
+        """Of which `logits` makes those of each response token; the ids are not shifted yet."""
         start = jnp.full_like(response_ids[:, :1], self.config.decoder_start_id)
         decoder_ids = jnp.concatenate([start, response_ids[:, :-1]], axis=1)
-        return self.decode(decoder_ids, hidden, mask, deterministic)
+        return self.decoder(self.embed_response(decoder_ids), hidden, mask, deterministic)
 
     def empty_cache(
         self, hidden: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], length: int
@@ -272,7 +273,7 @@ class T5(nn.Module):
         them in); as K times `step`.
         """
         x, cache = self.decoder.extend(x, cache)
-        return self._logits(x), cache
+        return self.logits(x), cache
 
     def step(
         self, token: Int[AnyArray, " B"], cache: DecoderCache
@@ -280,6 +281,11 @@ class T5(nn.Module):
         """(logits of the next token, the cache with this one in)."""
         logits, cache = self.extend(self.embed_response(token[:, None]), cache)
         return logits[:, 0], cache
+
+    @nn.nowrap
+    def head_names(self) -> tuple[str, ...]:
+        """The parameters that `logits` reads."""
+        return (response_table(self.config) if self.config.tied_head else "head",)
 
     @nn.nowrap
     def parameters_read_per_step(self, params: Mapping[str, Any]) -> int:

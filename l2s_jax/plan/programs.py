@@ -20,7 +20,7 @@ from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.experiment.feature_cache import encoding
 from l2s_jax.experiment.scoring import scoring
-from l2s_jax.models.attention import all_at_once
+from l2s_jax.models.counting import all_at_once
 from l2s_jax.models.mix import layers_of
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.plan.hlo import collectives, loop_turns, memory_bytes

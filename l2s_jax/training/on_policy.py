@@ -21,9 +21,11 @@ from jaxtyping import Array, Bool, Float32, Int, Key
 from l2s_jax.cluster import sharding
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.families import ModelConfig, make_module
-from l2s_jax.models.systems import Batch, Params
+from l2s_jax.models.scored import Scored
+from l2s_jax.models.systems import Batch, Params, response_states
 from l2s_jax.models.vocabulary import cut
 from l2s_jax.settings.search import Search
+from l2s_jax.training import chunks
 from l2s_jax.training.answering import answer
 
 # As GKD samples. Greedy responses would be the same ones in each epoch, but for what was learnt.
@@ -115,19 +117,16 @@ def score(
     ids: Int[AnyArray, "B T"],
     mask: Bool[AnyArray, "B T"],
     response_ids: Int[AnyArray, "B S"],
-) -> Float32[Array, "B S V"]:
-    """The LLM's logits of each token of responses, over the ids that they are written with.
+) -> Scored:
+    """Responses as the LLM reads them, over the ids that they are written with.
 
     No gradient goes to its parameters, or through them.
     """
-
-    def read(module: Any, *inputs: Any) -> jax.Array:
-        ids, mask, response_ids = inputs
-        return module.score(module.encode(module.embed(ids), mask), mask, response_ids)
-
-    variables = {"params": cut(params, llm)}
-    logits: Any = make_module(llm).apply(variables, ids, mask, response_ids, method=read)
-    return jax.lax.stop_gradient(logits)
+    params = jax.lax.stop_gradient(cut(params, llm))
+    states: Any = make_module(llm).apply(
+        {"params": params}, ids, mask, response_ids, method=response_states
+    )
+    return Scored.by(llm, params, states)
 
 
 def apart(
@@ -172,10 +171,15 @@ def own_loss(
       llm: config of the LLM.
     """
     inner, of_llm = frozen
-    name, mask = system.prompt_name, batch["response_mask"]
+    name = system.prompt_name
     prompt = batch[f"{name}_ids"], batch[f"{name}_mask"]
-    teacher_logits = score(llm, of_llm, *prompt, batch["response_ids"])
-    logits = system.logits(params, inner, batch, dropout_key)
-    loss, same = apart(logits, teacher_logits, mask)
-    tokens = jnp.sum(mask, dtype=jnp.float32)
-    return loss, {"loss": loss, "tokens": tokens, "correct": same}
+    teacher = score(llm, of_llm, *prompt, batch["response_ids"])
+
+    def read(logits: jax.Array, head: Params, tokens: Batch) -> tuple[jax.Array, chunks.Sums]:
+        mask = tokens["mask"]
+        loss, same = apart(logits, teacher.head(head, tokens["teacher_states"]), mask)
+        return loss, {"loss": loss, "tokens": jnp.sum(mask, dtype=jnp.float32), "correct": same}
+
+    tokens = {"mask": batch["response_mask"], "teacher_states": teacher.states}
+    scored = system.scored(params, inner, batch, dropout_key)
+    return chunks.summed(read, scored, tokens, teacher.params, [llm])

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.scored import Scored
 from l2s_jax.models.systems import Batch, Params
-from l2s_jax.training import losses, optim
+from l2s_jax.training import chunks, losses, optim
 from l2s_jax.training.distillation import Distillation, divergence
 from l2s_jax.training.finite import all_finite
 from l2s_jax.training.flops import training_flops
@@ -34,14 +35,14 @@ class Trainable(Protocol):
         """Prefix of the batch keys that hold the prompt."""
         ...
 
-    def logits(
+    def scored(
         self,
         trained: Params,
         frozen: Params,
         batch: Batch,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float32[Array, "B S V"]:
-        """Teacher-forced logits of the response."""
+    ) -> Scored:
+        """The response, teacher-forced."""
         ...
 
 
@@ -95,17 +96,22 @@ def batch_loss(
 
     With `distillation` the batch holds "teacher_ids" and "teacher_log_probs" [B, S, k].
     """
-    logits = system.logits(params, frozen, batch, dropout_key)
-    targets, mask = batch["response_ids"], batch["response_mask"]
-    loss, tokens = losses.cross_entropy(logits, targets, mask, label_smoothing)
-    correct = losses.correct_tokens(logits, targets, mask)
-    if distillation is None:
-        return loss, {"loss": loss, "tokens": tokens, "correct": correct}
-    weight, temperature = distillation
-    teacher = batch["teacher_ids"], batch["teacher_log_probs"]
-    apart = divergence(logits, mask, *teacher, temperature)
-    loss = (1 - weight) * loss + weight * temperature**2 * apart
-    return loss, {"loss": loss, "tokens": tokens, "correct": correct, "divergence": apart}
+
+    def read(logits: jax.Array, _: Any, tokens: Batch) -> tuple[jax.Array, chunks.Sums]:
+        targets, mask = tokens["response_ids"], tokens["response_mask"]
+        loss, number = losses.cross_entropy(logits, targets, mask, label_smoothing)
+        correct = losses.correct_tokens(logits, targets, mask)
+        if distillation is None:
+            return loss, {"loss": loss, "tokens": number, "correct": correct}
+        weight, temperature = distillation
+        teacher = tokens["teacher_ids"], tokens["teacher_log_probs"]
+        apart = divergence(logits, mask, *teacher, temperature)
+        loss = (1 - weight) * loss + weight * temperature**2 * apart
+        return loss, {"loss": loss, "tokens": number, "correct": correct, "divergence": apart}
+
+    names = ("response_ids", "response_mask", "teacher_ids", "teacher_log_probs")
+    tokens = {name: batch[name] for name in names if name in batch}
+    return chunks.summed(read, system.scored(params, frozen, batch, dropout_key), tokens)
 
 
 def train_step(
