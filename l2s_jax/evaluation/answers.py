@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from l2s_jax import models
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.training import TrainedStage
+from l2s_jax.files import is_file, read_text
 
 _FILE = "predictions.jsonl"
 
@@ -53,7 +55,7 @@ class AnswerStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether the answers are there."""
-        return os.path.exists(self._path)
+        return is_file(self._path)
 
     def progress(self) -> str:
         """They are made in one go."""
@@ -75,7 +77,7 @@ class AnswerStage(RecordedStage):
 
 def read_answers(folder: str) -> Answers:
     """What is in the folder of an AnswerStage that is made."""
-    with open(os.path.join(folder, _FILE), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
+    text = read_text(os.path.join(folder, _FILE))
+    records = [json.loads(line) for line in io.StringIO(text)]
     cut = [record["cut"] for record in records]
     return Answers([record["response"] for record in records], sum(cut) / len(cut))

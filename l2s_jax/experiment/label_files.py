@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
-import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -16,7 +16,7 @@ import numpy as np
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment import shards
-from l2s_jax.files import write_json_lines
+from l2s_jax.files import matching_names, read_text, write_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,7 @@ class LabelFiles:
 
     def files(self) -> list[str]:
         """Paths of the files that are there, oldest first."""
-        return sorted(
-            glob.glob(os.path.join(glob.escape(self._directory), f"{self._split}-*.jsonl"))
-        )
+        return matching_names(self._directory, f"{self._split}-*.jsonl")
 
     def keys(self, files: Sequence[str]) -> set[str]:
         """Keys of all labels in some files."""
@@ -171,8 +169,7 @@ def label(
 
 def _records(path: str) -> list[Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return [json.loads(line) for line in io.StringIO(read_text(path))]
     except ValueError as error:
         raise ValueError(
             f"{path}: not readable as JSON Lines: {error}; remove it, and the same command makes "
