@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,13 +41,21 @@ class Checkpoints:
     A context manager: leaving it waits for the last write.
     """
 
-    def __init__(self, directory: str, *, best_metric: str | None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        best_metric: str | None,
+        keep: Any = None,
+        multiprocessing: ocp.options.MultiprocessingOptions | None = None,
+    ) -> None:
         """`best_metric`: which of the metrics given to `save` ranks checkpoints, higher is better;
-        None: the latest is the best.
+        None: the latest is the best. `keep`: a policy in the place of the newest and the best.
+        `multiprocessing`: how processes share the work, if not as on a disk that all see.
         """
-        keep: list[Any] = [preservation_policy.LatestN(NEWEST)]
+        policies: list[Any] = [preservation_policy.LatestN(NEWEST)]
         if best_metric:
-            keep.append(
+            policies.append(
                 preservation_policy.BestN(
                     get_metric_fn=lambda metrics: metrics[best_metric],
                     n=1,
@@ -59,11 +67,12 @@ class Checkpoints:
         self._manager = _Manager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+                preservation_policy=keep or preservation_policy.AnyPreservationPolicy(policies),
                 best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
                 best_mode="max",
                 # A folder that cannot be made in the background has all else wait for 20 minutes.
                 async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+                multiprocessing_options=multiprocessing or ocp.options.MultiprocessingOptions(),
             ),
         )
 
@@ -123,10 +132,12 @@ class Checkpoints:
         data: Mapping[str, Any],
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         """Writes a checkpoint in the background; a kill leaves the ones before it whole.
 
-        Without `metrics` it is not the best one, whatever the others are.
+        Without `metrics` it is not the best one, whatever the others are. `before` is for where the
+        bucket's checkpoint must not be there before something else is.
 
         Raises:
           CannotWrite: this one, or the one before it.

@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from l2s_jax.data.text import whole
-from l2s_jax.files import CannotWrite, naming, write_bytes
+from l2s_jax.files import CannotWrite, is_bucket, naming, write_bytes
+from l2s_jax.training.mirror import Mirror
 
 _FILE = "metrics.jsonl"
 _SAMPLES = "samples.jsonl"
@@ -36,6 +37,8 @@ class MetricWriter:
       It is there once there are samples.
     - TensorBoard event files, tags `name/metric`, finite values only, and `name/samples`, purged in
       the same way.
+    - In a bucket, where nothing can be appended to, all these are sent anew every half a minute
+      and before a checkpoint counts, so that a killed run keeps every line up to its checkpoint.
     - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`.
       Where stderr is no terminal, a line every 30 seconds and one at the end.
 
@@ -58,6 +61,10 @@ class MetricWriter:
         # tensorboardX loads torch wherever that is installed; only runs that write pay for it.
         from tensorboardX import SummaryWriter
 
+        self._folder = None
+        if is_bucket(directory):
+            self._folder = Mirror(directory, (_FILE, _SAMPLES))
+            directory = self._folder.local
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, _FILE)
         self._samples = os.path.join(directory, _SAMPLES)
@@ -97,6 +104,12 @@ class MetricWriter:
         """Moves the bar to `step`."""
         self._progress.advance(int(step))
 
+    def sync(self) -> None:
+        """Sends what has been written so far to a bucket, where the directory is in one."""
+        if self._folder:
+            self._tensorboard.flush()
+            self._folder.send()
+
     def close(self) -> None:
         """Closes the files and leaves the bar as it stands."""
         self._progress.close()
@@ -105,6 +118,8 @@ class MetricWriter:
         self._check_tensorboard()
         with naming(os.path.join(self._directory, "events.out.tfevents")):
             self._tensorboard.close()
+        if self._folder:
+            self._folder.close()
 
     def _check_tensorboard(self) -> None:
         """An error if the thread that writes its files has ended with one."""
@@ -137,6 +152,9 @@ class NoWriter:
         """Nothing."""
 
     def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
         """Nothing."""
 
     def __enter__(self) -> NoWriter:
