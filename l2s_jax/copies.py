@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,27 @@ def folder() -> str:
     """Where copies lie."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("L2S_JAX_CACHE") or os.path.join(home, "l2s_jax")
+
+
+def scratch() -> str:
+    """A new folder for what is on its way to a bucket; those of processes that are gone go."""
+    own = f"scratch-{socket.gethostname()}-"
+    os.makedirs(folder(), exist_ok=True)
+    for name in os.listdir(folder()):
+        process = name.removeprefix(own).partition("-")[0]
+        if name.startswith(own) and process.isdigit() and not _is_there(int(process)):
+            shutil.rmtree(os.path.join(folder(), name), ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{own}{os.getpid()}-", dir=folder())
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def local(path: str, patterns: Sequence[str] = ("*",)) -> str:
@@ -114,7 +137,11 @@ def _make_room(path: str, needed: int) -> None:
       ValueError: they cannot be.
     """
     root = folder()
-    entries = [entry for entry in os.scandir(root) if entry.is_dir()]
+    entries = [
+        entry
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith("scratch-")
+    ]
     for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime):
         if shutil.disk_usage(root).free > needed:
             return

@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+from l2s_jax.copies import local
 from l2s_jax.files import absolute, exists, is_bucket
 from l2s_jax.gguf_file import is_gguf
 
@@ -65,6 +66,8 @@ def find(path: str, part: str = "all") -> str:
     Raises:
       ValueError: one line: there is no such thing, it can't be had, or not as a whole.
     """
+    if is_bucket(path) and is_gguf(path):  # which is read in place
+        return local(path)
     expanded = os.path.expanduser(path)
     if exists(expanded):
         return expanded

@@ -7,12 +7,10 @@ import sys
 import threading
 import time
 
-import emulator
 import jax
 import numpy as np
 import pytest
 import small
-import test_buckets
 import tiny
 import train_child
 from test_buckets import AT, TESTS, free_port, lines_of, store  # noqa: F401
@@ -66,3 +64,92 @@ def test_a_killed_training_loses_nothing(processes, store, tmp_path):  # noqa: F
     assert steps == STEPS
     kept = {int(name) for name in buckets.names(f"{directory}/checkpoints")}
     assert kept == {18, 21, 24}
+
+
+HOLD = """
+import sys, time
+from l2s_jax.cluster import lock
+with lock.of_job(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_job_at_a_time_works_in_a_bucket(store, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 20.0)
+    workdir = f"{AT}/locked"
+    command = [sys.executable, "-c", HOLD, workdir]
+    other = subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        words = f"{workdir}: process {other.pid} on .* has been working there since .*--workdir"
+        with pytest.raises(ValueError, match=words), lock.of_job(workdir):
+            raise AssertionError("two hold it")
+    finally:
+        other.kill()
+        other.communicate()
+    ended = threading.Event()
+    monkeypatch.setattr(bucket_lock, "BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(job, "end", lambda *_, **__: ended.set())
+    begun = time.monotonic()
+    with lock.of_job(workdir):
+        assert time.monotonic() - begun > 15
+        assert [name for name in buckets.names(workdir) if "lock" in name] == [".lock-2"]
+        # Somebody takes it over: who had it finds out.
+        assert buckets.create(f"{workdir}/.lock-3", b"{}")
+        assert ended.wait(60)
+    assert buckets.names(workdir) == [".lock-3"]
+    assert job.before_end == []
+
+
+def test_of_those_who_try_at_once_one_gets_the_lock(store):  # noqa: F811
+    holders = [bucket_lock._Holder(f"{AT}/race") for _ in range(6)]
+    got = []
+    threads = [threading.Thread(target=lambda h=h: got.append(h.create(1))) for h in holders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("workdir", "variables", "words"),
+    [
+        ("s3://no-such-bucket/run", {}, "s3://no-such-bucket: no such bucket"),
+        (f"{AT}/run", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials for"),
+        (f"{AT}/run", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, f"{AT}: cannot be reached"),
+        ("gs://bucket/run", {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}, "cannot be reached"),
+    ],
+)
+def test_a_bucket_that_is_no_use_is_one_line_within_seconds(
+    workdir,
+    variables,
+    words,
+    store,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    config = tiny.write_task(tmp_path / "data")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    buckets._system.cache_clear()
+    begun = time.monotonic()
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}") == 2
+    assert time.monotonic() - begun < 30
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert words in line
+    buckets._system.cache_clear()
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    def missing(scheme):
+        raise ImportError
+
+    monkeypatch.setattr(buckets.fsspec, "get_filesystem_class", missing)
+    with pytest.raises(
+        ValueError, match=r"s3fs is not installed; expected pip install 'l2s-jax\[s3\]'"
+    ):
+        buckets.read("s3://bucket/key")

@@ -3,23 +3,15 @@
 import json
 import os
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import emulator
-import jax
-import numpy as np
 import pytest
-import small
 import tiny
-import train_child
 from safetensors.numpy import load
 
 from l2s_jax import buckets, copies, files
-from l2s_jax.cluster import bucket_lock, lock
-from l2s_jax.training import meter, progress
+from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
 AT = f"s3://{emulator.BUCKET}"
@@ -111,7 +103,9 @@ def test_what_is_done_is_found_generated_from_and_copied(runs, capsys):
     fetched = []
     fetch = buckets.fetch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "fetch", lambda path, file: (fetched.append(path), fetch(path, file)))
+        patch.setattr(
+            buckets, "fetch", lambda path, file: (fetched.append(path), fetch(path, file))
+        )
         patch.setattr(copies, "_KEPT_SECONDS", -1.0)
         assert tiny.run(f"--workdir={bucket}", "--mode=status") == 0
     assert not [path for path in fetched if path.endswith(".safetensors")]

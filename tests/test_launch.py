@@ -226,7 +226,13 @@ def test_local_multiprocess_ends_all_when_one_fails(
 @pytest.mark.parametrize("spot", [[], ["--spot"]])
 def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
     def printed(*arguments: str) -> list[list[str]]:
-        environment = {"NAME": "my vm", "ZONE": "z-1", "TYPE": "t", "IMAGE": "i", "BUCKET": "gs://b/f/"}
+        environment = {
+            "NAME": "my vm",
+            "ZONE": "z-1",
+            "TYPE": "t",
+            "IMAGE": "i",
+            "BUCKET": "gs://b/f/",
+        }
         result = run("tpu_vm.sh", "--dry-run", *arguments, **environment, **stand_in)
         assert result.returncode == 0, result.stderr
         return commands(result.stdout)

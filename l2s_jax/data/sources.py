@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import fsspec
 import numpy as np
 
-from l2s_jax.data.text import all_whole, decoded
 from l2s_jax.copies import local
+from l2s_jax.data.text import all_whole, decoded
 from l2s_jax.files import is_bucket, one_line
 
 STDIN = "-"

@@ -1,40 +1,31 @@
 """Training checkpoints in a bucket: Orbax writes them to a local disk, and a thread sends them.
 
-A step waits only for the local write, as it does without a bucket. Each process sends what it
-wrote, and process 0 the marker, once all have. What lies in the bucket is what Orbax would have written there,
-but that a job of several processes leaves the index over their parts to those who read.
+A step waits only for the local write, as it does without a bucket. In a job process 0 gathers the
+state and writes all of it, since the processes have no disk in common. What lies in the bucket is
+what Orbax writes on a disk; `_CHECKPOINT_METADATA` is sent last, and says that a step is whole.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore as ts
-
-# Its client, with a store of values, has no public name.
-from jax._src import distributed as runtime
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from l2s_jax import buckets
-from l2s_jax.cluster import distributed
+from l2s_jax import buckets, copies
+from l2s_jax.cluster import distributed, sharding
 from l2s_jax.files import CannotWrite, read_json
 from l2s_jax.training.checkpoint import NEWEST, Checkpoints
 
 # Orbax writes it in the folder of a step.
 _MARKER = "_CHECKPOINT_METADATA"
-_PART = re.compile(r"(?:.*/)?ocdbt\.process_(\d+)/.*")
-# Of a folder of an item: what joins the parts of processes.
-_INDEX = re.compile(r"[^/]+/(manifest\.ocdbt|d/[^/]+)")
 
 
 class BucketCheckpoints(Checkpoints):
@@ -42,7 +33,8 @@ class BucketCheckpoints(Checkpoints):
 
     def __init__(self, directory: str, *, best_metric: str | None) -> None:
         self._bucket = directory
-        self._root = tempfile.mkdtemp(prefix="l2s_jax-checkpoints-")
+        self._root = copies.scratch()
+        os.mkdir(os.path.join(self._root, "saved"))
         self._sender = ThreadPoolExecutor(1)
         self._sent: Future[None] | None = None
         local = os.path.join(self._root, "saved")
@@ -118,7 +110,10 @@ class BucketCheckpoints(Checkpoints):
     ) -> None:
         """As of `Checkpoints`; `before` is called before the checkpoint counts, by a thread."""
         self.wait()
-        super().save(step, metrics=metrics, **items)
+        if jax.process_count() > 1:
+            items |= {name: sharding.gather(items[name]) for name in ("params", "opt")}
+        if distributed.is_primary():
+            super().save(step, metrics=metrics, **items)
         ranked = metrics is not None and self._best_metric
         self._values[step] = metrics[self._best_metric] if ranked else None
         best = self._best() if self._best_metric else None
@@ -126,41 +121,20 @@ class BucketCheckpoints(Checkpoints):
         gone = [one for one in self._values if one not in kept]
         for one in gone:
             del self._values[one]
-        self._sent = self._sender.submit(self._send, step, gone, before)
+        if distributed.is_primary():
+            self._sent = self._sender.submit(self._send, step, gone, before)
 
     def _send(self, step: int, gone: list[int], before: Callable[[], None] | None) -> None:
         self._manager.wait_until_finished()
         folder, place = os.path.join(self._directory, str(step)), f"{self._bucket}/{step}"
-        is_sent = False
-        try:
-            own = list(self._own(folder))
-            buckets.each(lambda name: buckets.send(f"{folder}/{name}", f"{place}/{name}"), own)
-            is_sent = True
-        finally:
-            _tell(f"{self._bucket}/{step}", is_sent)
-        if not distributed.is_primary():
-            return
-        _wait_for_all(f"{self._bucket}/{step}")
+        names = [name for name in buckets.files_below(folder) if name != _MARKER]
+        buckets.each(lambda name: buckets.send(f"{folder}/{name}", f"{place}/{name}"), names)
         if before:
             before()
-        buckets.send(os.path.join(folder, _MARKER), f"{place}/{_MARKER}")
+        buckets.send(f"{folder}/{_MARKER}", f"{place}/{_MARKER}")
         for one in gone:
             buckets.remove(f"{self._bucket}/{one}/{_MARKER}")
             buckets.remove_below(f"{self._bucket}/{one}")
-
-    def _own(self, folder: str) -> Iterator[str]:
-        """Names of the files that this process sends, but for the marker."""
-        for name in buckets.files_below(folder):
-            part = _PART.fullmatch(name)
-            if part:
-                if int(part[1]) == jax.process_index():
-                    yield name
-            elif (
-                name != _MARKER
-                and distributed.is_primary()
-                and not (jax.process_count() > 1 and _INDEX.fullmatch(name))
-            ):
-                yield name
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that `step` was saved with."""
@@ -173,50 +147,16 @@ class BucketCheckpoints(Checkpoints):
         with tempfile.TemporaryDirectory(dir=self._root) as root:
             folder = os.path.join(root, str(step))
             buckets.fetch_folder(f"{self._bucket}/{step}", folder)
-            for item in glob.glob(f"{folder}/*/"):
-                if glob.glob(f"{item}ocdbt.process_*") and not os.path.exists(
-                    f"{item}manifest.ocdbt"
-                ):
-                    _join_parts(item)
             with Checkpoints(root, best_metric=self._best_metric, **_alone()) as fetched:
                 return fetched.restore(step, params=params, opt=opt)
 
 
 def _alone() -> dict[str, Any]:
-    """Options of Orbax where each process has a disk of its own."""
+    """Options of Orbax where a process works by itself, on a disk of its own."""
     options: dict[str, Any] = {"keep": preservation_policy.LatestN(1)}
     if jax.process_count() > 1:
-        options["multiprocessing"] = ocp.options.MultiprocessingOptions(primary_host=None)
+        own = jax.process_index()
+        options["multiprocessing"] = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"of{own}"
+        )
     return options
-
-
-def _join_parts(item: str) -> None:
-    """Writes the index over what each process wrote of an item, as Orbax does on a shared disk."""
-
-    def opened(folder: str) -> Any:
-        return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}"}).result()
-
-    whole, change = opened(item), ts.Transaction(atomic=True)
-    for part in sorted(glob.glob(f"{item}ocdbt.process_*/")):
-        opened(part).experimental_copy_range_to(whole.with_transaction(change)).result()
-    change.commit_async().result()
-
-
-def _tell(what: str, is_sent: bool) -> None:
-    """Tells process 0 whether this one has sent its part."""
-    if client := runtime.global_state.client:
-        key = f"l2s_jax/sent/{what}/{jax.process_index()}"
-        client.key_value_set(key, json.dumps(is_sent), allow_overwrite=True)
-
-
-def _wait_for_all(what: str) -> None:
-    """Waits until all processes have sent their parts.
-
-    Raises:
-      OSError: one could not.
-    """
-    client = runtime.global_state.client
-    for process in range(jax.process_count() if client else 0):
-        key = f"l2s_jax/sent/{what}/{process}"
-        if not json.loads(client.blocking_key_value_get(key, distributed.barrier_s * 1000)):
-            raise OSError(f"process {process} could not send its part")

@@ -64,17 +64,16 @@ class Checkpoints:
             )
         self._best_metric = best_metric
         self._directory = os.path.abspath(directory)
-        self._manager = _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep or preservation_policy.AnyPreservationPolicy(policies),
-                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
-                best_mode="max",
-                # A folder that cannot be made in the background has all else wait for 20 minutes.
-                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-                multiprocessing_options=multiprocessing or ocp.options.MultiprocessingOptions(),
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep or preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+            best_mode="max",
+            # A folder that cannot be made in the background has all else wait for 20 minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            multiprocessing_options=multiprocessing or ocp.options.MultiprocessingOptions(),
+            create=multiprocessing is None,
         )
+        self._manager = _Manager(self._directory, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -6,11 +6,10 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Sequence
 
-from l2s_jax import buckets
+from l2s_jax import buckets, copies
 from l2s_jax.files import CannotWrite
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ class Mirror:
     def __init__(self, directory: str, names: Sequence[str]):
         """`names`: which files are fetched first, to go on in them."""
         self._directory = directory
-        self._root = tempfile.mkdtemp(prefix="l2s_jax-metrics-")
+        self._root = copies.scratch()
         # TensorBoard's writer names what it says by the folder.
         self.local = os.path.join(self._root, os.path.basename(directory))
         os.mkdir(self.local)
