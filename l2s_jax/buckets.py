@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +51,10 @@ def check_package(path: str) -> None:
 
 @functools.cache
 def _system(scheme: str) -> Any:
+    # It logs with a traceback what is tried again, or said in one line.
+    logging.getLogger(_PACKAGES[scheme][1]).setLevel(logging.CRITICAL)
     # What another process has written since is to be seen.
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
 
 
 def _bucket_of(path: str) -> str:
@@ -126,7 +129,7 @@ def check(path: str, *, write: bool = False) -> None:
             system.ls(_bucket_of(path) + "/", detail=False)
 
     try:
-        _tried(path, look, (0.2, 0.5))
+        _tried(path, look, ())
     except FileNotFoundError:
         # A folder that has nothing is none; a bucket that is missing is.
         if write:

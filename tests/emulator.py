@@ -9,13 +9,17 @@ been done, and one in 2.5 times as many takes two seconds.
 import contextlib
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 BUCKET = "bucket"
+AT = f"s3://{BUCKET}"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tests",
     "AWS_SECRET_ACCESS_KEY": "tests",
@@ -84,6 +88,30 @@ def running(port, every=0):
     finally:
         process.kill()
         process.wait()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def at(variables, root):
+    """Has this process ask the store of an emulator."""
+    from l2s_jax import buckets
+
+    os.environ.update(variables, L2S_JAX_CACHE=str(root))
+    buckets._system.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store in which a request in twenty fails, and one in fifty takes two seconds."""
+    before = dict(os.environ)
+    with running(free_port(), 20) as variables:
+        at(variables, tmp_path_factory.mktemp("copies"))
+        yield
+    os.environ.clear()
+    at(before, before.get("L2S_JAX_CACHE", ""))
 
 
 if __name__ == "__main__":

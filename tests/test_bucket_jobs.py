@@ -13,7 +13,8 @@ import pytest
 import small
 import tiny
 import train_child
-from test_buckets import AT, TESTS, free_port, lines_of, store  # noqa: F401
+from emulator import AT, free_port
+from test_buckets import TESTS, lines_of
 
 from l2s_jax import buckets
 from l2s_jax.cluster import bucket_lock, job, lock
@@ -40,7 +41,7 @@ def wait_for(processes, path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_training_loses_nothing(processes, store, tmp_path):  # noqa: F811
+def test_a_killed_training_loses_nothing(processes, store, tmp_path):
     directory = f"{AT}/killed-{processes}"
     coordinator = f"127.0.0.1:{free_port()}"
     of_job = [[coordinator, "2", str(i)] for i in range(2)] if processes == 2 else [[]]
@@ -75,7 +76,7 @@ with lock.of_job(sys.argv[1]):
 """
 
 
-def test_one_job_at_a_time_works_in_a_bucket(store, monkeypatch, capsys):  # noqa: F811
+def test_one_job_at_a_time_works_in_a_bucket(store, monkeypatch, capsys):
     monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 20.0)
     workdir = f"{AT}/locked"
     command = [sys.executable, "-c", HOLD, workdir]
@@ -102,7 +103,7 @@ def test_one_job_at_a_time_works_in_a_bucket(store, monkeypatch, capsys):  # noq
     assert job.before_end == []
 
 
-def test_of_those_who_try_at_once_one_gets_the_lock(store):  # noqa: F811
+def test_of_those_who_try_at_once_one_gets_the_lock(store):
     holders = [bucket_lock._Holder(f"{AT}/race") for _ in range(6)]
     got = []
     threads = [threading.Thread(target=lambda h=h: got.append(h.create(1))) for h in holders]

@@ -1,43 +1,17 @@
 """Everything in a bucket, as on a disk, of a store that fails now and then."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
-import emulator
 import pytest
 import tiny
+from emulator import AT
 from safetensors.numpy import load
 
 from l2s_jax import buckets, copies, files
 from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
-AT = f"s3://{emulator.BUCKET}"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def at(variables, root):
-    """Has this process ask the store of an emulator."""
-    os.environ.update(variables, L2S_JAX_CACHE=str(root))
-    buckets._system.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store in which a request in twenty fails, and one in fifty takes two seconds."""
-    before = dict(os.environ)
-    with emulator.running(free_port(), 20) as variables:
-        at(variables, tmp_path_factory.mktemp("copies"))
-        yield
-    os.environ.clear()
-    os.environ.update(before)
-    buckets._system.cache_clear()
 
 
 def lines_of(directory):

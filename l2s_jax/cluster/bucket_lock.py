@@ -124,21 +124,21 @@ class _Holder:
         if self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(LEASE_SECONDS)
         with contextlib.suppress(OSError, ValueError):
-            if self._is_held():
+            if self._is_own():
                 buckets.remove(self._path)
 
-    def _is_held(self) -> bool:
-        if _numbers(self._workdir)[-1:] != [self._number]:
-            return False
-        found = json.loads(buckets.read(self._path))
-        return found["holder"] == self._facts["holder"]
+    def _is_own(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads(buckets.read(self._path))["holder"] == self._facts["holder"]
+        return False
 
     def _beating(self) -> None:
         written = time.monotonic()
         while not self._done.wait(BEAT_SECONDS):
             try:
-                if not self._is_held():
+                if _numbers(self._workdir)[-1:] != [self._number] or not self._is_own():
                     self._end("another process has taken the workdir over")
+                    return
                 self._beat += 1
                 buckets.write(self._path, self._content())
                 written = time.monotonic()
@@ -148,4 +148,5 @@ class _Holder:
 
     def _end(self, why: str) -> None:
         if not self._done.is_set():
+            self._done.set()
             job.end(f"{self._workdir}: {why}", job.LOST, tell=True)
