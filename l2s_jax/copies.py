@@ -140,7 +140,7 @@ def _make_room(path: str, needed: int) -> None:
     entries = [
         entry
         for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith("scratch-")
+        if entry.is_dir() and not entry.name.startswith(("scratch-", "followed-"))
     ]
     for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime):
         if shutil.disk_usage(root).free > needed:
