@@ -86,7 +86,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
         for line in code.splitlines():
             for part in re.split(r"&&|\||;", line):
                 match = re.search(
-                    r"python3? (?:-m (l2s_jax[\w.]*)|((?:benchmarks|launch)/\S+\.py))"
+                    r"python3? (?:-m (l2s_jax[\w.]*)|((?:benchmarks|launch|tests)/\S+\.py))"
                     r"|(?:^|\s)((?:benchmarks|launch)/\w+\.sh)",
                     part,
                 )

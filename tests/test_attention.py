@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.models import attention
-from l2s_jax.models.attention import CausalBias, DistanceBias, attend, mask_bias
+from l2s_jax.models.attention import attend
+from l2s_jax.models.biases import MASKED, CausalBias, DistanceBias, mask_bias
 from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import token_positions
 from l2s_jax.models.families import make_module
@@ -94,7 +95,7 @@ def test_a_block_of_a_causal_bias_is_that_of_its_queries(mask, window, start, qu
     bias = CausalBias(mask, token_positions(jnp.asarray(mask)), window)
     found = np.asarray(bias.block(start, queries, first, keys))
     visible = sight(mask, window)[:, :, start : start + queries, first : first + keys]
-    expected = np.where(visible, 0.0, attention.MASKED)
+    expected = np.where(visible, 0.0, MASKED)
     # A block may have more than there are.
     np.testing.assert_array_equal(found[:, :, : visible.shape[2], : visible.shape[3]], expected)
     assert bias.sees(start, queries, first, keys) or not visible.any()
@@ -148,7 +149,7 @@ def test_blocks_are_attention(few_scores, kind, length, groups):
     whole = bias if isinstance(bias, jax.Array) else bias.block(0, length, 0, length)
     found = jax.jit(attend, static_argnums=3)(query, key_value, bias, SCALE)
     # What sees nothing is padding; blocks of nothing that is visible are left out for it.
-    seeing = np.broadcast_to((whole > attention.MASKED / 2).any((1, 3)), (2, length))
+    seeing = np.broadcast_to((whole > MASKED / 2).any((1, 3)), (2, length))
     expected = plain(query, key_value, whole)
     assert np.isfinite(found).all() and seeing.any()
     np.testing.assert_allclose(found[seeing], expected[seeing], rtol=2e-5, atol=2e-6)

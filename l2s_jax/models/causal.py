@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
-from l2s_jax.models.attention import Bias, CausalBias, at_once, attend, mask_bias
+from l2s_jax.models.attention import at_once, attend
+from l2s_jax.models.biases import Bias, CausalBias, mask_bias
 from l2s_jax.models.cache import CausalCache, KeyValue, block, place, write
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, unit
 from l2s_jax.models.rotary import Rotary

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, constrain, split_rows
 from l2s_jax.models import products
-from l2s_jax.models.attention import Bias, attend
+from l2s_jax.models.attention import attend
+from l2s_jax.models.biases import Bias
 from l2s_jax.models.cache import KeyValue
 
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]

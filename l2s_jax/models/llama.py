@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
-from l2s_jax.models.attention import Bias
+from l2s_jax.models.biases import Bias
 from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalAttention, CausalModel
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm

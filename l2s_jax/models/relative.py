@@ -8,7 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray
-from l2s_jax.models.attention import Bias, DistanceBias, at_once, mask_bias
+from l2s_jax.models.attention import at_once
+from l2s_jax.models.biases import Bias, DistanceBias, mask_bias
 from l2s_jax.models.layers import Initializer
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
-from l2s_jax.models.attention import mask_bias
+from l2s_jax.models.biases import mask_bias
 from l2s_jax.models.cache import DecoderCache, KeyValue, block, empty_key_value, place
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers

@@ -25,7 +25,8 @@ _DONE_SHARE = 4
 # Where several responses have ended at once, the next prompts are waited for, to be read together:
 # for at most this share of what reading one takes.
 _GATHER_SHARE = 0.25
-# Of the time that was spent on reading, what is decoded before prompts are read again.
+# Of the time that was spent on reading, what is decoded before prompts are read again; or a chunk,
+# so that small models read prompts together, too.
 _OWED_SHARE = 0.5
 # Turns that fewer slots would have done for, before there are fewer.
 PATIENCE = 8
@@ -212,7 +213,7 @@ class Lane:
         # The fewer they are that pause beside those that wait, the less they are owed.
         share = min(1.0, self.running / max(1, len(self.waiting)))
         read_s = programs.read_s[programs.size_for(len(joining)), length]
-        self._owed_s = _OWED_SHARE * share * read_s
+        self._owed_s = max(_OWED_SHARE * share * read_s, _CHUNK_S)
 
     def _insert(self, joining: list[Job], read: Slots) -> None:
         self._fit(self.running + len(joining))
