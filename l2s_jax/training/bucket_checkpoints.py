@@ -114,8 +114,7 @@ class BucketCheckpoints(Checkpoints):
             items |= {name: sharding.gather(items[name]) for name in ("params", "opt")}
         if distributed.is_primary():
             super().save(step, metrics=metrics, **items)
-        ranked = metrics is not None and self._best_metric
-        self._values[step] = metrics[self._best_metric] if ranked else None
+        self._values[step] = metrics[self._best_metric] if metrics and self._best_metric else None
         best = self._best() if self._best_metric else None
         kept = {*sorted(self._values)[-NEWEST:], best}
         gone = [one for one in self._values if one not in kept]
