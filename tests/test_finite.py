@@ -13,6 +13,7 @@ import small
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from l2s_jax import sealed
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.reading import _is_finite
 from l2s_jax.data.batches import examples_of
@@ -222,6 +223,7 @@ def test_the_command_ends_with_one_line_and_no_model(tmp_path, capsys):
 def test_weights_that_are_not_finite_are_refused_where_they_are_read(tmp_path, dtype, value):
     texts = toy.write_task(str(tmp_path / "task"))
     directory = toy.write_checkpoint(str(tmp_path / "llm"), family="t5", texts=texts)
+    os.remove(os.path.join(directory, sealed.SUMS))
     path = os.path.join(directory, "model.safetensors")
     tensors = {name: tensor.astype(dtype) for name, tensor in load_file(path).items()}
     save_file(tensors, path)

@@ -26,8 +26,8 @@ from l2s_jax.training.checksums import checksums, different
 NEWEST = 3
 # In the config of a checkpoint: sums of its arrays, and the hash of its data.
 _SUMS, _DATA = "sums", "data"
-# How TensorStore says what the system said.
-_SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
+# How TensorStore says what the system said, and how Python does.
+_SYSTEM_ERROR = re.compile(r"\[(?:os_error_code='|Errno )(\d+)'?\]")
 
 
 class _Manager(ocp.CheckpointManager):
