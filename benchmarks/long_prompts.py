@@ -127,7 +127,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
                 axes.plot(
                     *zip(*own, strict=True), style, color=f"C{place}", label=f"{family}, {way}"
                 )
-        axes.set(xscale="log", yscale="log", xlabel="tokens of a prompt", ylabel=label)
+        axes.set(yscale="log", xlabel="tokens of a prompt", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend()

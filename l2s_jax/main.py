@@ -126,9 +126,10 @@ log = logging.getLogger("l2s_jax")
 
 def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
     """One mode of the command."""
-    if mode in ("plan", "status"):
-        (_plan if mode == "plan" else _status)(config, workdir)
-        return
+    if mode == "plan":
+        return _plan(config, workdir)
+    if mode == "status":
+        return _status(config, workdir)
     # Imported here, so that --help and wrong flags don't wait for them.
     import jax
 

@@ -51,9 +51,10 @@ def check(*paths: str) -> None:
     Raises:
       ValueError: one is not what it was when it was written.
     """
+    sums = {directory: _sums(directory) for directory in set(map(os.path.dirname, paths))}
     for path in paths:
         directory, name = os.path.split(path)
-        expected = _sums(directory).get(name)
+        expected = sums[directory].get(name)
         if expected and is_file(path) and _hash_of(path) != expected:
             raise ValueError(
                 f"{path}: damaged, or changed since it was written: its SHA-256 is not the one in "

@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from l2s_jax.files import one_line
 
 # Beyond these a reader has gone after a number in a file that nothing there stands for.
@@ -291,3 +294,14 @@ def _ends_soon() -> Iterator[None]:
 def _peak() -> int:
     """The most memory that this process has had so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """A small byte-level BPE, whose first three tokens are special."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=20, special_tokens=special)
+    tokenizer.train_from_iterator(["abc bca cab abba"] * 5, trainer)
+    return tokenizer

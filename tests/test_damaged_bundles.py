@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 import small
-import tokenizers
 from corpus import Trial
 from test_damaged_models import check
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 import l2s_jax
 from l2s_jax import sealed
@@ -30,12 +29,7 @@ FREE |= {"norm_epsilon", "max_distance", "eos_id"}
 @pytest.fixture
 def theirs(tmp_path):
     """A tokenizer as a checkpoint has it, in a folder; nothing says what it was."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=20, special_tokens=special)
-    tokenizer.train_from_iterator(["abc bca cab abba"] * 5, trainer)
+    tokenizer = corpus.byte_level()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import shapes
 import small
-import tokenizers
 from corpus import Trial
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from l2s_jax import convert, sealed
 from l2s_jax.checkpoints import pretrained
@@ -154,12 +152,7 @@ def test_a_damaged_index(tmp_path):
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
     """A model of one layer and its tokenizer, in one file."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=20, special_tokens=special)
-    tokenizer.train_from_iterator(["abc bca cab abba"] * 5, trainer)
+    tokenizer = corpus.byte_level()
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 32}
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"

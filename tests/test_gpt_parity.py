@@ -358,11 +358,11 @@ def test_what_is_not_supported_is_refused_by_name(model_type, fields, named, tmp
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: GPT2Config(num_heads=0), "multiple of 0 heads"),
-        (lambda: GPT2Config(num_heads=-2), "multiple of -2 heads"),
+        (lambda: GPT2Config(num_heads=0), "num_heads 0: expected 1"),
+        (lambda: GPT2Config(num_heads=-2), "num_heads -2: expected 1"),
         (lambda: GPT2Config(num_heads=7), "width 768"),
         (lambda: GPT2Config(activation="tanh"), "'tanh'"),
-        (lambda: GPTNeoXConfig(num_heads=0), "multiple of 0 heads"),
+        (lambda: GPTNeoXConfig(num_heads=0), "num_heads 0: expected 1"),
         (lambda: GPTNeoXConfig(num_heads=7), "width 768"),
         (lambda: GPTNeoXConfig(activation="tanh"), "'tanh'"),
         (lambda: GPTNeoXConfig(rotary=Rotary(66)), "rotary width 66: .* head width 64"),

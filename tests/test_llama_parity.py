@@ -15,6 +15,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
+from l2s_jax import sealed
 from l2s_jax.checkpoints import files, llama
 from l2s_jax.checkpoints.pretrained import load_encoder, load_hf, load_native, save_hf, save_native
 from l2s_jax.models.llama import Llama, LlamaConfig
@@ -197,7 +198,7 @@ def test_a_mix_that_no_kind_can_say_is_refused(changes):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_kv_heads": 0}, "0 key/value heads"),
+        ({"num_kv_heads": 0}, "num_kv_heads 0: expected 1"),
         ({"num_kv_heads": 3}, "3 key/value heads"),
         ({"sliding_window": -3}, "sliding_window -3"),
         ({"window_pattern": "s"}, "window_pattern 's'"),
@@ -225,9 +226,10 @@ def test_a_malformed_field_within_a_field_is_refused(rotary, named, tmp_path):
     abstract = llama.FAMILY.abstract_params(Llama(config))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract)
     save_native(config, params, str(tmp_path))
-    edit(tmp_path, {"rotary": {"width": 8, "base": 10000}})
+    (tmp_path / sealed.SUMS).unlink()  # what follows is edited by hand
+    edit(tmp_path, {"rotary": {"kind": "default", "width": 8, "base": 10000}})
     assert load_native(str(tmp_path))[0].config == config
-    edit(tmp_path, {"rotary": rotary})
+    edit(tmp_path, {"rotary": {"kind": "default", **rotary}})
     with pytest.raises(ValueError) as error:
         load_native(str(tmp_path))
     assert named in str(error.value) and str(tmp_path / "config.json") in str(error.value)

@@ -97,7 +97,10 @@ def config_from_native(fields: dict[str, Any], path: str) -> Any:
 def _nested(kind: type, fields: dict[str, Any], where: str) -> Any:
     """A config within a config; a number may be written without its fraction."""
     hints = get_type_hints(kind)
-    marked = [f"- {name}" for name in sorted(hints.keys() - fields.keys())]
+    # Older files lack some that have a default, but no file lacks the kind: others depend on it.
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    needed |= {"kind"} & hints.keys()
+    marked = [f"- {name}" for name in sorted(needed - fields.keys())]
     marked += [f"+ {name}" for name in sorted(fields.keys() - hints.keys())]
     if marked:
         raise ValueError(f"{where}: fields missing (-) or unknown (+): {listed(marked)}")

@@ -29,6 +29,13 @@ def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
     return jnp.where(mask, 0.0, MASKED)
 
 
+def in_window(
+    window: int | Int32[Array, ""], positions: Int32[Array, "B Q"], of_keys: Int32[Array, "B K"]
+) -> Bool[Array, "B Q K"]:
+    """Whether a key is fewer than so many positions before a query."""
+    return positions[:, :, None] - of_keys[:, None, :] < window
+
+
 class CausalBias(struct.PyTreeNode):
     """Each position sees the real ones in the slots up to its own.
 
@@ -48,7 +55,8 @@ class CausalBias(struct.PyTreeNode):
         own, other = start + jnp.arange(queries), first + jnp.arange(keys)
         visible = _at(self.mask, other)[:, None, :] & (other[None, :] <= own[:, None])[None]
         if self.window is not None:
-            visible = visible & self._in_window(own, other)
+            near = in_window(self.window, _at(self.positions, own), _at(self.positions, other))
+            visible = visible & near
         return mask_bias(visible)[:, None]
 
     def sees(
@@ -60,14 +68,8 @@ class CausalBias(struct.PyTreeNode):
         if self.window is None or program_mesh() is not None:
             return before
         own, other = start + jnp.arange(queries), first + jnp.arange(keys)
-        return before & jnp.any(self._in_window(own, other))
-
-    def _in_window(
-        self, own: Int32[Array, " Q"], other: Int32[Array, " K"]
-    ) -> Bool[Array, "B Q K"]:
-        distance = _at(self.positions, own)[:, :, None] - _at(self.positions, other)[:, None, :]
-        assert self.window is not None
-        return distance < self.window
+        near = in_window(self.window, _at(self.positions, own), _at(self.positions, other))
+        return before & jnp.any(near)
 
 
 class DistanceBias(struct.PyTreeNode):

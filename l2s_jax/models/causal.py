@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
 from l2s_jax.models.attention import at_once, attend
-from l2s_jax.models.biases import Bias, CausalBias, mask_bias
+from l2s_jax.models.biases import Bias, CausalBias, in_window, mask_bias
 from l2s_jax.models.cache import CausalCache, KeyValue, block, place, write
 from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, unit
 from l2s_jax.models.rotary import Rotary
@@ -366,5 +366,5 @@ def _bias(
 ) -> Float32[Array, "B 1 Q K"]:
     """Of what is visible, what lies in the window."""
     if window is not None:
-        visible = visible & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+        visible = visible & in_window(window, query_positions, key_positions)
     return mask_bias(visible)[:, None]

@@ -47,7 +47,7 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if self.num_heads < 1 or self.width % self.num_heads:
+        if self.width % self.num_heads:
             raise ValueError(f"width {self.width}: expected a multiple of {self.num_heads} heads")
         if self.activation not in ACTIVATIONS:
             raise ValueError(

@@ -59,7 +59,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} heads: expected a multiple of the {self.num_kv_heads} "
                 "key/value heads"
