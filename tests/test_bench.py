@@ -42,6 +42,7 @@ PUBLISHED = {
     "pythia-160m": 162.3,
     "qwen3-0.6b": 596.0,
     "qwen3-8b": 8190.7,
+    "llama-3-8b": 8030.3,
     "llama-3-70b": 70553.7,
     "llama-3-70b-instruct": 70553.7,
 }

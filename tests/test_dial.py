@@ -12,6 +12,7 @@ import tiny
 import transformers
 from sacrebleu.metrics.chrf import CHRF
 
+from l2s_jax import sealed
 from l2s_jax.evaluation import dial_report
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
@@ -109,6 +110,7 @@ def test_a_report_of_before_gets_the_dial_and_other_models_drop_it(run, tmp_path
     content = bytearray(weights.read_bytes())
     content[-4] ^= 1  # the least bit of the last number
     weights.write_bytes(content)
+    (weights.parent / sealed.SUMS).unlink()  # other models, not damaged ones
     experiment = Experiment(read_config(str(copy)), str(copy), "find")
     assert dial_report.found(experiment) == ""
     assert tiny.run("--mode=evaluate", f"--workdir={copy}") == 0

@@ -335,9 +335,9 @@ def test_the_host_executes_one_program_however_many_tokens_there_are(tmp_path):
         assert executions(events).keys() == {"PjitFunction(decode)", helper}
         assert events[helper] == 1
     assert executions(few) == executions(many)
-    # Nor has Python more to do for 140 tokens more.
+    # Nor has Python anything to do for each of 140 tokens more.
     assert few.total() > 300
-    assert (many - few).total() < 70, many - few
+    assert (many - few).total() < 140, many - few
 
     list(model.stream("5 6 7"))
     events = host_events(str(tmp_path / "stream"), lambda: list(model.stream("5 6 7")))
