@@ -12,9 +12,10 @@ import errno
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import fsspec
@@ -26,6 +27,7 @@ _PACKAGES = {"gs": ("gs", "gcsfs"), "s3": ("s3", "s3fs")}
 # Between tries, in seconds; each try has those of the store's own package within.
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _AT_ONCE = 8
+_CHECK_SECONDS = 15.0
 _NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
 _REFUSED = ("401", "403", "accessdenied", "invalidaccesskeyid", "signaturedoesnotmatch")
 _REFUSED += ("forbidden", "unauthorized", "anonymous caller", "invalid credentials")
@@ -128,8 +130,22 @@ def check(path: str, *, write: bool = False) -> None:
         else:
             system.ls(_bucket_of(path) + "/", detail=False)
 
+    answer: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(_tried(path, look, ()))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # The store's own package may try for longer by itself; nobody waits for its thread at the end.
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        _tried(path, look, ())
+        answer.result(_CHECK_SECONDS)
+    except TimeoutError:
+        raise ValueError(
+            f"{_bucket_of(path)}: cannot be reached: no answer within {_CHECK_SECONDS:g} s"
+        ) from None
     except FileNotFoundError:
         # A folder that has nothing is none; a bucket that is missing is.
         if write:

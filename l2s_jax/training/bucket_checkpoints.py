@@ -22,6 +22,7 @@ from l2s_jax import buckets, copies
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.files import CannotWrite, read_json
 from l2s_jax.training.checkpoint import NEWEST, Checkpoints
+from l2s_jax.training.checksums import checksums
 
 # Orbax writes it in the folder of a step.
 _MARKER = "_CHECKPOINT_METADATA"
@@ -109,10 +110,12 @@ class BucketCheckpoints(Checkpoints):
     ) -> None:
         """As of `Checkpoints`; `before` is called before the checkpoint counts, by a thread."""
         self.wait()
+        # All processes make the sums, each of its own part, so they come before the gathering.
+        sums = checksums({**items["params"], "opt": items["opt"]})
         if jax.process_count() > 1:
             items |= {name: sharding.gather(items[name]) for name in ("params", "opt")}
         if distributed.is_primary():
-            super().save(step, metrics=metrics, **items)
+            self._write(step, sums, metrics=metrics, **items)
         self._values[step] = metrics[self._best_metric] if metrics and self._best_metric else None
         best = self._best() if self._best_metric else None
         kept = {*sorted(self._values)[-NEWEST:], best}

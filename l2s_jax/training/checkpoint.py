@@ -149,8 +149,23 @@ class Checkpoints:
         Raises:
           CannotWrite: this one, or the one before it.
         """
+        sums = checksums({**params, "opt": opt})
+        self._write(step, sums, params=params, opt=opt, data=data, config=config, metrics=metrics)
+
+    def _write(
+        self,
+        step: int,
+        sums: Mapping[str, str],
+        *,
+        params: Mapping[str, Any],
+        opt: Any,
+        data: Mapping[str, Any],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+    ) -> None:
+        """As of `save`, with the sums of the arrays."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
-        sums = {**checksums({**params, "opt": opt}), _DATA: hash_of(data)}
+        sums = {**sums, _DATA: hash_of(data)}
         with self._writing():
             self._manager.save(
                 step,

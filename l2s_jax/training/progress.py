@@ -122,7 +122,8 @@ class MetricWriter:
     def sync(self) -> None:
         """Sends what has been written so far to a bucket, where the directory is in one."""
         if self._folder:
-            self._tensorboard.flush()
+            if self._tensorboard:
+                self._tensorboard.flush()
             self._folder.send()
 
     def close(self) -> None:
@@ -130,11 +131,10 @@ class MetricWriter:
         self._progress.close()
         with naming(self._path):
             self._jsonl.close()
-        if not self._tensorboard:
-            return
-        self._check_tensorboard()
-        with naming(os.path.join(self._directory, "events.out.tfevents")):
-            self._tensorboard.close()
+        if self._tensorboard:
+            self._check_tensorboard()
+            with naming(os.path.join(self._directory, "events.out.tfevents")):
+                self._tensorboard.close()
         if self._folder:
             self._folder.close()
 
