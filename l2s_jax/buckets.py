@@ -156,7 +156,11 @@ def check(path: str, *, write: bool = False) -> None:
 
 def exists(path: str) -> bool:
     """Whether there is an object, or one below."""
-    return is_object(path) or bool(names(path))
+    try:
+        _tried(path, lambda system: system.info(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def is_object(path: str) -> bool:
