@@ -14,7 +14,7 @@ COPY constraints.txt .
 RUN pip install --no-cache-dir -c constraints.txt "$JAX"
 
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt -e '.[serve]'
+RUN pip install --no-cache-dir -c constraints.txt -e '.[gs,s3,serve]'
 
 ENTRYPOINT ["l2s-jax"]
 CMD ["--help"]

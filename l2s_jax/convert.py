@@ -30,7 +30,15 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
-from l2s_jax.files import atomic_directory, escaped, one_line, read_json
+from l2s_jax.files import (
+    atomic_directory,
+    escaped,
+    exists,
+    is_folder,
+    listed_names,
+    one_line,
+    read_json,
+)
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import TOKENIZER_FILES, find
 from l2s_jax.models.families import make_module
@@ -110,9 +118,7 @@ def _check(flags: argparse.Namespace) -> None:
         return
     if not flags.output:
         raise ValueError("--output: expected a directory to make, or --inspect")
-    if os.path.exists(flags.output) and (
-        not os.path.isdir(flags.output) or os.listdir(flags.output)
-    ):
+    if exists(flags.output) and (not is_folder(flags.output) or listed_names(flags.output)):
         raise ValueError(f"{flags.output}: exists already; give --output a new directory")
     flags.input = find(flags.input)
     whole = is_bundle(flags.input)

@@ -1,6 +1,8 @@
 """Files as they are written and read everywhere: a file or folder is there as a whole, or not.
 
-What is being written lies beside its place, under a name that ends in `.tmp`.
+A path may be one of a bucket (buckets.py). On a disk, what is being written lies beside its place,
+under a name that ends in `.tmp`, and a folder appears by being renamed. In a bucket an object
+appears as a whole, and a folder is there when its marker is, which is written last.
 """
 
 from __future__ import annotations
@@ -8,14 +10,21 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import fnmatch
+import glob
 import json
 import math
 import os
+import posixpath
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any
+
+from l2s_jax import buckets
+from l2s_jax.buckets import is_bucket
 
 UNFINISHED = ".tmp"
 _OWN_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(UNFINISHED)}$")
@@ -23,6 +32,8 @@ _OWN_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(UNFINISHED)}$")
 DEEPEST = 100
 # Characters of a value in a message, and of a message.
 _SHOWN, _LINE = 80, 900
+# By which a folder with a model is known to be whole.
+MODEL_MARKER = "config.json"
 # Of errors of files that come while a run goes on, and are no mistake of whoever started it.
 _FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOMEM}
 
@@ -54,6 +65,12 @@ def replacing(path: str) -> Iterator[str]:
 
     Whoever else writes the same file at the same time has another path; the last one stays.
     """
+    if is_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = os.path.join(folder, os.path.basename(path))
+            yield temporary
+            buckets.send(temporary, path)
+        return
     temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
     try:
         with naming(path):
@@ -65,12 +82,23 @@ def replacing(path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str) -> Iterator[str]:
+def atomic_directory(path: str, marker: str = MODEL_MARKER) -> Iterator[str]:
     """Gives a new folder, which becomes `path` when the block ends without an error.
+
+    In a bucket `marker` is sent last; what a killed run has left there without one goes.
 
     Raises:
       OSError: there is something at `path` that is no empty folder.
     """
+    if is_bucket(path):
+        if is_whole(path, marker):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        with tempfile.TemporaryDirectory() as root:
+            temporary = os.path.join(root, os.path.basename(path))
+            os.mkdir(temporary)
+            yield temporary
+            buckets.send_folder(temporary, path, marker)
+        return
     path = os.path.abspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
     os.makedirs(temporary)
@@ -89,8 +117,107 @@ def is_unfinished(name: str) -> bool:
 
 def write_bytes(path: str, content: bytes) -> None:
     """Replaces a file."""
+    if is_bucket(path):
+        buckets.write(path, content)
+        return
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a file."""
+    if is_bucket(path):
+        return buckets.read(path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_text(path: str) -> str:
+    """The content of a file in UTF-8."""
+    return read_bytes(path).decode()
+
+
+def exists(path: str) -> bool:
+    """Whether a file or a folder is there."""
+    return buckets.exists(path) if is_bucket(path) else os.path.exists(path)
+
+
+def is_file(path: str) -> bool:
+    """Whether a file is there."""
+    return buckets.is_object(path) if is_bucket(path) else os.path.isfile(path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a folder is there; in a bucket, one with something in it."""
+    return bool(buckets.names(path)) if is_bucket(path) else os.path.isdir(path)
+
+
+def is_whole(path: str, marker: str = MODEL_MARKER) -> bool:
+    """Whether a folder is there that `atomic_directory` makes."""
+    if is_bucket(path):
+        return buckets.is_object(os.path.join(path, marker))
+    return os.path.isdir(path)
+
+
+def listed_names(path: str) -> list[str]:
+    """Names in a folder, sorted; none where there is no folder."""
+    if is_bucket(path):
+        return buckets.names(path)
+    return sorted(os.listdir(path)) if os.path.isdir(path) else []
+
+
+def matching_names(directory: str, pattern: str) -> list[str]:
+    """Paths of what a folder has of names like `pattern`, as of `glob`, sorted."""
+    if is_bucket(directory):
+        found = fnmatch.filter(buckets.names(directory), pattern)
+        return [os.path.join(directory, name) for name in found]
+    return sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder, unless it is there; in a bucket there are none to make."""
+    if not is_bucket(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Removes a file.
+
+    Raises:
+      FileNotFoundError: there is none; not in a bucket.
+    """
+    if is_bucket(path):
+        buckets.remove(path)
+    else:
+        os.remove(path)
+
+
+def rename_folder(path: str, target: str, marker: str) -> None:
+    """Renames a folder; in a bucket what is in it is copied, then removed, its marker last."""
+    if is_bucket(path):
+        buckets.move_folder(path, target, marker)
+    else:
+        os.rename(path, target)
+
+
+def absolute(path: str) -> str:
+    """A path that does not depend on where the process is, without "." and ".."."""
+    if not is_bucket(path):
+        return os.path.abspath(path)
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{posixpath.normpath(rest)}"
+
+
+def signature(path: str) -> list[Any]:
+    """[path, size, what changes with the content] of a file: its age, or its tag in a bucket.
+
+    Raises:
+      OSError: there is none.
+    """
+    if is_bucket(path):
+        return [path, *buckets.facts(path)]
+    stat = os.stat(os.path.expanduser(path))
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def write_text(path: str, content: str) -> None:
@@ -131,8 +258,7 @@ def read_json(path: str) -> dict[str, Any]:
       ValueError: there is no such file, or it holds no JSON object.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:

@@ -12,6 +12,8 @@ import os
 import re
 from typing import Any
 
+from l2s_jax.copies import local
+from l2s_jax.files import absolute, exists, is_bucket
 from l2s_jax.gguf_file import is_gguf
 
 # Beside the weights of a model, and of use in any format.
@@ -47,12 +49,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 def is_name(path: str) -> bool:
     """Whether nothing lies at a path that could be the name of a repository."""
+    if is_bucket(path):
+        return False
     there = os.path.exists(os.path.expanduser(path))
     return not there and not is_gguf(path) and bool(_NAME.fullmatch(path))
 
 
 def find(path: str, part: str = "all") -> str:
-    """A path as it is, if something lies there; else the folder of the repository of that name.
+    """A path as it is, also of a bucket, if something lies there; else a repository's folder.
 
     Args:
       path: a folder or file, "org/name", or "org/name@revision".
@@ -62,8 +66,10 @@ def find(path: str, part: str = "all") -> str:
     Raises:
       ValueError: one line: there is no such thing, it can't be had, or not as a whole.
     """
+    if is_bucket(path) and is_gguf(path):  # which is read in place
+        return local(path)
     expanded = os.path.expanduser(path)
-    if os.path.exists(expanded):
+    if exists(expanded):
         return expanded
     if not is_name(path):
         raise ValueError(f"{path}: no such {'file' if is_gguf(path) else 'directory'}")
@@ -74,7 +80,7 @@ def cached(path: str, part: str = "all") -> str | None:
     """As `find`, of what is on this machine; None where it isn't."""
     if not is_name(path):
         there = os.path.expanduser(path)
-        return there if os.path.exists(there) else None
+        return there if exists(there) else None
     import huggingface_hub
 
     name, _, revision = path.partition("@")
@@ -89,7 +95,7 @@ def cached(path: str, part: str = "all") -> str | None:
 def reference(path: str) -> str:
     """What to record of a path: "org/name@commit" of a repository, else where it lies."""
     if not is_name(path):
-        return os.path.abspath(os.path.expanduser(path))
+        return absolute(os.path.expanduser(path))
     return f"{path.partition('@')[0]}@{os.path.basename(find(path, 'config'))}"
 
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.config import complaint, settled, unknown_key
-from l2s_jax.files import exit_status, one_line
+from l2s_jax.files import exit_status, one_line, read_text
 from l2s_jax.settings.moved import MOVED
 
 app.define_help_flags()
@@ -210,8 +210,7 @@ def _print_report(workdir: str, name: str) -> None:
     from l2s_jax.cluster import distributed
 
     if distributed.is_primary():
-        with open(os.path.join(workdir, name), encoding="utf-8") as file:
-            print(file.read())
+        print(read_text(os.path.join(workdir, name)))
 
 
 def _given() -> dict[str, Any]:

@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from l2s_jax.files import shown, write_text
+from l2s_jax.copies import local
+from l2s_jax.files import is_file, read_text, remove, shown, signature, write_text
 
 SUMS = "SHA256SUMS"
 _HASH = "sha256"
@@ -54,7 +55,7 @@ def check(*paths: str) -> None:
     for path in paths:
         directory, name = os.path.split(path)
         expected = sums[directory].get(name)
-        if expected and os.path.exists(path) and _hash_of(path) != expected:
+        if expected and is_file(path) and _hash_of(path) != expected:
             raise ValueError(
                 f"{path}: damaged, or changed since it was written: its SHA-256 is not the one in "
                 f"{SUMS} beside it; copy or make it again, or remove its line there if the change "
@@ -94,7 +95,7 @@ def _write(directory: str, sums: Mapping[str, str]) -> None:
         write_text(path, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.remove(path)
+            remove(path)
 
 
 def _sums(directory: str) -> dict[str, str]:
@@ -105,8 +106,7 @@ def _sums(directory: str) -> dict[str, str]:
     """
     path = os.path.join(directory, SUMS)
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        lines = read_text(path).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError):
@@ -123,14 +123,13 @@ def _sums(directory: str) -> dict[str, str]:
 
 def _hash_of(path: str) -> str:
     try:
-        facts = os.stat(path)
-        return _hash_of_file(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        return _hash_of_file(path, *signature(path))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=1024)
-def _hash_of_file(path: str, *facts: int) -> str:
+def _hash_of_file(path: str, *facts: str | int) -> str:
     """Of a file as it is; `facts` change where its content does."""
-    with open(path, "rb") as file:
+    with open(local(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ Usage: launch/tpu_vm.sh [--dry-run] create [--spot]
   create  asks for a slice (a queued resource with one node) and waits until it is there; --spot:
           one that is cheaper and may be taken away at any time
   setup   copies the commit that is checked out to all hosts, and installs it with the constraints
-          file; mounts SHARE
+          file
   run     starts configs/CONFIG.py on all hosts, and follows the log of the first; FLAG... as for
           l2s_jax.main; the same command again continues where it stopped
   logs    follows that log again; the exit status is that of the run
@@ -22,10 +22,10 @@ Usage: launch/tpu_vm.sh [--dry-run] create [--spot]
   delete  deletes the slice and all that is on its hosts
 
 From the environment: NAME (default l2s), ZONE (us-central1-a), TYPE (v5litepod-8), IMAGE
-(v2-alpha-tpuv5-lite), and SHARE, an NFS share such as that of a Filestore instance, as
-ADDRESS:/PATH. With SHARE the workdir is /mnt/l2s_jax/runs/CONFIG on it, else runs/CONFIG on the
-host's disk. A TYPE of several hosts needs it, because they share the workdir, and so does resume.
-gcloud must be installed, with a project and credentials. --dry-run prints each command and runs
+(v2-alpha-tpuv5-lite), and BUCKET, a bucket or a folder in one, as gs://NAME or gs://NAME/FOLDER,
+which the slice's service account may write. With BUCKET the workdir is BUCKET/runs/CONFIG, else
+runs/CONFIG on the host's disk. A TYPE of several hosts needs it, because they share the workdir,
+and so does resume. gcloud must be installed, with a project and credentials. --dry-run prints each command and runs
 none.
 TEXT
 }
@@ -40,10 +40,9 @@ name=${NAME:-l2s}
 zone=${ZONE:-us-central1-a}
 type=${TYPE:-v5litepod-8}
 image=${IMAGE:-v2-alpha-tpuv5-lite}
-share=${SHARE:-}
-mount=/mnt/l2s_jax
-runs=runs
-[[ -z $share ]] || runs=$mount/runs
+bucket=${BUCKET:-}
+bucket=${bucket%/}
+runs=${bucket:+$bucket/}runs
 vm=(gcloud compute tpus tpu-vm)
 queue=(gcloud compute tpus queued-resources)
 
@@ -81,23 +80,17 @@ create() {
 }
 
 setup() {
-  local archive mounting=""
+  local archive
   archive=$(mktemp --suffix=.tar.gz)
   # shellcheck disable=SC2064  # the name is known now
   trap "rm -f '$archive'" EXIT
   call git archive --format=tar.gz "--output=$archive" HEAD
   call "${vm[@]}" scp "$archive" "$name:l2s_jax.tar.gz" "--zone=$zone" --worker=all
-  if [[ -n $share ]]; then
-    mounting=" && sudo apt-get install -q -y nfs-common && sudo mkdir -p $mount \
-&& { mountpoint -q $mount || sudo mount -t nfs $(printf %q "$share") $mount; } \
-&& sudo chown \"\$(id -u)\" $mount"
-  fi
   # The images' own Python is older than 3.11, so uv brings one.
   on_hosts all "mkdir -p l2s_jax && tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
 && python3 -m pip install -q --user uv \
 && python3 -m uv venv -q --allow-existing --python 3.11 .venv \
-&& python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e . 'jax[tpu]'\
-$mounting"
+&& python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e '.[gs]' 'jax[tpu]'"
 }
 
 run() {
@@ -143,9 +136,10 @@ case $action in
   create | setup | delete) (($# == 0)) || fail "$action: unexpected $1; see --help" ;;
   *) check_config "${1:-}" ;;
 esac
-[[ $action != resume || -n $share ]] ||
-  fail "resume needs SHARE: the disks of a slice are gone with it; see --help"
-[[ -z $share || $share == ?*:/* ]] || fail "SHARE=$share: expected ADDRESS:/PATH"
+[[ $action != resume || -n $bucket ]] ||
+  fail "resume needs BUCKET: the disks of a slice are gone with it; see --help"
+[[ -z $bucket || $bucket =~ ^gs://[a-z0-9][a-z0-9._/-]*$ ]] ||
+  fail "BUCKET=$bucket: expected gs://NAME or gs://NAME/FOLDER"
 "$dry_run" || command -v gcloud >/dev/null || fail "gcloud is not installed"
 
 remove() {
@@ -169,14 +163,16 @@ case $action in
   logs) logs "$1" ;;
   fetch)
     call mkdir -p "runs/$1"
-    home=l2s_jax/
-    [[ -z $share ]] || home=
     remote=()
     for file in config.json report.json report.md quality_latency.png quality_latency.svg \
       predictions; do
-      remote+=("$name:$home$runs/$1/$file")
+      remote+=("${bucket:-$name:l2s_jax}/runs/$1/$file")
     done
-    call "${vm[@]}" scp --recurse "${remote[@]}" "runs/$1" "--zone=$zone"
+    if [[ -n $bucket ]]; then
+      call gcloud storage cp --recursive "${remote[@]}" "runs/$1"
+    else
+      call "${vm[@]}" scp --recurse "${remote[@]}" "runs/$1" "--zone=$zone"
+    fi
     ;;
   delete) remove ;;
 esac

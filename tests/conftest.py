@@ -27,9 +27,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 # JAX reads all that when it is imported.
+import emulator  # noqa: E402
 import jax  # noqa: E402
 import shapes  # noqa: E402
 
+store = emulator.store
 shapes.check(["l2s_jax.models", "l2s_jax.decoding", "l2s_jax.training"])
 
 

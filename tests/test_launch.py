@@ -139,7 +139,7 @@ def test_local_stops_at_the_first_failure(stand_in: dict[str, str]) -> None:
         ("tpu_vm.sh", ["run"], "run needs a config"),
         ("tpu_vm.sh", ["create", "--sport"], "create: unexpected --sport"),
         ("tpu_vm.sh", ["fetch", "no_such"], "no such config: configs/no_such.py"),
-        ("tpu_vm.sh", ["resume", "quickstart"], "resume needs SHARE"),
+        ("tpu_vm.sh", ["resume", "quickstart"], "resume needs BUCKET"),
         ("gpu_slurm.sh", [], "no config given"),
         ("gpu_slurm.sh", ["no_such"], "no such config: configs/no_such.py"),
         ("gpu_slurm.sh", ["--nodes=two", "quickstart"], "--nodes=two: expected a number above 0"),
@@ -226,7 +226,13 @@ def test_local_multiprocess_ends_all_when_one_fails(
 @pytest.mark.parametrize("spot", [[], ["--spot"]])
 def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
     def printed(*arguments: str) -> list[list[str]]:
-        environment = {"NAME": "my vm", "ZONE": "z-1", "TYPE": "t", "IMAGE": "i", "SHARE": "h:/v"}
+        environment = {
+            "NAME": "my vm",
+            "ZONE": "z-1",
+            "TYPE": "t",
+            "IMAGE": "i",
+            "BUCKET": "gs://b/f/",
+        }
         result = run("tpu_vm.sh", "--dry-run", *arguments, **environment, **stand_in)
         assert result.returncode == 0, result.stderr
         return commands(result.stdout)
@@ -244,7 +250,7 @@ def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
         *("my vm:l2s_jax.tar.gz", "--zone=z-1", "--worker=all"),
     ]
     assert install[:-1] == [*VM, "ssh", "my vm", "--zone=z-1", "--worker=all"]
-    assert " sudo mount -t nfs h:/v /mnt/l2s_jax;" in install[-1]
+    assert "-e '.[gs]'" in remote_of(install)
     start, follow = started = printed("run", "quickstart", FLAG)
     assert start[:-1] == install[:-1]
     assert follow[:-1] == [*VM, "ssh", "my vm", "--zone=z-1", "--worker=0"]
@@ -255,8 +261,9 @@ def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
     assert resumed[4:] == [install, *started]
     fetch = printed("fetch", "quickstart")
     assert fetch[0] == ["mkdir", "-p", "runs/quickstart"]
-    assert fetch[1][:6] == [*VM, "scp", "--recurse"]
-    assert "my vm:/mnt/l2s_jax/runs/quickstart/report.json" in fetch[1]
+    assert fetch[1][:4] == ["gcloud", "storage", "cp", "--recursive"]
+    assert "gs://b/f/runs/quickstart/report.json" in fetch[1]
+    assert "--workdir=gs://b/f/runs/quickstart\\" in remote_of(start)
     assert calls(stand_in) == []
 
 
@@ -300,7 +307,7 @@ def test_tpu_vm_does_not_start_twice(tmp_path: pathlib.Path, stand_in: dict[str,
 
 
 def test_tpu_vm_setup_is_one_chain_of_commands(stand_in: dict[str, str]) -> None:
-    result = run("tpu_vm.sh", "--dry-run", "setup", SHARE="10.0.0.2:/a b", **stand_in)
+    result = run("tpu_vm.sh", "--dry-run", "setup", **stand_in)
     remote = remote_of(commands(result.stdout)[-1])
     assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
     assert all(len(shlex.split(part)) > 1 for part in remote.split("&&"))
@@ -327,7 +334,7 @@ def test_tpu_vm_resume_makes_a_lost_slice_anew(
     tmp_path: pathlib.Path, stand_in: dict[str, str], state: str, made_anew: bool
 ) -> None:
     (tmp_path / "states").write_text(f"{state}\nACTIVE\n")
-    result = run("tpu_vm.sh", "resume", "--spot", "quickstart", SHARE="h:/v", **stand_in)
+    result = run("tpu_vm.sh", "resume", "--spot", "quickstart", BUCKET="gs://b", **stand_in)
     assert result.returncode == 0, result.stderr
     anew = ["delete", "create", "describe", "scp", "ssh"] if made_anew else []
     assert [call[3] for call in calls(stand_in)] == ["describe", *anew, "ssh", "ssh"]
@@ -370,9 +377,8 @@ def test_gpu_slurm_submits_one_process_for_each_gpu(
 
 
 def test_gke_manifest_runs_a_config_on_every_host_of_the_slice() -> None:
-    claim, jobset = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
-    assert (claim["kind"], jobset["kind"]) == ("PersistentVolumeClaim", "JobSet")
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (jobset,) = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+    assert jobset["kind"] == "JobSet"
     (slice_,) = jobset["spec"]["replicatedJobs"]
     job = slice_["template"]["spec"]
     pod = job["template"]["spec"]
@@ -385,29 +391,24 @@ def test_gke_manifest_runs_a_config_on_every_host_of_the_slice() -> None:
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     # A training first ends its validation, and saves.
     assert pod["terminationGracePeriodSeconds"] >= 300
-    (volume,) = pod["volumes"]
-    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"]}
     assert container["command"] == ["python", "-m", "l2s_jax.main"]
     values = dict(argument.split("=", 1) for argument in container["args"])
     assert (ROOT / values["--config"]).is_file()
-    assert any(
-        values["--workdir"].startswith(mount["mountPath"] + "/")
-        for mount in container["volumeMounts"]
-    )
+    others = [value for name, value in values.items() if name != "--config"]
+    assert len(others) == 4 and all(value.startswith("gs://BUCKET/") for value in others)
 
 
 def test_dockerfile_makes_the_image_of_the_manifest() -> None:
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     said = {keyword: rest for keyword, rest in steps}
-    _, jobset = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+    (jobset,) = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert (said["FROM"], said["WORKDIR"]) == ("python:3.11-slim", container["workingDir"])
     assert said["ARG"] == "JAX=jax[tpu]"
     installs = [shlex.split(rest) for keyword, rest in steps if keyword == "RUN"]
-    assert [step[-1] for step in installs] == ["$JAX", ".[serve]"]
+    assert [step[-1] for step in installs] == ["$JAX", ".[gs,s3,serve]"]
     assert all(step[:2] == ["pip", "install"] for step in installs)
     # What the image leaves out is nothing that a commit holds.
     ignored = (ROOT / ".dockerignore").read_text().split()

@@ -18,7 +18,15 @@ import safetensors
 from safetensors.numpy import save_file
 
 from l2s_jax import sealed
-from l2s_jax.files import atomic_directory, read_json, replacing, write_json
+from l2s_jax.copies import local
+from l2s_jax.files import (
+    atomic_directory,
+    is_file,
+    listed_names,
+    read_json,
+    replacing,
+    write_json,
+)
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 
@@ -48,7 +56,7 @@ def _weight_map(index_path: str) -> dict[str, str]:
 
 def _no_weights(directory: str, stem: str) -> ValueError:
     pickles = sorted(
-        name for name in os.listdir(directory) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))
+        name for name in listed_names(directory) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))
     )
     if pickles:
         return ValueError(
@@ -112,10 +120,10 @@ class TensorFiles:
         self._mapped = 0  # bytes read through the open files
         self._expected: dict[str, set[str]] = {}
         self._absent: set[str] = set()  # tensors that the index lists, and its files lack
-        if os.path.exists(single):
+        if is_file(single):
             self.source = single
             self._files = dict.fromkeys(self._opened(single).keys(), single)
-        elif os.path.exists(index):
+        elif is_file(index):
             self.source = index
             self._files = {
                 key: os.path.join(directory, name) for key, name in _weight_map(index).items()
@@ -141,7 +149,7 @@ class TensorFiles:
         if file in self._open:
             return self._open[file]
         try:
-            handle = safetensors.safe_open(file, framework="np").__enter__()
+            handle = safetensors.safe_open(local(file), framework="np").__enter__()
         except FileNotFoundError:
             raise ValueError(f"{file}: no such file, but {self.source} names it") from None
         except (OSError, safetensors.SafetensorError) as error:
@@ -211,7 +219,7 @@ def hashed_files(directory: str) -> list[str]:
     stem = "params" if "format" in read_json(os.path.join(directory, "config.json")) else "model"
     names = ["config.json"]
     index = _index_path(directory, stem)
-    if os.path.exists(index) and not os.path.exists(_single_path(directory, stem)):
+    if is_file(index) and not is_file(_single_path(directory, stem)):
         names += [os.path.basename(index), *sorted(set(_weight_map(index).values()))]
     else:
         names.append(f"{stem}.safetensors")
@@ -226,7 +234,7 @@ def content_hash(directory: str) -> str:
     digest = hashlib.sha256()
     for path in hashed_files(directory):
         try:
-            with open(path, "rb") as file:
+            with open(local(path), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if not is_gguf(directory):
                     digest.update(f"{os.path.basename(path)}\0{size}\0".encode())

@@ -45,7 +45,7 @@ from l2s_jax.checkpoints.files import (
 )
 from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
-from l2s_jax.files import read_json
+from l2s_jax.files import is_folder, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 from l2s_jax.models.serving import float_dtype
@@ -77,7 +77,7 @@ def _read_config(directory: str) -> tuple[dict[str, Any], str]:
     """(config.json's object, or a GGUF file's in its manner; the path for errors)."""
     if is_gguf(directory):
         return GgufTensors(directory).fields, directory
-    if not os.path.isdir(directory):
+    if not is_folder(directory):
         raise ValueError(f"{directory}: not a directory")
     path = os.path.join(directory, "config.json")
     return read_json(path), path

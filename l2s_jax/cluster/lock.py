@@ -2,7 +2,7 @@
 
 Process 0 of a job holds DIR/.lock and touches it every few seconds, by a thread of the package
 filelock. One that is left by a process of the same host that is gone is taken over, and any that
-nobody has touched for a minute.
+nobody has touched for a minute. In a bucket it is as bucket_lock.py says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 
 import filelock
 
-from l2s_jax.cluster import distributed, job
-from l2s_jax.files import is_unfinished, read_json, write_json
+from l2s_jax.cluster import bucket_lock, distributed, job
+from l2s_jax.files import is_bucket, is_unfinished, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ def of_job(workdir: str) -> Iterator[None]:
 
 def _take(workdir: str, held: contextlib.ExitStack) -> None:
     """Holds the lock until `held` is closed."""
+    if is_bucket(workdir):
+        bucket_lock.take(workdir, held)
+        return
     if not os.path.isdir(workdir):
         os.makedirs(workdir)
         held.callback(_remove_if_empty, workdir)

@@ -23,8 +23,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import fsspec
 import numpy as np
 
+from l2s_jax.copies import local
 from l2s_jax.data.text import all_whole, decoded
-from l2s_jax.files import check_depth, one_line
+from l2s_jax.files import check_depth, is_bucket, one_line
 
 STDIN = "-"
 
@@ -264,6 +265,8 @@ class TfdsRecords(Sequence[Record]):
 def _tfds_builder(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
+    if is_bucket(data_dir):  # ArrayRecord's reader wants files of a disk
+        data_dir = local(data_dir, (f"{name.partition('/')[0]}/*",))
     # Registers our own dataset with TFDS.
     from l2s_jax.data import synthetic  # noqa: F401
 

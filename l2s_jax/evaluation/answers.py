@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from l2s_jax import models
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.training import TrainedStage
-from l2s_jax.files import json_object
+from l2s_jax.files import is_file, json_object, read_bytes
 
 _FILE = "predictions.jsonl"
 
@@ -53,7 +54,7 @@ class AnswerStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether the answers are there."""
-        return os.path.exists(self._path)
+        return is_file(self._path)
 
     def progress(self) -> str:
         """They are made in one go."""
@@ -77,16 +78,15 @@ def read_answers(folder: str) -> Answers:
     """What is in the folder of an AnswerStage that is made."""
     path = os.path.join(folder, _FILE)
     responses, cut = [], []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            record = json_object(line, f"{path}:{number}")
-            if not isinstance(record.get("response"), str) or type(record.get("cut")) is not bool:
-                raise ValueError(
-                    f"{path}:{number}: no answer; expected the keys 'response' and 'cut': remove "
-                    "the file, and the same command makes it again"
-                )
-            responses.append(record["response"])
-            cut.append(record["cut"])
+    for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
+        record = json_object(line, f"{path}:{number}")
+        if not isinstance(record.get("response"), str) or type(record.get("cut")) is not bool:
+            raise ValueError(
+                f"{path}:{number}: no answer; expected the keys 'response' and 'cut': remove "
+                "the file, and the same command makes it again"
+            )
+        responses.append(record["response"])
+        cut.append(record["cut"])
     if not cut:
         raise ValueError(f"{path}: no answers; remove it, and the same command makes it again")
     return Answers(responses, sum(cut) / len(cut))

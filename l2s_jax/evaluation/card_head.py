@@ -9,6 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from l2s_jax.copies import local
+from l2s_jax.files import is_bucket, is_file
 from l2s_jax.gguf_file import is_gguf, read_header
 from l2s_jax.hub import cached, is_name
 
@@ -60,6 +62,8 @@ def _known(path: str) -> dict[str, Any]:
     found = cached(path)
     if found is None:
         return {}
+    if is_bucket(found):
+        found = local(found, ("README.md",)) if is_file(f"{found}/README.md") else ""
     if is_gguf(found):
         header = read_header(found, strings=True)
         return {

@@ -28,6 +28,7 @@ from l2s_jax.experiment import workdir as workdirs
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid, Variant, make_grid
 from l2s_jax.experiment.room import check_room
+from l2s_jax.files import is_bucket, make_folder
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.rules import SYSTEMS
@@ -62,9 +63,14 @@ def compare(config: ConfigDict, workdir: str, flags: Sequence[str]) -> dict[str,
       ValueError: a flag or a variant that no run could use, found before any work; or what is
         wrong with a variant, whose name it says.
     """
+    if is_bucket(workdir):
+        raise ValueError(
+            f"--workdir={workdir}: --mode=compare expects a folder on a disk, where variants share "
+            "stages by links"
+        )
     grid = make_grid(config, flags)
     _check(grid, workdir)
-    distributed.on_primary(lambda: os.makedirs(workdir, exist_ok=True))
+    distributed.on_primary(lambda: make_folder(workdir))
     workdirs.check_shared(workdir)
     _check_tokens(grid, workdir)
     for place, variant in enumerate(grid.variants):

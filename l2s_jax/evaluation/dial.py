@@ -21,7 +21,7 @@ from l2s_jax.config import typed
 from l2s_jax.evaluation import dial_report, evaluate, exactness, metrics, report
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment.experiment import Experiment
-from l2s_jax.files import read_json
+from l2s_jax.files import is_file, read_json
 from l2s_jax.serving import batching
 from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.rules import cannot_draft
@@ -204,7 +204,7 @@ def _into_report(experiment: Experiment) -> None:
     path = os.path.join(workdir, "report.json")
     recorded = EvaluationStage(experiment).record.read() or {}
     models = dial_report.models_of(experiment)
-    if os.path.exists(path) and _holds(recorded.get("models"), models):
+    if is_file(path) and _holds(recorded.get("models"), models):
         conclusion = dial_report.found(experiment)
         report.write_report({**read_json(path), "dial": conclusion}, workdir)
 

@@ -27,7 +27,7 @@ from l2s_jax.evaluation import dial_plot, plot
 from l2s_jax.evaluation.report import dtypes, factor, metric_name, ms, number, table
 from l2s_jax.evaluation.report_check import plain, require, require_numbers
 from l2s_jax.experiment.experiment import Experiment
-from l2s_jax.files import read_json, write_bytes
+from l2s_jax.files import is_file, read_json, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def found(experiment: Experiment) -> str:
     """What the workdir's dial concludes; "" where there is none on the experiment's models."""
     workdir = experiment.context.workdir
     path = os.path.join(workdir, "dial.json")
-    if not os.path.exists(path) or not os.path.exists(os.path.join(workdir, "dial.png")):
+    if not is_file(path) or not is_file(os.path.join(workdir, "dial.png")):
         return ""
     try:
         dial = read_json(path)

@@ -28,7 +28,7 @@ from l2s_jax.evaluation import (
 from l2s_jax.evaluation.card import write_card
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
-from l2s_jax.files import write_json_lines
+from l2s_jax.files import make_folder, write_json_lines
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving.generator import Generator
@@ -297,7 +297,7 @@ def environment(dtype: Any, encoder_dtype: Any) -> dict[str, Any]:
 
 def write_predictions(path: str, examples: Sequence[Example], outputs: Sequence[Output]) -> None:
     """Writes what a system answers to each example, as JSON Lines."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
     records = (
         {
             "prompt": example.prompt,

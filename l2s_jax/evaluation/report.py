@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from l2s_jax.evaluation import distilled, exactness, plot
 from l2s_jax.evaluation.report_check import RATIOS, SYSTEMS, check, plain
-from l2s_jax.files import write_bytes
+from l2s_jax.files import make_folder, write_bytes
 
 _NAMES = {
     "llm": "LLM", "slm": "SLM alone", "l2s": "L2S", "l2s_mismatched": "L2S, mismatched",
@@ -70,7 +70,7 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
         "quality_latency.png": plot.image(figure, "png"),
         "quality_latency.svg": plot.image(figure, "svg"),
     }
-    os.makedirs(directory, exist_ok=True)
+    make_folder(directory)
     for name, content in files.items():
         write_bytes(os.path.join(directory, name), content)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.files import is_file
 from l2s_jax.settings.evaluation import DEFAULT_TOKENIZER, bleu_tokenizer
 
 
@@ -42,7 +43,7 @@ class EvaluationStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether there is a report."""
-        return os.path.exists(os.path.join(self.context.workdir, "report.json"))
+        return is_file(os.path.join(self.context.workdir, "report.json"))
 
     def progress(self) -> str:
         """A report is made in one go."""

@@ -5,7 +5,6 @@ Only shapes are computed. What a tokenizer says is not known yet.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import cut_of
+from l2s_jax.files import is_folder
 from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
 from l2s_jax.models.lora import Adapters, Lora
@@ -84,7 +84,7 @@ def models_of(config: ConfigDict) -> dict[str, ModelConfig | None]:
 def _model(section: ConfigDict) -> ModelConfig | None:
     """The config of a model; None of one that lies elsewhere than in a folder."""
     if section.path:
-        return pretrained.read_config(section.path) if os.path.isdir(section.path) else None
+        return pretrained.read_config(section.path) if is_folder(section.path) else None
     geometry = section.model.to_dict()
     return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
 

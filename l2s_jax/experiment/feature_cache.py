@@ -30,7 +30,17 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
 from l2s_jax.experiment.feature_files import FeatureFiles, Features
 from l2s_jax.experiment.workdir import fingerprint
-from l2s_jax.files import UNFINISHED, atomic_directory, plain, read_json, write_json
+from l2s_jax.files import (
+    UNFINISHED,
+    absolute,
+    atomic_directory,
+    is_bucket,
+    is_file,
+    is_whole,
+    plain,
+    read_json,
+    write_json,
+)
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.representation import represent
 from l2s_jax.models.systems import Params
@@ -74,15 +84,15 @@ def encoding(config: ModelConfig, layers: tuple[int, ...], result: NamedSharding
 
 
 def check_folder(folder: str) -> None:
-    """Raises a ValueError where `folder` can be no cache: it is a URL, or a subfolder of one."""
-    if "://" in folder:
-        raise ValueError(f"config.features.cache={folder!r}: expected a folder, local or mounted")
+    """Raises a ValueError where `folder` can be no cache: another URL, or a subfolder of one."""
+    if "://" in folder and not is_bucket(folder):
+        raise ValueError(f"config.features.cache={folder!r}: expected a folder, gs:// or s3://")
     path = os.path.join(folder, _FACTS)
-    if os.path.exists(path):
+    if is_file(path):
         raise ValueError(
             f"config.features.cache={folder!r}: holds what one LLM (content hash "
             f"{str(read_json(path).get('llm_hash'))[:12]}) made of prompts; expected the folder "
-            f"above it, {os.path.dirname(os.path.abspath(folder))!r}, in which every LLM finds its "
+            f"above it, {os.path.dirname(absolute(folder))!r}, in which every LLM finds its "
             "own"
         )
 
@@ -151,7 +161,7 @@ def cached(
         return [rows[place] for place in places] if own else None
 
     def check() -> None:
-        if os.path.isdir(directory):
+        if is_whole(directory, _FACTS):
             _check_facts(directory, facts)
 
     distributed.on_primary(check)
@@ -183,6 +193,8 @@ def _encoded(
 
 
 def _check_disk(cache: str, needed: int, tokens: int, split: str) -> None:
+    if is_bucket(cache):
+        return
     os.makedirs(cache, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if needed > free:
@@ -195,13 +207,13 @@ def _check_disk(cache: str, needed: int, tokens: int, split: str) -> None:
 
 def _prepare(directory: str, facts: Mapping[str, Any]) -> None:
     """Makes the folder of shards, or finds the one that another run has made meanwhile."""
-    if os.path.isdir(directory):
+    if is_whole(directory, _FACTS):
         return
     try:
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory, _FACTS) as temporary:
             write_json(os.path.join(temporary, _FACTS), facts, sort_keys=True)
     except OSError:
-        if not os.path.isdir(directory):
+        if not is_whole(directory, _FACTS):
             raise
 
 

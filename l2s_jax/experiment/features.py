@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import Stage
+from l2s_jax.files import is_folder
 
 
 def rows_of(train: ConfigDict, ways: int) -> int:
@@ -45,7 +45,7 @@ class FeatureStage(Stage):
 
     def state(self) -> tuple[str, str]:
         """Where it is: only the prompts themselves say what is missing from it."""
-        return "done" if os.path.isdir(self.cache) else "missing", f"kept by prompt in {self.cache}"
+        return "done" if is_folder(self.cache) else "missing", f"kept by prompt in {self.cache}"
 
     def made(self) -> str:
         """The cache, with H of the prompts that are learnt and validated with."""

@@ -1,7 +1,7 @@
 """Content hashes of what an experiment reads, remembered in DIR/hashes.json.
 
-A hash is remembered with the size and the age of the files behind it, so that gigabytes are read
-again only where one of these has changed.
+A hash is remembered with the size and the age of the files behind it, in a bucket with their tags
+in the place of an age, so that gigabytes are read again only where one of these has changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment.workdir import fingerprint
-from l2s_jax.files import read_json, write_json
+from l2s_jax.files import is_bucket, is_file, is_folder, read_json, signature, write_json
 from l2s_jax.sealed import with_hash, without_hash
 
 
@@ -25,7 +25,7 @@ class Hashes:
         self._path = os.path.join(workdir, "hashes.json")
         self._keep = keep
         self._known: dict[str, Any] = {}
-        for name, known in (read_json(self._path) if os.path.exists(self._path) else {}).items():
+        for name, known in (read_json(self._path) if is_file(self._path) else {}).items():
             # What is damaged is made again. (Older versions wrote no hash of it.)
             with contextlib.suppress(ValueError):
                 if isinstance(known, dict) and {"files", "hash"} <= known.keys():
@@ -35,27 +35,27 @@ class Hashes:
     def of(self, what: Any, files: Sequence[str], compute: Callable[[], str]) -> str:
         """The hash of `what` (JSON-able), which `compute` makes of `files`.
 
-        Without files, or where one is a URL, it is computed at every start.
+        Without files, or where one is a URL that is in no bucket, it is computed at every start.
         """
         name = fingerprint({"of": what})
-        signature = _signature(files)
+        facts = _facts(files)
         known = self._known.get(name)
-        if known and (signature is None or known["files"] == signature):
+        if known and (facts is None or known["files"] == facts):
             return known["hash"]
         value = compute()
-        self._known[name] = with_hash({"files": signature, "hash": value})
-        if signature and self._keep and os.path.isdir(os.path.dirname(self._path)):
+        self._known[name] = with_hash({"files": facts, "hash": value})
+        workdir = os.path.dirname(self._path)
+        if facts and self._keep and (is_bucket(workdir) or is_folder(workdir)):
             lasting = {name: known for name, known in self._known.items() if known["files"]}
             write_json(self._path, lasting, sort_keys=True)
         return value
 
 
-def _signature(files: Sequence[str]) -> list[list[Any]] | None:
+def _facts(files: Sequence[str]) -> list[list[Any]] | None:
     try:
-        facts = [(os.path.abspath(path), os.stat(os.path.expanduser(path))) for path in files]
+        return [signature(path) for path in files] or None
     except OSError:
         return None
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in facts] or None
 
 
 def examples_hash(examples: Iterable[Example], *, responses: bool) -> str:

@@ -18,6 +18,7 @@ from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
+from l2s_jax.files import absolute
 
 if TYPE_CHECKING:
     from l2s_jax.models.systems import LlmToSlm, Params
@@ -134,7 +135,7 @@ class L2sStage(BundleStage):
         prepare = self._features.put_into if cached else None
         trained = self.fit(system, params, frozen, prepare)
         # A model and an LLM of the same workdir stay together when the workdir is moved.
-        inside = os.path.join(os.path.abspath(self.context.workdir), "llm", "model")
+        inside = os.path.join(absolute(self.context.workdir), "llm", "model")
         llm_path = self._llm.reference
         self.write_model(
             functools.partial(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
-import glob
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from l2s_jax.data.tasks import Example
 from l2s_jax.experiment import shards
-from l2s_jax.files import json_object, write_json_lines
+from l2s_jax.files import json_object, matching_names, read_bytes, write_json_lines
 from l2s_jax.sealed import with_hash, without_hash
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,7 @@ class LabelFiles:
 
     def files(self) -> list[str]:
         """Paths of the files that are there, oldest first."""
-        return sorted(
-            glob.glob(os.path.join(glob.escape(self._directory), f"{self._split}-*.jsonl"))
-        )
+        return matching_names(self._directory, f"{self._split}-*.jsonl")
 
     def keys(self, files: Sequence[str]) -> set[str]:
         """Keys of all labels in some files."""
@@ -172,11 +170,10 @@ def label(
 def _records(path: str) -> list[dict[str, Any]]:
     """The objects in a file's lines, each once it is what it was when it was written."""
     records = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                records.append(without_hash(json_object(line, where), where))
-            except ValueError as error:
-                raise ValueError(f"{error}; {_AGAIN}") from None
+    for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
+        where = f"{path}:{number}"
+        try:
+            records.append(without_hash(json_object(line, where), where))
+        except ValueError as error:
+            raise ValueError(f"{error}; {_AGAIN}") from None
     return records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import LanguageModelStage
+from l2s_jax.files import absolute
 from l2s_jax.hub import find, is_name, reference
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class LlmStage(LanguageModelStage):
         path = self.section.path
         if self.context.mode == "look" and is_name(path):
             return path
-        return os.path.abspath(find(path))
+        return absolute(find(path))
 
     @property
     def layers(self) -> Groups:
@@ -90,7 +90,7 @@ class LlmStage(LanguageModelStage):
     @property
     def reference(self) -> str:
         """Its directory, or its name and commit on the hub."""
-        return os.path.abspath(self.directory) if self.is_used() else reference(self.section.path)
+        return absolute(self.directory) if self.is_used() else reference(self.section.path)
 
     @property
     def content(self) -> str | None:

@@ -18,7 +18,7 @@ from l2s_jax.experiment.stage import RecordedStage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.experiment.workdir import differences
-from l2s_jax.files import plain, read_json, write_json
+from l2s_jax.files import is_file, plain, read_json, write_json
 from l2s_jax.tokenizers.cut import as_whole, kept_by
 
 
@@ -89,7 +89,7 @@ class LogitStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether there is a distribution for each token that is learnt."""
-        if not os.path.exists(self._summary):
+        if not is_file(self._summary):
             return False
         return not differences(read_json(self._summary).get("examples"), self._examples())
 
@@ -162,7 +162,7 @@ class LogitStage(RecordedStage):
         if not self.is_used():
             return {}
         # Whoever evaluates may no longer have them.
-        found = read_json(self._summary) if os.path.exists(self._summary) else {}
+        found = read_json(self._summary) if is_file(self._summary) else {}
         settings = {name: self._settings[name] for name in ("weight", "temperature", "top_k")}
         return {"distillation": settings | {"left_out": found.get("left_out")}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,15 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from l2s_jax.files import UNFINISHED, replacing, write_bytes
+from l2s_jax.copies import local
+from l2s_jax.files import (
+    UNFINISHED,
+    is_bucket,
+    matching_names,
+    read_bytes,
+    replacing,
+    write_bytes,
+)
 
 _SUFFIX, _INDEX_SUFFIX = ".array_record", ".index"
 # zstd would make H, which is close to noise, a fifth smaller, and reading it four times as slow.
@@ -31,7 +38,7 @@ class RecordFiles:
 
     def files(self) -> list[str]:
         """Paths of the shards that are there, in order of their numbers."""
-        return sorted(glob.glob(os.path.join(glob.escape(self._directory), f"*{_SUFFIX}")))
+        return matching_names(self._directory, f"*{_SUFFIX}")
 
     def keys(self, files: Sequence[str]) -> set[bytes]:
         """Keys of all values in some shards."""
@@ -46,8 +53,7 @@ class RecordFiles:
         stem = path.removesuffix(_SUFFIX)
         name = f"{stem}{_INDEX_SUFFIX}"
         try:
-            with open(name, "rb") as file:
-                content = file.read()
+            content = read_bytes(name)
         except OSError as error:
             raise ValueError(f"{name}: not readable: {error.strerror}; {_AGAIN}") from None
         if not stem.endswith(f"-{_hash(content)}"):
@@ -74,8 +80,9 @@ class RecordFiles:
 
     def tidy(self) -> None:
         """Removes what killed runs left of shards that are all there now."""
-        pattern = os.path.join(glob.escape(self._directory), f"*{UNFINISHED}")
-        for path in glob.glob(pattern):
+        if is_bucket(self._directory):
+            return
+        for path in matching_names(self._directory, f"*{UNFINISHED}"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
 
@@ -95,7 +102,7 @@ class Records:
         for path in files:
             there = store.index(path)
             with _readable(path):
-                reader = ArrayRecordReader(path)
+                reader = ArrayRecordReader(local(path))
                 found = reader.num_records()
                 reader.close()
             if found != len(there):
@@ -106,7 +113,7 @@ class Records:
         self._places = np.array([places[key] for key in keys], np.int64)
         counts = np.diff(self._starts)
         self._records = ArrayRecordDataSource(
-            [f"{path}[0:{count}]" for path, count in zip(files, counts, strict=True)]
+            [f"{local(path)}[0:{count}]" for path, count in zip(files, counts, strict=True)]
         )
 
     def __len__(self) -> int:

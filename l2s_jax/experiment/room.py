@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from l2s_jax.experiment.early import models_of
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid
+from l2s_jax.files import is_bucket
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.systems import LanguageModel, parameter_count
 from l2s_jax.training.checkpoint import NEWEST
@@ -37,6 +38,8 @@ def check_room(grid: Grid, workdir: str) -> None:
     Raises:
       ValueError: they need more than is free.
     """
+    if is_bucket(workdir):
+        return
     needed: dict[str, int] = {}
     own = os.path.exists(os.path.join(workdir, "config.json"))
     for variant in grid.variants:

@@ -23,6 +23,7 @@ from l2s_jax.data.batches import Buckets
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
 from l2s_jax.experiment.logit_files import LogitFiles, Logits, encoded, token_bytes
+from l2s_jax.files import is_bucket
 from l2s_jax.models.systems import Batch, LanguageModel, Params
 from l2s_jax.training import chunks
 from l2s_jax.training.distillation import log_sum_of_others
@@ -170,6 +171,8 @@ def _batches(
 
 
 def _check_disk(directory: str, needed: int, tokens: int) -> None:
+    if is_bucket(directory):
+        return
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.files import is_file
 from l2s_jax.tokenizers import Tokenizer, for_chat, load_tokenizer
 from l2s_jax.tokenizers.sentencepiece import MODEL_FILE, train_sentencepiece
 
@@ -49,7 +50,7 @@ class TokenizerStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether the model's file is there."""
-        return os.path.exists(os.path.join(self.record.directory, MODEL_FILE))
+        return is_file(os.path.join(self.record.directory, MODEL_FILE))
 
     def progress(self) -> str:
         """It is made in one go."""

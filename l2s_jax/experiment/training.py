@@ -16,7 +16,7 @@ from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
-from l2s_jax.files import atomic_directory
+from l2s_jax.files import MODEL_MARKER, atomic_directory, is_whole, listed_names, rename_folder
 from l2s_jax.settings.declare import recorded
 from l2s_jax.settings.training import Train
 from l2s_jax.tokenizers.cut import kept_by, whole_of
@@ -91,7 +91,7 @@ class TrainedStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether the model is there."""
-        return os.path.isdir(os.path.join(self.record.directory, "model"))
+        return is_whole(os.path.join(self.record.directory, "model"))
 
     def sources(self) -> dict[str, str]:
         """The checkpoints' commits on the hub."""
@@ -100,15 +100,15 @@ class TrainedStage(RecordedStage):
     def progress(self) -> str:
         """The step of the newest checkpoint."""
         folder = os.path.join(self.record.directory, "checkpoints")
-        names = os.listdir(folder) if os.path.isdir(folder) else []
+        names = listed_names(folder)
         step = max((int(name) for name in names if name.isdigit()), default=0)
         return f"step {step} of {self.section.train.steps}"
 
     def reopen(self, steps: int) -> None:
         """Keeps the model of so many steps as NAME/model.STEPS."""
         model = os.path.join(self.record.directory, "model")
-        if os.path.isdir(model):
-            os.rename(model, f"{model}.{steps}")
+        if is_whole(model):
+            rename_folder(model, f"{model}.{steps}", MODEL_MARKER)
 
     def training_inputs(self, data: dict[str, Any]) -> dict[str, Any]:
         """Inputs of any training; `data` are hashes of what it learns."""

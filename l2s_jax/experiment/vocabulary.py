@@ -11,6 +11,7 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.tokenizers import TokenizerStage
+from l2s_jax.files import is_file
 from l2s_jax.tokenizers import Tokenizer
 from l2s_jax.tokenizers.cut import VOCABULARY_FILE, CutTokenizer, choose, essential, read_kept
 
@@ -42,7 +43,7 @@ class VocabularyStage(RecordedStage):
 
     def is_made(self) -> bool:
         """Whether the list is there."""
-        return os.path.exists(os.path.join(self.record.directory, VOCABULARY_FILE))
+        return is_file(os.path.join(self.record.directory, VOCABULARY_FILE))
 
     def progress(self) -> str:
         """It is made in one go."""

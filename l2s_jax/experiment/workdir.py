@@ -15,8 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from l2s_jax import files
 from l2s_jax.config import of_settings
-from l2s_jax.files import plain, read_json, shown, write_json
+from l2s_jax.files import is_bucket, plain, read_json, shown, write_json
 from l2s_jax.settings.declare import read
 from l2s_jax.settings.moved import upgraded
 from l2s_jax.settings.sections import Settings
@@ -48,7 +49,7 @@ class Record:
 
     def read(self) -> dict[str, Any] | None:
         """What is recorded; None where nothing is."""
-        if not os.path.exists(self._path):
+        if not files.is_file(self._path):
             return None
         found = read_json(self._path)
         train = found.get("train", {"steps": 0})
@@ -86,7 +87,7 @@ class Record:
             run = fingerprint(found)  # what the checkpoints of version 0.1 say
         else:
             run = found[_RUN]
-        os.makedirs(self.directory, exist_ok=True)
+        files.make_folder(self.directory)
         content = {**plain(inputs), _VERSION: version, _RUN: run}
         if sources:
             content[_SOURCES] = dict(sources)
@@ -95,7 +96,7 @@ class Record:
     @property
     def is_link(self) -> bool:
         """Whether the stage lies elsewhere."""
-        return os.path.islink(self.directory)
+        return not is_bucket(self.directory) and os.path.islink(self.directory)
 
     def link(self, place: Record) -> None:
         """Has the stage lie in another record's folder; a folder that was here is moved aside."""
@@ -115,10 +116,11 @@ class Record:
     def move_aside(self) -> str:
         """Renames the stage's folder to NAME.old1, NAME.old2, ...; gives the new name."""
         number = 1
-        while os.path.exists(f"{self.directory}.old{number}"):
+        while files.exists(f"{self.directory}.old{number}"):
             number += 1
-        os.rename(self.directory, f"{self.directory}.old{number}")
-        return f"{self.directory}.old{number}"
+        aside = f"{self.directory}.old{number}"
+        files.rename_folder(self.directory, aside, _RECORD)
+        return aside
 
 
 def is_old(found: Mapping[str, Any]) -> bool:
@@ -196,7 +198,7 @@ def differences(old: Any, new: Any, prefix: str = "", *, common: bool = False) -
 
 def write_config(workdir: str, config: ConfigDict) -> None:
     """Keeps the config of the newest run as DIR/config.json."""
-    os.makedirs(workdir, exist_ok=True)
+    files.make_folder(workdir)
     write_json(os.path.join(workdir, "config.json"), config.to_dict(), sort_keys=True)
 
 
@@ -212,9 +214,9 @@ def check_shared(workdir: str) -> None:
         return read_json(path)["token"]
 
     token = distributed.on_primary(write)
-    seen = os.path.exists(path) and read_json(path)["token"] == token
+    seen = files.is_file(path) and read_json(path)["token"] == token
     blind = [number for number, sees in enumerate(distributed.exchange(seen)) if not sees]
-    distributed.on_primary(lambda: os.remove(path))
+    distributed.on_primary(lambda: files.remove(path))
     if blind:
         raise ValueError(
             f"{workdir}: process {blind[0]} does not see what process 0 writes there; expected a "
@@ -232,6 +234,6 @@ def read_config(workdir: str) -> ConfigDict:
       ValueError: there was none, or it holds what is no setting.
     """
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    if not files.is_file(path):
         raise ValueError(f"{path}: no such file; expected the workdir of a run, or --config")
     return of_settings(read(Settings, upgraded(read_json(path)), f"{path}: config"))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes, cut_of
+from l2s_jax.files import exists
 from l2s_jax.hub import cached, is_name
 from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, make_config
@@ -200,7 +201,7 @@ def _model(config: ConfigDict, name: str) -> ModelConfig:
     section = config[name]
     if section.path:
         # What a published name stands for is known without asking the hub.
-        if os.path.exists(section.path) or cached(section.path, "config"):
+        if exists(section.path) or cached(section.path, "config"):
             return pretrained.read_config(section.path)
         known = os.path.basename(os.path.normpath(section.path)).lower()
         if known not in GEOMETRIES and is_name(section.path):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.config import buckets_of
-from l2s_jax.files import write_json, write_text
+from l2s_jax.files import make_folder, write_json, write_text
 from l2s_jax.plan import costs
 from l2s_jax.plan.costs import number
 from l2s_jax.plan.slices import Slice
@@ -86,7 +86,7 @@ def describe(where: Slice, mesh: Mesh) -> dict[str, Any]:
 
 def write(report: dict[str, Any], workdir: str) -> str:
     """Writes DIR/plan.json and DIR/plan.md; gives the latter's text."""
-    os.makedirs(workdir, exist_ok=True)
+    make_folder(workdir)
     text = markdown(report)
     write_json(os.path.join(workdir, "plan.json"), report)
     write_text(os.path.join(workdir, "plan.md"), text)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,17 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
 from l2s_jax.checkpoints.files import TensorFiles, content_hash, hashed_files, write_directory
 from l2s_jax.checkpoints.reading import read_params
-from l2s_jax.files import write_json
+from l2s_jax.files import (
+    absolute,
+    exists,
+    is_bucket,
+    is_file,
+    is_folder,
+    make_folder,
+    read_bytes,
+    write_bytes,
+    write_json,
+)
 from l2s_jax.hub import find, is_name
 from l2s_jax.models.systems import LlmToSlm, Params
 from l2s_jax.models.vocabulary import with_vocabulary, without_vocabulary
@@ -93,7 +102,7 @@ def save_whole(
     system: LlmToSlm, trained: Params, frozen: Params, directory: str, **others: Any
 ) -> None:
     """As `save`, with what encodes of the LLM inside."""
-    os.makedirs(directory, exist_ok=True)
+    make_folder(directory)
     reference = _write_llm(system, frozen, directory)
     save(
         system,
@@ -175,7 +184,7 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
         reference = _write_llm(system, frozen, target)
     else:
         path = _llm_path(source, reference["path"])
-        reference = {**reference, "path": path if is_name(path) else os.path.abspath(path)}
+        reference = {**reference, "path": path if is_name(path) else absolute(path)}
     llm_tokenizer, slm_tokenizer = load_tokenizers(source)
     save(
         system,
@@ -190,8 +199,8 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
         generation=fields["generation"],
     )
     card = os.path.join(source, CARD)
-    if os.path.exists(card):
-        shutil.copyfile(card, os.path.join(target, CARD))
+    if is_file(card):
+        write_bytes(os.path.join(target, CARD), read_bytes(card))
 
 
 def llm_path(directory: str) -> str:
@@ -208,7 +217,7 @@ def whole_llm(directory: str) -> str:
     """
     fields, _ = read_fields(directory)
     path = llm_path(directory)
-    inside = os.path.normpath(os.path.join(directory, _LLM))
+    inside = _beside(directory, _LLM)
     partial = path == inside and not fields["llm"].get("whole")
     if partial or (not is_name(path) and pretrained.encodes_only(path)):
         raise ValueError(
@@ -220,8 +229,16 @@ def whole_llm(directory: str) -> str:
 
 def _llm_path(directory: str, path: str) -> str:
     """Where the LLM of the bundle in a directory is: a place here, or a name on the hub."""
-    inside = os.path.normpath(os.path.join(directory, path))
-    return path if not os.path.exists(inside) and is_name(path) else inside
+    inside = _beside(directory, path)
+    return path if not exists(inside) and is_name(path) else inside
+
+
+def _beside(directory: str, path: str) -> str:
+    """A path as it is said in a folder."""
+    if is_bucket(path):
+        return path
+    joined = os.path.join(directory, path)
+    return absolute(joined) if is_bucket(joined) else os.path.normpath(joined)
 
 
 def inspect(directory: str) -> list[pretrained.Parameter]:
@@ -297,4 +314,4 @@ def load_tokenizers(directory: str) -> tuple[Tokenizer, Tokenizer]:
     """(the prompts' tokenizer, the responses'), which are often the same, or one cut from it."""
     own = load_tokenizer(directory)
     of_llm = os.path.join(directory, _LLM_TOKENIZER)
-    return (load_tokenizer(of_llm) if os.path.isdir(of_llm) else whole_of(own)), own
+    return (load_tokenizer(of_llm) if is_folder(of_llm) else whole_of(own)), own

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.files import read_json, shown
+from l2s_jax.files import is_file, read_json, shown
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.mix import Groups, encoding_layer
 from l2s_jax.models.serving import WEIGHTS
@@ -99,7 +99,7 @@ class _Bundle(Section):
 def is_bundle(directory: str) -> bool:
     """Whether an L2S model lies there, as opposed to a model on its own."""
     path = os.path.join(directory, "config.json")
-    return os.path.exists(path) and read_json(path).get("family") == FAMILY
+    return is_file(path) and read_json(path).get("family") == FAMILY
 
 
 def read_fields(directory: str) -> tuple[dict[str, Any], str]:

@@ -16,11 +16,12 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
+from l2s_jax import buckets
 from l2s_jax.cluster import distributed
 from l2s_jax.data import sources
 from l2s_jax.data.parquet import read_parquet
 from l2s_jax.data.tasks import Blank, Task, load_task
-from l2s_jax.files import replacing
+from l2s_jax.files import is_bucket, replacing
 from l2s_jax.serving.generator import Output
 from l2s_jax.serving.loading import load_generator
 from l2s_jax.settings.search import Search, alone, changed
@@ -225,7 +226,9 @@ def _open_output(target: str) -> Iterator[TextIO]:
         return
     with contextlib.ExitStack() as stack:
         with _writing(target):
-            if os.path.isdir(target):
+            if is_bucket(target):
+                buckets.check(os.path.dirname(target), write=True)
+            elif os.path.isdir(target):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             temporary = stack.enter_context(replacing(target))
             file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115  closed below

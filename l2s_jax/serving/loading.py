@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.config import buckets_of, compute_dtypes
+from l2s_jax.files import is_whole
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import with_tokens
@@ -174,7 +175,7 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     directory = os.path.join(workdir, "l2s" if exact else name, "model")
     if name == "llm" and not config.llm.train.steps:
         directory = find(config.llm.path)
-    if not os.path.exists(directory):
+    if not is_whole(directory):
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
     placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))

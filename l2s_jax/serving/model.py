@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 from l2s_jax import hub
-from l2s_jax.files import atomic_directory, write_text
+from l2s_jax.files import atomic_directory, exists, is_folder, listed_names, write_text
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 
@@ -37,7 +37,7 @@ class Model(Generator):
         Raises:
           ValueError: there is something in the folder, or it can't be written.
         """
-        if os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+        if exists(directory) and (not is_folder(directory) or listed_names(directory)):
             raise ValueError(f"{directory}: exists already; expected a new directory")
         try:
             with atomic_directory(directory) as temporary:

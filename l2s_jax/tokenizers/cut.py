@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from l2s_jax import sealed
-from l2s_jax.files import read_json, write_json
+from l2s_jax.files import is_file, read_json, write_json
 
 if TYPE_CHECKING:
     from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -223,7 +223,7 @@ def read_kept(directory: str) -> np.ndarray | None:
       ValueError: the file that says so is none.
     """
     path = os.path.join(directory, VOCABULARY_FILE)
-    if not os.path.exists(path):
+    if not is_file(path):
         return None
     sealed.check(path)
     kept = read_json(path).get("kept")

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from l2s_jax import sealed
-from l2s_jax.files import one_line, write_json, write_text
+from l2s_jax.files import make_folder, one_line, write_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -203,7 +203,7 @@ class HuggingFaceTokenizer:
         """Writes tokenizer.json and tokenizer_config.json, from which the same is loaded, here and
         by transformers.
         """
-        os.makedirs(directory, exist_ok=True)
+        make_folder(directory)
         special = self._special
         fields: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import sentencepiece as spm
 
 from l2s_jax import sealed
-from l2s_jax.files import one_line, write_bytes, write_json
+from l2s_jax.files import make_folder, one_line, read_bytes, write_bytes, write_json
 from l2s_jax.tokenizers.huggingface import OWN, SETTINGS_FILE
 
 MODEL_FILE = "spiece.model"
@@ -96,7 +96,7 @@ class SentencePieceTokenizer:
 
         A file beside it says that this is all: transformers' T5 has 100 sentinels more by default.
         """
-        os.makedirs(directory, exist_ok=True)
+        make_folder(directory)
         settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, OWN: {"file": MODEL_FILE}}
         with sealed.writing(directory, SETTINGS_FILE, MODEL_FILE):
             write_json(os.path.join(directory, SETTINGS_FILE), settings)
@@ -111,8 +111,7 @@ def load(file: str) -> SentencePieceTokenizer:
     """
     sealed.check(file)
     try:
-        with open(file, "rb") as handle:
-            model = handle.read()
+        model = read_bytes(file)
     except OSError as error:
         raise ValueError(f"{file}: cannot read the tokenizer: {error.strerror}") from error
     return SentencePieceTokenizer(model, origin=file)

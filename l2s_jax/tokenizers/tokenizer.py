@@ -9,9 +9,10 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from l2s_jax.files import read_json
+from l2s_jax.copies import local
+from l2s_jax.files import is_bucket, read_json
 from l2s_jax.gguf_file import is_gguf
-from l2s_jax.hub import find, is_name
+from l2s_jax.hub import PARTS, find, is_name
 from l2s_jax.tokenizers import huggingface, reading, sentencepiece
 from l2s_jax.tokenizers.cut import CutTokenizer, read_kept
 
@@ -84,6 +85,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     Raises:
       ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
     """
+    if is_bucket(path):
+        path = local(find(path), PARTS["tokenizer"])
     path = find(path, "tokenizer") if is_name(path) else os.path.expanduser(path)
     if is_gguf(path):
         return reading.load_gguf(path)

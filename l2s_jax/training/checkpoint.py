@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,13 +47,21 @@ class Checkpoints:
     A context manager: leaving it waits for the last write.
     """
 
-    def __init__(self, directory: str, *, best_metric: str | None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        best_metric: str | None,
+        keep: Any = None,
+        multiprocessing: ocp.options.MultiprocessingOptions | None = None,
+    ) -> None:
         """`best_metric`: which of the metrics given to `save` ranks checkpoints, higher is better;
-        None: the latest is the best.
+        None: the latest is the best. `keep`: a policy in the place of the newest and the best.
+        `multiprocessing`: how processes share the work, if not as on a disk that all see.
         """
-        keep: list[Any] = [preservation_policy.LatestN(NEWEST)]
+        policies: list[Any] = [preservation_policy.LatestN(NEWEST)]
         if best_metric:
-            keep.append(
+            policies.append(
                 preservation_policy.BestN(
                     get_metric_fn=lambda metrics: metrics[best_metric],
                     n=1,
@@ -62,22 +70,18 @@ class Checkpoints:
             )
         self._best_metric = best_metric
         self._directory = os.path.abspath(directory)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep or preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+            best_mode="max",
+            # A folder that cannot be made in the background has all else wait for 20 minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            multiprocessing_options=multiprocessing or ocp.options.MultiprocessingOptions(),
+            create=multiprocessing is None,
+        )
         os.makedirs(self._directory, exist_ok=True)
         with _readable(self._directory):
-            self._manager = self._opened(keep)
-
-    def _opened(self, keep: list[Any]) -> ocp.CheckpointManager:
-        best_metric = self._best_metric
-        return _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
-                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
-                best_mode="max",
-                # A folder that cannot be made in the background has all else wait for 20 minutes.
-                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-            ),
-        )
+            self._manager = _Manager(self._directory, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -135,16 +139,33 @@ class Checkpoints:
         data: Mapping[str, Any],
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         """Writes a checkpoint in the background; a kill leaves the ones before it whole.
 
-        Without `metrics` it is not the best one, whatever the others are.
+        Without `metrics` it is not the best one, whatever the others are. `before` is for where the
+        bucket's checkpoint must not be there before something else is.
 
         Raises:
           CannotWrite: this one, or the one before it.
         """
+        sums = checksums({**params, "opt": opt})
+        self._write(step, sums, params=params, opt=opt, data=data, config=config, metrics=metrics)
+
+    def _write(
+        self,
+        step: int,
+        sums: Mapping[str, str],
+        *,
+        params: Mapping[str, Any],
+        opt: Any,
+        data: Mapping[str, Any],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+    ) -> None:
+        """As of `save`, with the sums of the arrays."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
-        sums = {**checksums({**params, "opt": opt}), _DATA: hash_of(data)}
+        sums = {**sums, _DATA: hash_of(data)}
         with self._writing():
             self._manager.save(
                 step,
@@ -170,11 +191,16 @@ class Checkpoints:
         """(config, sums of the arrays or None where an older version saved none) of `step`."""
         where = self._place(step)
         with _readable(where):
-            restored: Any = self._manager.restore(
-                step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-            )
-            config = without_hash(restored.config, where, needed=_SUMS in restored.config)
+            saved = self._saved_config(step)
+            config = without_hash(saved, where, needed=_SUMS in saved)
         return config, config.pop(_SUMS, None)
+
+    def _saved_config(self, step: int) -> dict[str, Any]:
+        """The config of `step`, with all that lies beside it there."""
+        restored: Any = self._manager.restore(
+            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )
+        return restored.config
 
     def _place(self, step: int) -> str:
         return os.path.join(self._directory, str(step))

@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster import distributed, sharding, stopping
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.cluster.stopping import Stopped
+from l2s_jax.files import is_bucket
 from l2s_jax.models.systems import Params
 from l2s_jax.training import on_policy, optim, spent
+from l2s_jax.training.bucket_checkpoints import BucketCheckpoints
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.clock import Clock
 from l2s_jax.training.distillation import Distillation
@@ -150,7 +152,9 @@ def fit(
     best_metric = _RANKS[config.select]
     with (
         jax.set_mesh(mesh),
-        Checkpoints(os.path.join(directory, "checkpoints"), best_metric=best_metric) as checkpoints,
+        (BucketCheckpoints if is_bucket(directory) else Checkpoints)(
+            os.path.join(directory, "checkpoints"), best_metric=best_metric
+        ) as checkpoints,
     ):
         abstract = abstract_state(params, optimizer, config, shardings)
         frozen = sharding.put_parameters(frozen, mesh)
@@ -247,6 +251,7 @@ def fit(
                                 "meter": meter.state(),
                             },
                             metrics=scores,
+                            before=writer.sync,
                         )
                     spent.keep()
                     # A validation may take long.

@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from l2s_jax.data.text import whole
-from l2s_jax.files import CannotWrite, json_object, naming, write_bytes
+from l2s_jax.files import CannotWrite, is_bucket, json_object, naming, write_bytes
+from l2s_jax.training.mirror import Mirror
 from l2s_jax.training.trackers import Trackers
 
 _FILE = "metrics.jsonl"
@@ -38,6 +39,8 @@ class MetricWriter:
     - TensorBoard event files, tags `name/metric`, finite values only, and `name/samples`, purged in
       the same way; unless the trackers are to do without them.
     - What the trackers have of the metrics.
+    - In a bucket, where nothing can be appended to, the files are sent anew every half a minute and
+      before a checkpoint counts, so that a killed run keeps every line up to its checkpoint.
     - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`.
       Where stderr is no terminal, a line every 30 seconds and one at the end.
 
@@ -63,6 +66,10 @@ class MetricWriter:
             raise ValueError(
                 f"start_step {start_step}: expected 0 <= start_step <= total_steps ({total_steps})"
             )
+        self._folder = None
+        if is_bucket(directory):
+            self._folder = Mirror(directory, (_FILE, _SAMPLES))
+            directory = self._folder.local
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, _FILE)
         self._samples = os.path.join(directory, _SAMPLES)
@@ -112,16 +119,24 @@ class MetricWriter:
         """Moves the bar to `step`."""
         self._progress.advance(int(step))
 
+    def sync(self) -> None:
+        """Sends what has been written so far to a bucket, where the directory is in one."""
+        if self._folder:
+            if self._tensorboard:
+                self._tensorboard.flush()
+            self._folder.send()
+
     def close(self) -> None:
         """Closes the files and leaves the bar as it stands."""
         self._progress.close()
         with naming(self._path):
             self._jsonl.close()
-        if not self._tensorboard:
-            return
-        self._check_tensorboard()
-        with naming(os.path.join(self._directory, "events.out.tfevents")):
-            self._tensorboard.close()
+        if self._tensorboard:
+            self._check_tensorboard()
+            with naming(os.path.join(self._directory, "events.out.tfevents")):
+                self._tensorboard.close()
+        if self._folder:
+            self._folder.close()
 
     def _check_tensorboard(self) -> None:
         """An error if the thread that writes its files has ended with one."""
@@ -153,6 +168,9 @@ class NoWriter:
         """Nothing."""
 
     def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
         """Nothing."""
 
     def __enter__(self) -> NoWriter:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from l2s_jax.files import read_json, write_json
+from l2s_jax.files import is_file, read_json, write_json
 
 FILE = "time.json"
 # Compiling: JAX traces, lowers and compiles. Data: a training waits for a batch. Steps: of it.
@@ -129,7 +129,7 @@ def taken() -> dict[str, float]:
 def seconds_of(directory: str) -> dict[str, float]:
     """What the stage in a folder has taken, by kind; {} where that is not known."""
     path = os.path.join(directory, FILE)
-    if not os.path.exists(path):
+    if not is_file(path):
         return {}
     found = read_json(path)
     return {kind: float(found.get(kind, 0.0)) for kind in KINDS}

@@ -21,7 +21,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from l2s_jax.files import read_json, write_json
+from l2s_jax import copies
+from l2s_jax.files import absolute, is_bucket, is_file, make_folder, read_json, write_json
 from l2s_jax.settings.following import TRACKERS
 
 log = logging.getLogger(__name__)
@@ -65,13 +66,18 @@ class Trackers:
         if not (names := [name for name in names if TRACKERS[name]]):
             return
         path = os.path.join(workdir, _FILE)
-        if not os.path.exists(path):
-            os.makedirs(workdir, exist_ok=True)
+        if not is_file(path):
+            make_folder(workdir)
             write_json(path, {"id": uuid.uuid4().hex[:8]})
+        run = str(read_json(path)["id"])
+        folder = os.path.abspath(workdir)
+        if is_bucket(workdir):  # the trackers write to a disk
+            folder = os.path.join(copies.folder(), f"followed-{run}")
+            os.makedirs(folder, exist_ok=True)
         head = {
-            "id": str(read_json(path)["id"]),
-            "name": os.path.basename(os.path.abspath(workdir)),
-            "folder": os.path.abspath(workdir),
+            "id": run,
+            "name": os.path.basename(absolute(workdir)),
+            "folder": folder,
             "config": config,
         }
         self._processes = [_Process(name, head) for name in names]

@@ -1,0 +1,85 @@
+"""Everything in a bucket, as on a disk, of a store that fails now and then."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from emulator import AT
+from safetensors.numpy import load
+
+from l2s_jax import buckets, copies, files
+from l2s_jax.training import meter
+
+TESTS = Path(__file__).parent
+
+
+def lines_of(directory):
+    text = files.read_text(f"{directory}/metrics.jsonl")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if k not in meter.TIMES} for line in lines]
+
+
+def flags(config, workdir, data):
+    return [
+        *(f"--config={config}", f"--workdir={workdir}", f"--config.task.data_dir={data}"),
+        *(f"--config.features.cache={workdir}/cache", "--config.labels.source=llm"),
+        "--config.distillation.weight=0.5",
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(store, tmp_path_factory):
+    """The workdirs of a run on a disk, and of the same in a bucket, which also has its data."""
+    root = tmp_path_factory.mktemp("runs")
+    config = tiny.write_task(root / "data")
+    for path in (root / "data").glob("*.jsonl"):
+        buckets.send(str(path), f"{AT}/data/{path.name}")
+    disk, bucket = str(root / "disk"), f"{AT}/runs/tiny"
+    assert tiny.run(*flags(config, disk, root / "data")) == 0
+    assert tiny.run(*flags(config, bucket, f"{AT}/data")) == 0
+    return disk, bucket, root
+
+
+def test_a_run_in_a_bucket_gives_what_it_gives_on_a_disk(runs):
+    disk, bucket, _ = runs
+    for stage, stem in (("llm", "model"), ("slm", "model"), ("l2s", "params")):
+        path = f"{stage}/model/{stem}.safetensors"
+        ours, theirs = (load(files.read_bytes(f"{run}/{path}")) for run in (bucket, disk))
+        assert {name: value.tobytes() for name, value in ours.items()} == {
+            name: value.tobytes() for name, value in theirs.items()
+        }
+        assert lines_of(f"{bucket}/{stage}") == lines_of(f"{disk}/{stage}")
+        answers = f"predictions/{stage}.jsonl"
+        assert files.read_bytes(f"{bucket}/{answers}") == files.read_bytes(f"{disk}/{answers}")
+    there = buckets.objects(bucket)
+    assert not [name for name in there if ".tmp" in name or ".lock" in name or ".probe" in name]
+    assert sum("events.out.tfevents" in name for name in there) == 3
+    ours, theirs = (files.read_json(f"{run}/report.json")["systems"] for run in (bucket, disk))
+    assert {name: one["quality"] for name, one in ours.items()} == {
+        name: one["quality"] for name, one in theirs.items()
+    }
+
+
+def test_what_is_done_is_found_generated_from_and_copied(runs, capsys):
+    disk, bucket, root = runs
+    assert tiny.run(f"--workdir={bucket}", "--mode=status") == 0
+    states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert set(states) == {"done"}
+    prompts = b"one two\nthree\n"
+    buckets.write(f"{AT}/in.txt", prompts)
+    (root / "in.txt").write_bytes(prompts)
+    for run, place in ((bucket, AT), (disk, root)):
+        files_of = (f"--input={place}/in.txt", f"--output={place}/out.txt")
+        assert tiny.run(f"--workdir={run}", "--mode=generate", *files_of) == 0
+    assert buckets.read(f"{AT}/out.txt") == (root / "out.txt").read_bytes()
+    # The content of models is not read again where nothing has changed.
+    fetched = []
+    fetch = buckets.fetch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            buckets, "fetch", lambda path, file: (fetched.append(path), fetch(path, file))
+        )
+        patch.setattr(copies, "_KEPT_SECONDS", -1.0)
+        assert tiny.run(f"--workdir={bucket}", "--mode=status") == 0
+    assert not [path for path in fetched if path.endswith(".safetensors")]
