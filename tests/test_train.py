@@ -1,6 +1,7 @@
 """Training: the update, the loop, and runs that are stopped and started again."""
 
 import functools
+import gc
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import train_child
 
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.training import loop, meter, update
+from l2s_jax.training.checkpoint import Checkpoints
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
@@ -229,6 +231,39 @@ def test_select(select, tmp_path):
     assert accuracies[2] > accuracies[6]
     expected = max(accuracies.values()) if select == "best" else accuracies[6]
     assert scores("slm", params, [validation])["val_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_what_is_chosen_is_read_in_the_place_of_what_was_trained(average, tmp_path, monkeypatch):
+    def alive():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    found, restored = [], Checkpoints._restored
+
+    def spy(self, step, trees, **others):
+        found.append((step, set(trees), alive() - before))
+        return restored(self, step, trees, **others)
+
+    monkeypatch.setattr(Checkpoints, "_restored", spy)
+    qualities = iter([9.0, 3.0])
+
+    def judge(params, frozen):
+        return loop.Judged({"val_quality": next(qualities)}, [])
+
+    config = {"steps": 4, "evaluate_every": 2, "ema_decay": average, "judge": judge}
+    before = alive()
+    chosen = fit(tmp_path / "best", select="quality", **config)
+    trees = {"slm", "opt"} if average else {"slm"}
+    assert [(step, names) for step, names, _ in found] == [(2, trees)]
+    assert found[0][2] < sum(leaf.nbytes for leaf in jax.tree.leaves(chosen)) / 2
+    # A run that is finished reads what it chose, and no state.
+    small.assert_same(fit(tmp_path / "best", select="quality", **config), chosen)
+    assert [(step, names) for step, names, _ in found[1:]] == [(2, trees)]
+    # What was trained last is not read.
+    qualities = iter([1.0, 2.0])
+    fit(tmp_path / "last", select="quality", **config)
+    assert len(found) == 2
 
 
 def test_a_judge_chooses_the_checkpoint_and_changes_no_training(tmp_path):

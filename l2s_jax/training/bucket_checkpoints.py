@@ -143,15 +143,14 @@ class BucketCheckpoints(Checkpoints):
     def _place(self, step: int) -> str:
         return f"{self._bucket}/{step}"
 
-    def restore(
-        self, step: int, *, params: Mapping[str, Any], opt: Any
-    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """(params, opt, data) of `step`, placed as the abstract arrays given."""
+    def _restored(
+        self, step: int, trees: Mapping[str, Any], **others: Any
+    ) -> tuple[dict[str, Any], Any]:
         with tempfile.TemporaryDirectory(dir=self._root) as root:
             folder = os.path.join(root, str(step))
             buckets.fetch_folder(f"{self._bucket}/{step}", folder)
             with Checkpoints(root, best_metric=self._best_metric, **_alone()) as fetched:
-                return fetched.restore(step, params=params, opt=opt)
+                return fetched._restored(step, trees, **others)
 
 
 def _alone() -> dict[str, Any]:

@@ -213,21 +213,32 @@ class Checkpoints:
         Raises:
           ValueError: it cannot be read, or is not what was saved.
         """
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in params.items()}
+        trees, data = self._restored(step, {**params, "opt": opt}, data=ocp.args.JsonRestore())
+        return {name: trees[name] for name in params}, trees["opt"], data
+
+    def restore_params(self, step: int, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of `step` alone, as of `restore`."""
+        return self._restored(step, params)[0]
+
+    def _restored(
+        self, step: int, trees: Mapping[str, Any], **others: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """(trees, data where `others` say how it is read) of `step`, compared with their sums."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         where, (_, expected) = self._place(step), self._config(step)
         with _readable(where):
-            restored: Any = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **items, opt=ocp.args.StandardRestore(opt), data=ocp.args.JsonRestore()
-                ),
-            )
-            trees = {name: restored[name] for name in params}
+            restored: Any = self._manager.restore(step, args=ocp.args.Composite(**items, **others))
+            found = {name: restored[name] for name in trees}
             if expected is not None:
-                found = checksums({**trees, "opt": restored.opt}) | {_DATA: hash_of(restored.data)}
-                if names := different(found, expected):
+                sums = checksums(found)
+                if others:
+                    sums[_DATA] = hash_of(restored.data)
+                # A path begins with the name of its tree.
+                began = tuple(f"['{name}']" for name in trees)
+                wanted = {n: s for n, s in expected.items() if n.startswith(began) or n in sums}
+                if names := different(sums, wanted):
                     raise ValueError(f"damaged: other numbers than were saved in {listed(names)}")
-        return trees, restored.opt, restored.data
+        return found, restored.data if others else None
 
 
 @contextlib.contextmanager

@@ -162,6 +162,7 @@ def fit(
         put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
         start = checkpoints.latest_step
         saved: Mapping[str, Any] = {}
+        state: TrainState | None = None  # where nothing is left to be trained
         if start is None:
             start = 0
             state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
@@ -174,10 +175,11 @@ def fit(
                     f"checkpoints in {directory} come from another configuration: "
                     "remove them or use another workdir"
                 )
-            state, data_state = _restore(checkpoints, start, abstract)
-            batches.set_state(data_state)
+            if start < config.steps:
+                state, data_state = _restore(checkpoints, start, abstract)
+                batches.set_state(data_state)
 
-        if start < config.steps:
+        if state is not None:
             with (
                 (MetricWriter if distributed.is_primary() else NoWriter)(
                     directory,
@@ -227,12 +229,12 @@ def fit(
                     scores = None
                     if is_judged:
                         with spent.on("evaluating"):
-                            weights, found = _weights(state), map(put, validation)
-                            scores = validation_scores(score_fn, weights, frozen, found)
+                            found = map(put, validation)
+                            scores = validation_scores(score_fn, _weights(state), frozen, found)
                             is_finite = math.isfinite(scores["val_loss"])
                             watch.check(step, "the loss on the validation split is", is_finite)
                             if judge:
-                                more = judge(weights, frozen)
+                                more = judge(_weights(state), frozen)
                                 scores |= more.scores
                                 writer.write_samples(step, more.samples)
                             writer.write(step, scores | spent.as_metrics(spent.taken()))
@@ -265,7 +267,10 @@ def fit(
                 with spent.on("saving"):
                     checkpoints.wait()
                     distributed.barrier("saved")
-        state, _ = _restore(checkpoints, checkpoints.best_step or config.steps, abstract)
+        chosen = checkpoints.best_step or config.steps
+        if state is None or chosen != config.steps:
+            state = None  # so that there are never two of them
+            return sharding.gather(_restore_weights(checkpoints, chosen, abstract))
     return sharding.gather(_weights(state))
 
 
@@ -287,3 +292,10 @@ def _restore(
     )
     state = TrainState(opt["step"], params, opt["opt_state"], opt.get("average"))
     return state, data
+
+
+def _restore_weights(checkpoints: Checkpoints, step: int, abstract: TrainState) -> Params:
+    """What a run that chose `step` returns; averages lie beside the optimizer's state."""
+    if abstract.average is not None:
+        return _weights(_restore(checkpoints, step, abstract)[0])
+    return checkpoints.restore_params(step, abstract.params)
