@@ -141,6 +141,7 @@ def test_greedy_text_is_the_llms(which):
         Search(min_new_tokens=6),
         Search(repetition_penalty=1.3),
         Search(no_repeat_ngram_size=2, repetition_penalty=0.8),
+        Search(frequency_penalty=0.7, presence_penalty=0.5),
         Search(temperature=0.9),
         Search(temperature=1.3, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
     ],

@@ -27,6 +27,8 @@ SEARCHES = [
     Search(temperature=1.0, top_p=0.7, min_new_tokens=4),
     Search(temperature=2.0, top_k=6, top_p=0.9, min_p=0.1),
     Search(repetition_penalty=1.7),
+    Search(frequency_penalty=0.8),
+    Search(temperature=0.9, frequency_penalty=-0.4, presence_penalty=1.5),
     Search(no_repeat_ngram_size=2, min_new_tokens=6),
     Search(temperature=1.0, no_repeat_ngram_size=3, repetition_penalty=1.2, stop=("5", "3 3")),
 ]

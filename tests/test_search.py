@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.checkpoints.pretrained import load_hf
+from l2s_jax.decoding import choices
 from l2s_jax.decoding import logits as processing
 from l2s_jax.decoding.beam import beam_search
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
@@ -105,7 +106,8 @@ def of_transformers(reference, pad_id, ends, search, ids, **options):
     fields = dataclasses.asdict(search)
     fields["num_return_sequences"] = fields.pop("num_return")
     sampling, drafting = ("temperature", "top_k", "top_p", "min_p"), ("exact", "draft_tokens")
-    for name in (*sampling, *drafting, "draft_tolerance", "stop"):
+    others = ("draft_tolerance", "stop", "frequency_penalty", "presence_penalty")
+    for name in (*sampling, *drafting, *others):
         del fields[name]
     ids = torch.tensor(ids).long()
     found = reference.generate(
@@ -363,6 +365,39 @@ def test_penalties_are_those_of_transformers(logits, penalty, size, tokens, padd
     if size:
         expected = transformers.NoRepeatNGramLogitsProcessor(size)(sofar, expected)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    logits=scores,
+    frequency=st.sampled_from([0.0, 0.5, -1.5]),
+    presence=st.sampled_from([0.0, 0.25, -1.0]),
+    prompt=st.lists(st.integers(0, 3), max_size=5),
+    response=st.lists(st.integers(0, 3), max_size=9),
+    padding=st.integers(0, 3),
+)
+def test_penalties_by_frequency_and_presence(
+    logits, frequency, presence, prompt, response, padding
+):
+    rows = len(logits)
+    ids = np.array([[*[7] * padding, *prompt]] * rows, np.int32).reshape(rows, -1)
+    mask = np.arange(ids.shape[1]) >= padding
+    history = processing.history_of(
+        jnp.asarray(ids), jnp.broadcast_to(mask, ids.shape), len(response) + 1
+    )
+    for token in response:
+        history = history.append(jnp.full(rows, token))
+    times = np.bincount(response, minlength=9)
+    expected = logits - frequency * times - presence * (times > 0)
+    count = jnp.int32(len(response))
+    search = Search(frequency_penalty=frequency, presence_penalty=presence)
+    found = processing.constrain(search, jnp.asarray(logits), history, count, ())
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    # By each row's own choices, and own counts.
+    history = history.replace(end=jnp.full(rows, history.end))
+    rows_of = choices.choices_of([search, Search()])
+    found = choices.constrain(rows_of, jnp.asarray(logits), history, jnp.full(rows, count), ())
+    np.testing.assert_allclose(found, [expected[0], logits[1]], rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=40)

@@ -77,6 +77,11 @@ def test_completions_are_what_generate_gives(client, generate):
         ),
         ({}, {"repetition_penalty": 2.0}, Search(repetition_penalty=2.0)),
         (
+            {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+            {},
+            Search(frequency_penalty=1.5, presence_penalty=-0.5),
+        ),
+        (
             {},
             {"min_tokens": 9, "no_repeat_ngram_size": 3},
             Search(min_new_tokens=9, no_repeat_ngram_size=3),

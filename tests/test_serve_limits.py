@@ -118,8 +118,8 @@ CHAT = {"model": "l2s", "messages": [{"role": "user", "content": "abc"}]}
         ({"echo": True}, "echo", "echo=True: this server has no such thing"),
         ({"suffix": "a"}, "suffix", "suffix='a': this server has no such thing"),
         ({"logit_bias": {"3": 1}}, "logit_bias", "this server has no such thing"),
-        ({"presence_penalty": 0.1}, "presence_penalty", "this server has no such thing"),
-        ({"frequency_penalty": -2}, "frequency_penalty", "this server has no such thing"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "presence_penalty=2.1"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "frequency_penalty=-3"),
         ({"beams": 2}, "beams", "beams: no such field"),
         ({"model": 3}, "model", "model=3"),
     ],
@@ -213,6 +213,7 @@ FIELDS = [
     *("model", "prompt", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("stop", "stream", "stream_options", "logprobs", "echo", "messages", "min_tokens"),
     *("repetition_penalty", "no_repeat_ngram_size", "logit_bias", "top_logprobs", "user"),
+    *("frequency_penalty", "presence_penalty"),
 ]
 JSON = st.recursive(
     st.none()

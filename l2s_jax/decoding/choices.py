@@ -31,6 +31,8 @@ class Choices(struct.PyTreeNode):
     top_p: Float32[AnyArray, " B"]
     min_p: Float32[AnyArray, " B"]
     repetition_penalty: Float32[AnyArray, " B"]
+    frequency_penalty: Float32[AnyArray, " B"]
+    presence_penalty: Float32[AnyArray, " B"]
     no_repeat_ngram_size: Int32[AnyArray, " B"]
     min_new_tokens: Int32[AnyArray, " B"]
 
@@ -79,6 +81,11 @@ def constrain(
         search, logits, history,
     )  # fmt: skip
     logits = jax.lax.cond(
+        jnp.any((search.frequency_penalty != 0) | (search.presence_penalty != 0)),
+        _penalize_response, lambda _, logits, *__: logits,
+        search, logits, history, count,
+    )  # fmt: skip
+    logits = jax.lax.cond(
         jnp.any(search.no_repeat_ngram_size > 0), _ban, lambda _, logits, __: logits,
         search, logits, history,
     )  # fmt: skip
@@ -114,6 +121,13 @@ def _penalize(
     choices: Choices, logits: Float32[Array, "B V"], history: History
 ) -> Float32[Array, "B V"]:
     return by_search.penalize_repetition(logits, history, choices.repetition_penalty[:, None])
+
+
+def _penalize_response(
+    choices: Choices, logits: Float32[Array, "B V"], history: History, count: Int32[Array, "*rows"]
+) -> Float32[Array, "B V"]:
+    penalties = choices.frequency_penalty[:, None], choices.presence_penalty[:, None]
+    return by_search.penalize_response(logits, history, count, *penalties)
 
 
 def _ban(

@@ -54,8 +54,16 @@ class History(struct.PyTreeNode):
     @property
     def valid(self) -> Bool[Array, "L B"]:
         """Where tokens are."""
+        return self._between(self.start[None])
+
+    def of_response(self, count: Int32[Array, "*rows"]) -> Bool[Array, "L B"]:
+        """Where the tokens of the response are, of which there are `count`."""
+        first = jnp.broadcast_to(self.end - count, self.start.shape)
+        return self._between(first[None])
+
+    def _between(self, first: Int32[Array, "1 B"]) -> Bool[Array, "L B"]:
         positions = jnp.arange(self.tokens.shape[0])[:, None]
-        return (positions >= self.start[None]) & (positions < self.end.reshape(1, -1))
+        return (positions >= first) & (positions < self.end.reshape(1, -1))
 
 
 def history_of(ids: Int[AnyArray, "B P"], mask: Bool[AnyArray, "B P"], capacity: int) -> History:
@@ -74,7 +82,7 @@ def constrain(
     count: Int32[Array, "*rows"],
     end_ids: tuple[int, ...],
 ) -> Float32[Array, "B V"]:
-    """Repetition penalty, n-gram bans and the minimum length, in transformers' order.
+    """Penalties of what was said, n-gram bans and the minimum length, in transformers' order.
 
     history: where search.needs_history. count: tokens of the response so far, of all rows or of
     each.
@@ -84,6 +92,9 @@ def constrain(
             raise ValueError("penalties and bans of repetition: expected a history")
         if search.repetition_penalty != 1:
             logits = penalize_repetition(logits, history, search.repetition_penalty)
+        if search.frequency_penalty or search.presence_penalty:
+            penalties = search.frequency_penalty, search.presence_penalty
+            logits = penalize_response(logits, history, count, *penalties)
         if search.no_repeat_ngram_size:
             logits = _ban_repeated_ngrams(logits, history, search.no_repeat_ngram_size)
     if search.min_new_tokens and end_ids:
@@ -116,6 +127,21 @@ def penalize_repetition(
     """The repetition penalty, of all rows or of each."""
     seen = mark(history.tokens, history.valid, logits.shape[1])
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def penalize_response(
+    logits: Float32[Array, "B V"],
+    history: History,
+    count: Int32[Array, "*rows"],
+    frequency: float | Float32[AnyArray, "B 1"],
+    presence: float | Float32[AnyArray, "B 1"],
+) -> Float32[Array, "B V"]:
+    """The penalties by frequency and by presence, of all rows or of each."""
+    size = logits.shape[1]
+    tokens = jnp.where(history.of_response(count), history.tokens, size)
+    none = jnp.zeros(size)
+    times = jax.vmap(lambda row: none.at[row].add(1.0, mode="drop"), in_axes=1)(tokens)
+    return logits - frequency * times - presence * (times > 0)
 
 
 def _ban_repeated_ngrams(

@@ -14,6 +14,12 @@ from l2s_jax.settings.search import Search, alone, changed
 from l2s_jax.tokenizers.huggingface import HuggingFaceTokenizer
 
 _SAMPLING = ("top_k", "top_p", "min_p")
+_REPETITION = (
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+)
 # Fields of a body that are settings of a search by another name.
 _NAMES = {"min_tokens": "min_new_tokens"}
 
@@ -139,7 +145,7 @@ def top_logprobs(asked: Asked) -> int | None:
 def _search(asked: Asked, generator: Generator) -> Search:
     base = alone(generator.search)
     changes: dict[str, Any] = {}
-    for name in ("temperature", *_SAMPLING, "repetition_penalty", "no_repeat_ngram_size"):
+    for name in ("temperature", *_SAMPLING, *_REPETITION):
         if (value := getattr(asked, name)) is not None:
             changes[name] = value
     if asked.min_tokens is not None:

@@ -53,6 +53,8 @@ class Asked(_Asked):
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         None, description="The response does not end itself before so many tokens."
@@ -66,15 +68,11 @@ class Asked(_Asked):
     stream: bool | None = Field(None, description="Whether pieces come as they are decoded.")
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Not looked at.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
 
 # Fields of which one value is taken, and it.
 UNUSED = {
-    "presence_penalty": "0",
-    "frequency_penalty": "0",
     "logit_bias": "{}",
     "best_of": "1",
     "echo": "false",

@@ -65,6 +65,13 @@ class Search(Section):
     no_repeat_ngram_size: int = setting(
         0, "No n-gram of that size occurs twice; 0: any may.", at_least=0
     )
+    # Both as OpenAI's API has them; what a response continues does not count.
+    frequency_penalty: float = setting(
+        0.0, "Taken off a token's logit for each time that the response has it.", added=True
+    )
+    presence_penalty: float = setting(
+        0.0, "Taken off the logits of all tokens that the response has.", added=True
+    )
     # Leviathan et al. 2023, arXiv 2211.17192.
     exact: bool = setting(
         False,
@@ -128,7 +135,12 @@ class Search(Section):
     @property
     def needs_history(self) -> bool:
         """Whether the choice depends on the tokens so far, beyond their number."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+        return (
+            self.repetition_penalty != 1
+            or self.no_repeat_ngram_size > 0
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
 
 
 @functools.lru_cache(maxsize=64)
