@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -213,7 +213,7 @@ def make_step(
     shardings: TrainState,
     distillation: Distillation | None = None,
     llm: ModelConfig | None = None,
-) -> Any:
+) -> Callable[..., tuple[TrainState, dict[str, Float32[Array, ""]]]]:
     """`train_step` as it is compiled: (state, frozen, batch) -> (state, metrics).
 
     The state is given away, and comes back in `shardings`; all devices have the metrics, as they
