@@ -284,8 +284,8 @@ def test_features_of_another_llm_under_this_ones_name_are_refused(filled, tmp_pa
         feature_cache.check_folder(str(folder))
     feature_cache.check_folder(str(directory / "features"))
     feature_cache.check_folder(str(directory / "nothing yet"))
-    with pytest.raises(ValueError, match=r"gs://bucket/x': expected a folder, local or mounted"):
-        feature_cache.check_folder("gs://bucket/x")
+    with pytest.raises(ValueError, match=r"hdfs://host/x': expected a folder, gs:// or s3://"):
+        feature_cache.check_folder("hdfs://host/x")
 
 
 def test_other_facts_and_none_are_refused(filled):
