@@ -67,10 +67,18 @@ class Search(Section):
     )
     # Both as OpenAI's API has them; what a response continues does not count.
     frequency_penalty: float = setting(
-        0.0, "Taken off a token's logit for each time that the response has it.", added=True
+        0.0,
+        "Taken off a token's logit for each time that the response has it.",
+        at_least=-2,
+        at_most=2,
+        added=True,
     )
     presence_penalty: float = setting(
-        0.0, "Taken off the logits of all tokens that the response has.", added=True
+        0.0,
+        "Taken off the logits of all tokens that the response has.",
+        at_least=-2,
+        at_most=2,
+        added=True,
     )
     # Leviathan et al. 2023, arXiv 2211.17192.
     exact: bool = setting(
