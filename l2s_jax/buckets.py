@@ -33,9 +33,10 @@ _REFUSED = ("401", "403", "accessdenied", "invalidaccesskeyid", "signaturedoesno
 _REFUSED += ("forbidden", "unauthorized", "anonymous caller", "invalid credentials")
 
 
-def is_bucket(path: str) -> bool:
+def is_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an object, or the beginning of some, in a bucket."""
-    return path.partition("://")[0] in _PACKAGES and "://" in path
+    scheme, mark, _ = os.fspath(path).partition("://")
+    return bool(mark) and scheme in _PACKAGES
 
 
 def check_package(path: str) -> None:
