@@ -26,7 +26,7 @@ from l2s_jax import buckets
 _KEPT_SECONDS = 3600.0
 _TRIES = 3
 # Of a model's folder, what is never read.
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 def folder() -> str:
@@ -84,7 +84,7 @@ def _found(path: str, patterns: Sequence[str]) -> tuple[dict[str, tuple[int, str
         name: facts
         for name, facts in buckets.objects(path).items()
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-        and not any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLES)
+        and not name.endswith(PICKLES)
     }
     if below:
         return below, False

@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any
 
-from l2s_jax.copies import local
+from l2s_jax.copies import PICKLES, local
 from l2s_jax.files import absolute, exists, is_bucket
 from l2s_jax.gguf_file import is_gguf
 
@@ -44,7 +44,6 @@ PARTS = {
     "all": (*_CONFIGS, *TOKENIZER_FILES, *_WEIGHTS, *_FOLDERS, "README.md"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 def is_name(path: str) -> bool:
@@ -155,7 +154,7 @@ def _raise_without_weights(path: str, name: str, commit: str) -> None:
     import huggingface_hub
 
     files = huggingface_hub.HfApi().list_repo_files(name, revision=commit)
-    if pickles := sorted(file for file in files if file.endswith(_PICKLES)):
+    if pickles := sorted(file for file in files if file.endswith(PICKLES)):
         raise ValueError(
             f"{path}: the repository has pickled weights only ({pickles[0]}), which are not read; "
             "expected safetensors"

@@ -82,11 +82,11 @@ def chunk_length(scored: Scored, others: Sequence[ModelConfig] = ()) -> int:
     `others` as of `summed`.
     """
     rows, length = scored.states.shape[:2]
+    if counting.is_on():
+        return length
     vocabulary = sum(map(response_size, (scored.config, *others)))
     mesh = program_mesh()
     of_device = -(-rows // batch_ways(mesh)) if mesh else rows
-    if counting.is_on():
-        return length
     most = max(MOST_LOGITS // (of_device * vocabulary), 1)
     return -(-length // -(-length // most))
 
