@@ -38,7 +38,7 @@ import aiohttp
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from l2s_jax.bench.arguments import Parser, count, integers
 from l2s_jax.bench.machine import cores, cpu
@@ -301,8 +301,9 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
                 label=f"{name}, {kind}, {percentile} %",
             )
     axes.set(xlabel="tokens per second", ylabel="whole response, milliseconds", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
