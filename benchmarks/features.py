@@ -29,7 +29,7 @@ from l2s_jax.config import compute_dtype, default
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.prompts import random_prompts
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment import feature_cache
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.l2s import FUSIONS

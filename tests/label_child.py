@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment import label_files
 from l2s_jax.serving.generator import Output
 

@@ -16,7 +16,7 @@ from l2s_jax.cluster.sharding import AXES
 from l2s_jax.config import train_config
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, System
 from l2s_jax.models.t5 import T5, T5Config
 

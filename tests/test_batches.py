@@ -20,7 +20,7 @@ from l2s_jax.data.batches import (
     validation_batches,
 )
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 
 PROMPT_PAD, RESPONSE_PAD, EOS = 7, 3, 1
 

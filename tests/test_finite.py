@@ -18,7 +18,7 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.reading import _is_finite
 from l2s_jax.data.batches import examples_of
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment import toy
 from l2s_jax.training import loop, meter, optim, update
 from l2s_jax.training.finite import NotFinite

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.fitting import fit, shortened
-from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.data.table import Example
+from l2s_jax.data.tasks import load_task
 from l2s_jax.data.templates import Span, Template, fields_of, spans_of
 from l2s_jax.data.text import text_list
 

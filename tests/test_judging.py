@@ -11,7 +11,7 @@ import tiny
 
 from l2s_jax.config import default
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.evaluation import metrics
 from l2s_jax.experiment import judging, toy
 from l2s_jax.experiment.experiment import Experiment

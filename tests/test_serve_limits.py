@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import time
+from http.client import HTTPConnection
 
 import httpx
 import pytest
@@ -273,6 +274,15 @@ def test_a_client_that_waits_for_the_whole_may_go_too(http, running):
         wait_for(lambda: metric(http, "l2s_running") == 1)
     wait_for(lambda: metric(http, "l2s_running") == 0)
     assert http.post("/v1/completions", json=SMALL).status_code == 200
+
+
+def test_a_connection_without_a_request_is_kept(running):
+    connection = HTTPConnection(running.address.removeprefix("http://"), timeout=60)
+    for wait_s in (6, 0):  # uvicorn's own limit is five seconds
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        time.sleep(wait_s)
+    connection.close()
 
 
 def test_a_head_that_never_ends_is_not_kept(running):

@@ -155,7 +155,7 @@ def test_any_fsspec_url_is_read():
     memory = fsspec.filesystem("memory")
     memory.pipe("/set/d.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode()))
     config = config_of("jsonl", "memory://set", ".gz")
-    assert tasks.load_task(config).examples("test") == expected_examples()[:1]
+    assert list(tasks.load_task(config).examples("test")) == expected_examples()[:1]
 
 
 def test_resolve():
@@ -503,12 +503,12 @@ def test_shards_may_be_urls():
     for number, row in enumerate(ROWS):
         memory.pipe(f"/shards/d{number}.jsonl", json.dumps(row).encode())
     config = config_of("jsonl", "memory://shards", splits={"test": "d*.jsonl"})
-    assert tasks.load_task(config).examples("test") == expected_examples()
+    assert list(tasks.load_task(config).examples("test")) == expected_examples()
     buffer = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), buffer)
     memory.pipe("/shards/d.parquet", buffer.getvalue().to_pybytes())
     config = config_of("parquet", "memory://shards", splits={"test": "d.parquet"})
-    assert tasks.load_task(config).examples("test") == expected_examples()
+    assert list(tasks.load_task(config).examples("test")) == expected_examples()
 
 
 def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkeypatch):
@@ -558,7 +558,10 @@ def test_bad_parquet(tmp_path):
 def test_gzip_is_known_by_its_beginning_too(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\r\n"))
-    assert tasks.load_task(config_of("jsonl", tmp_path)).examples("test") == expected_examples()[:1]
+    assert (
+        list(tasks.load_task(config_of("jsonl", tmp_path)).examples("test"))
+        == expected_examples()[:1]
+    )
 
 
 def test_lines_are_given_as_they_come(tmp_path):

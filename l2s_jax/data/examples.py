@@ -9,33 +9,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from l2s_jax.data import fitting
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.ragged import Growing, GrowingRagged, Ragged, numbers
+from l2s_jax.data.table import Example
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 _TOKENIZE_AT_ONCE = 8192
-
-
-class _Ragged(NamedTuple):
-    """Sequences of different lengths, end to end: i is `values[offsets[i]:offsets[i + 1]]`."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets).astype(np.int32)
-
-    @classmethod
-    def concatenate(cls, chunks: Iterable[Sequence[Sequence[int]]]) -> "_Ragged":
-        values, lengths = [], []
-        for chunk in chunks:
-            lengths.append(np.fromiter(map(len, chunk), np.int64, len(chunk)))
-            values.append(np.fromiter(itertools.chain.from_iterable(chunk), np.int32))
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths or [[]]), dtype=np.int64)])
-        return cls(np.concatenate(values or [np.zeros(0, np.int32)]), offsets)
 
 
 class Hidden(Protocol):
@@ -95,8 +73,8 @@ class Loss(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    prompts: _Ragged
-    responses: _Ragged
+    prompts: Ragged
+    responses: Ragged
     places: np.ndarray
     loss: Loss
 
@@ -104,6 +82,7 @@ class _Tokens(NamedTuple):
 class TokenizedExamples:
     """Token ids of examples, computed on first use, all at once, and kept as two flat arrays.
 
+    Large arrays lie in files (`ragged.Growing`): ten million examples need no memory for them.
     A prompt over its maximum loses text of its fields (fitting.py). A response over its maximum
     is cut, and one that was cut before stays so: no eos follows it. Once `hidden` or `teacher` is
     set, batches hold what it reads too.
@@ -178,14 +157,16 @@ class TokenizedExamples:
     @functools.cached_property
     def prompt_keys(self) -> list[bytes]:
         """Half of the SHA-256 of the ids of each prompt, as they are after the cut."""
-        prompts = self._tokens.prompts._replace(values=self._tokens.prompts.values.astype("<i4"))
+        prompts = self._tokens.prompts._replace(
+            values=self._tokens.prompts.values.astype("<i4", copy=False)
+        )
         return [hashlib.sha256(prompts[i].tobytes()).digest()[:16] for i in range(len(self))]
 
     @functools.cached_property
     def pair_keys(self) -> list[bytes]:
         """Half of the SHA-256 of the ids of each prompt and its response, after the cut."""
         responses = self._tokens.responses
-        responses = responses._replace(values=responses.values.astype("<i4"))
+        responses = responses._replace(values=responses.values.astype("<i4", copy=False))
         return [
             hashlib.sha256(key + responses[i].tobytes()).digest()[:16]
             for i, key in enumerate(self.prompt_keys)
@@ -226,7 +207,8 @@ class TokenizedExamples:
 
     @functools.cached_property
     def _tokens(self) -> _Tokens:
-        prompts, responses, places = [], [], []
+        prompts, responses = GrowingRagged(np.int32), GrowingRagged(np.int32)
+        places = Growing(np.int64)
         too_long = cut_responses = hopeless = 0
         fields: dict[str, fitting.Loss] = {}
         for start, chunk in enumerate(_chunks(self._examples, _TOKENIZE_AT_ONCE)):
@@ -245,14 +227,18 @@ class TokenizedExamples:
             cut_responses += sum(is_cut)
             kept = [i for i, cut in enumerate(is_cut) if self._keep_cut or not cut]
             places.append(start * _TOKENIZE_AT_ONCE + np.array(kept, np.int64))
-            prompts.append([fitted.ids[i] for i in kept])
-            responses.append(
-                [whole[i][:-1][: self.max_response_tokens] if is_cut[i] else whole[i] for i in kept]
-            )
+            for side, ids in (
+                (prompts, [fitted.ids[i] for i in kept]),
+                (responses, [self._cut(whole[i]) if is_cut[i] else whole[i] for i in kept]),
+            ):
+                side.append(numbers(ids, np.int32), [*map(len, ids)])
         left_out = 0 if self._keep_cut else cut_responses
         loss = Loss(len(self._examples), too_long, cut_responses, hopeless, fields, left_out)
-        of_all = np.concatenate(places or [np.zeros(0, np.int64)])
-        return _Tokens(_Ragged.concatenate(prompts), _Ragged.concatenate(responses), of_all, loss)
+        return _Tokens(prompts.done(), responses.done(), places.array(), loss)
+
+    def _cut(self, response: list[int]) -> list[int]:
+        """A response without its end."""
+        return response[:-1][: self.max_response_tokens]
 
 
 def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
@@ -262,7 +248,7 @@ def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 
 def _pad(
-    sequences: _Ragged, indices: np.ndarray, width: int, pad_id: int
+    sequences: Ragged, indices: np.ndarray, width: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     ids = np.full((len(indices), width), pad_id, np.int32)
     mask = np.zeros((len(indices), width), bool)

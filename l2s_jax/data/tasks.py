@@ -3,13 +3,14 @@
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from l2s_jax.data import sources
 from l2s_jax.data.parquet import read_parquet
+from l2s_jax.data.table import Example, ExampleTable
 from l2s_jax.data.templates import Prompt, Template
 
 SOURCES = ("tfds", "jsonl", "tsv", "parquet", "text")
@@ -21,18 +22,6 @@ log = logging.getLogger(__name__)
 
 class Blank(ValueError):
     """A record whose prompt, or whose response, has no text; the message says where."""
-
-
-class Example(NamedTuple):
-    """A prompt, its response and all accepted responses, the first of which is `response`.
-
-    cut: whether the response has no end, since whoever wrote it was stopped.
-    """
-
-    prompt: str
-    response: str
-    references: tuple[str, ...]
-    cut: bool = False
 
 
 class Task:
@@ -82,9 +71,18 @@ class Task:
         if isinstance(records, sources.TfdsRecords):
             self._check_some(split, len(records), 0)
             return _TfdsExamples(self, split, records, references)
-        found = [self._example(record, references) for record in records]
-        examples = [example for example in found if example is not None]
-        self._check_some(split, len(found), len(found) - len(examples))
+        rows = 0
+
+        def found() -> Iterator[Example]:
+            nonlocal rows
+            for record in records:
+                rows += 1
+                example = self._example(record, references)
+                if example is not None:
+                    yield example
+
+        examples = ExampleTable(found())
+        self._check_some(split, rows, rows - len(examples))
         return examples
 
     def _check_some(self, split: str, rows: int, blank: int) -> None:

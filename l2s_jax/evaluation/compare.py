@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.evaluation import compare_report, evaluate, metrics, significance
 from l2s_jax.evaluation.answers import AnswerStage, read_answers
 from l2s_jax.experiment import workdir as workdirs

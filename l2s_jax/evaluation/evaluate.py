@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed
-from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.data.table import Example
+from l2s_jax.data.tasks import load_task
 from l2s_jax.evaluation import (
     comet,
     dial_report,

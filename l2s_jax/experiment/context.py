@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from l2s_jax.checkpoints.files import content_hash, hashed_files
 from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example, load_task
+from l2s_jax.data.table import Example
+from l2s_jax.data.tasks import load_task
 from l2s_jax.experiment.hashes import Hashes, examples_hash
 from l2s_jax.hub import cached, find, is_name, reference
 from l2s_jax.settings.evaluation import bleu_tokenizer

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context, Score
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage

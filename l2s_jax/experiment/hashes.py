@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import is_bucket, is_file, is_folder, read_json, signature, write_json
 from l2s_jax.sealed import with_hash, without_hash

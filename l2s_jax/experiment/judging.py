@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context, Score
 from l2s_jax.models.lora import Adapted
 from l2s_jax.models.systems import Params, System

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.labels import LabelStage

@@ -8,12 +8,12 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example, ExampleTable
 from l2s_jax.experiment import shards
 from l2s_jax.files import json_object, matching_names, read_bytes, write_json_lines
 from l2s_jax.sealed import with_hash, without_hash
@@ -125,7 +125,7 @@ def label(
     split: str = "train",
     seed: int | None = None,
     together: bool = False,
-) -> list[Example]:
+) -> Sequence[Example]:
     """`examples` with responses by the generator, which is made only if some are missing.
 
     Args:
@@ -160,11 +160,13 @@ def label(
 
     files = shards.fill(store, keys, make, size=SHARD, together=together, announce=announce)
     labels = store.read(files)
-    labelled = []
-    for example, key in zip(examples, keys, strict=True):
-        response, cut = labels[key]
-        labelled.append(Example(example.prompt, response, (response,), cut))
-    return labelled
+
+    def labelled() -> Iterator[Example]:
+        for example, key in zip(examples, keys, strict=True):
+            response, cut = labels[key]
+            yield Example(example.prompt, response, (response,), cut)
+
+    return ExampleTable(labelled())
 
 
 def _records(path: str) -> list[dict[str, Any]]:

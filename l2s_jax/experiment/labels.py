@@ -9,7 +9,7 @@ from typing import Any
 
 from l2s_jax import models
 from l2s_jax.config import label_tokens
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment import label_files
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import log
 from l2s_jax.experiment.tokenizers import TokenizerStage

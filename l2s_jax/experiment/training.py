@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage, Stage, log

@@ -30,6 +30,9 @@ log = logging.getLogger("l2s_jax")
 _FLUSH_S = 2
 # Connections that wait to be accepted.
 _BACKLOG = 2048
+# Seconds that a connection is kept without a request: longer than load balancers keep theirs (those
+# of Google Cloud 600 s), or they would send a request into one that is just being closed.
+_IDLE_S = 620
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,7 @@ class _Life:
             proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=_FLUSH_S,
+            timeout_keep_alive=_IDLE_S,
         )
         self._server = _Server(config)
         self._status = 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from l2s_jax.data.batches import evaluation_batches
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.data.tasks import Example
+from l2s_jax.data.table import Example
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import check_positions
 from l2s_jax.models.systems import LlmToSlm, System
