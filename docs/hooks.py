@@ -1,4 +1,7 @@
-"""What the site's build adds: the tables of all settings, in configuration.md."""
+"""What the site's build adds: the tables of all settings, in configuration.md.
+
+python docs/hooks.py prints these tables.
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if markdown.count(MARK) != 1:
         raise ValueError(f"configuration.md: expected {MARK} once, where the tables go")
     return markdown.replace(MARK, tables())
+
+
+if __name__ == "__main__":
+    print(tables())

@@ -41,7 +41,7 @@ MODES = ("train", "evaluate", "generate", "plan", "status", "compare", "dial")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment; default: that of the workdir.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results are, or will be.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where results are, or will be; always needed.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -297,9 +297,14 @@ def parse_flags(argv: Sequence[str]) -> None:
             raise ValueError(f"{argument}: config.{key} is now config.{MOVED[key]}")
     try:
         rest = flags.FLAGS(argv)[1:]
+        # (A file that is not there is an error at the first look at its config.)
+        is_config = not _CONFIG.present or hasattr(_CONFIG.value, "to_dict")
     except Exception as error:
         if line := complaint(error):
             raise ValueError(line) from error
+        path = _config_path(argv)
+        if isinstance(error, OSError) and not os.path.exists(path.partition(":")[0]):
+            raise ValueError(f"--config={path}: no such file") from error
         if isinstance(error, flags.Error):
             raise ValueError(str(error)) from error
         if not isinstance(error, AttributeError | KeyError | TypeError):
@@ -308,18 +313,28 @@ def parse_flags(argv: Sequence[str]) -> None:
         given = [arg for arg in argv if arg.startswith("--config.")]
         line = unknown_key(given) or f"unknown config key {error} in {' '.join(given)}"
         raise ValueError(line) from error
-    # (A file that is not there is an error at the first look at its config.)
-    if _CONFIG.present and not hasattr(_CONFIG.value, "to_dict"):
+    if not is_config:
         kind = type(_CONFIG.value).__name__
         raise ValueError(
             f"--config: get_config() gave no config but a {kind}, expected the config that it made"
         )
+    if not _WORKDIR.value:
+        raise ValueError("--workdir: expected a folder for results, as in --workdir=runs/NAME")
     if _UNTIL.value and _MODE.value != "train":
         raise ValueError(f"--until={_UNTIL.value}: expected --mode=train, not {_MODE.value}")
     if _VARY.value and _MODE.value != "compare":
         raise ValueError(f"--vary={_VARY.value[0]}: expected --mode=compare, not {_MODE.value}")
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """What --config says, in one argument or in two; an override of a key may be parsed before."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, path = argument.partition("=")
+        if flag in ("--config", "-config"):
+            return path if equals else following
+    return ""
 
 
 def main(argv: Sequence[str]) -> int:

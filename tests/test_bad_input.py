@@ -144,6 +144,17 @@ def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
     assert not list(workdir.glob("*/checkpoints"))
 
 
+@pytest.mark.parametrize("override", [[], ["--config.l2s.train.steps=5"]])
+def test_no_such_config(override, tmp_path, capfd):
+    config = tmp_path / "none.py"
+    line = refuse(capfd, f"--config={config}", f"--workdir={tmp_path / 'run'}", *override)
+    assert line == f"error: --config={config}: no such file"
+
+
+def test_no_workdir(task, capfd):
+    assert refuse(capfd, f"--config={task}").startswith("error: --workdir: expected a folder")
+
+
 def lines_of(path):
     return path.read_text().splitlines()
 

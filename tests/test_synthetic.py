@@ -232,9 +232,12 @@ def test_the_data_set_is_the_one_of_its_version():
     assert digest() == DIGEST
 
 
-def test_the_builder_writes_what_the_generator_yields(tmp_path, pairs):
+def test_the_builder_writes_what_the_generator_yields(tmp_path, pairs, capfd):
     builder = tfds.builder("l2s_synthetic", data_dir=tmp_path)
     builder.download_and_prepare()
+    told = capfd.readouterr()
+    assert not told.out  # which is for the report
+    assert "examples" not in told.err
     assert list(tmp_path.rglob("*train.array_record*"))
     for split, expected in pairs.items():
         rows = tfds.builder("l2s_synthetic", data_dir=tmp_path).as_data_source(split)

@@ -31,9 +31,13 @@ def errors_once() -> Iterator[None]:
             log.removeFilter(_is_news)
 
 
+# Of warnings of what is as it should be: Orbax's of each checkpoint that is saved without a
+# validation, TFDS's of a dataset that is yet to be made.
+_NO_NEWS = ("tracked_metric", "Variant folder %s has no")
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    # (Orbax warns of each checkpoint that is saved without a validation.)
-    return record.levelno != logging.ERROR and "tracked_metric" not in str(record.msg)
+    return record.levelno != logging.ERROR and not any(x in str(record.msg) for x in _NO_NEWS)
 
 
 def _of_main_thread(tell: Callable[..., Any], *error: Any) -> None:
