@@ -303,7 +303,7 @@ def parse_flags(argv: Sequence[str]) -> None:
         if line := complaint(error):
             raise ValueError(line) from error
         path = _config_path(argv)
-        if isinstance(error, OSError) and not os.path.exists(path.partition(":")[0]):
+        if isinstance(error, OSError) and not os.path.isfile(path.partition(":")[0]):
             raise ValueError(f"--config={path}: no such file") from error
         if isinstance(error, flags.Error):
             raise ValueError(str(error)) from error

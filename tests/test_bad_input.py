@@ -145,8 +145,11 @@ def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("override", [[], ["--config.l2s.train.steps=5"]])
-def test_no_such_config(override, tmp_path, capfd):
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_no_such_config(is_folder, override, tmp_path, capfd):
     config = tmp_path / "none.py"
+    if is_folder:
+        config.mkdir()
     line = refuse(capfd, f"--config={config}", f"--workdir={tmp_path / 'run'}", *override)
     assert line == f"error: --config={config}: no such file"
 
