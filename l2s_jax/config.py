@@ -115,8 +115,9 @@ def cut_of(slm: ConfigDict) -> Cut:
 
 
 def label_mesh(config: ConfigDict) -> dict[str, int]:
-    """Sizes of the mesh on which the LLM answers the train split."""
-    return {axis: size or config.mesh[axis] for axis, size in config.labels.mesh.items()}
+    """The mesh on which the LLM answers the train split, as `config.mesh` has it."""
+    axes = {axis: size for axis, size in config.labels.mesh.items() if size}
+    return {**config.mesh.to_dict(), **axes}
 
 
 def compute_dtype(name: str, platform: str | None = None) -> np.dtype:

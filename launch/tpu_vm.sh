@@ -13,7 +13,7 @@ Usage: launch/tpu_vm.sh [--dry-run] create [--spot]
   create  asks for a slice (a queued resource with one node) and waits until it is there; --spot:
           one that is cheaper and may be taken away at any time
   setup   copies the commit that is checked out to all hosts, and installs it with the constraints
-          file
+          file; copies DATA, LLM and SLM too, but for the files that are there already
   run     starts configs/CONFIG.py on all hosts, and follows the log of the first; FLAG... as for
           l2s_jax.main; the same command again continues where it stopped
   logs    follows that log again; the exit status is that of the run
@@ -25,7 +25,14 @@ From the environment: NAME (default l2s), ZONE (us-central1-a), TYPE (v5litepod-
 (v2-alpha-tpuv5-lite), and BUCKET, a bucket or a folder in one, as gs://NAME or gs://NAME/FOLDER,
 which the slice's service account may write. With BUCKET the workdir is BUCKET/runs/CONFIG, else
 runs/CONFIG on the host's disk. A TYPE of several hosts needs it, because they share the workdir,
-and so does resume. gcloud must be installed, with a project and credentials. --dry-run prints each command and runs
+and so does resume.
+
+DATA, LLM and SLM are folders on this machine: with the data of the config, and with checkpoints.
+setup copies them to data/NAME and checkpoints/NAME in the bucket, or without BUCKET on the disk of
+every host; NAME is the folder's own. run then sets config.task.data_dir, config.llm.path and
+config.slm.path to these places. A file that is no longer here stays there.
+
+gcloud must be installed, with a project and credentials. --dry-run prints each command and runs
 none.
 TEXT
 }
@@ -35,6 +42,7 @@ fail() {
   exit 2
 }
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=${NAME:-l2s}
 zone=${ZONE:-us-central1-a}
@@ -54,7 +62,64 @@ call() {
 }
 
 on_hosts() {
-  call "${vm[@]}" ssh "$name" "--zone=$zone" "--worker=$1" "--command=$2"
+  call "${vm[@]}" ssh "$name" "--zone=$zone" "--worker=$1" "--command=$2" "${@:3}"
+}
+
+to_hosts() {
+  call "${vm[@]}" scp "$@" "--zone=$zone" --worker=all
+}
+
+# What setup copies: folders, and where they come to; what run says of them.
+sources=() places=() settings=()
+
+# bring VARIABLE SETTING PLACE: the folder that the variable names, if it names one
+bring() {
+  local given=${!1:-} path place i
+  [[ -n $given ]] || return 0
+  path=$(cd "$here" && realpath -es -- "$given" 2> /dev/null) && [[ -d $path ]] ||
+    fail "$1=$given: expected a folder on this machine"
+  [[ -n $(find -L "$path" -type f -print -quit) ]] ||
+    fail "$1=$given: expected a folder with files"
+  [[ -z $(find -L "$path" -name '*[\\[:cntrl:]]*' -print -quit) ]] ||
+    fail "$1=$given: expected no backslash or control character in the names of its files"
+  place=$3/$(basename -- "$path")
+  settings+=("--config.$2=${bucket:+$bucket/}$place")
+  for i in "${!places[@]}"; do
+    [[ ${places[i]} == "$place" ]] || continue
+    [[ ${sources[i]} != "$path" ]] || return 0
+    fail "$1=$given: expected another name than that of ${sources[i]}"
+  done
+  sources+=("$path") places+=("$place")
+}
+
+# copy_to_hosts SOURCE PLACE: the files that are not the same on all hosts
+copy_to_hosts() {
+  local parts=$temporary/parts there=$temporary/there sums=$temporary/sums path whole
+  whole=$parts/$(basename -- "$1")
+  rm -rf "$parts" "$there"
+  mkdir -p "$whole" "$there"
+  "$dry_run" || (cd "$1" && find -L . -type f -exec sha256sum {} +) > "$sums"
+  to_hosts "$sums" "$name:l2s_jax.sums"
+  on_hosts all "mkdir -p l2s_jax/$(printf %q "$2") && cd l2s_jax/$(printf %q "$2") && {\
+ sha256sum --check --quiet ~/l2s_jax.sums 2> /dev/null; echo; echo checked; }" \
+    "--output-directory=$there"
+  if ! "$dry_run"; then
+    if [[ -n $(grep -Lx checked "$there"/*) ]]; then
+      echo "launch/tpu_vm.sh: $2: not all hosts said what they have of it" >&2
+      return 1
+    fi
+    while IFS= read -r path; do
+      ! grep -qxF -e "$path: FAILED" -e "$path: FAILED open or read" "$there"/* || {
+        mkdir -p "$whole/$(dirname -- "$path")"
+        ln -s "$1/$path" "$whole/$path"  # scp copies what it points to
+      }
+    done < <(cut -c 67- "$sums")
+    if [[ -z $(ls -A "$whole") ]]; then
+      echo "$2: all hosts have it"
+      return
+    fi
+  fi
+  to_hosts --recurse "$whole" "$name:l2s_jax/$(dirname "$2")/"
 }
 
 check_config() {
@@ -80,22 +145,30 @@ create() {
 }
 
 setup() {
-  local archive
-  archive=$(mktemp --suffix=.tar.gz)
-  # shellcheck disable=SC2064  # the name is known now
-  trap "rm -f '$archive'" EXIT
+  local archive i
+  temporary=$(mktemp -d)
+  trap 'rm -rf "$temporary"' EXIT
+  archive=$temporary/l2s_jax.tar.gz
   call git archive --format=tar.gz "--output=$archive" HEAD
-  call "${vm[@]}" scp "$archive" "$name:l2s_jax.tar.gz" "--zone=$zone" --worker=all
+  to_hosts "$archive" "$name:l2s_jax.tar.gz"
   # The images' own Python is older than 3.11, so uv brings one.
   on_hosts all "mkdir -p l2s_jax && tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
 && python3 -m pip install -q --user uv \
 && python3 -m uv venv -q --allow-existing --python 3.11 .venv \
 && python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e '.[gs]' 'jax[tpu]'"
+  for i in "${!sources[@]}"; do
+    if [[ -n $bucket ]]; then
+      call gcloud storage rsync --recursive "${sources[i]}" "$bucket/${places[i]}"
+    else
+      copy_to_hosts "${sources[i]}" "${places[i]}"
+    fi
+  done
 }
 
 run() {
   local config=$1 flags="" command
   shift
+  set -- "${settings[@]}" "$@"
   (($# == 0)) || flags=$(printf ' %q' "$@")
   command=".venv/bin/python -m l2s_jax.main --config=configs/$config.py --workdir=$runs/$config\
  --distributed$flags; echo \$? > logs/$config.status"
@@ -140,6 +213,13 @@ esac
   fail "resume needs BUCKET: the disks of a slice are gone with it; see --help"
 [[ -z $bucket || $bucket =~ ^gs://[a-z0-9][a-z0-9._/-]*$ ]] ||
   fail "BUCKET=$bucket: expected gs://NAME or gs://NAME/FOLDER"
+case $action in
+  create | setup | run | resume)
+    bring DATA task.data_dir data
+    bring LLM llm.path checkpoints
+    bring SLM slm.path checkpoints
+    ;;
+esac
 "$dry_run" || command -v gcloud >/dev/null || fail "gcloud is not installed"
 
 remove() {

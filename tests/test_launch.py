@@ -340,6 +340,129 @@ def test_tpu_vm_resume_makes_a_lost_slice_anew(
     assert [call[3] for call in calls(stand_in)] == ["describe", *anew, "ssh", "ssh"]
 
 
+# Two hosts, whose homes are folders; scp and ssh do to them what the real ones do.
+HOSTS = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+for flag in "$@"; do case $flag in
+  --command=*) command=${flag#*=} ;;
+  --output-directory=*) logs=${flag#*=} ;;
+esac; done
+for host in 0 1; do
+  home=$HOMES/$host; mkdir -p "$home"; cd "$home"
+  case $4 in
+    scp) [[ $5 == *.tar.gz ]] || { shift 4; [[ $1 != --recurse ]] || shift; break; } ;;
+    ssh) [[ $command != *sha256sum* ]] || HOME=$home bash -c "$command" > "$logs/$host.log" ;;
+  esac
+done
+[[ $2 != *:* ]] || for host in 0 1; do cp -rL "$1" "$HOMES/$host/${2#*:}"; done
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path: pathlib.Path, stand_in: dict[str, str]) -> dict[str, str]:
+    """`stand_in` with a gcloud that has two hosts, and folders to bring to them."""
+    (tmp_path / "bin" / "gcloud").write_text(HOSTS)
+    (tmp_path / "my data/da ta/in").mkdir(parents=True)
+    (tmp_path / "my data/da ta/in/train set.txt").write_text("one\n")
+    (tmp_path / "my data/da ta/held.txt").write_text("two\n")
+    (tmp_path / "t5").mkdir()
+    # As the hub's cache has them.
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "t5/model.safetensors").symlink_to(tmp_path / "blob")
+    return {**stand_in, "HOMES": str(tmp_path / "homes"), "DATA": "my data/da ta", "LLM": "t5"}
+
+
+def test_tpu_vm_brings_data_and_checkpoints(tmp_path: pathlib.Path, hosts: dict[str, str]) -> None:
+    def setup() -> list[str]:
+        """Names of the folders that were copied."""
+        pathlib.Path(hosts["CALLS"]).unlink(missing_ok=True)
+        result = run("tpu_vm.sh", "setup", cwd=tmp_path, **hosts)
+        assert result.returncode == 0, result.stderr
+        return [pathlib.Path(call[5]).name for call in calls(hosts) if call[4] == "--recurse"]
+
+    def on(host: int) -> dict[str, str]:
+        home = tmp_path / f"homes/{host}/l2s_jax"
+        return {
+            str(path.relative_to(home)): path.read_text()
+            for path in home.rglob("*")
+            if path.is_file()
+        }
+
+    there = {
+        "data/da ta/in/train set.txt": "one\n",
+        "data/da ta/held.txt": "two\n",
+        "checkpoints/t5/model.safetensors": "weights",
+    }
+    assert setup() == ["da ta", "t5"]
+    assert on(0) == on(1) == there
+    assert not any(path.is_symlink() for path in (tmp_path / "homes").rglob("*"))
+    assert setup() == []
+    # One host has lost a file, and half of another; both get these alone.
+    homes = [tmp_path / f"homes/{host}/l2s_jax" for host in (0, 1)]
+    (homes[1] / "data/da ta/held.txt").unlink()
+    (homes[1] / "data/da ta/in/train set.txt").write_text("on")
+    assert setup() == ["da ta"]
+    assert on(0) == on(1) == there
+    (tmp_path / "blob").write_text("WEIGHTS")  # as large as before
+    assert setup() == ["t5"]
+    assert on(1) == {**there, "checkpoints/t5/model.safetensors": "WEIGHTS"}
+
+
+def test_tpu_vm_says_where_it_brought_them(tmp_path: pathlib.Path, hosts: dict[str, str]) -> None:
+    def printed(*arguments: str, **environment: str) -> list[list[str]]:
+        environment = {**hosts, "SLM": f"{tmp_path}/t5", **environment}
+        result = run("tpu_vm.sh", "--dry-run", *arguments, cwd=tmp_path, **environment)
+        assert result.returncode == 0, result.stderr
+        return commands(result.stdout)
+
+    # A list of what is here, a question to the hosts, and the files.
+    assert [call[4] for call in printed("setup")[3:]] == ["scp", "ssh", "scp"] * 2
+    synced = printed("setup", BUCKET="gs://b/f")[3:]
+    assert synced == [
+        ["gcloud", "storage", "rsync", "--recursive", f"{tmp_path}/{source}", f"gs://b/f/{place}"]
+        for source, place in (("my data/da ta", "data/da ta"), ("t5", "checkpoints/t5"))
+    ]
+    for bucket, prefix in (("", ""), ("gs://b/f", "gs://b/f/")):
+        start = remote_of(printed("run", "quickstart", "--config.seed=2", BUCKET=bucket)[0])
+        command = shlex.split(start.partition("bash -c ")[2].partition(" > logs/")[0])[0]
+        assert shlex.split(command.partition(";")[0])[-4:] == [
+            f"--config.task.data_dir={prefix}data/da ta",
+            *(f"--config.{name}.path={prefix}checkpoints/t5" for name in ("llm", "slm")),
+            "--config.seed=2",
+        ]
+    assert calls(hosts) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DATA", "no such", "DATA=no such: expected a folder on this machine"),
+        ("LLM", "blob", "LLM=blob: expected a folder on this machine"),
+        ("SLM", "empty", "SLM=empty: expected a folder with files"),
+        ("SLM", "strange", "SLM=strange: expected no backslash or control character"),
+        ("SLM", "other/t5", "SLM=other/t5: expected another name than that of"),
+    ],
+)
+@pytest.mark.parametrize("action", [["create"], ["resume", "quickstart"]])
+def test_tpu_vm_refuses_folders_before_a_slice_is_made(
+    tmp_path: pathlib.Path,
+    hosts: dict[str, str],
+    action: list[str],
+    variable: str,
+    value: str,
+    message: str,
+) -> None:
+    for name in ("empty/inner", "strange", "other/t5"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "strange/a\nb").touch()
+    (tmp_path / "other/t5/model.safetensors").touch()
+    environment = {**hosts, "BUCKET": "gs://b", variable: value}
+    result = run("tpu_vm.sh", *action, cwd=tmp_path, **environment)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert calls(hosts) == []
+
+
 def test_tpu_vm_failure_is_passed_on(stand_in: dict[str, str]) -> None:
     assert run("tpu_vm.sh", "run", "quickstart", BREAK="1", **stand_in).returncode == 7
 

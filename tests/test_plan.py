@@ -391,6 +391,13 @@ ENTRY %main_spmd (main: f32[8], own: f32[8], part: f32[2], i: s32[]) -> f32[8] {
         ("%a = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}", 1, 32, 2),
         ("%a = f32[8]{0} reduce-scatter(%x), replica_groups={{0,1,2}}", 2, 96, 3),
         (
+            "%a = f32[8]{0} all-reduce(%x), replica_groups=mesh['a'=4,'b'=1,'c'=2], "
+            "device_ids=([2,4]T(1,0)) {'c'}",
+            1,
+            32,
+            2,
+        ),
+        (
             "%a = bf16[] all-reduce(%x), replica_groups=mesh['a'=4,'b'=2] {'a','b'}",
             1,
             2,
@@ -458,6 +465,14 @@ def test_published_geometries_have_their_published_sizes():
         (["--topology=v9:2x2"], "libtpu has no such slice (Invalid TPU external name: TPU v9)"),
         (["--topology=v5e:3x5"], "larger ones in whole hosts of 2x2"),
         (["--topology=v5e"], "expected KIND:SHAPE, such as v5e:4x4"),
+        (["--topology=cpu:8*3"], "3 slices do not split 8 devices; expected a multiple"),
+        (["--topology=cpu:8*0"], "expected KIND:SHAPE"),
+        (["--topology=cpu:8*2"], "config.mesh.slices=1: --topology=cpu:8*2 has 2; expected the"),
+        (
+            ["--topology=cpu:8*2", "--config.mesh.slices=2", "--config.mesh.data=1",
+             "--config.mesh.fsdp=8"],
+            "2 slices split data, expected a multiple of 2 there, as in data=2, fsdp=4, tensor=1",
+        ),
         (["--topology=cpu:999"], "8 CPU devices already; expected at most cpu:8"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must be the number of devices, 4"),
         (["--topology=cpu:8", "--config.decoding.batch_size=12"], "expected a multiple of 8"),

@@ -107,7 +107,8 @@ def test_choices_are_those_that_the_code_offers():
         "llm.model.family": tuple(CONFIGS),
     }.items():
         assert KEYS[key].allowed.endswith(f" of {choices}"), key
-    assert set(flat(Settings().mesh)) == set(flat(Settings().labels.mesh)) == set(AXES)
+    slices = {"slices", "process_is_granule"}
+    assert set(flat(Settings().mesh)) - slices == set(flat(Settings().labels.mesh)) == set(AXES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -343,6 +344,7 @@ WITHOUT_EFFECT = [
             "feed_forward_width": 8,
         }.items()
     ),
+    ("mesh.slices", 1, "mesh.process_is_granule", True, "all devices are of one slice"),
     ("llm.tune.rank", 0, "llm.tune.steps", 5, "the LLM stays frozen"),
     ("llm.train.steps", 0, "llm.train.learning_rate", 0.5, "the LLM is not trained"),
     ("llm.train.optimizer", "adafactor", "llm.train.adam_b2", 0.9, "only AdamW"),
@@ -476,12 +478,13 @@ def test_buckets_ascend_and_hold_the_longest(sizes, most):
 def test_labels_have_the_length_of_a_response_and_the_mesh_of_the_config():
     config = default()
     config.max_response_tokens = 50
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.update(data=2, fsdp=-1, slices=2)
+    slices = {"slices": 2, "process_is_granule": False}
     assert label_tokens(config) == 50
-    assert label_mesh(config) == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert label_mesh(config) == {"data": 2, "fsdp": -1, "tensor": 1, **slices}
     config.labels.update(max_new_tokens=20, mesh={"tensor": 4})
     assert label_tokens(config) == 20
-    assert label_mesh(config) == {"data": 1, "fsdp": -1, "tensor": 4}
+    assert label_mesh(config) == {"data": 2, "fsdp": -1, "tensor": 4, **slices}
 
 
 # Settings of which any finite number means something: why.

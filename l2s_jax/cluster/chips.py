@@ -36,7 +36,8 @@ class Chip:
     flops: dense bfloat16 operations per second. hbm: bytes per second. links: bytes per second over
     all of the chip's links to other chips, in and out together. kinds: what JAX calls it, as
     patterns of fnmatch. ports: how many links they are, to neighbours along the axes of a slice;
-    0: to a switch. rings: which axes of a slice of some shape wrap around.
+    0: to a switch. rings: which axes of a slice of some shape wrap around. dcn: bytes per second
+    that a chip sends to other slices, its share of the data center's network; 0: not known.
     """
 
     flops: float
@@ -46,6 +47,7 @@ class Chip:
     source: str
     ports: int = 0
     rings: Callable[[Sequence[int]], list[bool]] = _at_16
+    dcn: float = 0.0
 
     def least_links(self, shape: Sequence[int]) -> int:
         """Links of the chip that has the fewest in a slice of this shape: one in a corner.
@@ -70,6 +72,7 @@ CHIPS = {
         "https://docs.cloud.google.com/tpu/docs/v5e",
         ports=4,
         rings=_at_16,
+        dcn=6.4e12 / 256 / 8,  # 6.4 Tbps for a Pod of 256 chips
     ),
     "v5p": Chip(
         459e12,
@@ -79,6 +82,7 @@ CHIPS = {
         "https://docs.cloud.google.com/tpu/docs/v5p",
         ports=6,
         rings=_of_cubes,
+        dcn=50e9 / 8,
     ),
     "v6e": Chip(
         918e12,
@@ -88,6 +92,7 @@ CHIPS = {
         "https://docs.cloud.google.com/tpu/docs/v6e",
         ports=4,
         rings=_at_16,
+        dcn=25.6e12 / 256 / 8,  # 25.6 Tbps for a Pod of 256 chips
     ),
     "a100": Chip(
         312e12,

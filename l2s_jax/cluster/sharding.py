@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from l2s_jax.cluster import granules
 from l2s_jax.cluster.paths import is_stacked, path_name
 
 AXES = ("data", "fsdp", "tensor")
@@ -52,12 +53,13 @@ _VOCABULARY = r"(.*/)?((token|response)_embedding/embedding|head/kernel)"
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of these sizes of AXES, 1 where one is not named; one -1 takes the rest.
 
-    It is over `devices`, or all that there are.
+    It is over `devices`, or all that there are. `slices` and `process_is_granule` are those of
+    config.mesh: `data` goes from slice to slice last, so that the rest of the mesh is in one.
 
     Raises:
-      ValueError: an axis that there is not, or another number of devices.
+      ValueError: an axis that there is not, another number of devices, or other slices.
     """
-    if unknown := set(sizes) - set(AXES):
+    if unknown := set(sizes) - {*AXES, "slices", "process_is_granule"}:
         raise ValueError(f"mesh: no axis {min(unknown)!r}, expected some of {', '.join(AXES)}")
     count = jax.device_count() if devices is None else len(devices)
     asked = [sizes.get(axis, 1) for axis in AXES]
@@ -70,9 +72,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {axes_name(asked)}: the product must be the number of devices, {count}, as in "
             f"{axes_name(_nearest(asked, count))}"
         )
-    return jax.make_mesh(
-        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    axis_types = (AxisType.Auto,) * len(AXES)
+    slices, by_process = sizes.get("slices", 1), bool(sizes.get("process_is_granule"))
+    devices = jax.devices() if devices is None else devices
+    granules.check(slices, devices, by_process)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=axis_types, devices=devices)
+    if shape[0] % slices:
+        within = [math.gcd(size, count // slices) for size in shape[1:]]
+        raise ValueError(
+            f"mesh {axes_name(shape)}: {slices} slices split data, expected a multiple of {slices} "
+            f"there, as in {axes_name(_nearest([slices, *within], count, slices))}"
+        )
+    return Mesh(granules.arranged(shape, slices, devices, by_process), AXES, axis_types=axis_types)
 
 
 def axes_name(sizes: Sequence[int]) -> str:
@@ -80,13 +92,14 @@ def axes_name(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
-def _nearest(sizes: Sequence[int], count: int) -> list[int]:
+def _nearest(sizes: Sequence[int], count: int, slices: int = 1) -> list[int]:
     """Sizes for `count` devices: those that split parameters where they divide, data the rest."""
     shape = []
+    count //= slices
     for size in reversed(sizes[1:]):
         shape.insert(0, size if size > 0 and count % size == 0 else 1)
         count //= shape[0]
-    return [count, *shape]
+    return [count * slices, *shape]
 
 
 def mesh_name(mesh: Mesh | AbstractMesh) -> str:

@@ -98,7 +98,16 @@ def plan(
 
 
 def make_mesh(config: ConfigDict, where: Slice) -> Mesh:
-    """The config's mesh over a slice."""
+    """The config's mesh over a slice, or over several.
+
+    Raises:
+      ValueError: it does not fit them.
+    """
+    if config.mesh.slices != where.slices:
+        raise ValueError(
+            f"config.mesh.slices={config.mesh.slices}: --topology={where.topology} has "
+            f"{where.slices}; expected the same"
+        )
     try:
         return sharding.make_mesh(config.mesh, where.devices)
     except NotImplementedError:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from l2s_jax.plan.hlo import Collective
 from l2s_jax.plan.program import Program
 from l2s_jax.plan.slices import Slice
 from l2s_jax.plan.stages import Stage
@@ -32,16 +33,42 @@ def program_report(program: Program, where: Slice) -> dict[str, Any]:
         return report
     report["flops"] = program.costs.flops
     report["bytes_accessed"] = program.costs.memory_bytes
-    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
-    for one in program.costs.collectives:
-        kinds[one.kind]["count"] += one.times
-        kinds[one.kind]["bytes"] += one.bytes * one.times
-    report["collectives"] = dict(sorted(kinds.items()))
+    everything = program.costs.collectives
+    report["collectives"] = _by_kind([one for one in everything if one.slices == 1])
+    if where.slices > 1:
+        crossing = [one for one in everything if one.slices > 1]
+        sent = sum(one.sent_over_dcn * one.times for one in crossing)
+        report["dcn"] = {"collectives": _by_kind(crossing), "bytes_sent": round(sent)}
     if where.chip:
-        times = program.costs.roofline(where.chip, where.sent_per_s)
+        times = program.costs.roofline(where.chip, where.sent_per_s, where.slices)
         bound = max(times, key=times.__getitem__)
         report |= {"roofline_ms": times[bound], "bound": bound.removesuffix("_ms"), **times}
     return report
+
+
+def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for one in collectives:
+        kinds[one.kind]["count"] += one.times
+        kinds[one.kind]["bytes"] += one.bytes * one.times
+    return dict(sorted(kinds.items()))
+
+
+def dcn_lines(programs: Mapping[str, Any]) -> list[str]:
+    """The part of plan.md about what slices send each other."""
+    heads = "program | collective between slices | count | MB | MB sent | ms"
+    lines = ["", f"| {heads} |", "|" + "---|" * 6]
+    for name, program in programs.items():
+        dcn = program.get("dcn")
+        if not dcn:
+            continue
+        kinds = dcn["collectives"]
+        cells = [", ".join(kinds) or "none"]
+        cells += [str(sum(one["count"] for one in kinds.values()))]
+        cells += [f"{sum(one['bytes'] for one in kinds.values()) / 1e6:.2f}"]
+        cells += [f"{dcn['bytes_sent'] / 1e6:.2f}", number(program.get("dcn_ms"), 1)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
 
 
 def stage_report(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from l2s_jax.plan.groups import groups_of, slices_of
 from l2s_jax.plan.hlo_text import (
     Computations,
     Instruction,
@@ -42,30 +43,46 @@ class Collective(NamedTuple):
     """A collective operation of one device.
 
     bytes: of the larger of what it takes and what it gives. group: devices that take part together.
-    times: how often it runs.
+    times: how often it runs. slices: how many slices these are of.
     """
 
     kind: str
     bytes: int
     group: int
     times: int
+    slices: int = 1
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends, at the least, each time.
+        """Bytes that a device sends within its slice, at the least, each time.
 
         As in Chan et al. 2007, "Collective communication: theory, practice, and experience",
         table 1: an all-reduce is a reduce-scatter and an all-gather.
         """
         if self.kind == "collective-permute":
-            return self.bytes
-        return self.bytes * (self.group - 1) / self.group * (1 + (self.kind == "all-reduce"))
+            return self.bytes * (self.slices == 1)
+        return self._share(self.group // self.slices) * self.bytes
+
+    @property
+    def sent_over_dcn(self) -> float:
+        """Likewise to other slices, where each device of a slice sends its part of what all have.
+
+        At the least, if what a slice can do within itself is done there before.
+        """
+        if self.kind == "collective-permute":
+            return self.bytes * (self.slices > 1)
+        return self._share(self.slices) * self.bytes / (self.group // self.slices)
+
+    def _share(self, members: int) -> float:
+        return (members - 1) / members * (1 + (self.kind == "all-reduce"))
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, per_slice: int = 0) -> list[Collective]:
     """The collectives in a compiled program's text, those in loops as often as the loop turns.
 
-    Of a loop those of its body: what its condition adds up are a few bytes.
+    Of a loop those of its body: what its condition adds up are a few bytes. `per_slice` devices in
+    a row are a slice; 0: all are one. Between slices, the TPU's compiler has the host send and
+    receive what a collective moves.
     """
     program, entry = parsed(text)
     times = how_often(program, entry)
@@ -74,16 +91,25 @@ def collectives(text: str) -> list[Collective]:
     for name, instructions in program.items():
         for one in instructions:
             kind = one.kind.removesuffix("-start")
+            if kind in ("send", "recv") and times[name] and (moved := _between_slices(one)):
+                key, between = moved
+                before = found.get(key, between)
+                size = max(before.bytes, between.bytes)
+                found[key] = between._replace(bytes=size, times=times[name])
+                continue
             if kind not in KINDS or not times[name] or name in conditions:
                 continue
-            moved, group = size_of(result(one)), _group(one.line)
+            groups = groups_of(one.line)
+            moved, group = size_of(result(one)), max(map(len, groups), default=1)
             if name.startswith("all-reduce-scatter"):  # an all-reduce of which one part is kept
                 kind = "reduce-scatter"
             elif kind == "reduce-scatter":
                 moved *= group
             if group > 1 or kind == "collective-permute":
                 # Parts of one asynchronous operation share its channel.
-                found[kind + _channel(one.line)] = Collective(kind, moved, group, times[name])
+                slices = slices_of(groups, per_slice) if per_slice else 1
+                key = kind + _channel(one.line)
+                found[key] = Collective(kind, moved, group, times[name], slices)
     return list(found.values())
 
 
@@ -93,19 +119,18 @@ def _channel(line: str) -> str:
     return channel[0] if channel else line
 
 
-def _group(line: str) -> int:
-    """Devices of each group, in any of the three ways that HLO writes them."""
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(match[2])
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
-        group = 1
-        for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2]):
-            group *= int(part or sizes[name])
-        return group
-    return 2 if "source_target_pairs" in line else 1
+def _between_slices(one: Instruction) -> tuple[str, Collective] | None:
+    """(what its parts have in common, the collective), if it is a transfer between slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.line)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', one.line)
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', one.line)
+    if not (kind and target and name):
+        return None
+    ends = [part.split(":") for part in target[1].split(",")]
+    slices = sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    moved = size_of(parts_of(one.shape)[0])
+    kind = kind[1].lower().replace("_", "-")
+    return name[1], Collective(kind, moved, slices, 1, slices)
 
 
 def loop_turns(text: str) -> list[int]:
@@ -150,6 +175,8 @@ def _moved(one: Instruction, shapes: Mapping[str, str], program: Computations) -
         return _copied(shape, operands[0], shape)
     if kind == "dynamic-update-slice":
         return _copied(operands[1], operands[1], operands[0])
+    if kind in ("send", "recv"):  # the other side is no memory of this device
+        return in_main_memory(parts_of(one.shape)[0])
     if kind == "copy":
         return in_main_memory(one.shape) + (kind == one.kind) * in_main_memory(operands[0])
     if kind == "fusion" and one.called:

@@ -21,18 +21,20 @@ class Costs:
     memory_bytes: float
     collectives: tuple[Collective, ...]
 
-    def roofline(self, chip: Chip, sent_per_s: float) -> dict[str, float]:
+    def roofline(self, chip: Chip, sent_per_s: float, slices: int = 1) -> dict[str, float]:
         """Milliseconds that each would take at the chip's published rate.
 
-        `sent_per_s` as of `Slice`. Latency is that of as many collectives, one after another.
+        `sent_per_s` as of `Slice`. Latency is that of as many collectives, one after another. Of
+        several slices there is also the time of what they send each other.
         """
         sent = sum(c.sent * c.times for c in self.collectives)
+        between = sum(c.sent_over_dcn * c.times for c in self.collectives)
         return {
             "compute_ms": self.flops / chip.flops * 1e3,
             "memory_ms": self.memory_bytes / chip.hbm * 1e3,
             "network_ms": sent / sent_per_s * 1e3 if sent else 0.0,
             "latency_ms": sum(c.times for c in self.collectives) * COLLECTIVE_S * 1e3,
-        }
+        } | ({"dcn_ms": between / chip.dcn * 1e3} if slices > 1 else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,8 @@ class Compiler:
             sharding.check_rows(rows, mesh, f"config.{work.train_where}.batch_size")
         if work.batch_size:
             sharding.check_rows(work.batch_size, mesh, f"config.{work.decoding_where}.batch_size")
+        # A mesh of one process's devices is in one slice.
+        self._per_slice = where.per_slice if mesh.size > where.per_slice else 0
         self._rows = sharding.batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, P())
         self._flat = plan.unscanned()
@@ -251,7 +253,7 @@ class Compiler:
         costs = Costs(
             flops=max(counted.get("flops", 0.0), least),
             memory_bytes=memory_bytes(text, only_loops=steps > 1) / steps,
-            collectives=tuple(collectives(text)),
+            collectives=tuple(collectives(text, self._per_slice)),
         )
         arguments_bytes = memory.argument_size_in_bytes
         fits = peak <= self.slice.capacity

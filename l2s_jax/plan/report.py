@@ -31,6 +31,9 @@ NOTES = """\
   collective waits for it. On a v5e or v6e an axis is a ring if it has 16 chips, on a v5p if the
   slice is made of cubes of 4x4x4; elsewhere a chip in a corner has one link along it.
 - Latency is 1 microsecond for each collective, an assumption: about one hop between two chips.
+- What slices send each other goes over the data center's network, at a chip's even share of what
+  the chip's page says of a chip or a whole Pod: an assumption, since hosts share network cards, and
+  the network has no published latency. Devices of a slice first add up what all of them have.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
 - What is trained is float32 in memory; the frozen LLM and generation hold the weights of products
   in the products' dtype.
@@ -72,6 +75,8 @@ def describe(where: Slice, mesh: Mesh) -> dict[str, Any]:
         "chips": where.chips,
         "mesh": dict(mesh.shape),
     }
+    if where.slices > 1:
+        report["slices"] = where.slices
     if where.chip:
         report["chip"] = {
             "flops_per_s": where.chip.flops,
@@ -81,6 +86,8 @@ def describe(where: Slice, mesh: Mesh) -> dict[str, Any]:
             "least_links": where.chip.least_links(where.shape),
             "source": where.chip.source,
         }
+        if where.slices > 1:
+            report["chip"]["dcn_bytes_per_s"] = where.chip.dcn
     return report
 
 
@@ -113,6 +120,11 @@ def markdown(report: dict[str, Any]) -> str:
             f"{chip['link_bytes_per_s'] / 1e9:g} GB/s of {chip['links']} links in both directions "
             f"({chip['source']}). In this slice a chip has at least {chip['least_links']} of them.",
         ]
+        if "slices" in report:
+            lines[-1] += (
+                f" Between its {report['slices']} slices a chip sends "
+                f"{chip['dcn_bytes_per_s'] / 1e9:g} GB/s."
+            )
     else:
         kind = report["topology"].partition(":")[0]
         rated = ", ".join(name for name, chip in CHIPS.items() if chip.ports)
@@ -139,6 +151,8 @@ def markdown(report: dict[str, Any]) -> str:
     for name, program in report["programs"].items():
         for kind, one in program["collectives"].items():
             lines.append(f"| {name} | {kind} | {one['count']} | {one['bytes'] / 1e6:.2f} |")
+    if "slices" in report:
+        lines += costs.dcn_lines(report["programs"])
     for name, one in report["throughput"].items():
         cost = one.get("dollars_per_million_tokens")
         money = "" if cost is None else f", ${cost:.4f} per million tokens"

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l2s_jax.cluster.chips import CHIPS, Chip
+from l2s_jax.cluster.granules import Numbered
 
-EXPECTED = "such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
+EXPECTED = "such as v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, or v5e:4x4*2 for two slices"
 
 # libtpu asks a Google Cloud VM's metadata server for what these say, and waits where there is none.
 _ENVIRONMENT = {
@@ -40,18 +41,25 @@ class Slice:
     """The devices of a topology, which are one a chip but for the oldest and newest TPUs.
 
     capacity: bytes of memory that the compiler may fill on one device. chip: None without
-    published rates.
+    published rates. slices: how many such slices there are; `devices` are those of all.
     """
 
     topology: str
     devices: Sequence[Any]
     capacity: int
     chip: Chip | None
+    slices: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Chips along each axis."""
-        return tuple(map(int, self.topology.partition(":")[2].split("x")))
+        """Chips along each axis of one slice."""
+        shape = self.topology.partition(":")[2].partition("*")[0]
+        return tuple(map(int, shape.split("x")))
+
+    @property
+    def per_slice(self) -> int:
+        """Devices of each slice."""
+        return len(self.devices) // self.slices
 
     @property
     def sent_per_s(self) -> float:
@@ -68,20 +76,24 @@ class Slice:
         """Number of chips; of devices, on CPUs."""
         if self.platform == "cpu":
             return len(self.devices)
-        return len({tuple(device.coords) for device in self.devices})
+        return len({tuple(device.coords) for device in self.devices}) * self.slices
 
 
 def open_slice(topology: str) -> Slice:
     """The slice of that name, "KIND:AxB" or "KIND:AxBxC" as libtpu names them, or "cpu:N".
 
+    With *S behind it, S such slices. N CPU devices then stand for S slices of N / S.
+
     Raises:
       ValueError: there is no such slice, or nothing to compile for it with.
     """
-    kind, _, shape = topology.partition(":")
-    if not kind or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    kind, _, rest = topology.partition(":")
+    shape, _, times = rest.partition("*")
+    if not kind or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(\*[1-9]\d*)?", rest):
         raise ValueError(f"--topology={topology!r}: expected KIND:SHAPE, {EXPECTED}")
+    slices = int(times or 1)
     if kind == "cpu":
-        return _cpus(topology, shape)
+        return _cpus(topology, shape, slices)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"--topology={topology}: libtpu, the TPU's compiler, is not installed; "
@@ -89,27 +101,32 @@ def open_slice(topology: str) -> Slice:
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         settings["chip_config_name"] = "megacore"  # one device per chip, as JAX has it on a v4
     if set(shape) <= set("1x"):
         settings["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        devices = topologies.get_topology_desc(topology, "tpu", **settings).devices
+        devices = topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **settings).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(
             f"--topology={topology}: libtpu has no such slice ({reason}); expected one {EXPECTED}, "
             "a single chip as 1x1, larger ones in whole hosts of 2x2"
         ) from None
-    return Slice(topology, devices, _capacity(devices), CHIPS.get(kind))
+    return Slice(topology, devices, _capacity(devices), CHIPS.get(kind), slices)
 
 
-def _cpus(topology: str, shape: str) -> Slice:
+def _cpus(topology: str, shape: str, slices: int) -> Slice:
     """Fake devices of this machine, which share its memory."""
     if not shape.isdigit():
         raise ValueError(f"--topology={topology}: expected a number of CPU devices, as in cpu:8")
     count = int(shape)
+    if count % slices:
+        raise ValueError(
+            f"--topology={topology}: {slices} slices do not split {count} devices; expected a "
+            f"multiple of {slices}, as in cpu:{-(-count // slices) * slices}*{slices}"
+        )
     # JAX may run already, with as many as it was started with.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
@@ -120,7 +137,10 @@ def _cpus(topology: str, shape: str) -> Slice:
             f"at most cpu:{len(devices)}"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Slice(topology, devices[:count], memory // count, None)
+    used: list[Any] = list(devices[:count])
+    if slices > 1:
+        used = [Numbered(device, i * slices // count) for i, device in enumerate(used)]
+    return Slice(topology, used, memory // count, None, slices)
 
 
 def _capacity(devices: Sequence[Any]) -> int:

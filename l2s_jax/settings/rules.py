@@ -41,6 +41,12 @@ IDLE = (
         lambda source: source not in ("", "tfds"),
         "only tensorflow-datasets have such a name",
     ),
+    Idle(
+        "mesh.process_is_granule",
+        "mesh.slices",
+        lambda slices: slices == 1,
+        "all devices are of one slice",
+    ),
     Idle("task.chat.*", "task.chat.user", _is_off, "there is no chat"),
     *(
         Idle(f"{where}.model_type", f"{where}.train_vocab_size", _is_off, "no tokenizer is trained")

@@ -186,6 +186,16 @@ class Mesh(Section):
     data: int = _axis(-1, "Devices, or groups of them, between which a batch is split.")
     fsdp: int = _axis(1, "Devices between which parameters, and a batch, are split.")
     tensor: int = _axis(1, "Devices between which each product is split.")
+    slices: int = setting(
+        1,
+        "TPU slices that the devices are of, between which `data` is split first: gradients alone "
+        "cross the network between them.",
+        at_least=1,
+        added=True,
+    )
+    process_is_granule: bool = setting(
+        False, "Each process is a slice, on devices that are of none: CPUs, GPUs.", added=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
