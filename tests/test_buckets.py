@@ -1,14 +1,22 @@
 """Everything in a bucket, as on a disk, of a store that fails now and then."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
+import server
 import tiny
 from emulator import AT
 from safetensors.numpy import load
 
-from l2s_jax import buckets, copies, files
+import l2s_jax
+from l2s_jax import buckets, convert, copies, files
 from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
@@ -28,20 +36,44 @@ def flags(config, workdir, data):
     ]
 
 
+def kill(arguments, workdir, place):
+    """A run that is killed as soon as an object is there."""
+    code = "import sys, tiny; sys.exit(tiny.run(*sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not buckets.is_object(f"{workdir}/{place}"):
+        time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    said = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, said
+    # Nobody waits for a minute here, after which a lock is stale.
+    for name in buckets.names(workdir):
+        if name.startswith(".lock"):
+            buckets.remove(f"{workdir}/{name}")
+
+
 @pytest.fixture(scope="module")
 def runs(store, tmp_path_factory):
-    """The workdirs of a run on a disk, and of the same in a bucket, which also has its data."""
+    """The workdirs of a run on a disk, and of the same in a bucket, which also has its data.
+
+    The one in the bucket is killed in two stages, and evaluated by a command of its own.
+    """
     root = tmp_path_factory.mktemp("runs")
     config = tiny.write_task(root / "data")
     for path in (root / "data").glob("*.jsonl"):
         buckets.send(str(path), f"{AT}/data/{path.name}")
     disk, bucket = str(root / "disk"), f"{AT}/runs/tiny"
     assert tiny.run(*flags(config, disk, root / "data")) == 0
-    assert tiny.run(*flags(config, bucket, f"{AT}/data")) == 0
+    arguments = flags(config, bucket, f"{AT}/data")
+    kill(arguments, bucket, "llm/checkpoints/2/_CHECKPOINT_METADATA")
+    kill(arguments, bucket, "slm/metrics.jsonl")
+    assert tiny.run(*arguments, "--until=l2s") == 0
+    assert tiny.run(f"--workdir={bucket}", "--mode=evaluate") == 0
     return disk, bucket, root
 
 
-def test_a_run_in_a_bucket_gives_what_it_gives_on_a_disk(runs):
+def test_a_killed_run_in_a_bucket_gives_what_it_gives_on_a_disk(runs):
     disk, bucket, _ = runs
     for stage, stem in (("llm", "model"), ("slm", "model"), ("l2s", "params")):
         path = f"{stage}/model/{stem}.safetensors"
@@ -83,3 +115,36 @@ def test_what_is_done_is_found_generated_from_and_copied(runs, capsys):
         patch.setattr(copies, "_KEPT_SECONDS", -1.0)
         assert tiny.run(f"--workdir={bucket}", "--mode=status") == 0
     assert not [path for path in fetched if path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("slm", []), ("slm", ["--to=hf", "--verify"]), ("l2s", ["--include-llm=whole"])],
+)
+def test_a_conversion_in_a_bucket_is_that_on_a_disk(model, more, runs, tmp_path):
+    disk, bucket, _ = runs
+    output = f"{AT}/{tmp_path.name}"
+    for run, made in ((disk, tmp_path / "made"), (bucket, output)):
+        assert convert.main([f"--input={run}/{model}/model", f"--output={made}", *more]) == 0
+    names = set(buckets.files_below(str(tmp_path / "made")))
+    assert names == set(buckets.objects(output)) and len(names) > 3
+    for name in names:
+        assert buckets.read(f"{output}/{name}") == (tmp_path / "made" / name).read_bytes(), name
+    assert convert.main([f"--input={bucket}/{model}/model", f"--output={output}", *more]) == 2
+
+
+def test_a_server_answers_from_a_bucket(runs):
+    disk, bucket, _ = runs
+    prompts = ["reverse: one two", "reverse: three"]
+    expected = [one.text for one in l2s_jax.load(f"{disk}/l2s/model").generate(prompts)]
+    with server.serving(f"{bucket}/l2s/model") as running:
+        body = {"model": "l2s", "prompt": prompts, "temperature": 0}
+        answer = httpx.post(f"{running.address}/v1/completions", json=body, timeout=60)
+    assert [choice["text"] for choice in answer.json()["choices"]] == expected
+
+
+def test_a_comparison_in_a_bucket_is_refused(runs, capsys):
+    flags = ("--mode=compare", "--vary=l2s.train.steps=2,4")
+    assert tiny.run(f"--workdir={runs[1]}", *flags) == 2
+    words = f"error: --workdir={runs[1]}: --mode=compare expects a folder on a disk"
+    assert words in capsys.readouterr().err
