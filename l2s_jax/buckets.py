@@ -174,12 +174,23 @@ def is_object(path: str) -> bool:
 
 def names(path: str) -> list[str]:
     """Names of what lies right below, sorted."""
+    return sorted(listing(path))
+
+
+def listing(path: str) -> dict[str, tuple[int, str] | None]:
+    """As of `facts`, of what lies right below, by name; None of what has more below."""
     try:
-        found = _tried(path, lambda system: system.ls(f"{path.rstrip('/')}/", detail=False))
+        found = _tried(path, lambda system: system.ls(f"{path.rstrip('/')}/", detail=True))
     except FileNotFoundError:
-        return []
+        return {}
     own = path.rstrip("/").partition("://")[2]
-    return sorted({name.rstrip("/").rpartition("/")[2] for name in found if name.strip("/") != own})
+    return {
+        info["name"].rstrip("/").rpartition("/")[2]: (
+            _facts(info) if info["type"] == "file" else None
+        )
+        for info in found
+        if info["name"].strip("/") != own
+    }
 
 
 def objects(path: str) -> dict[str, tuple[int, str]]:
@@ -211,7 +222,9 @@ def _facts(info: dict[str, Any]) -> tuple[int, str]:
 
 def read(path: str) -> bytes:
     """The content of an object."""
-    return _tried(path, lambda system: system.cat_file(path))
+    # In parts, s3fs would ask for the size first.
+    alone = {"max_concurrency": 1} if path.startswith("s3://") else {}
+    return _tried(path, lambda system: system.cat_file(path, **alone))
 
 
 def write(path: str, content: bytes) -> None:

@@ -30,6 +30,7 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
+from l2s_jax.copies import local
 from l2s_jax.files import (
     atomic_directory,
     escaped,
@@ -40,7 +41,7 @@ from l2s_jax.files import (
     read_json,
 )
 from l2s_jax.gguf_file import is_gguf
-from l2s_jax.hub import TOKENIZER_FILES, find
+from l2s_jax.hub import PARTS, TOKENIZER_FILES, find
 from l2s_jax.models.families import make_module
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving import bundle
@@ -169,16 +170,17 @@ def _convert(flags: argparse.Namespace) -> None:
 
 def _save_tokenizer(flags: argparse.Namespace, directory: str) -> None:
     """The tokenizer of the input, if it has one, beside the model in `directory`."""
-    is_theirs = not is_gguf(flags.input) and "model_type" in read_json(
-        os.path.join(flags.input, "config.json")
+    source = local(flags.input, PARTS["tokenizer"])
+    is_theirs = not is_gguf(source) and "model_type" in read_json(
+        os.path.join(source, "config.json")
     )
-    names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(flags.input, name))]
+    names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(source, name))]
     if is_theirs and flags.to == "hf":
-        for name in (*names, *_generation(flags.input)):
-            shutil.copyfile(os.path.join(flags.input, name), os.path.join(directory, name))
-    elif names or is_gguf(flags.input):
+        for name in (*names, *_generation(source)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(directory, name))
+    elif names or is_gguf(source):
         # What the files of one format say together, those of another do not.
-        load_tokenizer(flags.input).save(directory)
+        load_tokenizer(source).save(directory)
 
 
 def _generation(directory: str) -> list[str]:
@@ -188,9 +190,9 @@ def _generation(directory: str) -> list[str]:
 
 def _verify(flags: argparse.Namespace, module: Any, params: Params) -> None:
     if flags.to == "hf":
-        theirs = flags.output
+        theirs = local(flags.output, PARTS["all"])
     else:
-        theirs = flags.input
+        theirs = local(flags.input, PARTS["all"])
         module, params = load(flags.output)
     found: Agreement = compare(family_of(module.config), theirs, module, params)
     measured = (

@@ -8,6 +8,7 @@ changes. Where the disk is full, the copies go that nobody has used for an hour,
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import json
@@ -56,12 +57,12 @@ def _is_there(process: int) -> bool:
     return True
 
 
-def local(path: str, patterns: Sequence[str] = ("*",)) -> str:
+def local(path: str, patterns: Sequence[str] = ()) -> str:
     """A path on this machine's disk with the same content: of a disk, it is the path itself.
 
     Args:
-      path: a file, or a folder with what is in it.
-      patterns: of a folder in a bucket, which files are wanted.
+      path: a file, or with `patterns` a folder.
+      patterns: which files are wanted of a folder in a bucket.
 
     Raises:
       FileNotFoundError: a bucket has nothing there.
@@ -71,27 +72,29 @@ def local(path: str, patterns: Sequence[str] = ("*",)) -> str:
         return path
     path = path.rstrip("/")
     for _ in range(_TRIES):
-        found, is_object = _found(path, patterns)
-        copy = _copied(path, found, is_object)
+        found = _found(path, patterns)
+        copy = _copied(path, found, is_object=not patterns)
         if copy:
             return copy
     raise OSError(f"{path}: it changes while it is read")
 
 
-def _found(path: str, patterns: Sequence[str]) -> tuple[dict[str, tuple[int, str]], bool]:
-    """Facts of the objects to copy by name, and whether `path` is one itself."""
+def _found(path: str, patterns: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Facts of the objects to copy by name, of which there is one at least."""
+    if not patterns:
+        return {os.path.basename(path): buckets.facts(path)}
     below = {
         name: facts
         for name, facts in buckets.objects(path).items()
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
         and not name.endswith(PICKLES)
     }
-    if below:
-        return below, False
-    return {os.path.basename(path): buckets.facts(path)}, True
+    if not below:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return below
 
 
-def _copied(path: str, found: Mapping[str, tuple[int, str]], is_object: bool) -> str | None:
+def _copied(path: str, found: Mapping[str, tuple[int, str]], *, is_object: bool) -> str | None:
     """The copy; None where its objects have changed meanwhile."""
     digest = hashlib.sha256(json.dumps([path, found]).encode()).hexdigest()[:32]
     place = os.path.join(folder(), digest)

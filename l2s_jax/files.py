@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from l2s_jax import buckets
@@ -214,10 +214,32 @@ def signature(path: str) -> list[Any]:
     Raises:
       OSError: there is none.
     """
-    if is_bucket(path):
-        return [path, *buckets.facts(path)]
-    stat = os.stat(os.path.expanduser(path))
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+    return signatures([path])[0]
+
+
+def signatures(paths: Sequence[str]) -> list[list[Any]]:
+    """As of `signature`, of files; those of one folder in a bucket take one request.
+
+    Raises:
+      OSError: one is not there.
+    """
+    folders = collections.Counter(os.path.dirname(path) for path in paths if is_bucket(path))
+    listed = {folder: buckets.listing(folder) for folder, count in folders.items() if count > 1}
+
+    def facts(path: str) -> tuple[int, str]:
+        folder, name = os.path.split(path)
+        found = listed[folder].get(name) if folder in listed else buckets.facts(path)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return found
+
+    def of(path: str) -> list[Any]:
+        if is_bucket(path):
+            return [path, *facts(path)]
+        stat = os.stat(os.path.expanduser(path))
+        return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+
+    return [of(path) for path in paths]
 
 
 def write_text(path: str, content: str) -> None:

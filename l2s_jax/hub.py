@@ -65,14 +65,22 @@ def find(path: str, part: str = "all") -> str:
     Raises:
       ValueError: one line: there is no such thing, it can't be had, or not as a whole.
     """
-    if is_bucket(path) and is_gguf(path):  # which is read in place
-        return local(path)
+    if is_bucket(path):
+        return local(path) if is_gguf(path) else _in_bucket(path)  # (one is read in place)
     expanded = os.path.expanduser(path)
     if exists(expanded):
         return expanded
     if not is_name(path):
         raise ValueError(f"{path}: no such {'file' if is_gguf(path) else 'directory'}")
     return _download(path, part)
+
+
+@functools.cache
+def _in_bucket(path: str) -> str:
+    """The path, once something is found there: many ask, of what a process goes on to read."""
+    if not exists(path):
+        raise ValueError(f"{path}: no such directory")
+    return path
 
 
 def cached(path: str, part: str = "all") -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from l2s_jax.copies import local
-from l2s_jax.files import is_file, read_text, remove, shown, signature, write_text
+from l2s_jax.files import read_text, remove, shown, signature, write_text
 
 SUMS = "SHA256SUMS"
 _HASH = "sha256"
@@ -55,7 +55,7 @@ def check(*paths: str) -> None:
     for path in paths:
         directory, name = os.path.split(path)
         expected = sums[directory].get(name)
-        if expected and is_file(path) and _hash_of(path) != expected:
+        if expected and _hash_of(path, missing=expected) != expected:
             raise ValueError(
                 f"{path}: damaged, or changed since it was written: its SHA-256 is not the one in "
                 f"{SUMS} beside it; copy or make it again, or remove its line there if the change "
@@ -121,15 +121,18 @@ def _sums(directory: str) -> dict[str, str]:
     return sums
 
 
-def _hash_of(path: str) -> str:
+def _hash_of(path: str, missing: str = "") -> str:
+    """Of a file as it is; `missing`, if given, where there is none."""
     try:
         return _hash_of_file(path, *signature(path))
     except OSError as error:
+        if missing and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return missing
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=1024)
 def _hash_of_file(path: str, *facts: str | int) -> str:
-    """Of a file as it is; `facts` change where its content does."""
+    """`facts` change where the file's content does."""
     with open(local(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

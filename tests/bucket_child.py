@@ -1,6 +1,6 @@
-"""A small training in a bucket as a process of its own, alone or in a job, for tests to kill.
+"""A small training in a bucket, one process of a job of two, for tests to kill.
 
-python tests/bucket_child.py DIRECTORY SECONDS_PER_STEP [COORDINATOR PROCESSES PROCESS]
+python tests/bucket_child.py DIRECTORY SECONDS_PER_STEP COORDINATOR PROCESS
 """
 
 import sys
@@ -9,11 +9,7 @@ import train_child
 
 from l2s_jax.cluster.job import job
 
-MESHES = {1: (1, 1, 1), 2: (1, 2, 1)}
-
 if __name__ == "__main__":
-    directory, seconds, *of_job = sys.argv[1:]
-    coordinator, processes, process = of_job or ("", "1", "0")
-    where = (coordinator, int(processes), int(process)) if of_job else (None, None, None)
-    with job(*where, detect=False, timeout_s=300):
-        train_child.run(directory, float(seconds), mesh=MESHES[int(processes)])
+    directory, seconds, coordinator, process = sys.argv[1:]
+    with job(coordinator, 2, int(process), detect=False, timeout_s=300):
+        train_child.run(directory, float(seconds), mesh=(1, 2, 1))

@@ -1,9 +1,10 @@
 """moto's server for s3 as a process of its own, which can be told to fail.
 
-python tests/emulator.py PORT FAULTS
+python tests/emulator.py PORT FAULTS [LOG]
 
-With FAULTS above 0, one request in so many fails with 500 or 503, every other time after it has
-been done, and one in 2.5 times as many takes two seconds.
+Each request is a line of the file LOG: method, path and query. With FAULTS above 0, one request in
+so many fails with 500 or 503, every other time after it has been done, and one in 2.5 times as many
+takes two seconds.
 """
 
 import contextlib
@@ -31,12 +32,18 @@ CREDENTIALS = {
 class Faulty:
     """A WSGI app in front of another."""
 
-    def __init__(self, app, every):
-        self.app, self.every = app, every
+    def __init__(self, app, every, log):
+        self.app, self.every, self.log = app, every, log
         self.count, self.failed = itertools.count(1), itertools.count()
 
     def __call__(self, environ, start_response):
-        if not self.every or environ["PATH_INFO"].startswith("/moto-api"):
+        if environ["PATH_INFO"].startswith("/moto-api"):
+            return self.app(environ, start_response)
+        if self.log:
+            line = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {environ['QUERY_STRING']}"
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        if not self.every:
             return self.app(environ, start_response)
         number = next(self.count)
         if number % (5 * self.every // 2) == 0:
@@ -52,20 +59,20 @@ class Faulty:
         return [b""]
 
 
-def serve(port, every):
+def serve(port, every, log=None):
     """Answers requests until the process is killed."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     app = DomainDispatcherApplication(create_backend_app)
-    run_simple("127.0.0.1", port, Faulty(app, every), threaded=True)
+    run_simple("127.0.0.1", port, Faulty(app, every, log), threaded=True)
 
 
 @contextlib.contextmanager
-def running(port, every=0):
+def running(port, every=0, log=None):
     """The emulator, with an empty bucket; gives what the environment has to say to reach it."""
     process = subprocess.Popen(
-        [sys.executable, __file__, str(port), str(every)],
+        [sys.executable, __file__, str(port), str(every), *([str(log)] if log else [])],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parent.parent,
@@ -116,4 +123,4 @@ def store(tmp_path_factory):
 
 if __name__ == "__main__":
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -4,7 +4,8 @@ python tests/stop_child.py DIRECTORY SECONDS_PER_STEP LEARNING_RATE WHEN [COORDI
 PROCESS]
 
 WHEN it sends itself SIGTERM: "first", before the first step, "save", when a checkpoint is saved, or
-"never".
+"never". The others have a validation of minutes after step 4: "validate" sends SIGINT there,
+"validated" nothing.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import functools
 import os
 import signal
 import sys
+import time
 
 import jax
 import train_child
@@ -44,7 +46,23 @@ class Signalling:
         self.batches.set_state(state)
 
 
-WHEN = {"first": {"batch": 1}, "save": {"at_save": True}, "never": {}}
+class Long:
+    """A validation of many batches; with a number, this process sends itself the signal in one."""
+
+    def __init__(self, batch, count, seconds=0.0, number=None):
+        self.batch, self.count, self.seconds, self.number = batch, count, seconds, number
+
+    def __iter__(self):
+        for _ in range(self.count):
+            if self.number:
+                os.kill(os.getpid(), self.number)
+                self.number = None
+            time.sleep(self.seconds)
+            yield self.batch
+
+
+WHEN = {"first": {"batch": 1}, "save": {"at_save": True}}
+VALIDATION = {"validate": signal.SIGINT, "validated": None}
 
 
 def main(directory, seconds, rate, when, coordinator=None, processes=None, process=None):
@@ -52,14 +70,20 @@ def main(directory, seconds, rate, when, coordinator=None, processes=None, proce
     joined = contextlib.nullcontext()
     if coordinator:
         joined = job(*place, detect=None, timeout_s=300, heartbeat_s=10)
+    changes = {}
+    if when in VALIDATION:
+        # Whoever runs the tests in the background has them ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        number = VALIDATION[when]
+        changes = {"evaluate_every": 4, "validate": lambda batch: Long(batch, 600, 0.2, number)}
     with handled(), joined:
         train_child.run(
             directory,
             float(seconds),
-            functools.partial(Signalling, number=signal.SIGTERM, **WHEN[when]),
+            functools.partial(Signalling, number=signal.SIGTERM, **WHEN.get(when, {})),
             mesh=(jax.device_count(), 1, 1),
             learning_rate=float(rate),
-            **CHANGES,
+            **CHANGES | changes,
         )
 
 

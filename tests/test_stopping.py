@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 import train_child
-from stop_child import CHANGES, Signalling
+from stop_child import CHANGES, Long, Signalling
 from test_distributed import assert_same_lines, ended, free_port, lines_of, peers, start
 
 from l2s_jax.cluster.stopping import Stopped, deferred, handled
@@ -52,16 +52,17 @@ def newest(directory):
     return max(int(path.name) for path in (directory / "checkpoints").iterdir())
 
 
-def interrupted(directory, batch, **settings):
-    """A run in this process that Ctrl-C comes to while it waits for a batch."""
+def interrupted(directory, batch=None, **settings):
+    """A run in this process that Ctrl-C comes to while it waits for a batch, if one is given."""
 
     def wrap(batches):
         return Signalling(batches, signal.SIGINT, batch=batch)
 
+    settings = CHANGES | settings
     # Whoever runs the tests in the background has them ignore it.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     with pytest.raises(Stopped) as error, handled():
-        train_child.run(str(directory), wrap=wrap, **settings, **CHANGES)
+        train_child.run(str(directory), wrap=wrap, **settings)
     signal.signal(signal.SIGINT, before)
     assert error.value.status == 130
     return str(error.value)
@@ -108,6 +109,35 @@ def test_two_processes_save_the_same_step_and_continue(uninterrupted, tmp_path):
     # A loss that is not finite ends both, too.
     for status, line in ended(wild):
         assert status == 1 and re.match(r"error: (process \d: )?wild: step \d+: .*grad norm", line)
+
+
+def test_a_validation_that_is_asked_to_end_is_made_by_the_run_that_continues(tmp_path):
+    settings = {"evaluate_every": 8, "select": "best"}
+    expected = train_child.run(str(tmp_path / "slm"), **CHANGES | settings)
+
+    def ask(batch):
+        return Long(batch, 1, number=signal.SIGINT)
+
+    directory = tmp_path / "cut" / "slm"
+    for _ in range(2):  # the second time in the validation that is made up for
+        words = "interrupted after step 8 of slm, which is saved"
+        assert words in interrupted(directory, validate=ask, **settings)
+        assert newest(directory) == 8
+    assert all("val_loss" not in line for line in lines_of(directory))
+    # A kill between a line and the checkpoint that it belongs to leaves the line.
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "val_loss": 9.0}\n')
+    small.assert_same(train_child.run(str(directory), **CHANGES | settings), expected)
+    assert lines_of(directory) == lines_of(tmp_path / "slm")
+
+
+def test_processes_end_a_long_validation_together_by_ctrl_c(tmp_path):
+    results = ended(start_run(tmp_path, 0, when=("validated", "validate")))
+    for status, line in results:
+        words = f"interrupted after step 4 of {tmp_path.name}, which is saved"
+        assert status == 130 and words in line, results
+    assert newest(tmp_path) == 4
+    assert all("val_loss" not in line for line in lines_of(tmp_path))
 
 
 def test_a_process_that_waits_for_another_is_asked_to_end_too():

@@ -269,7 +269,7 @@ def test_what_is_chosen_is_read_in_the_place_of_what_was_trained(average, tmp_pa
 def test_a_judge_chooses_the_checkpoint_and_changes_no_training(tmp_path):
     heard = []
 
-    def judge(params, frozen):
+    def judge(params, frozen, until):
         heard.append(jax.device_get(params))
         quality = {1: 3.0, 2: 9.0, 3: 5.0}[len(heard)]
         return loop.Judged({"val_quality": quality}, [{"response": f"after {quality}"}])

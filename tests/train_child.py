@@ -30,7 +30,13 @@ class Slow:
 
 
 def run(
-    directory, seconds=0.0, wrap=lambda batches: batches, mesh=(1, 1, 1), name="add", **changes
+    directory,
+    seconds=0.0,
+    wrap=lambda batches: batches,
+    mesh=(1, 1, 1),
+    name="add",
+    validate=lambda batch: [batch],
+    **changes,
 ):
     """Trains a system with everything that a checkpoint has to bring back; gives its parameters."""
     mesh = small.mesh_of(*mesh)
@@ -54,7 +60,7 @@ def run(
                 seconds,
             )
         ),
-        validation=[validation],
+        validation=validate(validation),
         directory=directory,
         fingerprint="f",
         seed=0,

@@ -219,7 +219,7 @@ def hashed_files(directory: str) -> list[str]:
     stem = "params" if "format" in read_json(os.path.join(directory, "config.json")) else "model"
     names = ["config.json"]
     index = _index_path(directory, stem)
-    if is_file(index) and not is_file(_single_path(directory, stem)):
+    if not is_file(_single_path(directory, stem)) and is_file(index):
         names += [os.path.basename(index), *sorted(set(_weight_map(index).values()))]
     else:
         names.append(f"{stem}.safetensors")

@@ -77,10 +77,13 @@ def _read_config(directory: str) -> tuple[dict[str, Any], str]:
     """(config.json's object, or a GGUF file's in its manner; the path for errors)."""
     if is_gguf(directory):
         return GgufTensors(directory).fields, directory
-    if not is_folder(directory):
-        raise ValueError(f"{directory}: not a directory")
     path = os.path.join(directory, "config.json")
-    return read_json(path), path
+    try:
+        return read_json(path), path
+    except ValueError:
+        if not is_folder(directory):
+            raise ValueError(f"{directory}: not a directory") from None
+        raise
 
 
 def load_hf(directory: str, *, dtype: Any = jnp.float32) -> tuple[nn.Module, Params]:

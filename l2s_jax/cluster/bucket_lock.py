@@ -42,18 +42,20 @@ def take(workdir: str, held: contextlib.ExitStack) -> None:
     """
     buckets.check(workdir, write=True)
     own = _Holder(workdir)
-    seen: tuple[int, bytes] | None = None
+    seen: tuple[int, Any] | None = None
     since = time.monotonic()
     while True:
-        found = _newest(workdir)
-        if found is None:
+        locks = _locks(workdir)
+        if not locks:
             if own.create(1):
                 break
             continue
+        found = max(locks.items())
         if seen is None:
-            log.info("%s: %s, if it is still there: waiting", workdir, _who(found[1]))
+            log.info("%s: %s, if it is still there: waiting", workdir, _who(workdir, found[0]))
         elif found != seen:
-            raise ValueError(f"{workdir}: {_who(found[1])}; expected its end, or another --workdir")
+            who = _who(workdir, found[0])
+            raise ValueError(f"{workdir}: {who}; expected its end, or another --workdir")
         elif time.monotonic() - since > LEASE_SECONDS:
             if own.create(found[0] + 1):
                 break
@@ -64,24 +66,17 @@ def take(workdir: str, held: contextlib.ExitStack) -> None:
     own.start()
 
 
-def _numbers(workdir: str) -> list[int]:
-    found = filter(None, map(_NAME.fullmatch, buckets.names(workdir)))
-    return sorted(int(match[1]) for match in found)
+def _locks(workdir: str) -> dict[int, Any]:
+    """The locks there by number, each with what changes when it is written."""
+    found = ((_NAME.fullmatch(name), facts) for name, facts in buckets.listing(workdir).items())
+    return {int(match[1]): facts for match, facts in found if match}
 
 
-def _newest(workdir: str) -> tuple[int, bytes] | None:
-    """(number, content) of the lock that counts."""
-    for number in reversed(_numbers(workdir)):
-        with contextlib.suppress(FileNotFoundError):  # its holder has just gone
-            return number, buckets.read(f"{workdir}/.lock-{number}")
-    return None
-
-
-def _who(content: bytes) -> str:
+def _who(workdir: str, number: int) -> str:
     try:
         who = "process {process} on {host} has been working there since {since}"
-        return who.format_map(json.loads(content))
-    except (ValueError, KeyError):
+        return who.format_map(json.loads(buckets.read(f"{workdir}/.lock-{number}")))
+    except (FileNotFoundError, ValueError, KeyError):
         return "another process is working there"
 
 
@@ -90,6 +85,7 @@ class _Holder:
 
     def __init__(self, workdir: str):
         self._workdir, self._number, self._beat = workdir, 0, 0
+        self._written = 0.0
         self._facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -108,12 +104,12 @@ class _Holder:
 
     def create(self, number: int) -> bool:
         """Whether the lock of this number is this process's now."""
-        self._number = number
+        self._number, self._written = number, time.monotonic()
         return buckets.create(self._path, self._content())
 
     def start(self) -> None:
         """Begins to say that it is still there; locks of before go."""
-        for number in _numbers(self._workdir):
+        for number in _locks(self._workdir):
             if number < self._number:
                 buckets.remove(f"{self._workdir}/.lock-{number}")
         self._thread.start()
@@ -133,17 +129,20 @@ class _Holder:
         return False
 
     def _beating(self) -> None:
-        written = time.monotonic()
         while not self._done.wait(BEAT_SECONDS):
+            began = time.monotonic()
+            # Only of a lock that is nearly stale can another one of the same number be there.
+            is_late = began - self._written > LEASE_SECONDS / 2
             try:
-                if _numbers(self._workdir)[-1:] != [self._number] or not self._is_own():
+                newest = max(_locks(self._workdir), default=0)
+                if newest != self._number or (is_late and not self._is_own()):
                     self._end("another process has taken the workdir over")
                     return
                 self._beat += 1
                 buckets.write(self._path, self._content())
-                written = time.monotonic()
+                self._written = began
             except (OSError, ValueError) as error:
-                if time.monotonic() - written > LEASE_SECONDS:
+                if time.monotonic() - self._written > LEASE_SECONDS:
                     self._end(f"the lock could not be written for a minute: {error}")
 
     def _end(self, why: str) -> None:

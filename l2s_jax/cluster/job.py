@@ -262,8 +262,6 @@ def _described(error: BaseException) -> tuple[str, int]:
     message = " ".join(str(error).split())
     if isinstance(error, Stopped):
         return message, error.status
-    if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {CONTINUES}", 130
     if not _LOST_PEER.match(message):
         if isinstance(error, ValueError | OSError | FloatingPointError):
             return message, exit_status(error)

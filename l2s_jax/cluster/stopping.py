@@ -1,7 +1,7 @@
 """How a run ends when it is asked to: by SIGTERM, by Ctrl-C, or by JAX's notice of a preemption.
 
 At once where nothing is lost by it. Within `deferred`, where a training is, after the step in hand,
-so that it can be saved.
+so that it can be saved. A validation ends too, and is made by the run that continues.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _WORDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
@@ -76,42 +78,71 @@ def handled() -> Iterator[None]:
 def handle_in_job(end: Callable[[Stopped], None]) -> None:
     """As `handled`, once this process is one of several: `end` is called, by a thread.
 
-    The main thread may wait for another process in JAX, where no Python handler is run. Ctrl-C is a
-    KeyboardInterrupt.
+    The main thread may wait for another process in JAX, where no Python handler is run.
     """
     global _is_in_job
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     of_jax = _libc.signal(signal.SIGTERM, None)
     tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for heard in _WORDS:
+        if signal.getsignal(heard) != signal.SIG_IGN or heard == signal.SIGTERM:
+            signal.signal(heard, lambda *_: None)
     signal.set_wakeup_fd(writer)
     _is_in_job = True
 
-    def may_wait() -> bool:
+    def may_wait(number: int) -> bool:
         global _noted
         with _lock:
             if _is_deferred:
-                _noted = signal.SIGTERM
-                tell_jax(_noted)
+                _noted = _noted or signal.Signals(number)
+                tell_jax(signal.SIGTERM)
             return _is_deferred
 
     def watching() -> None:
         while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM and not may_wait():
-                end(Stopped(signal.SIGTERM))
+            if number[0] in _WORDS and not may_wait(number[0]):
+                end(Stopped(signal.Signals(number[0])))
 
     threading.Thread(target=watching, daemon=True).start()
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Gives what says, after each step, whether the run is to end there, and by which signal.
+class Cut(Exception):
+    """What is under way ends, because the run is to end."""
+
+
+class Asked:
+    """Whether a run is to end, and by which signal.
 
     In a job all processes ask equally often, and the answer is the same for all: JAX sees to that.
-    There a second signal changes nothing; a process that is alone it ends at once.
+    """
+
+    def __init__(self, ask: Callable[[], signal.Signals | None]):
+        self._ask = ask
+        self._signal: signal.Signals | None = None
+
+    def __call__(self) -> signal.Signals | None:
+        """Asks; a signal stays the answer."""
+        self._signal = self._signal or self._ask()
+        return self._signal
+
+    def until(self, things: Iterable[T]) -> Iterator[T]:
+        """The things, each once it has been asked.
+
+        Raises:
+          Cut: the run is to end.
+        """
+        for thing in things:
+            if self():
+                raise Cut
+            yield thing
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Asked]:
+    """Gives what is to be asked, after each step, whether the run is to end there.
+
+    A second signal ends a process that is alone at once. In a job it changes nothing.
 
     Raises:
       Stopped: at the end, on all processes, by a signal that came too late for an answer.
@@ -120,7 +151,7 @@ def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
     with _lock:
         _is_deferred = True
     try:
-        yield _agreed if _is_in_job else lambda: _noted
+        yield Asked(_agreed if _is_in_job else lambda: _noted)
     finally:
         with _lock:
             _is_deferred = False
@@ -133,10 +164,12 @@ def _agreed() -> signal.Signals | None:
     from jax.experimental import multihost_utils
 
     reached = multihost_utils.reached_preemption_sync_point(next(_questions))
-    return signal.SIGTERM if reached else None
+    # (A notice of the cloud is a signal to nobody.)
+    return (_noted_by_any() or signal.SIGTERM) if reached else None
 
 
 def _noted_by_any() -> signal.Signals | None:
     from l2s_jax.cluster import distributed
 
-    return signal.SIGTERM if any(distributed.exchange(_noted is not None)) else None
+    numbers = distributed.exchange(int(_noted or 0))
+    return next((signal.Signals(number) for number in numbers if number), None)

@@ -14,7 +14,7 @@ from typing import Any
 
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.workdir import fingerprint
-from l2s_jax.files import is_bucket, is_file, is_folder, read_json, signature, write_json
+from l2s_jax.files import is_bucket, is_file, is_folder, read_json, signatures, write_json
 from l2s_jax.sealed import with_hash, without_hash
 
 
@@ -53,7 +53,7 @@ class Hashes:
 
 def _facts(files: Sequence[str]) -> list[list[Any]] | None:
     try:
-        return [signature(path) for path in files] or None
+        return signatures(files) or None
     except OSError:
         return None
 

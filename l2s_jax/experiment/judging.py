@@ -19,7 +19,7 @@ from l2s_jax.experiment.context import Context, Score
 from l2s_jax.models.lora import Adapted
 from l2s_jax.models.systems import Params, System
 from l2s_jax.training.answering import answer
-from l2s_jax.training.loop import Judged
+from l2s_jax.training.loop import Judged, Until
 
 
 def answered(context: Context, train: ConfigDict) -> Sequence[Example]:
@@ -104,11 +104,14 @@ class Judge:
         options = {"xla_backend_optimization_level": 0} if quick else None
         self._decode = jax.jit(self._decoded, compiler_options=options)
 
-    def __call__(self, params: Params, frozen: Params) -> Judged:
-        """The scores, and the samples {"prompt", "reference", "response"}."""
+    def __call__(self, params: Params, frozen: Params, until: Until = iter) -> Judged:
+        """The scores, and the samples {"prompt", "reference", "response"}.
+
+        `until` is what the batches go through, and where it may end.
+        """
         texts = [""] * len(self._examples)
         rows = sharding.batch_rows(self._mesh, self._size)
-        for indices, batch in self._batches(rows):
+        for indices, batch in until(self._batches(rows)):
             placed = sharding.put_batch(batch, self._mesh, self._size)
             tokens, lengths = sharding.gather(self._decode(params, frozen, placed))
             for row, index in enumerate(indices):

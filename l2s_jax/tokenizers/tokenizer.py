@@ -86,7 +86,8 @@ def load_tokenizer(path: str) -> Tokenizer:
       ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
     """
     if is_bucket(path):
-        path = local(find(path), PARTS["tokenizer"])
+        is_folder = not path.endswith((".model", ".json"))
+        path = local(find(path), PARTS["tokenizer"] if is_folder else ())
     path = find(path, "tokenizer") if is_name(path) else os.path.expanduser(path)
     if is_gguf(path):
         return reading.load_gguf(path)

@@ -106,6 +106,7 @@ class BucketCheckpoints(Checkpoints):
         *,
         metrics: Mapping[str, float] | None,
         before: Callable[[], None] | None = None,
+        again: bool = False,
         **items: Any,
     ) -> None:
         """As of `Checkpoints`; `before` is called before the checkpoint counts, by a thread."""
@@ -123,10 +124,14 @@ class BucketCheckpoints(Checkpoints):
         for one in gone:
             del self._values[one]
         if distributed.is_primary():
-            self._sent = self._sender.submit(self._send, step, gone, before)
+            self._sent = self._sender.submit(self._send, step, gone, before, again)
 
-    def _send(self, step: int, gone: list[int], before: Callable[[], None] | None) -> None:
+    def _send(
+        self, step: int, gone: list[int], before: Callable[[], None] | None, again: bool
+    ) -> None:
         self._manager.wait_until_finished()
+        if again:
+            self._remove(step)
         folder, place = os.path.join(self._directory, str(step)), f"{self._bucket}/{step}"
         names = [name for name in buckets.files_below(folder) if name != _MARKER]
         buckets.each(lambda name: buckets.send(f"{folder}/{name}", f"{place}/{name}"), names)
@@ -134,8 +139,11 @@ class BucketCheckpoints(Checkpoints):
             before()
         buckets.send(f"{folder}/{_MARKER}", f"{place}/{_MARKER}")
         for one in gone:
-            buckets.remove(f"{self._bucket}/{one}/{_MARKER}")
-            buckets.remove_below(f"{self._bucket}/{one}")
+            self._remove(one)
+
+    def _remove(self, step: int) -> None:
+        buckets.remove(f"{self._bucket}/{step}/{_MARKER}")
+        buckets.remove_below(f"{self._bucket}/{step}")
 
     def _saved_config(self, step: int) -> dict[str, Any]:
         return read_json(f"{self._place(step)}/config/metadata")

@@ -140,16 +140,21 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
         before: Callable[[], None] | None = None,
+        again: bool = False,
     ) -> None:
         """Writes a checkpoint in the background; a kill leaves the ones before it whole.
 
         Without `metrics` it is not the best one, whatever the others are. `before` is for where the
-        bucket's checkpoint must not be there before something else is.
+        bucket's checkpoint must not be there before something else is. With `again`, it is in the
+        place of the newest one, which is of the same step.
 
         Raises:
           CannotWrite: this one, or the one before it.
         """
         sums = checksums({**params, "opt": opt})
+        if again:
+            with self._writing():
+                self._manager.delete(step)
         self._write(step, sums, params=params, opt=opt, data=data, config=config, metrics=metrics)
 
     def _write(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -40,6 +41,26 @@ from l2s_jax.training.update import (
     state_shardings,
     step_flops,
 )
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Until(Protocol):
+    """What things go through, one after another; it ends with an error of its own."""
+
+    def __call__(self, things: Iterable[T], /) -> Iterator[T]:
+        """The things."""
+        ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Says what more is known of parameters, than their loss, that lie on the mesh."""
+
+    def __call__(self, params: Params, frozen: Params, until: Until) -> Judged:
+        """`until` is what its work goes through, piece by piece, alike in all processes."""
+        ...
 
 
 @runtime_checkable
@@ -108,7 +129,7 @@ def fit(
     fingerprint: str,
     seed: int,
     mesh: Mesh,
-    judge: Callable[[Params, Params], Judged] | None = None,
+    judge: Judge | None = None,
     distillation: Distillation | None = None,
     policy: OnPolicy | None = None,
     examples: Callable[[int], Iterable[int]] | None = None,
@@ -123,17 +144,18 @@ def fit(
 
     All processes of a job call it alike, but for `batches` and `validation`, which give each its
     own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
-    through once for each validation, and is scored without `distillation`. There
-    `judge(params, frozen)` says what more is known of the parameters, which lie on the mesh: with
-    `config.select` "quality" a score `val_quality`. With `policy` the system answers the prompts of
-    some batches itself, and these are the responses that it learns; other batches are as without.
-    `examples(step)`, where it is given, has the numbers of a step's examples, for messages.
+    through once for each validation, and is scored without `distillation`. There `judge` says more:
+    with `config.select` "quality" a score `val_quality`. With `policy` the system answers the
+    prompts of some batches itself, and these are the responses that it learns; other batches are as
+    without. `examples(step)`, where it is given, has the numbers of a step's examples, for
+    messages.
 
     Raises:
       NotFinite: more than `config.max_bad_steps` steps in a row had a loss or a gradient that is
         not finite, or a model that would be saved or its validation is not.
       CannotWrite: a checkpoint or metrics.
-      Stopped: the run was asked to end, and did after a step, which is saved.
+      Stopped: the run was asked to end, and did after a step, which is saved. A validation that
+        it was at is made by the run that continues.
     """
     name = os.path.basename(directory)
     optimizer = optim.optimizer(config, params)
@@ -175,16 +197,18 @@ def fit(
                     f"checkpoints in {directory} come from another configuration: "
                     "remove them or use another workdir"
                 )
-            if start < config.steps:
+            if start < config.steps or saved.get("owed"):
                 state, data_state = _restore(checkpoints, start, abstract)
                 batches.set_state(data_state)
 
+        owed = bool(saved.get("owed"))
         if state is not None:
             with (
                 (MetricWriter if distributed.is_primary() else NoWriter)(
                     directory,
                     total_steps=config.steps,
-                    start_step=start + 1,
+                    start_step=start if owed else start + 1,
+                    owed=owed,
                     name=name,
                     trackers=trackers,
                 ) as writer,
@@ -199,26 +223,29 @@ def fit(
                     meter.set_state(saved["meter"])
                 clock = Clock(config.save_minutes, start)
                 flops: dict[Any, float] = {}
-                for step in range(start + 1, config.steps + 1):
-                    with meter.waiting(), spent.on("data"):
-                        batch = next(batches)
-                    placed = put(batch)
-                    own = bool(policy) and on_policy.is_own(step, policy.share, seed)
-                    llm = policy.llm if policy and own else None
-                    run, given = (own_step_fn, (frozen, of_llm)) if own else (step_fn, frozen)
-                    shapes = own, *((name, value.shape) for name, value in placed.items())
-                    first = shapes not in flops
-                    with meter.compiling(first=first):
-                        if own:
-                            written = write_fn(state.params, frozen, placed, state.step)
-                            placed = on_policy.with_responses(placed, written)
-                        if first:
-                            flops[shapes] = step_flops(
-                                system, state.params, given, placed, config, llm
-                            )
-                        state, metrics = run(state, given, placed)
-                    meter.dispatched(step, metrics, batch, flops[shapes], own)
-                    is_judged = step % config.evaluate_every == 0 or step == config.steps
+                for step in range(start if owed else start + 1, config.steps + 1):
+                    is_owed = step == start
+                    if not is_owed:
+                        with meter.waiting(), spent.on("data"):
+                            batch = next(batches)
+                        placed = put(batch)
+                        own = bool(policy) and on_policy.is_own(step, policy.share, seed)
+                        llm = policy.llm if policy and own else None
+                        run, given = (own_step_fn, (frozen, of_llm)) if own else (step_fn, frozen)
+                        shapes = own, *((name, value.shape) for name, value in placed.items())
+                        first = shapes not in flops
+                        with meter.compiling(first=first):
+                            if own:
+                                written = write_fn(state.params, frozen, placed, state.step)
+                                placed = on_policy.with_responses(placed, written)
+                            if first:
+                                flops[shapes] = step_flops(
+                                    system, state.params, given, placed, config, llm
+                                )
+                            state, metrics = run(state, given, placed)
+                        meter.dispatched(step, metrics, batch, flops[shapes], own)
+                    is_due = step % config.evaluate_every == 0 or step == config.steps
+                    is_judged = is_owed or is_due
                     is_timed = clock.is_due(step)
                     signal = asked_to_stop()
                     if not (is_judged or is_timed or signal):
@@ -228,36 +255,40 @@ def fit(
                     watch.check(step, "parameters are", bool(finite_fn(state)))
                     scores = None
                     if is_judged:
-                        with spent.on("evaluating"):
-                            found = map(put, validation)
-                            scores = validation_scores(score_fn, _weights(state), frozen, found)
-                            is_finite = math.isfinite(scores["val_loss"])
+                        with spent.on("evaluating"), contextlib.suppress(stopping.Cut):
+                            found = map(put, asked_to_stop.until(validation))
+                            judged = validation_scores(score_fn, _weights(state), frozen, found)
+                            is_finite = math.isfinite(judged["val_loss"])
                             watch.check(step, "the loss on the validation split is", is_finite)
                             if judge:
-                                more = judge(_weights(state), frozen)
-                                scores |= more.scores
+                                more = judge(_weights(state), frozen, asked_to_stop.until)
+                                judged |= more.scores
                                 writer.write_samples(step, more.samples)
-                            writer.write(step, scores | spent.as_metrics(spent.taken()))
+                            writer.write(step, judged | spent.as_metrics(spent.taken()))
+                            scores = judged
                         meter.restart()
                     began = time.perf_counter()
+                    is_cut = is_judged and scores is None
                     with spent.on("saving"):
-                        checkpoints.save(
-                            step,
-                            params=state.params,
-                            opt=_optimizer_item(state),
-                            data=batches.get_state(),
-                            config={
-                                **config.to_dict(),
-                                "fingerprint": fingerprint,
-                                "bad_steps": watch.state(),
-                                "meter": meter.state(),
-                            },
-                            metrics=scores,
-                            before=writer.sync,
-                        )
+                        if not (is_cut and is_owed):
+                            checkpoints.save(
+                                step,
+                                params=state.params,
+                                opt=_optimizer_item(state),
+                                data=batches.get_state(),
+                                config={
+                                    **config.to_dict(),
+                                    "fingerprint": fingerprint,
+                                    "bad_steps": watch.state(),
+                                    "meter": meter.state(),
+                                    "owed": is_cut,
+                                },
+                                metrics=scores,
+                                before=writer.sync,
+                                again=is_owed,
+                            )
                     spent.keep()
-                    # A validation may take long.
-                    if signal := signal or asked_to_stop():
+                    if signal := asked_to_stop():
                         checkpoints.wait()
                         distributed.barrier("saved")
                         raise Stopped(signal, f" after step {step} of {name}, which is saved")

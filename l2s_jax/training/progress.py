@@ -53,10 +53,13 @@ class MetricWriter:
         *,
         total_steps: int,
         start_step: int = 0,
+        owed: bool = False,
         name: str = "train",
         trackers: Trackers | None = None,
     ):
         """Opens the files; `start_step` is the first step that this run will write.
+
+        With `owed`, of that step only the validation; what else there is of it stays.
 
         Raises:
           ValueError: steps out of order, or a line of an existing file other than a torn last one
@@ -73,8 +76,8 @@ class MetricWriter:
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, _FILE)
         self._samples = os.path.join(directory, _SAMPLES)
-        for lines in (path, self._samples):
-            _keep_lines_before(lines, start_step)
+        _keep_lines_before(path, start_step, owed=owed)
+        _keep_lines_before(self._samples, start_step)
         self._jsonl = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._directory, self._path = directory, path
         self._trackers = trackers
@@ -83,7 +86,8 @@ class MetricWriter:
             # tensorboardX loads torch wherever that is installed; only runs that write pay for it.
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(directory, purge_step=start_step, max_queue=_QUEUE)
+            first = start_step + owed
+            self._tensorboard = SummaryWriter(directory, purge_step=first, max_queue=_QUEUE)
         self._name = name
         self._progress = _progress(name, start_step, total_steps)
 
@@ -262,18 +266,22 @@ def _compact(value: float) -> str:
     return tqdm.format_sizeof(value) if math.isfinite(value) else str(value)
 
 
-def _keep_lines_before(path: str, start_step: int) -> None:
-    """Rewrites the JSONL file without a torn last line and without steps >= start_step."""
+def _keep_lines_before(path: str, start_step: int, *, owed: bool = False) -> None:
+    """Rewrites the JSONL file without a torn last line and without steps >= start_step.
+
+    With `owed`, of `start_step` only the line of a validation goes.
+    """
     if not os.path.exists(path):
         return
     with open(path, "rb") as file:
         lines = file.read().split(b"\n")
     # A complete file ends with a newline, so what follows the last one is torn or empty.
-    kept = [
-        line
-        for number, line in enumerate(lines[:-1], start=1)
-        if _step_of(line, f"{path}:{number}") < start_step
-    ]
+    last = start_step if owed else start_step - 1
+    kept = []
+    for number, line in enumerate(lines[:-1], start=1):
+        step = _step_of(line, f"{path}:{number}")
+        if step <= last and not (owed and step == last and b'"val_loss"' in line):
+            kept.append(line)
     write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
