@@ -62,7 +62,7 @@ def main() -> None:
             found = gradient(where, sharding.put_batch(batch, mesh))
         total = None
         for part in range(count):
-            own = {name: x[part :: count] for name, x in batch.items()}
+            own = {name: x[part::count] for name, x in batch.items()}
             rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradient(params, own))
             total = rounded if total is None else jax.tree.map(jnp.add, total, rounded)
         print(f"| {count} | {error(found):.1e} | {error(total):.1e} |")

@@ -53,7 +53,9 @@ def raised(system, trained, frozen):
     casts = [e for e in equations(program.jaxpr) if e.primitive.name == "convert_element_type"]
     dtypes = [(e.invars[0].aval.dtype, e.outvars[0].aval) for e in casts]
     # Parameters are read in bfloat16, so the program is the one that is meant.
-    assert any(d == jnp.float32 and a.dtype == jnp.bfloat16 and a.shape in shapes for d, a in dtypes)
+    assert any(
+        d == jnp.float32 and a.dtype == jnp.bfloat16 and a.shape in shapes for d, a in dtypes
+    )
     return {
         aval.shape
         for dtype, aval in dtypes
@@ -156,3 +158,20 @@ def test_a_device_makes_the_masks_of_its_own_rows_and_they_are_those_of_one_devi
     made = re.findall(r"= u32\[([\d,]+)\]\S* xor\(", program.as_text())
     sizes = {int(np.prod(list(map(int, shape.split(","))))) for shape in made}
     assert max(sizes) == 2 * 12
+
+
+def test_masks_are_the_same_with_remat_and_others_in_a_loop_over_layers():
+    config = dataclasses.replace(small_model("gpt2"), dropout_rate=0.3)
+    params, _ = small.make_params(LanguageModel("slm", config))
+    batch = small.make_batch(LanguageModel("slm", config))
+
+    def states(**computed):
+        system = LanguageModel("slm", dataclasses.replace(config, **computed))
+        key = update.dropout_key(0, jnp.int32(1))
+        run = jax.jit(lambda p: system.scored(p, {}, batch, key).states)
+        return np.asarray(run(params))
+
+    plain, scanned = states(), states(scan_layers=True)
+    small.assert_same(states(remat=True), plain, rtol=1e-5, atol=1e-5)
+    small.assert_same(states(scan_layers=True, remat=True), scanned, rtol=1e-5, atol=1e-5)
+    assert np.abs(plain - scanned).max() > 0.1
