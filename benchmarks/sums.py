@@ -17,7 +17,7 @@ ROWS, TOKENS, VOCABULARY = 128, 16, 512
 
 def main() -> None:
     """Prints a table: devices, and the relative error of either sum."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Sums of gradients over devices.")
     parser.add_argument("--devices", default="8,64", help="numbers that divide 128")
     counts = [int(count) for count in parser.parse_args().devices.split(",")]
     if min(counts) < 1 or any(ROWS % count for count in counts):

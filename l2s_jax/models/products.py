@@ -52,8 +52,8 @@ def product(
 def _product(spec: str, x: Any, y: Any, dtype: DTypeLike, out_dtype: DTypeLike) -> jax.Array:
     """As `product`; the gradient of each factor is in that factor's dtype."""
 
-    def sum_in(sum_dtype: DTypeLike, *factors: jax.Array) -> jax.Array:
-        return _einsum(spec, *factors, dtype, sum_dtype).astype(out_dtype)
+    def sum_in(sum_dtype: DTypeLike, x: jax.Array, y: jax.Array) -> jax.Array:
+        return _einsum(spec, x, y, dtype, sum_dtype).astype(out_dtype)
 
     if jnp.dtype(dtype) == out_dtype == jnp.float32:
         return sum_in(jnp.float32, x, y)
@@ -156,8 +156,9 @@ def by_table(
         return product("...d,vd->...v", x, table, dtype, jnp.float32)
 
     def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
-        product = _product("vd,...d->v...", table, x.astype(dtype), dtype, jnp.float32)
-        return jnp.moveaxis(product, 0, -1)
+        x = x.astype(dtype)
+        logits: Any = _product("vd,...d->v...", table, x, dtype, jnp.float32)
+        return jnp.moveaxis(logits, 0, -1)
 
     if x.shape[-2] > 1 or isinstance(table, qwix.QArray):
         return rows_first(x, table)
