@@ -39,9 +39,6 @@ _NO_INPUTS = (
     "accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat", "save_minutes",
 )  # fmt: skip
 
-# Of dropout's masks: higher where a seed gives others than before.
-_MASKS = 2
-
 
 class TrainedStage(RecordedStage):
     """A model that training makes: NAME/checkpoints while it trains, then NAME/model.
@@ -52,7 +49,6 @@ class TrainedStage(RecordedStage):
       own_responses: likewise, those that it may learn on what it writes itself.
     """
 
-    since = ("masks",)
     teacher: LogitStage | None = None
     own_responses: OwnResponses | None = None
 
@@ -131,8 +127,6 @@ class TrainedStage(RecordedStage):
         }
         if prompts.identity != responses.identity:
             inputs["prompt_tokenizer"] = prompts.identity
-        if self.section.train.dropout_rate:
-            inputs["masks"] = _MASKS
         return inputs | self.context.selection(self.section.train)
 
     def started(

@@ -19,8 +19,6 @@ class TunedStage(BundleStage):
     says of all but steps and learning rate.
     """
 
-    since = ("masks", "frozen.masks")
-
     def __init__(self, context: Context, frozen: L2sStage):
         tune = context.config.llm.tune
         section = ConfigDict(context.config.l2s.to_dict())

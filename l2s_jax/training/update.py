@@ -12,7 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float32, Int32, Key
+from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
@@ -114,15 +114,6 @@ def batch_loss(
     return chunks.summed(read, system.scored(params, frozen, batch, dropout_key), tokens)
 
 
-def dropout_key(seed: int, step: Int32[Array, ""]) -> Key[Array, ""]:
-    """What all masks of a step are made from.
-
-    Threefry makes each number by itself, so that a device makes those of its own rows, and they are
-    the same on any mesh. Other generators make those of the whole batch on every device.
-    """
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-
-
 def train_step(
     state: TrainState,
     frozen: Any,
@@ -142,7 +133,7 @@ def train_step(
     Where the loss or the gradient is not finite, the update is left out, and the metric `skipped`
     is 1.
     """
-    key = dropout_key(seed, state.step)
+    key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
     trained = optim.trained_mask(config, state.params)
 
     def loss(
@@ -159,8 +150,8 @@ def train_step(
 
     def part(carry: Any, inputs: Any) -> tuple[Any, None]:
         index, rows = inputs
-        own_key = jax.random.fold_in(key, index) if config.dropout_rate else None
-        new = gradient(state.params, frozen, rows, own_key)
+        dropout_key = jax.random.fold_in(key, index) if config.dropout_rate else None
+        new = gradient(state.params, frozen, rows, dropout_key)
         return jax.tree.map(jnp.add, carry, new), None
 
     parts = jax.tree.map(
