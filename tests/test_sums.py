@@ -1,4 +1,4 @@
-"""Gradients of parameters are float32 before devices add them up; masks with remat and scanned layers."""
+"""Gradients of parameters are float32 before devices add them up; masks of scanned layers."""
 
 from __future__ import annotations
 
