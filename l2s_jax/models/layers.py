@@ -55,7 +55,7 @@ class Linear(nn.Module):
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + _of_features(bias.astype(y.dtype), y.ndim)
+        return products.add_bias(y, bias)
 
 
 class Embedding(nn.Module):

@@ -7,6 +7,7 @@ there, and G groups of heads.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -36,22 +37,25 @@ def product(
     """`jnp.einsum(spec, x, y)` of both cast to `dtype`, summed and given in `out_dtype`.
 
     The gradient is of products in that one dtype too: by itself JAX would multiply a float32
-    gradient by bfloat16 weights, for which GPUs have no fast product. A quantized `y` stays as it
-    is, and its scales are multiplied in afterwards.
+    gradient by bfloat16 weights, for which GPUs have no fast product. That of `y`, a parameter, is
+    summed and given in the dtype of `y`: over rows, and by a program for a mesh over devices. A
+    quantized `y` stays as it is, and its scales are multiplied in afterwards.
     """
     x = x.astype(dtype)
     if isinstance(y, qwix.QArray):
         return qwix.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(out_dtype)
-    return _product(spec, x, y.astype(dtype), out_dtype)
+    return _product(spec, x, y, dtype, out_dtype)
 
 
 # JAX hands constants to a function with a gradient of its own as arrays of a kind of its own.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _product(spec: str, x: Any, y: Any, out_dtype: DTypeLike) -> jax.Array:
-    def sum_in(dtype: DTypeLike, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, x, y, preferred_element_type=dtype).astype(out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _product(spec: str, x: Any, y: Any, dtype: DTypeLike, out_dtype: DTypeLike) -> jax.Array:
+    """As `product`; the gradient of each factor is in that factor's dtype."""
 
-    if x.dtype == out_dtype == jnp.float32:
+    def sum_in(sum_dtype: DTypeLike, x: jax.Array, y: jax.Array) -> jax.Array:
+        return _einsum(spec, x, y, dtype, sum_dtype).astype(out_dtype)
+
+    if jnp.dtype(dtype) == out_dtype == jnp.float32:
         return sum_in(jnp.float32, x, y)
     # XLA's CPU backend has no fast product that gives bfloat16.
     return jax.lax.platform_dependent(
@@ -62,20 +66,48 @@ def _product(spec: str, x: Any, y: Any, out_dtype: DTypeLike) -> jax.Array:
     )
 
 
+def _einsum(
+    spec: str, x: AnyArray, y: AnyArray, dtype: DTypeLike, out_dtype: DTypeLike
+) -> jax.Array:
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=out_dtype)
+
+
 def _product_forward(
-    spec: str, x: Any, y: Any, out_dtype: DTypeLike
+    spec: str, x: Any, y: Any, dtype: DTypeLike, out_dtype: DTypeLike
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    return _product(spec, x, y, out_dtype), (x, y)
+    return _product(spec, x, y, dtype, out_dtype), (x, y)
 
 
 def _product_backward(
-    spec: str, out_dtype: DTypeLike, factors: tuple[Any, Any], gradient: jax.Array
-) -> tuple[jax.Array, ...]:
-    _, transpose = jax.vjp(functools.partial(jnp.einsum, spec), *factors)
-    return transpose(gradient.astype(factors[0].dtype))
+    spec: str, dtype: DTypeLike, out_dtype: DTypeLike, factors: tuple[Any, Any], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, y = factors
+    of_x, of_y, of_product = re.split(",|->", spec)
+    return (
+        _einsum(f"{of_product},{of_y}->{of_x}", gradient, y, dtype, x.dtype),
+        _einsum(f"{of_x},{of_product}->{of_y}", x, gradient, dtype, y.dtype),
+    )
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "*rows F"], bias: Float[AnyArray, " F"]) -> Float[Array, "*rows F"]:
+    """`x + bias` in the dtype of x; the gradient of `bias` is summed in its own dtype."""
+    return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
+
+
+def _add_bias_forward(x: jax.Array, bias: Any) -> tuple[jax.Array, Any]:
+    return add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = tuple(range(gradient.ndim - 1))
+    return gradient, jnp.sum(gradient, axis=rows, dtype=bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def by_kernel(
@@ -124,7 +156,9 @@ def by_table(
         return product("...d,vd->...v", x, table, dtype, jnp.float32)
 
     def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
-        return jnp.moveaxis(product("vd,...d->v...", table, x, dtype, jnp.float32), 0, -1)
+        x = x.astype(dtype)
+        logits: Any = _product("vd,...d->v...", table, x, dtype, jnp.float32)
+        return jnp.moveaxis(logits, 0, -1)
 
     if x.shape[-2] > 1 or isinstance(table, qwix.QArray):
         return rows_first(x, table)

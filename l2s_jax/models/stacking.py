@@ -5,7 +5,8 @@
 Files, optimizers and cached decoding have the first. With `scan_layers` in a model's config, its
 module takes the second: layers are the turns of one loop, so that compiling a program does not take
 longer the more there are. With `remat`, of each layer only its input is kept for the gradient, and
-the rest is computed again.
+the rest is computed again. The results are the same, but for dropout in a loop, which draws other
+masks than layers one by one.
 """
 
 from __future__ import annotations

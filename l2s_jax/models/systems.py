@@ -75,8 +75,7 @@ def _as_trained(params: Params, name: str, config: ModelConfig) -> Params:
     params = {**params, name: cut(params[name], config)}
     if not config.scan_layers:
         return params
-    # Cast first, as products would, so that the copy is no larger than it has to be.
-    return split_parameters(stack_layers(to_serve(params, config, "float")))
+    return split_parameters(stack_layers(params))
 
 
 def _apply(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:

@@ -47,7 +47,7 @@ class T5Config:
     dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
     # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
     vocabulary: Vocabulary | None = None
-    # How a program is made of the layers, with the same results; see models/stacking.py.
+    # How a program is made of the layers; see models/stacking.py.
     scan_layers: bool = False
     remat: bool = False
 

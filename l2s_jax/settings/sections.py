@@ -266,8 +266,9 @@ class Settings(Section):
     )
     scan_layers: bool = setting(
         False,
-        "Layers of the frozen LLM and of what is trained are one loop: the same results, from "
-        "programs that do not grow, nor take longer to compile, with depth.",
+        "Layers of the frozen LLM and of what is trained are one loop: the same results, "
+        "but for other masks of dropout, from programs that do not grow, nor take longer to "
+        "compile, with depth.",
     )
     task: Task = Task()
     tokenizer: Tokenizer = Tokenizer()

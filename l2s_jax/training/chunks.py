@@ -120,11 +120,9 @@ def _forward(
         new, (of_params, of_states) = differentiated(params, states, fixed, tokens)
         return jax.tree.map(jnp.add, carry, (new, of_params)), of_states
 
-    # In float32, also where the head is held in bfloat16: there are many to add up.
-    gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    gradient = jax.tree.map(jnp.zeros_like, params)
     start = _zeros(of_chunk, params, states, fixed, tokens), gradient
     (sums, gradient), of_states = jax.lax.scan(add, start, (states, tokens))
-    gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, params)
     return sums, (gradient, of_states)
 
 
