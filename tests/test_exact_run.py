@@ -4,25 +4,75 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
+import jax
+import numpy as np
 import pytest
 import tiny
 
 import l2s_jax
 from l2s_jax.convert import main as convert
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.workdir import read_config
 from l2s_jax.serving import bundle
+from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.search import Search
 
 EXACT = "--config.decoding.search.exact=true"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def held():
+    """System -> how many generators were in memory while it was asked for its quality."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, held):
     """(config, workdir) of a finished run whose report has the exact mode."""
     root = tmp_path_factory.mktemp("exact")
     config = tiny.write_task(root / "task")
-    assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}", EXACT) == 0
+    make, generate, alive = Generator.__init__, Generator.generate, weakref.WeakSet()
+
+    def made(self, *args, **kwargs):
+        alive.add(self)
+        make(self, *args, **kwargs)
+
+    def asked(self, *args, description="", **kwargs):
+        held[description.removeprefix("evaluating ")] = len(alive)
+        return generate(self, *args, description=description, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "__init__", made)
+        patch.setattr(Generator, "generate", asked)
+        assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}", EXACT) == 0
     return config, root / "run"
+
+
+def test_quality_is_measured_with_one_system_in_memory(run, held):
+    assert held == dict.fromkeys(["llm", "slm", "l2s", "l2s_mismatched", "exact"], 1)
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_side_by_side_the_llm_is_in_memory_once(run, weights):
+    _, workdir = run
+    config = read_config(str(workdir))
+    config.decoding.weights = weights
+    experiment = Experiment(config, str(workdir), "find")
+    found = experiment.side_by_side(exact=Search(exact=True))
+    llm, encoder, of_exact = (
+        {id(leaf) for leaf in jax.tree.leaves(params)}
+        for params in (found["llm"].trained, found["l2s"].frozen, found["exact"].frozen)
+    )
+    assert encoder and encoder < llm == of_exact
+    trained = (jax.tree.leaves(found[name].trained) for name in ("l2s", "exact"))
+    assert all(one is other for one, other in zip(*trained, strict=True))
+    # As it is by itself.
+    alone, shared = experiment.generator(experiment.l2s).frozen, found["l2s"].frozen
+    assert jax.tree.structure(alone) == jax.tree.structure(shared)
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
+        assert one.dtype == other.dtype and np.array_equal(one, other)
 
 
 def responses(workdir, name):

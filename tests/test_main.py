@@ -209,7 +209,8 @@ def test_a_model_alone_is_read_to_where_it_runs(job, name):
         _, (_, params, _), *_ = made.call_args.args
         return params[name]
 
-    _, of_report, _ = getattr(Experiment(config, str(workdir), "find"), name).loaded
+    experiment = Experiment(config, str(workdir), "find")
+    _, of_report, _ = experiment.loaded(getattr(experiment, name))
     for params in (read_for(), of_report[name]):
         expected = sharding.parameter_shardings(params, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == expected

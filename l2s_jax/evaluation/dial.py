@@ -129,8 +129,8 @@ def _points(experiment: Experiment) -> list[_Point]:
     """The LLM alone, the tolerances from the least to the most, L2S alone."""
     config = experiment.context.config
     search = dataclasses.replace(Search(**config.decoding.search.to_dict()), exact=True)
-    llm, l2s = experiment.generator(experiment.llm), experiment.generator(experiment.l2s)
-    exact = experiment.exact_generator(search=search)
+    generators = experiment.side_by_side(exact=search)
+    llm, l2s, exact = (generators[name] for name in ("llm", "l2s", "exact"))
     tolerances = sorted({float(tolerance) for tolerance in config.evaluation.dial})
     return [
         _Point("llm", None, llm, llm.search),

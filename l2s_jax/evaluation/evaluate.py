@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,11 +31,12 @@ from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import make_folder, write_json_lines
 from l2s_jax.models.exact import Exact
-from l2s_jax.models.systems import parameter_count
+from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.output import Output
 from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.settings.rules import SYSTEMS
+from l2s_jax.settings.search import Search
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,8 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     sources = sources_of(context.config, prompts)
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
-    answering = [s for s in experiment.systems if s is not experiment.llm or experiment.llm.answers]
-    generators = {stage.name: experiment.generator(stage) for stage in answering}
-    if context.config.decoding.search.exact:
-        generators["exact"] = experiment.exact_generator()
+    search = Search(**context.config.decoding.search.to_dict())
+    is_exact = search.exact
     references = [example.references for example in examples]
     if "bleu" in settings.metrics and distributed.is_primary():
         metrics.warn_of_spaces(references, scoring["tokenizer"])
@@ -75,19 +74,18 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     systems: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[str]] = {}
     measured: dict[str, metrics.Measured] = {}
-    answers: dict[str, list[Output]] = {}
-    for name, description in DESCRIPTIONS.items():
-        if (generator := generators.get(name.removesuffix("_mismatched"))) is None:
-            continue  # an LLM that only encodes
+    drafts: dict[str, Any] = {}
+
+    def told(name: str, generator: Generator) -> list[Output]:
+        """What a system answers, which goes into the results."""
         outputs = generator.generate(
             prompts,
             description=f"evaluating {name}",
             mismatched=name.endswith("_mismatched"),
             shared=True,
         )
-        answers[name] = outputs
         if not distributed.is_primary():
-            continue
+            return outputs
         path = os.path.join(context.workdir, "predictions", f"{name}.jsonl")
         write_predictions(path, examples, outputs)
         texts[name] = [output.text for output in outputs]
@@ -95,21 +93,26 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
             settings.metrics, texts[name], references, sources=sources, **scoring
         )
         systems[name] = {
-            "description": description,
+            "description": DESCRIPTIONS[name],
             "params": parameter_count((generator.trained, generator.frozen)),
             "params_read_per_token": read_per_token(generator, outputs),
             "quality": measured[name].quality,
             "cut_share": float(np.mean([output.cut for output in outputs])),
         }
+        return outputs
 
-    drafts: dict[str, Any] = {}
-    if "exact" in generators:
-        drafts = exactness.drafting(answers["exact"])
-        drafts["against_llm"] = exactness.against_llm(
-            prompts, answers["exact"], answers["llm"], generators["llm"]
-        )
+    # One after the other: no two of them need to be in memory. (A name would keep one there.)
+    by_llm: list[Output] = []
+    if experiment.llm.answers:
+        by_llm = told("llm", experiment.generator(experiment.llm))
+    told("slm", experiment.generator(experiment.slm))
+    shapes = _told_of_l2s(experiment, told)
+    if is_exact:
+        drafts = _told_of_exact(experiment, told, prompts, by_llm)
 
     def latencies() -> dict[str, dict[str, dict[str, float]]]:
+        # In turns, so all of them.
+        generators = experiment.side_by_side(exact=search if is_exact else None)
         measured = _latencies(generators, settings.latency, drafts.get("acceptance"))
         if drafts:
             drafts["times"] = exactness.times(generators["exact"], drafts, measured["latency"])
@@ -124,9 +127,38 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         differences = significance.compare(
             texts, measured, references, tokenizer=scoring["tokenizer"]
         )
-        return _written(experiment, systems, timed, references, differences)
+        return _written(experiment, systems, timed, references, differences, shapes)
 
     return distributed.on_primary(written)
+
+
+def _told_of_l2s(
+    experiment: Experiment, told: Callable[[str, Generator], Any]
+) -> tuple[Any, Params, Params]:
+    """Has L2S answer, on its own H and on another's; its system, and shapes of its parameters."""
+    system, *params = loaded = experiment.loaded(experiment.l2s)
+    trained, frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
+    )
+    generator = experiment.generator(experiment.l2s, loaded)
+    del params, loaded
+    for name in ("l2s", "l2s_mismatched"):
+        told(name, generator)
+    return system, trained, frozen
+
+
+def _told_of_exact(
+    experiment: Experiment,
+    told: Callable[[str, Generator], list[Output]],
+    prompts: Sequence[str],
+    by_llm: Sequence[Output],
+) -> dict[str, Any]:
+    """Has both decode exactly; what became of drafts."""
+    generator = experiment.exact_generator()
+    outputs = told("exact", generator)
+    drafts = exactness.drafting(outputs)
+    drafts["against_llm"] = exactness.against_llm(prompts, outputs, by_llm, generator)
+    return drafts
 
 
 def read_per_token(generator: Generator, outputs: Sequence[Output] = ()) -> int:
@@ -187,8 +219,9 @@ def _written(
     latencies: Mapping[str, Mapping[str, dict[str, float]]],
     references: list[tuple[str, ...]],
     differences: dict[str, Any],
+    shapes: tuple[LlmToSlm, Params, Params],
 ) -> dict[str, Any]:
-    """The report, which it writes."""
+    """The report, which it writes; `shapes` is L2S, with shapes in the place of parameters."""
     context = experiment.context
     settings = context.config.evaluation
     for key, measured in latencies.items():
@@ -219,7 +252,7 @@ def _written(
     report.write_report(result, context.workdir)
     context.trackers.results(followed.results(result))
     directory = os.path.join(context.workdir, "l2s", "model")
-    write_card(directory, context.config, result, experiment.l2s.loaded)
+    write_card(directory, context.config, result, shapes)
     log.info("report: %s", os.path.join(context.workdir, "report.md"))
     return result
 

@@ -80,7 +80,7 @@ def against_llm(
     """How many texts equal the LLM's, and where and by how much the others part from it.
 
     `margin` is by how much the LLM's logits of the two tokens differ where two texts part: rounding
-    decides where it is as small as rounding is (a tie). `generator` is the LLM's.
+    decides where it is as small as rounding is (a tie). `generator` is what decodes exactly.
     """
     different = [i for i, pair in enumerate(zip(exact, llm, strict=True)) if _part(*pair)]
     named = different[:_NAMED]
@@ -115,14 +115,17 @@ def _margins(
         tokenizer.encode_responses([text for text in side]) for side in zip(*pairs, strict=True)
     ]
     length = max(len(one) for side in sides for one in side)
-    system: Any = generator.system
+    system = generator.system
+    assert isinstance(system, Exact)
+    llm: Any = system.llm
     batch: dict[str, Any] = {
         "llm_ids": np.stack([_padded(one, longest) for one in ids]),
         "llm_mask": np.stack([np.arange(longest) < len(one) for one in ids]),
         "response_ids": np.stack([_padded(one, length) for one in sides[1]]),
     }
     with jax.set_mesh(generator.mesh):
-        logits = gather(jax.jit(lambda p: system.scored(p, {}, batch).logits())(generator.trained))
+        score = jax.jit(lambda params: llm.scored({"llm": params}, {}, batch).logits())
+        logits = gather(score(generator.frozen))
     found: list[tuple[int, float | None]] = []
     for row, (mine, its) in enumerate(zip(*sides, strict=True)):
         places = [i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b]

@@ -14,7 +14,7 @@ made from the same inputs, and continues where it was interrupted:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -33,6 +33,11 @@ from l2s_jax.experiment.tokenizers import TokenizerStage, check_one_tokenizer
 from l2s_jax.experiment.training import TrainedStage
 from l2s_jax.experiment.tuned import TunedStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
+
+if TYPE_CHECKING:
+    from l2s_jax.models.systems import Params, System
+    from l2s_jax.serving.generator import Generator
+    from l2s_jax.settings.search import Search
 
 
 class Experiment:
@@ -169,30 +174,72 @@ class Experiment:
         tokenizers = (self.llm_tokenizer.tokenizer, self.slm_tokenizer.tokenizer)
         check_one_tokenizer(self.context.config, *tokenizers, what, otherwise)
 
-    def exact_generator(self, **settings: Any) -> Any:
+    def exact_generator(self) -> Generator:
         """As `generator`, of L2S and the LLM in exact decoding."""
+        llm, parameters, _ = self.loaded(self.llm)
+        # What encodes is a part of the LLM.
+        l2s, trained = self.l2s.load_without_llm()
+        return self._exact_generator(l2s, llm, trained, parameters["llm"])
+
+    def _exact_generator(
+        self, l2s: Any, llm: Any, trained: Params, frozen: Params, **settings: Any
+    ) -> Generator:
         from l2s_jax.models.exact import Exact
         from l2s_jax.serving.loading import make_generator
 
-        settings = {"mesh": self.context.decoding_mesh, **settings}
-        l2s, trained, _ = self.l2s.loaded
-        llm, parameters, _ = self.llm.loaded
-        tokenizer = self.llm.responses.tokenizer
-        loaded = Exact(l2s, llm), trained, parameters["llm"]
-        return make_generator(self.context.config, loaded, tokenizer, tokenizer, **settings)
+        tokenizer, mesh = self.llm.responses.tokenizer, self.context.decoding_mesh
+        loaded = Exact(l2s, llm), trained, frozen
+        return make_generator(
+            self.context.config, loaded, tokenizer, tokenizer, mesh=mesh, **settings
+        )
 
-    def generator(self, stage: TrainedStage, **settings: Any) -> Any:
-        """Text in, text out, with the model of a stage; settings as of `make_generator`."""
+    def generator(
+        self, stage: TrainedStage, loaded: tuple[System, Params, Params] | None = None
+    ) -> Generator:
+        """Text in, text out, with the model of a stage, which is read unless it is `loaded`."""
         from l2s_jax.serving.loading import make_generator
         from l2s_jax.settings.search import alone
 
-        settings = {"mesh": self.context.decoding_mesh, **settings}
-        search = settings.get("search", self.context.config.decoding.search.to_dict())
-        settings["search"] = alone(search)
         return make_generator(
             self.context.config,
-            stage.loaded,
+            loaded or self.loaded(stage),
             stage.prompts.tokenizer,
             stage.responses.tokenizer,
-            **settings,
+            mesh=self.context.decoding_mesh,
+            search=alone(self.context.config.decoding.search.to_dict()),
         )
+
+    def loaded(self, stage: TrainedStage) -> tuple[System, Params, Params]:
+        """(system, trained, frozen) of a stage, to generate with; read anew by every call."""
+        return stage.load(self.context.decoding_mesh, self.context.config.decoding.weights)
+
+    def side_by_side(self, exact: Search | None = None) -> dict[str, Generator]:
+        """Generators of all that answers, by system; `exact` is the search of exact decoding.
+
+        What several of them read is in memory once: a large LLM is most of all there is.
+        """
+        generators = {}
+        if self.llm.answers:
+            generators["llm"] = self.generator(self.llm)
+        generators["slm"] = self.generator(self.slm)
+        loaded = None
+        if self._encodes_as_llm():
+            from l2s_jax.checkpoints.pretrained import encoder_part
+
+            system, trained = self.l2s.load_without_llm()
+            held = generators["llm"].trained["llm"]
+            loaded = system, trained, encoder_part(system.llm_config, held)
+        l2s = generators["l2s"] = self.generator(self.l2s, loaded)
+        if exact:
+            llm = generators["llm"]
+            generators["exact"] = self._exact_generator(
+                l2s.system, llm.system, l2s.trained, llm.trained["llm"], search=exact, served=True
+            )
+        return generators
+
+    def _encodes_as_llm(self) -> bool:
+        """Whether what encodes for L2S is a part of the LLM that answers, as it is held."""
+        if not self.llm.answers or self.context.config.llm.tune.rank:
+            return False
+        dtype, encoder_dtype = self.context.dtypes
+        return dtype == encoder_dtype and self.l2s.reads_llm == self.llm.content

@@ -21,6 +21,8 @@ from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.files import absolute
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from l2s_jax.models.systems import LlmToSlm, Params
 
 
@@ -40,20 +42,33 @@ class BundleStage(TrainedStage):
         """Labels too."""
         return self.labels.validation_of(self.record)
 
-    @functools.cached_property
-    def loaded(self) -> tuple[LlmToSlm, Params, Params]:
-        """(system, trained parameters, the LLM's frozen ones), to generate with."""
+    def load(self, mesh: Mesh, weights: str) -> tuple[LlmToSlm, Params, Params]:
+        """(system, trained parameters, the LLM's frozen ones), to generate with on a mesh."""
         from l2s_jax.serving import bundle
         from l2s_jax.serving.loading import where_to_read
 
-        config, (dtype, encoder_dtype) = self.context.config, self.context.dtypes
+        dtype, encoder_dtype = self.context.dtypes
         return bundle.load(
             self.directory,
             dtype=dtype,
             encoder_dtype=encoder_dtype,
-            mesh=where_to_read(self.context.decoding_mesh, config.decoding.weights),
-            scan_layers=config.scan_layers,
+            mesh=where_to_read(mesh, weights),
+            scan_layers=self.context.config.scan_layers,
         )
+
+    def load_without_llm(self) -> tuple[LlmToSlm, Params]:
+        """(system, trained parameters), for an LLM that is in memory, layer by layer."""
+        from l2s_jax.serving import bundle
+
+        system, trained, _ = bundle.load(self.directory, dtype=self.context.dtypes[0], entries=())
+        return system, trained
+
+    @property
+    def reads_llm(self) -> str:
+        """The content hash of the LLM whose H the model reads."""
+        from l2s_jax.serving import bundle
+
+        return bundle.llm_hash(self.directory)
 
 
 class L2sStage(BundleStage):

@@ -149,8 +149,7 @@ class LabelStage(RecordedStage):
     def _generator(self) -> Any:
         from l2s_jax.serving.loading import make_generator
 
-        # In float: what is learnt does not depend on how the result is served. Not `llm.loaded`,
-        # which would stay in memory.
+        # In float: what is learnt does not depend on how the result is served.
         tokenizer, mesh = self._llm.prompts.tokenizer, self.context.label_mesh
         return make_generator(
             self.context.config,

@@ -185,7 +185,7 @@ class LogitStage(RecordedStage):
         top_k = min(self._settings.top_k, vocabulary)
 
         def make_scorer() -> scoring.Scorer:
-            # In float, and not `llm.loaded`, which would stay in memory: as for labels.
+            # In float: as for labels.
             system, params, _ = self._llm.load(mesh, "float")
             settings = {"top_k": top_k, "temperature": self._settings.temperature}
             return scoring.Scorer(system, params, mesh, **settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -76,10 +75,9 @@ class TrainedStage(RecordedStage):
         config = self.context.config
         return config.seed if config.train_seed < 0 else config.train_seed
 
-    @functools.cached_property
     @abc.abstractmethod
-    def loaded(self) -> tuple[System, Params, Params]:
-        """(system, trained, frozen), to generate with; stays in memory."""
+    def load(self, mesh: Mesh, weights: str) -> tuple[System, Params, Params]:
+        """(system, trained, frozen), to generate with on a mesh; read anew by every call."""
 
     @abc.abstractmethod
     def examples(self) -> Sequence[Example]:
@@ -338,8 +336,3 @@ class LanguageModelStage(TrainedStage):
             dtype=self.context.dtypes[0],
             mesh=where_to_read(mesh, weights),
         )
-
-    @functools.cached_property
-    def loaded(self) -> tuple[LanguageModel, Params, Params]:
-        """(system, parameters, nothing frozen), to evaluate with; stays in memory."""
-        return self.load(self.context.decoding_mesh, self.context.config.decoding.weights)

@@ -209,6 +209,12 @@ def llm_path(directory: str) -> str:
     return _llm_path(directory, fields["llm"]["path"])
 
 
+def llm_hash(directory: str) -> str:
+    """The content hash of the LLM of the L2S model in a directory."""
+    fields, _ = read_fields(directory)
+    return fields["llm"]["content_hash"]
+
+
 def whole_llm(directory: str) -> str:
     """Where the whole LLM of the L2S model in a directory is, as `llm_path` gives it.
 

@@ -51,13 +51,15 @@ class Generator:
         search: Search | Mapping[str, Any] = GREEDY,
         weights: str = "float",
         mesh: Mesh | None = None,
+        served: bool = False,
     ):
         """`prompt_lengths`: what prompts are padded to, ascending; longer ones are truncated.
 
         A call that truncates prompts warns of their number. `max_new_tokens` and `search` hold for
         calls that name none; no call may have more new tokens. `weights` is one of
-        models.serving.WEIGHTS. `mesh`: None is one device. An Exact system decodes exactly,
-        whatever `search.exact` says, and no other does.
+        models.serving.WEIGHTS. `mesh`: None is one device. `served`: the parameters are those that
+        other generators on the mesh hold, and are taken as they are. An Exact system decodes
+        exactly, whatever `search.exact` says, and no other does.
 
         Raises:
           ValueError: the mesh does not divide the batch_size or a parameter, a model has too few
@@ -70,7 +72,9 @@ class Generator:
         sharding.check_rows(batch_size, self.mesh, "batch_size")
         self.trained, self.frozen = (
             sharding.put_parameters(params, self.mesh)
-            for params in system.to_serve(trained, frozen, weights)
+            for params in (
+                (trained, frozen) if served else system.to_serve(trained, frozen, weights)
+            )
         )
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
