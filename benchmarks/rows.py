@@ -1,0 +1,113 @@
+"""A run over many examples: memory of its process, seconds to the end of its first step.
+
+    python benchmarks/rows.py --rows=10000000
+
+Makes a JSON Lines file of random sentences, and has `python -m l2s_jax.main` train a tiny LLM for
+one step on it: it reads, hashes and tokenizes all of them first. Said are the most memory of its
+own that the process had, and the most of files that are mapped into it, which the system takes
+back when it needs room. Files lie in a temporary directory (--directory, and TMPDIR of the run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.bench.machine import cores, cpu
+from l2s_jax.files import write_json
+
+_WORDS = 8  # of a sentence
+_CONFIG = """
+from l2s_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.task.update(name="rows", source="jsonl", data_dir={folder!r})
+    config.task.splits.update(train="train.jsonl", validation="some.jsonl", test="some.jsonl")
+    config.task.update(prompt="{{question}}", response="answer")
+    config.tokenizer.train_vocab_size = 2000
+    config.max_prompt_tokens = config.max_response_tokens = 48
+    config.buckets = ((48, 48),)
+    config.llm.model.update(width=32, num_heads=2, head_width=16, feed_forward_width=64)
+    config.llm.model.update(num_encoder_layers=1, num_decoder_layers=1)
+    config.llm.train.update(steps=1, warmup_steps=0, evaluate_every=1, batch_size=32)
+    return config
+"""
+
+
+def write_rows(folder: str, rows: int) -> None:
+    """The splits: `rows` to train with, a few for the others."""
+    letters, chance = "abcdefghijklmnopqrstuvwxyz", random.Random(0)
+    words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(20000)]
+    for name, number in (("train", rows), ("some", 32)):
+        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+            for _ in range(number):
+                question, answer = (" ".join(chance.choices(words, k=_WORDS)) for _ in range(2))
+                file.write(f'{{"question": "{question}", "answer": "{answer}"}}\n')
+
+
+def memory(process: int) -> tuple[int, int]:
+    """Bytes of its own, and of files, that a process has in memory; zeros once it is gone."""
+    found = {"RssAnon": 0, "RssFile": 0}
+    try:
+        with open(f"/proc/{process}/status", encoding="ascii") as status:
+            for line in status:
+                name, _, value = line.partition(":")
+                if name in found:
+                    found[name] = int(value.split()[0]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found["RssAnon"], found["RssFile"]
+
+
+def run(folder: str) -> dict[str, float]:
+    """What the run takes.
+
+    Raises:
+      RuntimeError: it failed.
+    """
+    config = os.path.join(folder, "rows.py")
+    with open(config, "w", encoding="utf-8") as file:
+        file.write(_CONFIG.format(folder=folder))
+    command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", "--until=llm"]
+    began, own, mapped = time.monotonic(), 0, 0
+    process = subprocess.Popen(
+        [*command, f"--workdir={folder}/run"], env={**os.environ, "TMPDIR": folder}
+    )
+    while process.poll() is None:
+        now = memory(process.pid)
+        own, mapped = max(own, now[0]), max(mapped, now[1])
+        time.sleep(0.2)
+    if process.returncode:
+        raise RuntimeError(f"the run ended with status {process.returncode}")
+    return {"seconds": time.monotonic() - began, "own_mb": own / 1e6, "mapped_mb": mapped / 1e6}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it, and writes --output."""
+    parser = Parser(description="A run over many examples.", allow_abbrev=False)
+    parser.add_argument("--rows", type=count, default=1_000_000)
+    parser.add_argument("--directory", default=None, help="where files are written")
+    parser.add_argument("--output", default="rows.json")
+    options: argparse.Namespace = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        write_rows(folder, options.rows)
+        result = {"rows": options.rows, "machine": {**cpu(), "cores": cores()}, **run(folder)}
+    write_json(options.output, result)
+    print(
+        f"{options.rows} rows: {result['seconds']:.0f} s to the end of one step; at most "
+        f"{result['own_mb']:.0f} MB of its own, {result['mapped_mb']:.0f} MB of files"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
