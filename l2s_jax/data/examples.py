@@ -157,20 +157,13 @@ class TokenizedExamples:
     @functools.cached_property
     def prompt_keys(self) -> list[bytes]:
         """Half of the SHA-256 of the ids of each prompt, as they are after the cut."""
-        prompts = self._tokens.prompts._replace(
-            values=self._tokens.prompts.values.astype("<i4", copy=False)
-        )
-        return [hashlib.sha256(prompts[i].tobytes()).digest()[:16] for i in range(len(self))]
+        return [_key(b"", self._tokens.prompts[i]) for i in range(len(self))]
 
     @functools.cached_property
     def pair_keys(self) -> list[bytes]:
         """Half of the SHA-256 of the ids of each prompt and its response, after the cut."""
         responses = self._tokens.responses
-        responses = responses._replace(values=responses.values.astype("<i4", copy=False))
-        return [
-            hashlib.sha256(key + responses[i].tobytes()).digest()[:16]
-            for i, key in enumerate(self.prompt_keys)
-        ]
+        return [_key(key, responses[i]) for i, key in enumerate(self.prompt_keys)]
 
     def padded_prompts(
         self, indices: np.ndarray, prompt_tokens: int
@@ -239,6 +232,10 @@ class TokenizedExamples:
     def _cut(self, response: list[int]) -> list[int]:
         """A response without its end."""
         return response[:-1][: self.max_response_tokens]
+
+
+def _key(start: bytes, ids: np.ndarray) -> bytes:
+    return hashlib.sha256(start + ids.astype("<i4").tobytes()).digest()[:16]
 
 
 def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

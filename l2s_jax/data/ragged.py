@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -16,7 +17,8 @@ from l2s_jax.files import naming
 IN_MEMORY = 1 << 26
 
 
-class Ragged(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Ragged:
     """i is `values[offsets[i]:offsets[i + 1]]`."""
 
     values: np.ndarray
@@ -26,6 +28,8 @@ class Ragged(NamedTuple):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     @property
@@ -55,12 +59,11 @@ class Growing:
         """
         self._parts.append(np.ascontiguousarray(values, self._dtype))
         self._bytes += self._parts[-1].nbytes
-        if self._file is None and self._bytes > IN_MEMORY:
+        if self._bytes > IN_MEMORY:
             with naming(tempfile.gettempdir()):
-                # It is closed with the array that is made of it.
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115
-        if self._file is not None:
-            with naming(tempfile.gettempdir()):
+                if self._file is None:
+                    # It is closed once it is mapped into memory.
+                    self._file = tempfile.TemporaryFile()  # noqa: SIM115
                 self._file.write(np.concatenate(self._parts).tobytes())
             self._parts = []
 
@@ -68,10 +71,10 @@ class Growing:
         """What there is, [n]; nothing can be added after. Errors as of `append`."""
         if self._file is None:
             return np.concatenate([*self._parts, np.zeros(0, self._dtype)])
-        with naming(tempfile.gettempdir()):
-            self._file.flush()
-        # As a plain array: a view of it would cost ten times as much otherwise.
-        return np.memmap(self._file, self._dtype, mode="r").view(np.ndarray)
+        with naming(tempfile.gettempdir()), self._file as file:
+            file.flush()
+            # As a plain array: a view of it would cost ten times as much otherwise.
+            return np.memmap(file, self._dtype, mode="r").view(np.ndarray)
 
 
 class GrowingRagged:
