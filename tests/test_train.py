@@ -248,7 +248,7 @@ def test_what_is_chosen_is_read_in_the_place_of_what_was_trained(average, tmp_pa
     monkeypatch.setattr(Checkpoints, "_restored", spy)
     qualities = iter([9.0, 3.0])
 
-    def judge(params, frozen):
+    def judge(params, frozen, until):
         return loop.Judged({"val_quality": next(qualities)}, [])
 
     config = {"steps": 4, "evaluate_every": 2, "ema_decay": average, "judge": judge}
