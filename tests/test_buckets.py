@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import small
 import tiny
 from emulator import AT
 from safetensors.numpy import load
 
 from l2s_jax import buckets, copies, files
+from l2s_jax.checkpoints import pretrained
 from l2s_jax.training import meter
 
 TESTS = Path(__file__).parent
@@ -112,3 +114,14 @@ def test_what_is_done_is_found_generated_from_and_copied(runs, capsys):
         patch.setattr(copies, "_KEPT_SECONDS", -1.0)
         assert tiny.run(f"--workdir={bucket}", "--mode=status") == 0
     assert not [path for path in fetched if path.endswith(".safetensors")]
+
+
+def test_a_model_is_saved_to_a_bucket_and_never_over_another(store):
+    config, folder = small.t5_config(), f"{AT}/saved"
+    params = small.t5_params(config)
+    pretrained.save_native(config, params, folder)
+    small.assert_same(pretrained.load_native(folder)[1], params)
+    with pytest.raises(FileExistsError) as raised:
+        pretrained.save_native(config, params, folder)
+    assert raised.value.filename == folder
+    assert not Path("s3:").exists()

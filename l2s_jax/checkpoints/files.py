@@ -20,7 +20,9 @@ from safetensors.numpy import save_file
 from l2s_jax import sealed
 from l2s_jax.copies import local
 from l2s_jax.files import (
+    absolute,
     atomic_directory,
+    is_bucket,
     is_file,
     listed_names,
     read_json,
@@ -251,9 +253,14 @@ def write_directory(
     """Writes config.json and `stem`.safetensors; a reader never sees half of either.
 
     A new directory appears at once. In an existing one the old config.json goes first and the new
-    one comes last, so that a write cut short leaves no directory that loads as something mixed.
+    one comes last, so that a write cut short leaves no directory that loads as something mixed. In
+    a bucket nothing is written over.
+
+    Raises:
+      ValueError: there is a file in its place, or it cannot be written.
+      OSError: in a bucket, there is a model in its place.
     """
-    directory = os.path.abspath(directory)
+    directory = absolute(directory)
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"{directory}: exists and is not a directory")
     # safetensors writes from the array's memory, whatever its strides.
@@ -269,7 +276,7 @@ def write_directory(
         os.chmod(path, 0o666 & ~umask)
 
     weights, settings = f"{stem}.safetensors", "config.json"
-    if not os.path.isdir(directory) or not os.listdir(directory):
+    if is_bucket(directory) or not os.path.isdir(directory) or not os.listdir(directory):
         with atomic_directory(directory) as temporary, sealed.writing(temporary, weights, settings):
             write_weights(os.path.join(temporary, weights))
             write_json(os.path.join(temporary, settings), config, sort_keys=True)
