@@ -87,7 +87,7 @@ def main(directory, seconds, coordinator, processes, process):
     with job(coordinator, processes, process, detect=None, **limits):
         labelled = label(f"{directory}/labels", f"{directory}/labels")
         own = f"{directory}/together/{process}"
-        assert labelled == label(f"{directory}/together", own, together=True)
+        assert list(labelled) == list(label(f"{directory}/together", own, together=True))
         facts = read_encoder(directory, process, MESHES[processes])
         facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
         kept = encode(directory, MESHES[processes])
