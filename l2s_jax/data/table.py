@@ -11,7 +11,7 @@ import numpy as np
 from l2s_jax.data.ragged import Growing, GrowingRagged, Ragged, numbers
 from l2s_jax.data.templates import Prompt, Span, spans_of
 
-# Examples that are objects at one time, while a table is made.
+# Examples that are objects at one time, while a table is made or read.
 _AT_ONCE = 4096
 _CUT, _REPEATS = 1, 2
 
@@ -53,8 +53,8 @@ class ExampleTable(Sequence[Example]):
             ends.append(number + counts)
             number += int(counts[-1])
             flags.append(np.array([_flags(example) for example in chunk]))
-            lost = [_numbers(example.prompt, kinds) for example in chunk]
-            spans.append(numbers(lost, np.int32), [*map(len, lost)])
+            placed = [_numbers(example.prompt, kinds) for example in chunk]
+            spans.append(numbers(placed, np.int32), [*map(len, placed)])
         self._texts, self._spans = texts.done(), spans.done()
         self._ends, self._flags = ends.array(), flags.array()
         self._kinds = list(kinds)
@@ -81,11 +81,11 @@ class ExampleTable(Sequence[Example]):
         """Examples `start` to `stop`, whose bytes are read at once."""
         ends = self._ends[start : stop + 1].tolist()
         texts = [
-            text.decode(errors="surrogatepass") for text in _cut(self._texts, ends[0], ends[-1])
+            text.decode(errors="surrogatepass") for text in _pieces(self._texts, ends[0], ends[-1])
         ]
         spans = [
             [self._span(*three) for three in np.frombuffer(some, np.int32).reshape(-1, 3).tolist()]
-            for some in _cut(self._spans, start, stop)
+            for some in _pieces(self._spans, start, stop)
         ]
         for (first, end), own, flags in zip(
             itertools.pairwise(ends), spans, self._flags[start:stop].tolist(), strict=True
@@ -103,7 +103,7 @@ class ExampleTable(Sequence[Example]):
         return Span(field, start, stop, side)
 
 
-def _cut(ragged: Ragged, start: int, stop: int) -> list[bytes]:
+def _pieces(ragged: Ragged, start: int, stop: int) -> list[bytes]:
     """The bytes of sequences `start` to `stop`."""
     size = ragged.values.itemsize
     offsets = ragged.offsets[start : stop + 1].tolist()
