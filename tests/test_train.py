@@ -266,6 +266,20 @@ def test_what_is_chosen_is_read_in_the_place_of_what_was_trained(average, tmp_pa
     assert len(found) == 2
 
 
+def test_the_devices_are_given_few_steps_ahead(tmp_path, monkeypatch):
+    steps, dispatched = [], meter.Meter.dispatched
+
+    def spy(self, step, metrics, *others, **more):
+        steps.append(metrics["loss"])
+        ready = [loss.is_ready() for loss in steps[:-1]]
+        assert ready.count(False) <= 2, ready
+        return dispatched(self, step, metrics, *others, **more)
+
+    monkeypatch.setattr(meter.Meter, "dispatched", spy)
+    fit(tmp_path / "run", steps=30, log_every=30, evaluate_every=30)
+    assert len(steps) == 30
+
+
 def test_a_judge_chooses_the_checkpoint_and_changes_no_training(tmp_path):
     heard = []
 

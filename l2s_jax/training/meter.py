@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,10 @@ TIMES = (
     "step_ms", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "compile_s",
     *(f"time_{kind}" for kind in KINDS),
 )  # fmt: skip
+
+# Steps that the devices are given ahead of their results: enough that they never wait for the host,
+# few enough that a run that is to end, and has to save its last step, does not wait for many.
+_AHEAD = 2
 
 
 class Meter:
@@ -66,6 +71,7 @@ class Meter:
         self._share = share
         self._compile_s = 0.0
         self._pending: tuple[int, dict[str, Any]] | None = None
+        self._ahead: deque[dict[str, jax.Array]] = deque()
         self.restart()
 
     def restart(self) -> None:
@@ -114,7 +120,7 @@ class Meter:
         flops: float,
         own: bool = False,
     ) -> None:
-        """Takes note of a step that the devices have been given.
+        """Takes note of a step that the devices have been given, and waits until few are ahead.
 
         Args:
           metrics: scalars of `update.train_step`, which may not be ready yet.
@@ -138,6 +144,9 @@ class Meter:
         if step % self._every == 0:
             self._pending = step, self._latest
         self._writer.advance(step)
+        self._ahead.append(metrics)
+        if len(self._ahead) > _AHEAD:
+            jax.block_until_ready(self._ahead.popleft())
 
     def flush(self) -> None:
         """Writes the metrics that are due.
