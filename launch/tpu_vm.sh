@@ -94,7 +94,7 @@ bring() {
 
 # copy_to_hosts SOURCE PLACE: the files that are not the same on all hosts
 copy_to_hosts() {
-  local parts=$temporary/parts there=$temporary/there sums=$temporary/sums path whole
+  local parts=$temporary/parts there=$temporary/there sums=$temporary/sums path silent whole
   whole=$parts/$(basename -- "$1")
   rm -rf "$parts" "$there"
   mkdir -p "$whole" "$there"
@@ -104,7 +104,8 @@ copy_to_hosts() {
  sha256sum --check --quiet ~/l2s_jax.sums 2> /dev/null; echo; echo checked; }" \
     "--output-directory=$there"
   if ! "$dry_run"; then
-    if [[ -n $(grep -Lx checked "$there"/*) ]]; then
+    silent=$(grep -Lx checked "$there"/* || true)
+    if [[ -n $silent ]]; then
       echo "launch/tpu_vm.sh: $2: not all hosts said what they have of it" >&2
       return 1
     fi
