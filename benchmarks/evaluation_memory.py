@@ -9,7 +9,6 @@ compared with the parameters of each system. The mesh is fsdp=8.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -26,6 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 from ml_collections import ConfigDict
 
+from l2s_jax.bench.arguments import Parser, count
 from l2s_jax.config import default, settled
 from l2s_jax.evaluation.evaluate import evaluate
 from l2s_jax.experiment.experiment import Experiment
@@ -45,14 +45,14 @@ def config_of(workdir: str, width: int, layers: int) -> ConfigDict:
     config.task.update(prompt="{said}", response="back")
     config.tokenizer.train_vocab_size = 24
     config.update(max_prompt_tokens=8, max_response_tokens=8, buckets=((8, 8),))
-    for section, size, count in ((config.llm, width, layers), (config.slm, width // 8, 1)):
+    for section, size, number in ((config.llm, width, layers), (config.slm, width // 8, 1)):
         section.model.update(
             width=size,
             num_heads=8,
             head_width=size // 8,
             feed_forward_width=4 * size,
-            num_encoder_layers=count,
-            num_decoder_layers=count,
+            num_encoder_layers=number,
+            num_decoder_layers=number,
         )
     for section in (config.llm, config.slm, config.l2s):
         section.train.update(steps=1, batch_size=8, evaluate_every=1)
@@ -93,9 +93,9 @@ def watched() -> Iterator[list[int]]:
 
 def main() -> None:
     """Prints what each system has, and the most that is held at once."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
+    parser = Parser(description="What evaluation holds in memory.", allow_abbrev=False)
+    parser.add_argument("--width", type=count, default=256)
+    parser.add_argument("--layers", type=count, default=2)
     parser.add_argument("--workdir")
     flags = parser.parse_args()
     with contextlib.ExitStack() as stack:

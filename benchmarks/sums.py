@@ -9,18 +9,19 @@ In bfloat16 it is worked out here: each device's part is rounded, and one is add
 
 from __future__ import annotations
 
-import argparse
 import os
+
+from l2s_jax.bench.arguments import Parser, integers
 
 ROWS, TOKENS, VOCABULARY = 128, 16, 512
 
 
 def main() -> None:
     """Prints a table: devices, and the relative error of either sum."""
-    parser = argparse.ArgumentParser(description="Sums of gradients over devices.")
-    parser.add_argument("--devices", default="8,64", help="numbers that divide 128")
-    counts = [int(count) for count in parser.parse_args().devices.split(",")]
-    if min(counts) < 1 or any(ROWS % count for count in counts):
+    parser = Parser(description="Sums of gradients over devices.", allow_abbrev=False)
+    parser.add_argument("--devices", type=integers, default=[8, 64], help="numbers that divide 128")
+    counts = parser.parse_args().devices
+    if any(ROWS % count for count in counts):
         parser.error(f"--devices={counts}: expected divisors of {ROWS}")
     os.environ["JAX_PLATFORMS"] = "cpu"
     flag = f"--xla_force_host_platform_device_count={max(counts)}"

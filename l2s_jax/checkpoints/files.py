@@ -6,6 +6,7 @@ Nothing is ever unpickled. Errors are ValueErrors of one line that name the file
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -27,6 +28,7 @@ from l2s_jax.files import (
     listed_names,
     read_json,
     replacing,
+    signatures,
     write_json,
 )
 from l2s_jax.gguf_file import is_gguf
@@ -231,14 +233,26 @@ def hashed_files(directory: str) -> list[str]:
 def content_hash(directory: str) -> str:
     """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads.
 
-    Of a GGUF file, which people name as they like, over its bytes alone.
+    Of a GGUF file, which people name as they like, over its bytes alone. A process reads them once,
+    and again where their size and age, in a bucket their tag, have changed.
     """
+    paths = tuple(hashed_files(directory))
+    try:
+        facts = tuple(map(tuple, signatures(paths)))
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    return _content_hash(paths, facts, named=not is_gguf(directory))
+
+
+@functools.lru_cache(maxsize=64)
+def _content_hash(paths: tuple[str, ...], facts: tuple[Any, ...], *, named: bool) -> str:
+    """`facts` change where the files' content does."""
     digest = hashlib.sha256()
-    for path in hashed_files(directory):
+    for path in paths:
         try:
             with open(local(path), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if not is_gguf(directory):
+                if named:
                     digest.update(f"{os.path.basename(path)}\0{size}\0".encode())
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)

@@ -2,15 +2,14 @@
 
 import functools
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from l2s_jax.data import fitting
 from l2s_jax.data.ragged import Growing, GrowingRagged, Ragged, numbers
-from l2s_jax.data.table import Example
+from l2s_jax.data.table import Example, chunks
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 _TOKENIZE_AT_ONCE = 8192
@@ -204,7 +203,7 @@ class TokenizedExamples:
         places = Growing(np.int64)
         too_long = cut_responses = hopeless = 0
         fields: dict[str, fitting.Loss] = {}
-        for start, chunk in enumerate(_chunks(self._examples, _TOKENIZE_AT_ONCE)):
+        for start, chunk in enumerate(chunks(self._examples, _TOKENIZE_AT_ONCE)):
             fitted = fitting.fit(
                 [example.prompt for example in chunk], self.prompt_tokenizer, self.max_prompt_tokens
             )
@@ -236,12 +235,6 @@ class TokenizedExamples:
 
 def _key(start: bytes, ids: np.ndarray) -> bytes:
     return hashlib.sha256(start + ids.astype("<i4").tobytes()).digest()[:16]
-
-
-def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    remaining = iter(examples)
-    while chunk := list(itertools.islice(remaining, size)):
-        yield chunk
 
 
 def _pad(

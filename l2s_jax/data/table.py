@@ -44,8 +44,7 @@ class ExampleTable(Sequence[Example]):
         ends, flags = Growing(np.int64), Growing(np.uint8)
         ends.append(np.zeros(1))
         number, kinds = 0, {}
-        remaining = iter(examples)
-        while chunk := list(itertools.islice(remaining, _AT_ONCE)):
+        for chunk in chunks(examples, _AT_ONCE):
             rows = [_texts(example) for example in chunk]
             encoded = [text.encode(errors="surrogatepass") for row in rows for text in row]
             texts.append(np.frombuffer(b"".join(encoded), np.uint8), [*map(len, encoded)])
@@ -101,6 +100,13 @@ class ExampleTable(Sequence[Example]):
     def _span(self, kind: int, start: int, stop: int) -> Span:
         field, side = self._kinds[kind]
         return Span(field, start, stop, side)
+
+
+def chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """All examples, so many at a time."""
+    remaining = iter(examples)
+    while chunk := list(itertools.islice(remaining, size)):
+        yield chunk
 
 
 def _pieces(ragged: Ragged, start: int, stop: int) -> list[bytes]:
