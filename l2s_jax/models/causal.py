@@ -1,4 +1,4 @@
-"""What the decoder-only families share: attention, the cache, and the four ways to run a model.
+"""What the decoder-only families share: the cache, and the four ways to run a model.
 
 A family (gpt2.py, gpt_neox.py, llama.py) is its layers and a subclass of `CausalModel`. Prompts may
 be padded anywhere: a token's position is the number of real tokens before it, so nothing depends
@@ -14,93 +14,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from l2s_jax.cluster.sharding import AnyArray, split_rows
-from l2s_jax.models.attention import at_once, attend
-from l2s_jax.models.biases import Bias, CausalBias, in_window, mask_bias
-from l2s_jax.models.cache import CausalCache, KeyValue, block, place, write
-from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm, unit
-from l2s_jax.models.rotary import Rotary
+from l2s_jax.models.attention import at_once
+from l2s_jax.models.biases import CausalBias, in_window, mask_bias
+from l2s_jax.models.cache import CausalCache, KeyValue, block, place
+from l2s_jax.models.layers import unit
 from l2s_jax.models.stacking import each_layer, run_layers
 from l2s_jax.models.vocabulary import RESPONSE_TABLE, response_table
-
-
-class CausalAttention(nn.Module):
-    """Self-attention with `num_kv_heads` key/value heads (Ainslie et al. 2023).
-
-    `rotary` turns queries and keys by position; `norm_epsilon` puts an RMSNorm on each head's query
-    and key (Qwen3). None leaves them as they are.
-    """
-
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_width: int
-    initializer: Initializer
-    output_initializer: Initializer
-    rotary: Rotary | None = None
-    input_bias: bool = False
-    output_bias: bool = False
-    norm_epsilon: float | None = None
-    dropout_rate: float = 0.0
-    dtype: DTypeLike = jnp.float32
-
-    def setup(self) -> None:
-        def inward(heads: int) -> Linear:
-            return Linear(
-                heads * self.head_width, self.initializer, self.dtype, use_bias=self.input_bias
-            )
-
-        self.query = inward(self.num_heads)
-        self.key = inward(self.num_kv_heads)
-        self.value = inward(self.num_kv_heads)
-        self.output = Linear(
-            self.width,
-            self.output_initializer,
-            self.dtype,
-            jnp.float32,
-            use_bias=self.output_bias,
-        )
-        if self.norm_epsilon is not None:
-            self.query_norm = RMSNorm(self.norm_epsilon)
-            self.key_norm = RMSNorm(self.norm_epsilon)
-        self.dropout = Dropout(self.dropout_rate)
-
-    def _split_heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B N T H"]:
-        return x.reshape(*x.shape[:2], -1, self.head_width).transpose(0, 2, 1, 3)
-
-    def __call__(
-        self,
-        x: Float[Array, "B Q D"],
-        positions: Int32[Array, "B Q"],
-        bias: Bias,
-        cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
-        """What the positions x take from each other or from the cache, and the keys and values
-        attended to.
-
-        With `cache`, their keys and values go to slot `index` and on of the cache.
-        """
-        query, key = self._split_heads(self.query(x)), self._split_heads(self.key(x))
-        if self.norm_epsilon is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary is not None:
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
-        new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
-        held = new if cache is None or index is None else write(cache, new, index)
-
-        mixed = attend(
-            query.astype(self.dtype),
-            held,
-            bias,
-            self.head_width**-0.5,
-            self.dropout.unless(deterministic),
-        )
-        return self.output(mixed), held
 
 
 class CausalModel(nn.Module):

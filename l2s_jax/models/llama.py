@@ -15,7 +15,8 @@ from jaxtyping import Array, Float32, Int32
 
 from l2s_jax.models.biases import Bias
 from l2s_jax.models.cache import KeyValue
-from l2s_jax.models.causal import CausalAttention, CausalModel
+from l2s_jax.models.causal import CausalModel
+from l2s_jax.models.causal_layers import CausalAttention
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.sizes import check_sizes
