@@ -9,15 +9,10 @@ import pytest
 import xla
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests spend their time in compiling small programs, hardly any in running them.
-for flag in (
-    "xla_force_host_platform_device_count=8",
-    "xla_backend_optimization_level=0",
-    *(("xla_cpu_use_fusion_emitters=false",) if xla.CHOICE else ()),
-):
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag.split("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{flag}".strip()
+# A flag that is in the environment stays.
+set_there = os.environ.get("XLA_FLAGS", "")
+ours = [flag for flag in xla.flags(devices=8).split() if flag.split("=")[0] not in set_there]
+os.environ["XLA_FLAGS"] = " ".join([*set_there.split(), *ours])
 
 # Many tests compile the same programs; each is compiled once per test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l2s_jax_tests_"))

@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xla
+
 TESTS = Path(__file__).parent
 # In the order in which they are made; what lies in no folder of theirs is of the last.
 STAGES = (
@@ -38,7 +40,7 @@ STAGES = (
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": xla.flags(),
 }
 # What only a whole run has, or whose times are all that is in it.
 _WHOLE = ("README.md", "hashes.json", "time.json")

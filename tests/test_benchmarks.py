@@ -16,21 +16,18 @@ import time
 import numpy as np
 import pytest
 import torch
+import xla
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.models.systems import LlmToSlm
 from l2s_jax.training import update
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
-# Of the tests' flags those that save time: one device, not many.
-XLA_FLAGS = " ".join(
-    flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag
-)
 
 
 def run(name, *flags, environment=None):
     command = [sys.executable, SCRIPTS / f"{name}.py", *flags]
-    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, **(environment or {})}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(), **(environment or {})}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -172,7 +169,7 @@ def test_who_waits_is_stopped_and_ends_with_its_parent():
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "XLA_FLAGS": XLA_FLAGS},
+        env={**os.environ, "XLA_FLAGS": xla.flags()},
     )
     stopped = None
     try:
@@ -232,7 +229,7 @@ def test_bad_flags_are_one_line(script, flag, message):
 
 
 def test_training_from_the_feature_cache():
-    flags = ("--llm=t5-small", "--slm=t5-small", "--fusion=cross", "--batch_size=4")
+    flags = ("--llm=t5-small", "--slm=tiny", "--fusion=cross", "--batch_size=4")
     sizes = ("--prompt_tokens=16", "--response_tokens=2", "--steps=2", "--repeats=1")
     finished = run("features", *flags, *sizes)
     assert finished.returncode == 0, finished.stderr

@@ -11,6 +11,7 @@ import pytest
 import small
 import tiny
 import train_child
+import xla
 from emulator import AT, free_port
 from test_buckets import TESTS, lines_of
 
@@ -21,10 +22,9 @@ STEPS = list(range(1, train_child.STEPS + 1))
 
 
 def start(directory, seconds, *of_job):
-    xla = os.environ["XLA_FLAGS"].split()
     environment = {
         **os.environ,
-        "XLA_FLAGS": " ".join(flag for flag in xla if "device_count" not in flag),
+        "XLA_FLAGS": xla.flags(),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
     }
     command = [sys.executable, str(TESTS / "bucket_child.py"), directory, str(seconds), *of_job]

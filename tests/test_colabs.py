@@ -10,6 +10,7 @@ import sys
 
 import nbformat
 import pytest
+import xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
@@ -47,7 +48,7 @@ def run(notebook: nbformat.NotebookNode, path: pathlib.Path) -> subprocess.Compl
     # One device, as where a notebook runs, and quick compilation.
     environment = os.environ | {
         "IPYTHONDIR": str(path.parent / "ipython"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla.flags(),
     }
     return subprocess.run(
         [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", str(path)],

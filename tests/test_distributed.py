@@ -23,6 +23,7 @@ import pytest
 import small
 import tiny
 import train_child
+import xla
 from safetensors.numpy import load_file
 
 from l2s_jax.checkpoints import pretrained
@@ -38,10 +39,9 @@ SECONDS = 600  # far more than anything here takes
 
 def environment():
     """That of a process with one device."""
-    flags = os.environ["XLA_FLAGS"].split()
     return {
         **os.environ,
-        "XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f),
+        "XLA_FLAGS": xla.flags(),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
         "PYTHON": sys.executable,
     }

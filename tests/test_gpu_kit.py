@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import xla
 
 from benchmarks.gpu import __main__ as kit
 from benchmarks.gpu import part, quality, report, serve
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def run(*arguments, **environment):
     """The kit's command, with one device and not the many of the tests."""
-    variables = {**os.environ, "XLA_FLAGS": "", "PYTHON": sys.executable, **environment}
+    variables = {**os.environ, "XLA_FLAGS": xla.flags(), "PYTHON": sys.executable, **environment}
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=1600)
 

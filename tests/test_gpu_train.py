@@ -9,19 +9,16 @@ import subprocess
 import sys
 
 import pytest
+import xla
 
 from benchmarks.gpu import part, quality, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Of the tests' flags those that save time: one device, not many.
-XLA_FLAGS = " ".join(
-    flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag
-)
 
 
 def run(name, *flags):
     command = [sys.executable, "-m", f"benchmarks.gpu.{name}", *flags]
-    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags()}
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
     )

@@ -22,6 +22,7 @@ import pytest
 import tiny
 import torch
 import transformers
+import xla
 from ml_collections import ConfigDict
 
 import l2s_jax
@@ -166,7 +167,7 @@ def test_it_teaches_a_small_model(path, tmp_path):
     config.write_text(config.read_text() + CHANGES.replace("PATH", path))
     workdir = tmp_path / "run"
     # On one device: eight have eight copies of a real model's embedding.
-    changes = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    changes = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags()}
     command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", f"--workdir={workdir}"]
     done = subprocess.run(
         [*command, "--until=l2s"], env=os.environ | changes, capture_output=True, text=True
