@@ -1,0 +1,92 @@
+"""The training steps of a run, compiled and kept in a folder, and found there by the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from l2s_jax.cluster import sharding
+from l2s_jax.config import buckets_of
+from l2s_jax.plan.models import Plan, make_plan
+from l2s_jax.plan.programs import Compiler, TrainingStep, is_too_large
+from l2s_jax.plan.slices import Slice
+from l2s_jax.plan.stages import plan_of, trainings_of
+from l2s_jax.training.compiled import CompiledSteps, Writer, bucket_name
+
+log = logging.getLogger(__name__)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks that a plan knows the steps of a run.
+
+    Raises:
+      ValueError: they depend on what the run finds in its data.
+    """
+    if config.slm.vocabulary != "all":
+        raise ValueError(
+            f"config.slm.vocabulary={config.slm.vocabulary!r}: expected 'all' with --compiled: "
+            "which pieces are kept is found in the labels, and is a part of the program"
+        )
+
+
+def write(directory: str, config: ConfigDict, where: Slice, mesh: Mesh, plan: Plan) -> str:
+    """Compiles every step, one after another, and writes it; gives a line about them.
+
+    Raises:
+      ValueError: one does not fit on the slice, or `directory` has a compiled.json of others.
+    """
+    writer = Writer(directory, mesh)
+    count = size = 0
+    for stage, bucket, step in _steps(config, where, mesh, plan):
+        name = bucket_name(bucket)
+        began = time.perf_counter()
+        try:
+            with jax.set_mesh(mesh):
+                compiled = step.function.lower(*step.arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_too_large(error):
+                raise
+            raise ValueError(
+                f"--compiled={directory}: the step of {stage} for the bucket {name} does not fit "
+                f"on {where.topology}; plan.md of a plan without --compiled says where it would"
+            ) from None
+        size += writer.add(stage, step.facts(), name, step.arguments[2], compiled)
+        count += 1
+        log.info("plan: kept %s %s, %.0f s", stage, name, time.perf_counter() - began)
+    writer.close()
+    return f"{count} training steps in {directory}, {size / 1e6:.1f} MB"
+
+
+def find(directory: str, config: ConfigDict) -> CompiledSteps:
+    """The steps in a folder, all of which fit a run of this config on the devices of this job.
+
+    Raises:
+      ValueError: one is missing, damaged or of something else.
+    """
+    check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    found = CompiledSteps(directory, mesh)
+    devices: Any = jax.devices()
+    # Nothing is compiled, so nothing has to fit.
+    where = Slice("", devices, 1 << 62, None, config.mesh.slices)
+    plan = make_plan(config, where.platform)
+    for stage, bucket, step in _steps(config, where, mesh, plan):
+        found.check(stage, step.facts(), bucket_name(bucket), step.arguments[2])
+    return found
+
+
+def _steps(
+    config: ConfigDict, where: Slice, mesh: Mesh, plan: Plan
+) -> Iterator[tuple[str, tuple[int, int], TrainingStep]]:
+    """(stage, bucket, step) of each that a run compiles."""
+    for training in trainings_of(config):
+        system = plan_of(plan, config, training.system, where.platform)
+        compiler = Compiler(system, config, where, mesh, training.work)
+        for bucket in buckets_of(config):
+            yield training.stage, bucket, compiler.training_step(bucket)
