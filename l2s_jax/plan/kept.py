@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -47,7 +49,7 @@ def write(directory: str, config: ConfigDict, where: Slice, mesh: Mesh, plan: Pl
         name = bucket_name(bucket)
         began = time.perf_counter()
         try:
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), _without_cache():
                 compiled = step.function.lower(*step.arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             if not is_too_large(error):
@@ -79,6 +81,22 @@ def find(directory: str, config: ConfigDict) -> CompiledSteps:
     for stage, bucket, step in _steps(config, where, mesh, plan):
         found.check(stage, step.facts(), bucket_name(bucket), step.arguments[2])
     return found
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Has programs compiled that JAX's cache on disk has: of what it gives, XLA writes only a part.
+
+    (On CPUs: the file then loads, and fails when it runs.)
+    """
+    was = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it remembers whether it is used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()
 
 
 def _steps(
