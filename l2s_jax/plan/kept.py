@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,16 +65,16 @@ def write(directory: str, config: ConfigDict, where: Slice, mesh: Mesh, plan: Pl
     return f"{count} training steps in {directory}, {size / 1e6:.1f} MB"
 
 
-def find(directory: str, config: ConfigDict) -> CompiledSteps:
-    """The steps in a folder, all of which fit a run of this config on the devices of this job.
+def find(directory: str, config: ConfigDict, devices: Sequence[Any] | None = None) -> CompiledSteps:
+    """The steps in a folder, all of which fit a run of this config on devices; None: on all.
 
     Raises:
       ValueError: one is missing, damaged or of something else.
     """
     check(config)
-    mesh = sharding.make_mesh(config.mesh)
+    devices = jax.devices() if devices is None else devices
+    mesh = sharding.make_mesh(config.mesh, devices)
     found = CompiledSteps(directory, mesh)
-    devices: Any = jax.devices()
     # Nothing is compiled, so nothing has to fit.
     where = Slice("", devices, 1 << 62, None, config.mesh.slices)
     plan = make_plan(config, where.platform)
