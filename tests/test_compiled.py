@@ -163,7 +163,7 @@ def test_every_bucket_of_every_training_is_kept():
         (stage, bucket) for stage in stages for bucket in config.buckets
     ]
     for stage, bucket, step in steps:
-        batch, facts = step.arguments[2], step.facts()
+        batch, facts = step.arguments[2], step.facts
         assert batch["response_ids"].shape == (step.arguments[2]["response_mask"].shape)
         assert batch["response_ids"].shape[1] == bucket[1]
         assert facts["seed"] == ("0" if stage == "llm" else "7")
@@ -192,7 +192,8 @@ def test_a_step_is_not_loaded_for_another_system_than_the_plan_knew(planned, run
 def folder(tmp_path):
     """A folder with one step, and the mesh that it is for."""
     mesh = sharding.make_mesh({"data": -1})
-    add(Writer(str(tmp_path), mesh), mesh, 1.0)
+    with Writer(str(tmp_path), mesh) as writer:
+        add(writer, mesh, 1.0)
     return tmp_path, mesh
 
 
@@ -203,7 +204,6 @@ def add(writer: Writer, mesh, number: float) -> None:
     with kept._without_cache():
         compiled = function.lower(x, {}, {"x": x}).compile()
     writer.add("s", {"a": "1"}, "4x4", {"x": x}, compiled)
-    writer.close()
 
 
 def change(directory: Path, *path: str, value: object) -> None:
@@ -289,7 +289,14 @@ def test_a_second_plan_takes_the_place_of_the_first(folder):
     directory, mesh = folder
     (before,) = directory.glob("*.step")
     (directory / "mine.txt").write_text("mine")
-    add(Writer(str(directory), mesh), mesh, 2.0)
+    index = (directory / INDEX).read_bytes()
+    with pytest.raises(KeyboardInterrupt), Writer(str(directory), mesh) as writer:
+        add(writer, mesh, 2.0)
+        raise KeyboardInterrupt
+    assert list(directory.glob("*.step")) == [before]
+    assert (directory / INDEX).read_bytes() == index
+    with Writer(str(directory), mesh) as writer:
+        add(writer, mesh, 2.0)
     (after,) = directory.glob("*.step")
     assert after != before
     assert (directory / "mine.txt").read_text() == "mine"
@@ -314,9 +321,8 @@ def test_steps_of_a_tpu_are_written_without_one(tmp_path):
     step = Compiler(plan, config, where, mesh, training.work).training_step((16, 16))
     with jax.set_mesh(mesh), kept._without_cache():
         compiled = step.function.lower(*step.arguments).compile()
-    writer = Writer(str(tmp_path), mesh)
-    size = writer.add("slm", step.facts(), "16x16", step.arguments[2], compiled)
-    writer.close()
+    with Writer(str(tmp_path), mesh) as writer:
+        size = writer.add("slm", step.facts, "16x16", step.arguments[2], compiled)
     (path,) = tmp_path.glob("*.step")
     assert path.stat().st_size == size
     assert b"TPU v5 lite" in path.read_bytes()

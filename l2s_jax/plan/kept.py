@@ -43,25 +43,25 @@ def write(directory: str, config: ConfigDict, where: Slice, mesh: Mesh, plan: Pl
     Raises:
       ValueError: one does not fit on the slice, or `directory` has a compiled.json of others.
     """
-    writer = Writer(directory, mesh)
     count = size = 0
-    for stage, bucket, step in _steps(config, where, mesh, plan):
-        name = bucket_name(bucket)
-        began = time.perf_counter()
-        try:
-            with jax.set_mesh(mesh), _without_cache():
-                compiled = step.function.lower(*step.arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_too_large(error):
-                raise
-            raise ValueError(
-                f"--compiled={directory}: the step of {stage} for the bucket {name} does not fit "
-                f"on {where.topology}; plan.md of a plan without --compiled says where it would"
-            ) from None
-        size += writer.add(stage, step.facts(), name, step.arguments[2], compiled)
-        count += 1
-        log.info("plan: kept %s %s, %.0f s", stage, name, time.perf_counter() - began)
-    writer.close()
+    with Writer(directory, mesh) as writer:
+        for stage, bucket, step in _steps(config, where, mesh, plan):
+            name = bucket_name(bucket)
+            began = time.perf_counter()
+            try:
+                with jax.set_mesh(mesh), _without_cache():
+                    compiled = step.function.lower(*step.arguments).compile()
+            except jax.errors.JaxRuntimeError as error:
+                if not is_too_large(error):
+                    raise
+                raise ValueError(
+                    f"--compiled={directory}: the step of {stage} for the bucket {name} does not "
+                    f"fit on {where.topology}; plan.md of a plan without --compiled says where it "
+                    "would"
+                ) from None
+            size += writer.add(stage, step.facts, name, step.arguments[2], compiled)
+            count += 1
+            log.info("plan: kept %s %s, %.0f s", stage, name, time.perf_counter() - began)
     return f"{count} training steps in {directory}, {size / 1e6:.1f} MB"
 
 
@@ -79,7 +79,7 @@ def find(directory: str, config: ConfigDict, devices: Sequence[Any] | None = Non
     where = Slice("", devices, 1 << 62, None, config.mesh.slices)
     plan = make_plan(config, where.platform)
     for stage, bucket, step in _steps(config, where, mesh, plan):
-        found.check(stage, step.facts(), bucket_name(bucket), step.arguments[2])
+        found.check(stage, step.facts, bucket_name(bucket), step.arguments[2])
     return found
 
 

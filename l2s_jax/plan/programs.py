@@ -46,7 +46,7 @@ class TrainingStep(NamedTuple):
     function: Any
     arguments: tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]
     whole: tuple[Any, tuple]
-    facts: Callable[[], dict[str, str]]
+    facts: dict[str, str]
 
 
 class Compiler:
@@ -97,14 +97,12 @@ class Compiler:
         assert settings is not None
         optimizer = optim.optimizer(settings, params)
         shardings = update.state_shardings(params, optimizer, settings, self.mesh)
-        taught = self.config.distillation
+        taught, seed = self.config.distillation, self.work.seed
         is_taught = self.work.distilled
         distillation = Distillation(taught.weight, taught.temperature) if is_taught else None
 
         def make_step(system: Any) -> Any:
-            return update.make_step(
-                system, optimizer, settings, self.work.seed, shardings, distillation
-            )
+            return update.make_step(system, optimizer, settings, seed, shardings, distillation)
 
         state = update.abstract_state(params, optimizer, settings, shardings)
         rows = settings.batch_size
@@ -118,13 +116,12 @@ class Compiler:
             batch["teacher_ids"] = self._array(shape, jnp.int32)
             batch["teacher_log_probs"] = self._array(shape, jnp.float32)
         flat, _, flat_frozen = self._flat.adapted
+        frozen = self._placed(frozen)
         return TrainingStep(
             make_step(system),
-            (state, self._placed(frozen), batch),
+            (state, frozen, batch),
             (make_step(flat), (state, flat_frozen, batch)),
-            lambda: step_facts(
-                system, settings, self.work.seed, distillation, state, self._placed(frozen)
-            ),
+            step_facts(system, settings, seed, distillation, state, frozen),
         )
 
     def _train(self) -> Program:

@@ -6,6 +6,7 @@ file is a pickle in part: whoever can write one can run code where it is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -214,7 +215,10 @@ def read_index(directory: str) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes steps into a folder, which has them, and no others, once `close` is called."""
+    """Writes steps into a folder, which has them, and no others, when its block ends.
+
+    Where the block ends with an error, the folder has those that it had before.
+    """
 
     def __init__(self, directory: str, mesh: Mesh):
         """Makes the folder.
@@ -250,12 +254,19 @@ class Writer:
         entry["buckets"][bucket] = {"file": name, "sha256": hash, "batch": batch}
         return len(content)
 
-    def close(self) -> None:
-        """Writes compiled.json, and removes the files of the one that was there."""
-        index = {"kind": _KIND, "surroundings": self._surroundings, "stages": self._stages}
-        files.write_json(self._path, sealed.with_hash(index))
-        for name in _files(self._old) - _files(self._stages):
-            files.remove(os.path.join(self._directory, name))
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            index = {"kind": _KIND, "surroundings": self._surroundings, "stages": self._stages}
+            files.write_json(self._path, sealed.with_hash(index))
+            gone, kept = self._old, self._stages
+        else:
+            gone, kept = self._stages, self._old
+        for name in _files(gone) - _files(kept):
+            with contextlib.suppress(OSError):
+                files.remove(os.path.join(self._directory, name))
 
 
 def _files(stages: Mapping[str, Any]) -> set[str]:
