@@ -50,6 +50,9 @@ _OUTSIDE = (
     "evaluate_every", "log_every", "max_bad_steps", "save_minutes", "select", "selection_examples",
 )  # fmt: skip
 
+# Of a model: these say where responses end, in decoding alone.
+_ENDS = ("pad_id", "eos_id")
+
 Facts = Mapping[str, str]
 
 
@@ -59,7 +62,7 @@ def surroundings(mesh: Mesh) -> dict[str, str]:
     kind = devices[0].platform
     facts = {
         "the number and kind of devices": f"{len(devices)} x {devices[0].device_kind}",
-        "the mesh": sharding.mesh_name(mesh),
+        "the mesh": sharding.axes_name([mesh.shape[axis] for axis in sharding.AXES]),
     }
     for i, device in enumerate(devices):
         facts[f"device {i} of the mesh"] = _place(device)
@@ -163,7 +166,7 @@ class CompiledSteps:
         return run
 
     def _load(
-        self, stage: str, bucket: str, state: TrainState, frozen: Params, batch: Mapping[str, Any]
+        self, stage: str, bucket: str, state: Any, frozen: Params, batch: Mapping[str, Any]
     ) -> Callable[..., Any]:
         entry = self._stages[stage]["buckets"][bucket]
         content = self._read(entry)
@@ -192,11 +195,11 @@ class CompiledSteps:
 
     def _compare(self, whose: str, expected: Facts, found: Facts) -> None:
         for name in (*expected, *found):
-            one, other = expected.get(name, "nothing"), found.get(name, "nothing")
+            one, other = expected.get(name, ""), found.get(name, "")
             if one != other:
                 raise ValueError(
                     f"{self._path}: compiled for another run: {name} {whose}is "
-                    f"{files.shown(other)}, expected {files.shown(one)}; make the plan again, or "
+                    f"{other or 'nothing'}, expected {one or 'nothing'}; make the plan again, or "
                     "leave out --compiled"
                 )
 
@@ -277,7 +280,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """(name, text) of all that is in mappings and dataclasses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield name, type(value).__name__
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        names = [one.name for one in dataclasses.fields(value) if one.name not in _ENDS]
+        value = {name: getattr(value, name) for name in names}
     if isinstance(value, Mapping):
         for key, one in value.items():
             yield from _flat(one, f"{name}.{key}" if name else str(key))
