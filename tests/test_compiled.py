@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -60,10 +61,15 @@ def model(workdir: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _all_devices():
+    """A plan that came first would leave JAX with no more devices than it is for."""
+    assert jax.device_count() == 8
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """(arguments of a run, the folder with its steps)."""
-    assert jax.device_count() == 8  # a plan that comes first would leave JAX with its two
     root = tmp_path_factory.mktemp("planned")
     config = tiny.write_task(root / "data")
     # Of few parameters and one bucket there is little to compile; `_steps` has the others.
@@ -206,18 +212,30 @@ def test_where_responses_end_is_in_no_step(family):
         family, vocab_size=8, width=16, num_heads=1, feed_forward_width=16, pad_id=0, eos_id=1,
         **geometry,
     )  # fmt: skip
-    texts = []
-    for config in (whole, dataclasses.replace(whole, pad_id=2, eos_id=3)):
-        system = LanguageModel("slm", config)
-        params = jax.eval_shape(system.init, jax.random.key(0))
-        batch = {
-            f"{name}_{kind}": jax.ShapeDtypeStruct((2, 4), dtype)
-            for name in ("slm_prompt", "response")
-            for kind, dtype in (("ids", jnp.int32), ("mask", jnp.bool_))
-        }
-        loss = jax.grad(lambda p, b, system=system: batch_loss(system, p, {}, b, None, 0.0)[0])
-        texts.append(jax.jit(loss).lower(params, batch).as_text())
-    assert texts[0] == texts[1]
+    other = dataclasses.replace(whole, pad_id=2, eos_id=3)
+    assert program(LanguageModel("slm", whole)) == program(LanguageModel("slm", other))
+
+
+def test_an_llm_that_only_encodes_has_no_dropout_in_a_step():
+    """A checkpoint of one that was trained before says what it was trained with."""
+    system = small.make_system("add")
+    llm = dataclasses.replace(system.llm_config, dropout_rate=0.5)
+    assert program(system) == program(dataclasses.replace(system, llm_config=llm))
+
+
+def program(system) -> str:
+    """The text of the gradient of a system's loss, with dropout."""
+    params, frozen = small.make_params(system)
+    batch = {
+        f"{name}_{kind}": jax.ShapeDtypeStruct((2, 4), dtype)
+        for name in (system.prompt_name, "response")
+        for kind, dtype in (("ids", jnp.int32), ("mask", jnp.bool_))
+    }
+
+    def loss(params, frozen, batch):
+        return batch_loss(system, params, frozen, batch, jax.random.key(0), 0.0)[0]
+
+    return jax.jit(jax.grad(loss)).lower(params, frozen, batch).as_text()
 
 
 @pytest.fixture

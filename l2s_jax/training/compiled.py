@@ -50,8 +50,8 @@ _OUTSIDE = (
     "evaluate_every", "log_every", "max_bad_steps", "save_minutes", "select", "selection_examples",
 )  # fmt: skip
 
-# Of a model: these say where responses end, in decoding alone.
-_ENDS = ("pad_id", "eos_id")
+# Nor are these of a model: where responses end, and the dropout of an LLM that only encodes.
+_UNUSED = re.compile(r".*\.(pad_id|eos_id|llm_config\.dropout_rate)")
 
 Facts = Mapping[str, str]
 
@@ -94,7 +94,8 @@ def step_facts(
         "distillation": distillation and distillation._asdict(),
         "system": system,
     }
-    return dict(_flat(given)) | _arrays({"state": state, "frozen": frozen})
+    facts = {name: text for name, text in _flat(given) if not _UNUSED.fullmatch(name)}
+    return facts | _arrays({"state": state, "frozen": frozen})
 
 
 def bucket_name(widths: Iterable[int]) -> str:
@@ -280,8 +281,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """(name, text) of all that is in mappings and dataclasses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield name, type(value).__name__
-        names = [one.name for one in dataclasses.fields(value) if one.name not in _ENDS]
-        value = {name: getattr(value, name) for name in names}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key, one in value.items():
             yield from _flat(one, f"{name}.{key}" if name else str(key))
