@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -361,7 +360,6 @@ def test_the_flag_is_of_plans_and_of_training(tmp_path, capfd):
     assert "--compiled=steps: expected --mode=plan or train" in capfd.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_steps_of_a_tpu_are_written_without_one(tmp_path):
     mesh = make_mesh(small_config(data=2, fsdp=2), open_slice("v5e:2x2"))
     with Writer(str(tmp_path), mesh) as writer:
