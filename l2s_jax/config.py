@@ -114,6 +114,11 @@ def cut_of(slm: ConfigDict) -> Cut:
     return Cut(**slm.cut.to_dict())
 
 
+def training_seed(config: ConfigDict) -> int:
+    """Of what is random in the training of the SLM alone and of L2S."""
+    return config.seed if config.train_seed < 0 else config.train_seed
+
+
 def label_mesh(config: ConfigDict) -> dict[str, int]:
     """The mesh on which the LLM answers the train split, as `config.mesh` has it."""
     axes = {axis: size for axis, size in config.labels.mesh.items() if size}

@@ -98,6 +98,13 @@ _BATCH_SIZES = flags.DEFINE_list(
     "batch_sizes", [], "plan: those that a sweep tries; default: the config's."
 )
 
+_COMPILED = flags.DEFINE_string(
+    "compiled",
+    None,
+    "plan: a folder, where the training steps of a run on that slice are kept, compiled; train: "
+    "one, of your own, from which they are taken.",
+)
+
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: HOST:PORT of process 0, a free port."
 )
@@ -197,6 +204,10 @@ def _work(config: ConfigDict, workdir: str, mode: str) -> None:
     experiment.check()
     distributed.on_primary(lambda: check_selection(config))
     if mode == "train":
+        if _COMPILED.value:
+            from l2s_jax.plan import kept
+
+            experiment.context.compiled = kept.find(_COMPILED.value, config)
         distributed.on_primary(lambda: workdirs.write_config(workdir, config))
         workdirs.check_shared(workdir)
     if _UNTIL.value:
@@ -272,6 +283,7 @@ def _plan(config: ConfigDict | None, workdir: str) -> None:
         examples=_EXAMPLES.value,
         sweep=_SWEEP.value,
         batch_sizes=batch_sizes,
+        compiled=_COMPILED.value or "",
     )
     print(text)
 
@@ -324,6 +336,10 @@ def parse_flags(argv: Sequence[str]) -> None:
         raise ValueError(f"--until={_UNTIL.value}: expected --mode=train, not {_MODE.value}")
     if _VARY.value and _MODE.value != "compare":
         raise ValueError(f"--vary={_VARY.value[0]}: expected --mode=compare, not {_MODE.value}")
+    if _COMPILED.value and _MODE.value not in ("plan", "train"):
+        raise ValueError(
+            f"--compiled={_COMPILED.value}: expected --mode=plan or train, not {_MODE.value}"
+        )
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
 

@@ -23,6 +23,7 @@ from l2s_jax.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from l2s_jax.training.compiled import CompiledSteps
     from l2s_jax.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Context:
       mode: "make": what is missing is made. "find": it is an error. "look": nothing is asked for.
       score: on the primary metric, for `train.select` "quality".
       shared: the folder of a comparison, of which this is a variant; "" otherwise.
+      compiled: training steps that were compiled before; None: a run compiles its own.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Context:
     ):
         self.config, self.workdir, self.mode, self.score = config, workdir, mode, score
         self.shared = shared
+        self.compiled: CompiledSteps | None = None
         self.task = load_task(config.task)
         self.buckets = buckets_of(config)
         self._hashes = Hashes(workdir, keep=mode == "make")

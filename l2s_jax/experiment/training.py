@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from l2s_jax import models
+from l2s_jax.config import training_seed
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.templates import fields_of
@@ -72,8 +73,7 @@ class TrainedStage(RecordedStage):
     @property
     def seed(self) -> int:
         """Of what is random in its training."""
-        config = self.context.config
-        return config.seed if config.train_seed < 0 else config.train_seed
+        return training_seed(self.context.config)
 
     @abc.abstractmethod
     def load(self, mesh: Mesh, weights: str) -> tuple[System, Params, Params]:
@@ -257,6 +257,7 @@ class TrainedStage(RecordedStage):
             policy=own.load(responses, self.name) if own else None,
             examples=lambda step: examples_of(data, step, **order),
             trackers=context.trackers,
+            compiled=context.compiled,
         )
         return jax.device_get(adapted.merge(trained, base)) if adapted else trained
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import typed
-from l2s_jax.plan import costs, report
+from l2s_jax.plan import costs, kept, report
 from l2s_jax.plan.models import Plan, make_plan
 from l2s_jax.plan.program import shard_bytes
 from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler
@@ -37,13 +37,14 @@ def plan(
     examples: int | None = None,
     sweep: bool = False,
     batch_sizes: Sequence[int] = (),
+    compiled: str = "",
 ) -> str:
     """Compiles `programs` for a slice, writes plan.json and plan.md; gives the latter's text.
 
     With `sweep`, also for every mesh over the slice and each of `batch_sizes` (those of the config
     if there are none). `price` is in dollars per chip-hour. `mfu` is the share of the chips' FLOPs
     that estimates of the run reckon with. `examples` are those of the train split, which is counted
-    where it is at hand and this is None.
+    where it is at hand and this is None. `compiled` is a folder for the training steps of a run.
 
     Raises:
       ValueError: no such slice, a mesh that does not divide it, or a config that no run could use.
@@ -67,11 +68,15 @@ def plan(
             f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "
             "plans are made"
         )
+    if compiled:
+        kept.check(config)
     where = open_slice(topology)
     mesh = make_mesh(config, where)
     meshes = meshes_of(config, where, mesh, make_mesh)
     models = make_plan(config, where.platform)
     compiler = Compiler(models, config, where, mesh)
+    if compiled:
+        log.info("plan: %s", kept.write(compiled, config, where, mesh, models))
     run = Run(models, config, where, meshes, examples) if RUN in programs else None
     programs = tuple(name for name in programs if name != RUN)
     result = report.describe(where, mesh) | {"model": models.description()}

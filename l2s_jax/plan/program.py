@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster.chips import COLLECTIVE_S, Chip
+from l2s_jax.config import training_seed
 from l2s_jax.plan.hlo import Collective
 
 
@@ -60,7 +61,7 @@ class Work:
 
     batch_size: prompts that it answers, or reads, at a time; 0: none. train_where and
     decoding_where: the sections. features: training is given H. distilled: it is given the LLM's
-    distributions.
+    distributions. seed: of what is random in it.
     """
 
     train: ConfigDict | None = None
@@ -71,6 +72,7 @@ class Work:
     decoding_where: str = "decoding"
     features: bool = False
     distilled: bool = False
+    seed: int = 0
 
 
 def work_of_l2s(config: ConfigDict) -> Work:
@@ -83,6 +85,7 @@ def work_of_l2s(config: ConfigDict) -> Work:
         decoding.search.to_dict(),
         features=bool(config.features.cache),
         distilled=bool(config.distillation.weight),
+        seed=training_seed(config),
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,24 @@ from l2s_jax.plan.program import Costs, Program, Work, shard_bytes, work_of_l2s
 from l2s_jax.plan.slices import Slice, parse_size
 from l2s_jax.settings.search import alone, changed
 from l2s_jax.training import optim, update
+from l2s_jax.training.compiled import step_facts
 from l2s_jax.training.distillation import Distillation
 
 PROGRAMS = ("train", "encode", "prefill", "decode")
 RUN = "run"  # beside them, those of all stages of a run
+
+
+class TrainingStep(NamedTuple):
+    """A step of a training before it is compiled.
+
+    whole: a function and arguments that compute the same without loops over layers. facts: what
+    `compiled.step_facts` says of it.
+    """
+
+    function: Any
+    arguments: tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]
+    whole: tuple[Any, tuple]
+    facts: dict[str, str]
 
 
 class Compiler:
@@ -76,26 +90,24 @@ class Compiler:
                 if name in names:
                     yield name, program
 
-    def _train(self) -> Program:
+    def training_step(self, bucket: tuple[int, int]) -> TrainingStep:
+        """The step of a batch of that bucket."""
         system, params, frozen = self.plan.adapted
         settings = self.work.train
         assert settings is not None
         optimizer = optim.optimizer(settings, params)
         shardings = update.state_shardings(params, optimizer, settings, self.mesh)
-
-        taught = self.config.distillation
+        taught, seed = self.config.distillation, self.work.seed
         is_taught = self.work.distilled
         distillation = Distillation(taught.weight, taught.temperature) if is_taught else None
 
         def make_step(system: Any) -> Any:
-            return update.make_step(
-                system, optimizer, settings, self.config.seed, shardings, distillation
-            )
+            return update.make_step(system, optimizer, settings, seed, shardings, distillation)
 
         state = update.abstract_state(params, optimizer, settings, shardings)
-        prompt, response = buckets_of(self.config)[-1]
         rows = settings.batch_size
-        batch = self._batch(rows)
+        prompt, response = bucket
+        batch = self._batch(rows, bucket)
         if self.work.features:
             shape = (rows, prompt, self.plan.l2s.hidden_width)
             batch["llm_hidden"] = self._array(shape, jnp.bfloat16)
@@ -103,10 +115,20 @@ class Compiler:
             shape = (rows, response, min(taught.top_k, self.plan.system.decoder.vocab_size))
             batch["teacher_ids"] = self._array(shape, jnp.int32)
             batch["teacher_log_probs"] = self._array(shape, jnp.float32)
-        arguments = (state, self._placed(frozen), batch)
         flat, _, flat_frozen = self._flat.adapted
-        whole = (make_step(flat), (state, flat_frozen, batch))
-        program, _ = self._program(make_step(system), arguments, rows, whole)
+        frozen = self._placed(frozen)
+        return TrainingStep(
+            make_step(system),
+            (state, frozen, batch),
+            (make_step(flat), (state, flat_frozen, batch)),
+            step_facts(system, settings, seed, distillation, state, frozen),
+        )
+
+    def _train(self) -> Program:
+        step = self.training_step(buckets_of(self.config)[-1])
+        settings = self.work.train
+        assert settings is not None
+        program, _ = self._program(step.function, step.arguments, settings.batch_size, step.whole)
         if program.costs and settings.accumulation > 1:
             # A loop's body is counted once. The rest of a step is small beside it.
             costs = dataclasses.replace(
@@ -167,7 +189,7 @@ class Compiler:
     def score(self) -> Program:
         """The LLM's reading of a batch of responses, for its distributions over their tokens."""
         rows = self.work.batch_size
-        batch = self._batch(rows)
+        batch = self._batch(rows, buckets_of(self.config)[-1])
         taught = self.config.distillation
         top_k = min(taught.top_k, self.plan.system.decoder.vocab_size)
         assert isinstance(self.plan.system, LanguageModel)
@@ -233,7 +255,7 @@ class Compiler:
             with jax.set_mesh(self.mesh):
                 compiled = function.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_too_large(error):
                 raise
             seconds = time.perf_counter() - began
             peak = _peak_in(str(error))
@@ -283,13 +305,10 @@ class Compiler:
             sharding.parameter_shardings(params, self.mesh),
         )
 
-    def _batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Prompts and responses in the largest bucket."""
+    def _batch(self, rows: int, bucket: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Prompts and responses."""
         batch = {}
-        widths = zip(
-            (self.plan.system.prompt_name, "response"), buckets_of(self.config)[-1], strict=True
-        )
-        for name, width in widths:
+        for name, width in zip((self.plan.system.prompt_name, "response"), bucket, strict=True):
             batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
             batch[f"{name}_mask"] = self._array((rows, width), bool)
         return batch
@@ -316,6 +335,11 @@ class Compiler:
             tree,
             shardings,
         )
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether the compiler says that a program does not fit."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _peak_in(message: str) -> int | None:

@@ -9,19 +9,19 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import label_mesh, label_tokens
+from l2s_jax.config import label_mesh, label_tokens, training_seed
 from l2s_jax.data.tasks import load_task
 from l2s_jax.experiment.checks import check_batches
 from l2s_jax.experiment.features import rows_of
 from l2s_jax.plan import models
 from l2s_jax.plan.models import Plan
-from l2s_jax.plan.program import Program, Work, work_of_l2s
+from l2s_jax.plan.program import Program, Work
 from l2s_jax.plan.programs import Compiler
 from l2s_jax.plan.slices import Slice
 
@@ -56,6 +56,46 @@ class Stage:
     groups: int
     times: Mapping[str, int | None]
     compile: Callable[[], dict[str, Program]]
+
+
+class Training(NamedTuple):
+    """A training of a run: its stage, as experiment/ calls it, its system, as `plan_of` does."""
+
+    stage: str
+    system: str
+    work: Work
+
+
+def trainings_of(config: ConfigDict) -> Iterator[Training]:
+    """Those that the config has, in the order in which they are made."""
+    tune = config.llm.tune
+    if config.llm.train.steps:
+        yield Training("llm", "llm", _training_work(config, "llm", config.llm.train))
+    yield Training("slm", "slm", _training_work(config, "slm", config.slm.train))
+    work = _training_work(config, "l2s", config.l2s.train)
+    yield Training("l2s_frozen" if tune.rank else "l2s", "l2s", work)
+    if tune.rank:
+        train = config.l2s.train.copy_and_resolve_references()
+        train.update(steps=tune.steps, learning_rate=tune.learning_rate)
+        work = _training_work(config, "l2s", train)
+        yield Training("l2s", "tuned", dataclasses.replace(work, features=False))
+
+
+def _training_work(config: ConfigDict, section: str, train: ConfigDict) -> Work:
+    return Work(
+        train,
+        train_where=f"{section}.train",
+        features=section == "l2s" and bool(config.features.cache),
+        distilled=section != "llm" and bool(config.distillation.weight),
+        seed=config.seed if section == "llm" else training_seed(config),
+    )
+
+
+def plan_of(l2s: Plan, config: ConfigDict, name: str, platform: str) -> Plan:
+    """That of a system: of the LLM or the SLM alone, of L2S, or of L2S with its LLM "tuned"."""
+    if name in ("llm", "slm"):
+        return models.alone(config, name, platform)
+    return models.tuned(l2s, config) if name == "tuned" else l2s
 
 
 def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., Mesh]) -> Meshes:
@@ -114,8 +154,9 @@ class Run:
     def stages(self) -> Iterator[Stage]:
         """Those that the config has, in the order in which they are made."""
         config = self._config
-        if config.llm.train.steps:
-            yield self._training("llm", "llm", config.llm.train)
+        trainings = {one.stage: one for one in trainings_of(config)}
+        if "llm" in trainings:
+            yield self._training("llm", trainings["llm"])
         if config.labels.source == "llm":
             section = config.labels
             search = section.search.to_dict()
@@ -125,7 +166,7 @@ class Run:
             work = Work(batch_size=config.distillation.batch_size, decoding_where="distillation")
             compiler = functools.partial(self._compiler, "llm", self._meshes.labels, work)
             yield self._pass("logits", "score", work, ("train",), lambda: compiler().score())
-        yield self._training("slm", "slm", config.slm.train)
+        yield self._training("slm", trainings["slm"])
         if config.features.cache:
             rows = rows_of(config.l2s.train, sharding.batch_ways(self._meshes.train))
             work = Work(batch_size=rows, decoding_where="l2s.train")
@@ -138,11 +179,11 @@ class Run:
                 lambda: compiler().encode_for_cache(),
                 self._meshes.train,
             )
-        yield self._training("l2s", "l2s", config.l2s.train)
         if config.llm.tune.rank:
-            train = config.l2s.train.copy_and_resolve_references()
-            train.steps = config.llm.tune.steps
-            yield self._training("l2s tuned", "tuned", train)
+            yield self._training("l2s", trainings["l2s_frozen"])
+            yield self._training("l2s tuned", trainings["l2s"])
+        else:
+            yield self._training("l2s", trainings["l2s"])
         for name in ("llm", "slm", "l2s"):
             section = config.decoding
             search = section.search.to_dict()
@@ -155,31 +196,21 @@ class Run:
 
     @functools.cache  # noqa: B019  a plan lives as long as its process
     def _plan(self, name: str) -> Plan:
-        if name in ("llm", "slm"):
-            return models.alone(self._config, name, self._where.platform)
-        return models.tuned(self._l2s, self._config) if name == "tuned" else self._l2s
+        return plan_of(self._l2s, self._config, name, self._where.platform)
 
     def _compiler(self, name: str, mesh: Mesh, work: Work) -> Compiler:
         return Compiler(self._plan(name), self._config, self._where, mesh, work)
 
-    def _training(self, stage: str, name: str, train: ConfigDict) -> Stage:
-        section = "l2s" if name == "tuned" else name
-        work = work_of_l2s(self._config) if name == "l2s" else Work()
-        work = dataclasses.replace(
-            work,
-            train=train,
-            batch_size=0,
-            train_where=f"{section}.train",
-            distilled=bool(name != "llm" and self._config.distillation.weight),
-        )
-        mesh = self._meshes.train
+    def _training(self, stage: str, training: Training) -> Stage:
+        mesh, work = self._meshes.train, training.work
+        assert work.train is not None
         return Stage(
             stage,
             mesh,
-            train.batch_size,
+            work.train.batch_size,
             1,
-            {"train": train.steps},
-            lambda: dict(self._compiler(name, mesh, work).compile(("train",))),
+            {"train": work.train.steps},
+            lambda: dict(self._compiler(training.system, mesh, work).compile(("train",))),
         )
 
     def _answering(self, stage: str, name: str, work: Work, splits: tuple[str, ...]) -> Stage:

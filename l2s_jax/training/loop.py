@@ -25,6 +25,7 @@ from l2s_jax.training import on_policy, optim, spent
 from l2s_jax.training.bucket_checkpoints import BucketCheckpoints
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.clock import Clock
+from l2s_jax.training.compiled import CompiledSteps
 from l2s_jax.training.distillation import Distillation
 from l2s_jax.training.finite import Watch, all_finite
 from l2s_jax.training.meter import Meter
@@ -134,6 +135,7 @@ def fit(
     policy: OnPolicy | None = None,
     examples: Callable[[int], Iterable[int]] | None = None,
     trackers: Trackers | None = None,
+    compiled: CompiledSteps | None = None,
 ) -> Params:
     """Trains `params` for `config.steps` and returns the selected ones, on the host.
 
@@ -148,11 +150,13 @@ def fit(
     with `config.select` "quality" a score `val_quality`. With `policy` the system answers the
     prompts of some batches itself, and these are the responses that it learns; other batches are as
     without. `examples(step)`, where it is given, has the numbers of a step's examples, for
-    messages.
+    messages. Steps that are `compiled` are taken from there, but for those on the system's own
+    responses.
 
     Raises:
       NotFinite: more than `config.max_bad_steps` steps in a row had a loss or a gradient that is
         not finite, or a model that would be saved or its validation is not.
+      ValueError: a step that is `compiled` is of another training.
       CannotWrite: a checkpoint or metrics.
       Stopped: the run was asked to end, and did after a step, which is saved. A validation that
         it was at is made by the run that continues.
@@ -163,6 +167,8 @@ def fit(
     replicated = NamedSharding(mesh, P())
     rows = sharding.batch_rows(mesh, config.batch_size)
     step_fn = make_step(system, optimizer, config, seed, shardings, distillation)
+    if compiled:
+        step_fn = compiled.step(name, system, config, seed, distillation)
     if policy:
         write_fn = on_policy.make_writer(system, policy, seed, mesh)
         own_step_fn = make_step(system, optimizer, config, seed, shardings, llm=policy.llm)
