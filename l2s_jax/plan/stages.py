@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import label_mesh, label_tokens
+from l2s_jax.config import label_tokens
 from l2s_jax.data.tasks import load_task
-from l2s_jax.experiment.checks import check_batches
+from l2s_jax.experiment.checks import Meshes, check_batches
 from l2s_jax.experiment.features import rows_of
 from l2s_jax.plan import models
 from l2s_jax.plan.models import Plan
@@ -28,18 +28,6 @@ from l2s_jax.plan.slices import Slice
 log = logging.getLogger(__name__)
 
 _ANSWERING = ("encode", "prefill", "decode")
-
-
-@dataclasses.dataclass(frozen=True)
-class Meshes:
-    """The devices of a run: of training, of evaluation, of the LLM that answers or scores.
-
-    Of the latter two those of one process, where each has whole copies of a model.
-    """
-
-    train: Mesh
-    decoding: Mesh
-    labels: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +47,17 @@ class Stage:
 
 
 def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., Mesh]) -> Meshes:
-    """The meshes of a run that trains on `mesh`; `make` gives that of a config.
+    """The meshes of a run that trains on `mesh`; `make` gives that of a section.
 
     Raises:
       ValueError: one that does not fit the slice, or that does not split a batch of the run.
     """
-    changed = config.copy_and_resolve_references()
-    changed.mesh.update(label_mesh(config))
     # Of the processes all have as many devices; what the first one has is what each has.
-    labels = sharding.decoding_mesh(make(changed, where))
-    found = Meshes(mesh, sharding.decoding_mesh(mesh), labels)
-    check_batches(config, found.train, found.decoding, found.labels)
+    decoding, labels = (
+        sharding.decoding_mesh(make(config, where, section)) for section in ("decoding", "labels")
+    )
+    found = Meshes(mesh, make(config, where, "features"), decoding, labels)
+    check_batches(config, found)
     return found
 
 
@@ -127,16 +115,17 @@ class Run:
             yield self._pass("logits", "score", work, ("train",), lambda: compiler().score())
         yield self._training("slm", "slm", config.slm.train)
         if config.features.cache:
-            rows = rows_of(config.l2s.train, sharding.batch_ways(self._meshes.train))
+            mesh = self._meshes.features
+            rows = rows_of(config.l2s.train, sharding.batch_ways(mesh))
             work = Work(batch_size=rows, decoding_where="l2s.train")
-            compiler = functools.partial(self._compiler, "l2s", self._meshes.train, work)
+            compiler = functools.partial(self._compiler, "l2s", mesh, work)
             yield self._pass(
                 "features",
                 "encode",
                 work,
                 ("train", "validation"),
                 lambda: compiler().encode_for_cache(),
-                self._meshes.train,
+                mesh,
             )
         yield self._training("l2s", "l2s", config.l2s.train)
         if config.llm.tune.rank:
