@@ -79,9 +79,10 @@ def plan(
     run = Run(models, config, where, meshes, examples) if RUN in programs else None
     result = report.describe(where, mesh) | {"model": models.description()}
     result["programs"] = {}
-    for compiler in compilers.values():
+    for part, compiler in compilers.items():
         of_mesh = {"mesh": dict(compiler.mesh.shape)}
-        for name, program in compiler.compile(tuple(programs)):
+        names = tuple(name for name in _PARTS[part] if name in programs)
+        for name, program in compiler.compile(names):
             result["programs"][name] = costs.program_report(program, where) | of_mesh
             fits = "fits" if program.fits else "does not fit"
             log.info("plan: %s %s, compiled in %.0f s", name, fits, program.compile_s)
