@@ -213,6 +213,7 @@ def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monke
 def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):
     config = small_config(data=4)
     config.llm.model.update(width=8192, feed_forward_width=65536, num_encoder_layers=8)
+    config.features.cache = "features"  # which training alone reads
     report = planned(config, tmp_path, "v5e:2x2", programs=["encode"])
     program = report["programs"]["encode"]
     size = program["bytes_per_chip"]

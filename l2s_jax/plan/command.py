@@ -171,19 +171,17 @@ def _divisors(number: int) -> list[int]:
 
 def _weights(models: Plan, config: ConfigDict, mesh: Mesh, part: str) -> int:
     """Bytes on each device of the weights, and of the optimizer's state in training."""
-    _, params, frozen = models.adapted
-    settings = config.l2s.train
-    trees: list[tuple[Any, Any]] = [(frozen, sharding.parameter_shardings(frozen, mesh))]
+    total, trees = 0, [models.trained, models.frozen]
     if part == "train":
+        _, params, frozen = models.adapted
+        settings = config.l2s.train
         optimizer = optim.optimizer(settings, params)
         shardings = update.state_shardings(params, optimizer, settings, mesh)
         state = update.abstract_state(params, optimizer, settings, shardings)
-        total = sum(map(shard_bytes, jax.tree.leaves(state)))
-    else:
-        trees.append((models.trained, sharding.parameter_shardings(models.trained, mesh)))
-        total = 0
-    for tree, shardings in trees:
-        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        total, trees = sum(map(shard_bytes, jax.tree.leaves(state))), [frozen]
+    for tree in trees:
+        places = jax.tree.leaves(sharding.parameter_shardings(tree, mesh))
+        for leaf, place in zip(jax.tree.leaves(tree), places, strict=True):
             total += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 
