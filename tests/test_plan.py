@@ -517,6 +517,18 @@ def test_published_geometries_have_their_published_sizes():
              "--config.slm.model.feed_forward_width=36"],
             "error: config.decoding.mesh: mesh data=1, fsdp=1, tensor=8: slm/decoder/layers_0",
         ),
+        *(
+            (
+                ["--topology=cpu:8", *(f"--config.{flag}" for flag in (
+                    of_section, f"{section}.mesh.data=1", f"{section}.mesh.tensor=8",
+                    "llm.model.feed_forward_width=36",
+                ))],
+                f"error: config.{section}.mesh: mesh data=1, fsdp=1, tensor=8: encoder/layers_0",
+            )
+            for section, of_section in (
+                ("features", "features.cache=x"), ("labels", "labels.source=llm"),
+            )
+        ),
         (["--topology=cpu:8", "--programs=fly"], "some of train,encode,prefill,decode,run"),
         (["--topology=cpu:8", "--mfu=0"], "--mfu=0: expected a share of the peak, above 0"),
         (["--topology=cpu:8", "--mfu=1.5"], "--mfu=1.5: expected a share of the peak"),

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import label_tokens
+from l2s_jax.config import label_tokens, naming_mesh
 from l2s_jax.data.tasks import load_task
 from l2s_jax.experiment.checks import Meshes, check_batches
 from l2s_jax.experiment.features import rows_of
@@ -82,7 +82,17 @@ class Run:
     def __init__(
         self, plan: Plan, config: ConfigDict, where: Slice, meshes: Meshes, examples: int | None
     ):
-        """`examples` are those of the train split, if it is not to be read."""
+        """`examples` are those of the train split, if it is not to be read.
+
+        Raises:
+          ValueError: a mesh that does not divide the LLM.
+        """
+        holding = {"features": meshes.features, "decoding": meshes.decoding}
+        if config.labels.source == "llm" or config.distillation.weight:
+            holding["labels"] = meshes.labels
+        for section, mesh in holding.items():
+            with naming_mesh(config, section):
+                sharding.parameter_shardings(plan.frozen, mesh)
         self._l2s, self._config, self._where, self._meshes = plan, config, where, meshes
         settings = config.evaluation
         train = examples if examples is not None else examples_of(config, "train")
