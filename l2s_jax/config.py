@@ -5,13 +5,14 @@ What there is to set, with its default, range and meaning, is in settings/sectio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import linecache
 import os
 import re
 import traceback
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
@@ -26,6 +27,9 @@ from l2s_jax.settings.moved import MOVED
 from l2s_jax.settings.search import Search
 from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer, describe
 from l2s_jax.settings.training import Lora, Train
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def default() -> ConfigDict:
@@ -119,10 +123,34 @@ def training_seed(config: ConfigDict) -> int:
     return config.seed if config.train_seed < 0 else config.train_seed
 
 
-def label_mesh(config: ConfigDict) -> dict[str, int]:
-    """The mesh on which the LLM answers the train split, as `config.mesh` has it."""
-    axes = {axis: size for axis, size in config.labels.mesh.items() if size}
-    return {**config.mesh.to_dict(), **axes}
+def mesh_sizes(config: ConfigDict, section: str = "") -> dict[str, int]:
+    """What `config.mesh` says, or of a section with a mesh of its own what that changes."""
+    own = config[section].mesh.to_dict() if section else {}
+    return {**config.mesh.to_dict(), **{axis: size for axis, size in own.items() if size}}
+
+
+def make_mesh(config: ConfigDict, section: str = "") -> Mesh:
+    """The mesh of training, or of a section with one of its own, over all devices.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
+    """
+    # Imported here, so that configs don't wait for it.
+    from l2s_jax.cluster import sharding
+
+    with naming_mesh(config, section):
+        return sharding.make_mesh(mesh_sizes(config, section))
+
+
+@contextlib.contextmanager
+def naming_mesh(config: ConfigDict, section: str) -> Iterator[None]:
+    """Has a ValueError about a section's mesh say where it is set, if it isn't `config.mesh`."""
+    try:
+        yield
+    except ValueError as error:
+        if mesh_sizes(config, section) == mesh_sizes(config):
+            raise
+        raise ValueError(f"config.{section}.mesh: {error}") from None
 
 
 def compute_dtype(name: str, platform: str | None = None) -> np.dtype:

@@ -117,6 +117,14 @@ OVERRIDES = {
         "--config.decoding.batch_size=4",
         "config.decoding.batch_size=4: mesh data=8.*multiple of 8, such as 8",
     ),
+    "decoding's mesh of another size": (
+        "--config.decoding.mesh.tensor=3",
+        "error: config.decoding.mesh: mesh data=-1, fsdp=1, tensor=3: the product must be the .* 8",
+    ),
+    "features' mesh without features": (
+        "--config.features.mesh.tensor=2",
+        "config.features.mesh.tensor=2: no effect with config.features.cache=''",
+    ),
     "accumulation that doesn't divide": (
         "--config.llm.train.accumulation=3",
         "llm.train.batch_size=8: .*multiple of accumulation=3",
@@ -142,6 +150,51 @@ def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
     line = refuse(capfd, f"--config={task}", f"--workdir={workdir}", argument)
     assert re.search(message, line), line
     assert not list(workdir.glob("*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["features.cache=CACHE", "features.mesh.data=3"],
+            "config.features.mesh: mesh data=3, fsdp=1, tensor=1: the product must be the number",
+        ),
+        (
+            ["mesh.data=2", "mesh.tensor=4", "decoding.mesh.data=8", "decoding.mesh.tensor=1",
+             "decoding.batch_size=4"],
+            "config.decoding.mesh: config.decoding.batch_size=4: mesh data=8, fsdp=1, tensor=1 "
+            "splits a batch between 8 devices",
+        ),
+        (
+            ["mesh.data=2", "mesh.tensor=4", "features.mesh.data=8", "features.mesh.tensor=1",
+             "features.cache=CACHE", "l2s.train.batch_size=4"],
+            "config.features.mesh: config.l2s.train.batch_size=4: mesh data=8, fsdp=1, tensor=1 "
+            "splits a batch between 8 devices",
+        ),
+        (
+            ["slm.model.feed_forward_width=36", "decoding.mesh.data=1", "decoding.mesh.tensor=8"],
+            "config.decoding.mesh: mesh data=1, fsdp=1, tensor=8: slm/decoder/layers_0/"
+            "feed_forward/wi/kernel [16, 36] does not divide into tensor=8",
+        ),
+        (
+            ["llm.model.feed_forward_width=36", "features.cache=CACHE", "features.mesh.data=1",
+             "features.mesh.tensor=8"],
+            "config.features.mesh: mesh data=1, fsdp=1, tensor=8: encoder/layers_0/"
+            "feed_forward/wi/kernel [16, 36] does not divide into tensor=8",
+        ),
+        (
+            ["slm.model.feed_forward_width=36", "mesh.data=1", "mesh.tensor=8"],
+            "error: mesh data=1, fsdp=1, tensor=8: slm/decoder/",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_a_stage_cannot_use_is_refused_before_anything_is_trained(
+    flags, message, task, tmp_path, capfd
+):
+    given = [f"--config.{flag}".replace("CACHE", str(tmp_path / "cache")) for flag in flags]
+    line = refuse(capfd, f"--config={task}", f"--workdir={tmp_path / 'run'}", *given)
+    assert message in line
+    assert not list((tmp_path / "run").glob("*"))
 
 
 @pytest.mark.parametrize("override", [[], ["--config.l2s.train.steps=5"]])
@@ -420,11 +473,21 @@ def test_missing_generation_input(finished, tmp_path, capfd):
         (["--stream", "--jsonl"], "--stream writes text to stdout"),
         (["--stream", "--search=num_beams=2"], "num_beams=2: expected 1"),
         (["--search=temperature=1", "--seed=-1"], "seeds -1 to -1: expected 0"),
+        (
+            ["--config.decoding.mesh.tensor=3"],
+            "config.decoding.mesh: mesh data=-1, fsdp=1, tensor=3: the product must",
+        ),
+        (
+            ["--config.decoding.mesh.data=8", "--config.decoding.batch_size=4"],
+            "config.decoding.mesh: config.decoding.batch_size=4: mesh data=8",
+        ),
     ],
 )
 def test_bad_decoding_settings(flags, message, finished, tmp_path, capfd):
     source = tmp_path / "in.txt"
     source.write_text("one\n")
+    if any(flag.startswith("--config.") for flag in flags):
+        flags = [f"--config={finished.parent / 'data' / 'tiny.py'}", *flags]
     line = refuse(capfd, f"--workdir={finished}", "--mode=generate", f"--input={source}", *flags)
     assert re.search(message, line), line
 

@@ -140,7 +140,9 @@ def test_two_processes_with_the_whole_model_each_answer_as_one(jobs, tmp_path):
     config, one, runs, _ = jobs
     source, target = config.parent / "test.jsonl", tmp_path / "answers.jsonl"
     generate = ("--mode=generate", f"--input={source}", "--search=temperature=1.5,top_k=20")
-    result, logs = launch(config, runs, *generate, f"--output={target}")
+    # They could not train together on a mesh of seven; but they only answer.
+    mesh = ("--config.mesh.tensor=7", "--config.decoding.mesh.tensor=1")
+    result, logs = launch(config, runs, *generate, *mesh, f"--output={target}")
     assert result.returncode == 0, logs
     expected = tmp_path / "expected.jsonl"
     assert tiny.run(f"--workdir={one}", *generate, f"--output={expected}") == 0

@@ -91,6 +91,7 @@ def test_what_a_value_turns_off_takes_its_own_settings_with_it(config):
         (["seed=0,1", "train_seed=2"], "seed is varied twice"),
         (["seed=-1"], "expected seeds from 0"),
         (["evaluation.split=test,validation"], "all variants are measured alike"),
+        (["decoding.mesh.tensor=1,2"], "all variants are measured alike, in the same place"),
         (
             ["l2s.fusion=add,sum"],
             "variant l2s.fusion=sum: config.l2s.fusion='sum': expected one of",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest import mock
 
 import hf
 import jax
@@ -15,6 +16,9 @@ import torch
 
 import l2s_jax
 from l2s_jax.checkpoints.pretrained import load_encoder, load_hf
+from l2s_jax.experiment import feature_cache
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.workdir import read_config
 from l2s_jax.models.mix import Mix, layers_of
 from l2s_jax.models.representation import represent
 from l2s_jax.models.stack import Stack
@@ -177,6 +181,24 @@ def test_a_whole_run_reads_h_from_a_cache(job):
     (facts,) = (workdir.parent / "cache").glob("*/features.json")
     facts = json.loads(facts.read_text())
     assert facts["width"] == 3 * 16 and facts["layers"] == [1, 2, 3]
+
+
+def test_features_that_another_mesh_makes_are_the_same(job, tmp_path):
+    config = read_config(str(job[1]))
+    kept = []
+    for folder, mesh in ((config.features.cache, {}), (str(tmp_path), {"data": 2, "tensor": 4})):
+        config.features.update(cache=folder, mesh=mesh)
+        features = Experiment(config, str(job[1])).features
+        data = features._tokenized(features.context.validation())
+        with mock.patch.object(feature_cache, "Encoder", wraps=feature_cache.Encoder) as made:
+            features.put_into(validation=data)
+        kept.append(np.concatenate([data.hidden[i].astype(np.float32) for i in range(8)]))
+    # The first were there.
+    (call,) = made.call_args_list
+    _, params, used, _ = call.args
+    assert dict(used.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(params)} == {used}
+    np.testing.assert_allclose(kept[1], kept[0], rtol=2**-7, atol=1e-5)
 
 
 def test_the_model_answers_by_its_directory_alone(job):

@@ -15,9 +15,13 @@ import pytest
 import tiny
 
 from l2s_jax.cluster import sharding
+from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
 from l2s_jax.serving.loading import load_generator
+
+# Of what decodes, where all else is on a mesh of data=8.
+MESH = ("--config.decoding.mesh.data=2", "--config.decoding.mesh.tensor=4")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +83,17 @@ def test_second_run_trains_nothing_and_changes_no_model(job, capfd):
     models.remove(workdir / "l2s/model/README.md")  # the card, which has the report's figures
     before = {path: path.stat().st_mtime_ns for path in models}
     assert len(before) >= 9
-    assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--mode=evaluate") == 0
+    predictions = {path: path.read_bytes() for path in workdir.glob("predictions/*.jsonl")}
+    assert len(predictions) == 4
+    evaluate = (f"--config={config}", f"--workdir={workdir}", "--mode=evaluate")
+    with mock.patch("l2s_jax.evaluation.evaluate.Stopwatch", wraps=Stopwatch) as timed:
+        assert tiny.run(*evaluate, *MESH) == 0
     assert {path: path.stat().st_mtime_ns for path in models} == before
     assert "training on" not in capfd.readouterr().err
+    # Elsewhere they say the same.
+    assert {path: path.read_bytes() for path in predictions} == predictions
+    meshes = {tuple(call.kwargs["mesh"].shape.values()) for call in timed.call_args_list}
+    assert meshes == {(2, 1, 4)}
 
 
 def test_evaluate_makes_nothing(job, tmp_path, capfd):
@@ -169,7 +181,8 @@ def test_llm_labels_a_previous_runs_llm_and_a_cache_of_features(job, tmp_path, c
     trained = (model / "params.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/l2s")
     capfd.readouterr()
-    assert tiny.run(*arguments) == 0
+    mesh = ("--config.features.mesh.data=2", "--config.features.mesh.fsdp=4")
+    assert tiny.run(*arguments, *mesh) == 0
     assert (model / "params.safetensors").read_bytes() == trained
     assert "the LLM encodes" not in capfd.readouterr().err
     path.write_text(path.read_text().replace(stage["llm_hash"], "0" * 64))
@@ -187,6 +200,8 @@ def test_generate_from_a_workdir_alone_gives_the_reports_answers(job, tmp_path, 
     shutil.copytree(workdir, moved)
     output = tmp_path / "out.jsonl"
     arguments = (f"--workdir={moved}", "--mode=generate", f"--system={system}")
+    if system == "l2s":
+        arguments += (f"--config={config}", *MESH)
     source = config.parent / "test.jsonl"
     assert tiny.run(*arguments, f"--input={source}", f"--output={output}") == 0
     answers = [json.loads(line) for line in output.read_text().splitlines()]
@@ -201,7 +216,8 @@ def test_generate_from_a_workdir_alone_gives_the_reports_answers(job, tmp_path, 
 def test_a_model_alone_is_read_to_where_it_runs(job, name):
     _, workdir = job
     config = read_config(str(workdir))
-    mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
+    config.decoding.mesh.update(data=2, tensor=4)
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4})
 
     def read_for(**settings):
         with mock.patch("l2s_jax.serving.loading.make_generator") as made:

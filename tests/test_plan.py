@@ -213,6 +213,7 @@ def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monke
 def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):
     config = small_config(data=4)
     config.llm.model.update(width=8192, feed_forward_width=65536, num_encoder_layers=8)
+    config.features.cache = "features"  # which training alone reads
     report = planned(config, tmp_path, "v5e:2x2", programs=["encode"])
     program = report["programs"]["encode"]
     size = program["bytes_per_chip"]
@@ -220,9 +221,30 @@ def test_a_model_too_large_does_not_fit_and_the_plan_says_what_would(tmp_path):
     assert program["flops"] is None and program["roofline_ms"] is None
     weights = 8 * 2 * 8192 * 65536 * 2  # in bfloat16
     assert size["arguments"] > weights
-    assert any("tensor=4" in mesh for mesh in report["meshes_with_room"])
-    assert not any("data=4" in mesh for mesh in report["meshes_with_room"])
-    assert "**no**" in (tmp_path / "plan.md").read_text()
+    assert list(report["meshes_with_room"]) == ["generate"]
+    (meshes,) = report["meshes_with_room"].values()
+    assert any("tensor=4" in mesh for mesh in meshes)
+    assert not any("data=4" in mesh for mesh in meshes)
+    text = (tmp_path / "plan.md").read_text()
+    assert "**no**" in text and f"\n- generate: {meshes[0]}\n" in text
+
+
+def test_each_program_is_compiled_for_the_mesh_of_its_stage(tmp_path):
+    config = small_config(data=4)
+    config.decoding.mesh.update(data=1, tensor=4)
+    report = planned(config, tmp_path, "cpu:4", programs=["train", "encode"])
+    alone = small_config(data=1, tensor=4)
+    expected = planned(small_config(data=4), tmp_path / "train", "cpu:4", programs=["train"])
+    expected["programs"] |= planned(alone, tmp_path / "a", "cpu:4", programs=["encode"])["programs"]
+    one, other = ({"data": 4, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 4})
+    assert report["mesh"] == one
+    for name, mesh in (("train", one), ("encode", other)):
+        found = report["programs"][name]
+        assert found["mesh"] == mesh
+        same = ("bytes_per_chip", "flops", "collectives", "batch_size")
+        assert all(found[key] == expected["programs"][name][key] for key in same)
+    text = (tmp_path / "plan.md").read_text()
+    assert "mesh data=4, fsdp=1, tensor=1; encode on mesh data=1, fsdp=1, tensor=4." in text
 
 
 def test_cpu_devices_and_the_sweep(tmp_path):
@@ -481,6 +503,32 @@ def test_published_geometries_have_their_published_sizes():
             ["--topology=cpu:8", "--config.labels.source=llm", "--config.labels.batch_size=9"],
             "config.labels.batch_size=9: mesh data=8",
         ),
+        (
+            ["--topology=cpu:8", "--config.decoding.mesh.tensor=3"],
+            "error: config.decoding.mesh: mesh data=-1, fsdp=1, tensor=3: the product must be",
+        ),
+        (
+            ["--topology=cpu:8", "--config.features.cache=x", "--config.features.mesh.data=2",
+             "--config.features.mesh.fsdp=2"],
+            "error: config.features.mesh: mesh data=2, fsdp=2, tensor=1: the product must be",
+        ),
+        (
+            ["--topology=cpu:8", "--config.decoding.mesh.data=1", "--config.decoding.mesh.tensor=8",
+             "--config.slm.model.feed_forward_width=36"],
+            "error: config.decoding.mesh: mesh data=1, fsdp=1, tensor=8: slm/decoder/layers_0",
+        ),
+        *(
+            (
+                ["--topology=cpu:8", *(f"--config.{flag}" for flag in (
+                    of_section, f"{section}.mesh.data=1", f"{section}.mesh.tensor=8",
+                    "llm.model.feed_forward_width=36",
+                ))],
+                f"error: config.{section}.mesh: mesh data=1, fsdp=1, tensor=8: encoder/layers_0",
+            )
+            for section, of_section in (
+                ("features", "features.cache=x"), ("labels", "labels.source=llm"),
+            )
+        ),
         (["--topology=cpu:8", "--programs=fly"], "some of train,encode,prefill,decode,run"),
         (["--topology=cpu:8", "--mfu=0"], "--mfu=0: expected a share of the peak, above 0"),
         (["--topology=cpu:8", "--mfu=1.5"], "--mfu=1.5: expected a share of the peak"),
@@ -573,6 +621,23 @@ def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
         **{f"evaluation: {name}": (16, answers) for name in ("llm", "slm", "l2s")},
     }
     assert {(stage.mesh.size, stage.groups) for stage in stages} == {(4, 1)}
+
+
+def test_a_stage_of_a_run_has_its_mesh(tmp_path):
+    config = everything(tmp_path)
+    config.labels.mesh.update(data=2, fsdp=2)
+    config.features.mesh.update(data=1, fsdp=4)
+    config.decoding.mesh.update(data=1, tensor=4)
+    meshes = {"labels": (2, 2, 1), "logits": (2, 2, 1), "features": (1, 4, 1)}
+    for stage in run_of(config, "cpu:4", 100).stages():
+        default = (1, 1, 4) if stage.name.startswith("evaluation") else (4, 1, 1)
+        assert tuple(stage.mesh.shape.values()) == meshes.get(stage.name, default), stage.name
+        if stage.name == "features":
+            (program,) = stage.compile().values()
+            weights = sum(x.size * 4 for x in jax.tree.leaves(make_plan(config, "cpu").frozen))
+            rows = config.l2s.train.batch_size // 4 * 16 * (4 + 1)
+            # A fourth of what is split, and the norms and the bias whole.
+            assert weights / 4 < program.arguments - rows < weights / 3
 
 
 def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):

@@ -23,9 +23,10 @@ from l2s_jax.cluster.sharding import AXES
 from l2s_jax.config import (
     buckets_of,
     default,
-    label_mesh,
     label_tokens,
+    mesh_sizes,
     model_config,
+    naming_mesh,
     of_settings,
     settled,
     train_config,
@@ -108,7 +109,9 @@ def test_choices_are_those_that_the_code_offers():
     }.items():
         assert KEYS[key].allowed.endswith(f" of {choices}"), key
     slices = {"slices", "process_is_granule"}
-    assert set(flat(Settings().mesh)) - slices == set(flat(Settings().labels.mesh)) == set(AXES)
+    assert set(flat(Settings().mesh)) - slices == set(AXES)
+    for section in ("labels", "features", "decoding"):
+        assert set(flat(getattr(Settings(), section).mesh)) == set(AXES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -361,6 +364,7 @@ WITHOUT_EFFECT = [
     ("evaluation.metrics", ("chrf",), "evaluation.bleu_tokenizer", "char", "there is no BLEU"),
     ("evaluation.metrics", ("bleu",), "evaluation.comet", "x", "there is no COMET"),
     ("task.chat.user", "", "task.chat.system", "be kind", "there is no chat"),
+    ("features.cache", "", "features.mesh.tensor", 2, "no features are kept"),
     ("labels.source", "data", "labels.batch_size", 8, "the LLM does not answer"),
     ("labels.source", "data", "labels.search.num_beams", 4, "the LLM does not answer"),
     ("labels.source", "data", "labels.mesh.tensor", 2, "the LLM does not answer"),
@@ -475,16 +479,28 @@ def test_buckets_ascend_and_hold_the_longest(sizes, most):
         assert (min(prompt, most[0]), min(response, most[1])) in found
 
 
-def test_labels_have_the_length_of_a_response_and_the_mesh_of_the_config():
+def test_labels_have_the_length_of_a_response():
     config = default()
     config.max_response_tokens = 50
+    assert label_tokens(config) == 50
+    config.labels.max_new_tokens = 20
+    assert label_tokens(config) == 20
+
+
+@pytest.mark.parametrize("section", ["labels", "features", "decoding"])
+def test_a_stage_has_the_mesh_of_the_config_but_for_its_own(section):
+    config = default()
     config.mesh.update(data=2, fsdp=-1, slices=2)
     slices = {"slices": 2, "process_is_granule": False}
-    assert label_tokens(config) == 50
-    assert label_mesh(config) == {"data": 2, "fsdp": -1, "tensor": 1, **slices}
-    config.labels.update(max_new_tokens=20, mesh={"tensor": 4})
-    assert label_tokens(config) == 20
-    assert label_mesh(config) == {"data": 2, "fsdp": -1, "tensor": 4, **slices}
+    common = {"data": 2, "fsdp": -1, "tensor": 1, **slices}
+    assert mesh_sizes(config, section) == mesh_sizes(config) == common
+    config[section].mesh.update(fsdp=1, tensor=4)
+    assert mesh_sizes(config, section) == {"data": 2, "fsdp": 1, "tensor": 4, **slices}
+    assert mesh_sizes(config) == common
+    for name, message in ((section, f"config.{section}.mesh: wrong"), ("", "wrong")):
+        with pytest.raises(ValueError) as error, naming_mesh(config, name):
+            raise ValueError("wrong")
+        assert str(error.value) == message
 
 
 # Settings of which any finite number means something: why.

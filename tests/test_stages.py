@@ -77,6 +77,7 @@ def test_a_finished_run_is_done_and_has_no_stage_that_it_does_not_use(copy):
         {"dtype": "bfloat16", "llm.encoder_dtype": "float32"},
         {"labels.batch_size": 4, "decoding.batch_size": 2},
         {"mesh.data": 1, "scan_layers": True},
+        {"decoding.mesh.tensor": 2, "features.mesh.fsdp": 4, "labels.mesh.tensor": 8},
         {"train_seed": 0},
     ],
 )

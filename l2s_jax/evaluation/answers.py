@@ -7,6 +7,7 @@ import os
 from typing import Any, NamedTuple
 
 from l2s_jax import models
+from l2s_jax.evaluation.stage import deciding
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.training import TrainedStage
@@ -48,7 +49,7 @@ class AnswerStage(RecordedStage):
             "tokenizer": [system.prompts.tokenizer.identity, system.responses.tokenizer.identity],
             "data": {settings.split: self.context.content(settings.split, limit=limit)},
             "max_prompt_tokens": config.max_prompt_tokens,
-            "decoding": {k: v for k, v in config.decoding.to_dict().items() if k != "batch_size"},
+            "decoding": deciding(config),
             "dtypes": list(map(str, self.context.dtypes)),
         }
 

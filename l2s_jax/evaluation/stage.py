@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.files import is_file
 from l2s_jax.settings.evaluation import DEFAULT_TOKENIZER, bleu_tokenizer
+
+
+def deciding(config: ConfigDict) -> dict[str, Any]:
+    """The settings of decoding that answers depend on; the others say how they are computed."""
+    settings = config.decoding.to_dict()
+    return {key: value for key, value in settings.items() if key not in ("batch_size", "mesh")}
 
 
 class EvaluationStage(RecordedStage):
@@ -36,7 +44,7 @@ class EvaluationStage(RecordedStage):
                 settings.split: self.context.content(settings.split, limit=settings.max_examples)
             },
             "max_prompt_tokens": config.max_prompt_tokens,
-            "decoding": {k: v for k, v in config.decoding.to_dict().items() if k != "batch_size"},
+            "decoding": deciding(config),
             "metrics": settings.metrics,
             **({} if tokenizer == DEFAULT_TOKENIZER else {"bleu_tokenizer": tokenizer}),
         }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints.files import content_hash, hashed_files
-from l2s_jax.config import buckets_of, compute_dtypes, label_mesh
+from l2s_jax.config import buckets_of, compute_dtypes, make_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.tasks import load_task
@@ -70,23 +70,26 @@ class Context:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The devices of training."""
-        from l2s_jax.cluster import sharding
+        return make_mesh(self.config)
 
-        return sharding.make_mesh(self.config.mesh)
+    @functools.cached_property
+    def feature_mesh(self) -> Mesh:
+        """The devices of the LLM that fills the cache of features."""
+        return make_mesh(self.config, "features")
 
     @functools.cached_property
     def decoding_mesh(self) -> Mesh:
         """The devices of evaluation."""
         from l2s_jax.cluster import sharding
 
-        return sharding.decoding_mesh(self.mesh)
+        return sharding.decoding_mesh(make_mesh(self.config, "decoding"))
 
     @functools.cached_property
     def label_mesh(self) -> Mesh:
         """The devices of the LLM that answers the train split."""
         from l2s_jax.cluster import sharding
 
-        return sharding.decoding_mesh(sharding.make_mesh(label_mesh(self.config)))
+        return sharding.decoding_mesh(make_mesh(self.config, "labels"))
 
     @functools.cached_property
     def dtypes(self) -> tuple[Any, Any]:

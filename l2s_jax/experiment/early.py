@@ -12,7 +12,9 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.config import cut_of
+from l2s_jax.cluster import sharding
+from l2s_jax.config import cut_of, naming_mesh
+from l2s_jax.experiment.checks import Meshes
 from l2s_jax.files import is_folder
 from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
@@ -54,22 +56,60 @@ def check_models(config: ConfigDict) -> None:
         jax.eval_shape(adapters.init, jax.random.key(0), shapes)
     if llm and slm and _has_patterns(config.l2s):
         encoder, _ = _encoder(llm, layer)
-        width = config.l2s.projector_width or slm.width
-        # Which of them it will be is a matter of the tokenizers.
-        systems = {
-            vocabulary: LlmToSlm(
-                llm_config=encoder,
-                slm_config=slm,
-                projector_width=width,
-                fusion=config.l2s.fusion,
-                shared_vocabulary=vocabulary == "shared",
-                layers=config.l2s.layers,
-                normalize=config.l2s.normalize,
-                stack=config.l2s.stack,
-            )
-            for vocabulary in ("shared", "own")
-        }
-        _check_patterns(config.l2s, "config.l2s", systems)
+        _check_patterns(config.l2s, "config.l2s", _joined(config.l2s, encoder, slm))
+
+
+def check_division(config: ConfigDict, meshes: Meshes) -> None:
+    """Checks that each mesh divides the parameters of the models that lie on it.
+
+    Raises:
+      ValueError: one does not.
+    """
+    splitting = {
+        section: mesh
+        for section, mesh in meshes.by_section().items()
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    }
+    if not splitting:
+        return
+    models = models_of(config)
+    llm, slm = models["llm"], models["slm"]
+    system: LanguageModel | LlmToSlm | None = slm and LanguageModel("slm", slm)
+    held: list[tuple[set[str], Any]] = []
+    if llm:
+        encoder, shapes = _encoder(llm, encoding_layer(llm, config.llm.layer, config.l2s.layers))
+        used = {"decoding", "features" if config.features.cache else ""}
+        if config.llm.train.steps:
+            used.add("")
+        if config.labels.source == "llm" or config.distillation.weight:
+            used.add("labels")
+        held.append((used, shapes))
+        if slm:
+            system = _joined(config.l2s, encoder, slm)["shared"]
+    if system:
+        held.append(({"", "decoding"}, jax.eval_shape(system.init, jax.random.key(0))))
+    for section, mesh in splitting.items():
+        for used, shapes in held:
+            if section in used:
+                with naming_mesh(config, section):
+                    sharding.parameter_shardings(shapes, mesh)
+
+
+def _joined(l2s: ConfigDict, llm: ModelConfig, slm: ModelConfig) -> dict[str, LlmToSlm]:
+    """Both of what L2S may be: which it will be is a matter of the tokenizers."""
+    return {
+        vocabulary: LlmToSlm(
+            llm_config=llm,
+            slm_config=slm,
+            projector_width=l2s.projector_width or slm.width,
+            fusion=l2s.fusion,
+            shared_vocabulary=vocabulary == "shared",
+            layers=l2s.layers,
+            normalize=l2s.normalize,
+            stack=l2s.stack,
+        )
+        for vocabulary in ("shared", "own")
+    }
 
 
 def models_of(config: ConfigDict) -> dict[str, ModelConfig | None]:

@@ -117,12 +117,16 @@ class Experiment:
           ValueError: one line about a setting.
         """
         # Imported here: a look at a workdir doesn't wait for JAX.
-        from l2s_jax.experiment.checks import check_config
-        from l2s_jax.experiment.early import check_models
+        from l2s_jax.experiment.checks import Meshes, check_config
+        from l2s_jax.experiment.early import check_division, check_models
 
         context = self.context
-        check_config(context.config, context.mesh, context.decoding_mesh, context.label_mesh)
+        meshes = Meshes(
+            context.mesh, context.feature_mesh, context.decoding_mesh, context.label_mesh
+        )
+        check_config(context.config, meshes)
         check_models(context.config)
+        check_division(context.config, meshes)
 
     def make(self, until: str = "") -> None:
         """Makes what is missing of the models and what they need, or of all up to one stage.

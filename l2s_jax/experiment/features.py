@@ -65,12 +65,12 @@ class FeatureStage(Stage):
         from l2s_jax.experiment import feature_cache
         from l2s_jax.models.mix import hidden_width, layers_of
 
-        context, train = self.context, self.context.config.l2s.train
+        context, mesh = self.context, self.context.feature_mesh
         llm, _ = self._llm.encoder(entries=())
         layers = layers_of(self._llm.layers)
         encoder = functools.cache(
             lambda: feature_cache.Encoder(
-                llm.config, self._llm.encoder(entries=None)[1], context.mesh, layers
+                llm.config, self._llm.encoder(entries=None, mesh=mesh)[1], mesh, layers
             )
         )
         for split, data in splits.items():
@@ -88,5 +88,5 @@ class FeatureStage(Stage):
                 split=split,
                 width=hidden_width(llm.config, self._llm.layers),
                 buckets=[prompt_tokens for prompt_tokens, _ in context.buckets],
-                batch_size=rows_of(train, sharding.batch_ways(context.mesh)),
+                batch_size=rows_of(context.config.l2s.train, sharding.batch_ways(mesh)),
             )

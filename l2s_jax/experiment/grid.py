@@ -166,7 +166,7 @@ def _axis(config: ConfigDict, flag: str) -> Axis:
         raise ValueError(f"{where}: expected KEY=VALUE,VALUE,...")
     if wrong := wrong_key(key):
         raise ValueError(f"{where}: {wrong}")
-    if key.partition(".")[0] in _NOT_VARIED:
+    if key.partition(".")[0] in _NOT_VARIED or ".mesh." in key:
         raise ValueError(
             f"{where}: all variants are measured alike, in the same place; expected a setting "
             f"outside {', '.join(_NOT_VARIED)}"

@@ -15,6 +15,8 @@ from l2s_jax.files import absolute
 from l2s_jax.hub import find, is_name, reference
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.mix import Groups
     from l2s_jax.models.systems import Params
@@ -124,8 +126,11 @@ class LlmStage(LanguageModelStage):
         elif self.context.is_first("answers"):
             log.info("llm: has no head or decoder, so it only encodes and is not measured itself")
 
-    def encoder(self, entries: Sequence[str] | None) -> tuple[Any, Any]:
-        """(module, parameters) of what encodes a prompt, of which only `entries` are read."""
+    def encoder(self, entries: Sequence[str] | None, mesh: Mesh | None = None) -> tuple[Any, Any]:
+        """(module, parameters) of what encodes a prompt, of which only `entries` are read.
+
+        They lie on a mesh, by default that of training.
+        """
         from l2s_jax.checkpoints import pretrained
 
         return pretrained.load_encoder(
@@ -133,7 +138,7 @@ class LlmStage(LanguageModelStage):
             layer=self.layer,
             dtype=self.context.dtypes[1],
             serve=True,
-            mesh=self.context.mesh,
+            mesh=mesh or self.context.mesh,
             scan_layers=self.context.config.scan_layers,
             entries=entries,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import typed
+from l2s_jax.config import mesh_sizes, naming_mesh, typed
 from l2s_jax.plan import costs, kept, report
 from l2s_jax.plan.models import Plan, make_plan
-from l2s_jax.plan.program import shard_bytes
+from l2s_jax.plan.program import shard_bytes, work_of_l2s
 from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler
 from l2s_jax.plan.slices import Slice, open_slice
 from l2s_jax.plan.stages import Run, meshes_of
@@ -24,6 +25,9 @@ from l2s_jax.settings import rules
 from l2s_jax.training import optim, update
 
 log = logging.getLogger(__name__)
+
+# The programs of each part of what L2S does, which may have meshes of their own.
+_PARTS = {"train": PROGRAMS[:1], "generate": PROGRAMS[1:]}
 
 
 def plan(
@@ -74,17 +78,19 @@ def plan(
     mesh = make_mesh(config, where)
     meshes = meshes_of(config, where, mesh, make_mesh)
     models = make_plan(config, where.platform)
-    compiler = Compiler(models, config, where, mesh)
+    compilers = _compilers(models, config, where, mesh, programs)
     if compiled:
         log.info("plan: %s", kept.write(compiled, config, where, mesh, models))
     run = Run(models, config, where, meshes, examples) if RUN in programs else None
-    programs = tuple(name for name in programs if name != RUN)
     result = report.describe(where, mesh) | {"model": models.description()}
     result["programs"] = {}
-    for name, program in compiler.compile(tuple(programs)):
-        result["programs"][name] = costs.program_report(program, where)
-        fits = "fits" if program.fits else "does not fit"
-        log.info("plan: %s %s, compiled in %.0f s", name, fits, program.compile_s)
+    for part, compiler in compilers.items():
+        of_mesh = {"mesh": dict(compiler.mesh.shape)}
+        names = tuple(name for name in _PARTS[part] if name in programs)
+        for name, program in compiler.compile(names):
+            result["programs"][name] = costs.program_report(program, where) | of_mesh
+            fits = "fits" if program.fits else "does not fit"
+            log.info("plan: %s %s, compiled in %.0f s", name, fits, program.compile_s)
     result["throughput"] = report.throughput(result["programs"], config, where.chips, price)
     if run:
         stages = []
@@ -92,18 +98,44 @@ def plan(
             stages.append(costs.stage_report(stage, where, price, mfu))
             log.info("plan: %s", stage.name)
         result["run"] = costs.run_report(stages, run.examples, price, mfu)
-    if not all(program["fits"] for program in result["programs"].values()):
-        result["meshes_with_room"] = [
-            f"{sharding.mesh_name(other)}: {size / 2**30:.2f} GiB"
-            for size, other in _with_room(models, config, where, "train" in programs)
-        ]
+    too_large = {name for name, program in result["programs"].items() if not program["fits"]}
+    if too_large:
+        result["meshes_with_room"] = {
+            part: [
+                f"{sharding.mesh_name(other)}: {size / 2**30:.2f} GiB"
+                for size, other in _with_room(models, config, where, part)
+            ]
+            for part, names in _PARTS.items()
+            if too_large & set(names)
+        }
     if sweep:
-        result["sweep"] = _sweep(models, config, where, tuple(programs), batch_sizes)
+        result["sweep"] = _sweep(models, config, where, list(compilers), batch_sizes)
     return report.write(result, workdir)
 
 
-def make_mesh(config: ConfigDict, where: Slice) -> Mesh:
-    """The config's mesh over a slice, or over several.
+def _compilers(
+    models: Plan, config: ConfigDict, where: Slice, mesh: Mesh, programs: Sequence[str]
+) -> dict[str, Compiler]:
+    """Of each of _PARTS of which a program is asked for; that of training is on `mesh`."""
+    found = {}
+    if "train" in programs:
+        found["train"] = _compiler(models, config, where, mesh, "train")
+    if set(programs) & set(_PARTS["generate"]):
+        mesh = make_mesh(config, where, "decoding")
+        with naming_mesh(config, "decoding"):
+            found["generate"] = _compiler(models, config, where, mesh, "generate")
+    return found
+
+
+def _compiler(models: Plan, config: ConfigDict, where: Slice, mesh: Mesh, part: str) -> Compiler:
+    """Of one part of what L2S does."""
+    other = {"batch_size": 0} if part == "train" else {"train": None}
+    work = dataclasses.replace(work_of_l2s(config), **other)
+    return Compiler(models, config, where, mesh, work)
+
+
+def make_mesh(config: ConfigDict, where: Slice, section: str = "") -> Mesh:
+    """The mesh of training, or of a section with one of its own, over a slice, or over several.
 
     Raises:
       ValueError: it does not fit them.
@@ -113,14 +145,16 @@ def make_mesh(config: ConfigDict, where: Slice) -> Mesh:
             f"config.mesh.slices={config.mesh.slices}: --topology={where.topology} has "
             f"{where.slices}; expected the same"
         )
-    try:
-        return sharding.make_mesh(config.mesh, where.devices)
-    except NotImplementedError:
-        asked = sharding.axes_name([config.mesh[axis] for axis in sharding.AXES])
-        raise ValueError(
-            f"mesh {asked}: its axes cannot be laid along those of {where.topology}; expected axes "
-            "whose sizes are products of the slice's"
-        ) from None
+    sizes = mesh_sizes(config, section)
+    with naming_mesh(config, section):
+        try:
+            return sharding.make_mesh(sizes, where.devices)
+        except NotImplementedError:
+            asked = sharding.axes_name([sizes[axis] for axis in sharding.AXES])
+            raise ValueError(
+                f"mesh {asked}: its axes cannot be laid along those of {where.topology}; expected "
+                "axes whose sizes are products of the slice's"
+            ) from None
 
 
 def meshes(config: ConfigDict, where: Slice) -> Iterator[Mesh]:
@@ -140,36 +174,32 @@ def _divisors(number: int) -> list[int]:
     return [i for i in range(1, number + 1) if number % i == 0]
 
 
-def _weights(models: Plan, config: ConfigDict, mesh: Mesh, training: bool) -> int:
+def _weights(models: Plan, config: ConfigDict, mesh: Mesh, part: str) -> int:
     """Bytes on each device of the weights, and of the optimizer's state in training."""
-    _, params, frozen = models.adapted
-    settings = config.l2s.train
-    trees: list[tuple[Any, Any]] = [(frozen, sharding.parameter_shardings(frozen, mesh))]
-    if training:
+    total, trees = 0, [models.trained, models.frozen]
+    if part == "train":
+        _, params, frozen = models.adapted
+        settings = config.l2s.train
         optimizer = optim.optimizer(settings, params)
         shardings = update.state_shardings(params, optimizer, settings, mesh)
         state = update.abstract_state(params, optimizer, settings, shardings)
-        total = sum(map(shard_bytes, jax.tree.leaves(state)))
-    else:
-        trees.append((models.trained, sharding.parameter_shardings(models.trained, mesh)))
-        total = 0
-    for tree, shardings in trees:
-        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        total, trees = sum(map(shard_bytes, jax.tree.leaves(state))), [frozen]
+    for tree in trees:
+        places = jax.tree.leaves(sharding.parameter_shardings(tree, mesh))
+        for leaf, place in zip(jax.tree.leaves(tree), places, strict=True):
             total += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 
 
-def _with_room(
-    models: Plan, config: ConfigDict, where: Slice, training: bool
-) -> list[tuple[int, Mesh]]:
+def _with_room(models: Plan, config: ConfigDict, where: Slice, part: str) -> list[tuple[int, Mesh]]:
     """(bytes of weights, mesh) of the meshes where these fit, least first."""
     found = []
     for mesh in meshes(config, where):
         try:
-            Compiler(models, config, where, mesh)
+            _compiler(models, config, where, mesh, part)
         except ValueError:
             continue  # it does not divide
-        size = _weights(models, config, mesh, training)
+        size = _weights(models, config, mesh, part)
         if size < where.capacity:
             found.append((size, mesh))
     return sorted(found, key=lambda pair: pair[0])
@@ -179,28 +209,23 @@ def _sweep(
     models: Plan,
     config: ConfigDict,
     where: Slice,
-    programs: tuple[str, ...],
+    parts: Sequence[str],
     batch_sizes: Sequence[int],
 ) -> dict[str, list[dict[str, Any]]]:
     """For training and for generation, the meshes and batches that fit, fastest first."""
     ranked: dict[str, list[dict[str, Any]]] = {}
-    for name, own, size in (
-        ("train", {"train"}, config.l2s.train.batch_size),
-        ("generate", {"encode", "prefill", "decode"}, config.decoding.batch_size),
-    ):
-        if not own & set(programs):
-            continue
+    sizes = {"train": config.l2s.train.batch_size, "generate": config.decoding.batch_size}
+    for name in parts:
         rows = []
-        for batch_size in batch_sizes or (size,):
+        for batch_size in batch_sizes or (sizes[name],):
             changed = copy.deepcopy(config)
             changed.l2s.train.batch_size = changed.decoding.batch_size = batch_size
             for mesh in meshes(config, where):
                 try:
-                    compiler = Compiler(models, changed, where, mesh)
+                    compiler = _compiler(models, changed, where, mesh, name)
                 except ValueError:
                     continue  # it does not divide
-                names = tuple(one for one in PROGRAMS if one in own)
-                compiled = dict(compiler.compile(names))
+                compiled = dict(compiler.compile(_PARTS[name]))
                 reports = {n: costs.program_report(p, where) for n, p in compiled.items()}
                 log.info("plan: %s with %d rows on %s", name, batch_size, sharding.mesh_name(mesh))
                 if not all(program.fits for program in compiled.values()):

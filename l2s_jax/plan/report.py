@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from l2s_jax.cluster import sharding
 from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.config import buckets_of
 from l2s_jax.files import make_folder, write_json, write_text
@@ -100,9 +102,17 @@ def write(report: dict[str, Any], workdir: str) -> str:
     return text
 
 
+def _name(mesh: Mapping[str, int]) -> str:
+    return sharding.axes_name(list(mesh.values()))
+
+
 def markdown(report: dict[str, Any]) -> str:
     """plan.md."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    elsewhere = [name for name, p in report["programs"].items() if p["mesh"] != report["mesh"]]
+    mesh = _name(report["mesh"])
+    if elsewhere:
+        other = _name(report["programs"][elsewhere[0]]["mesh"])
+        mesh += f"; {', '.join(elsewhere)} on mesh {other}"
     model = report["model"]
     lines = [
         f"# Plan for {report['topology']}",
@@ -165,7 +175,11 @@ def markdown(report: dict[str, Any]) -> str:
             "What does not fit here: the weights, and in training the optimizer's state, take less "
             "than the capacity of a chip with",
             "",
-            *(f"- {one}" for one in report["meshes_with_room"]),
+            *(
+                f"- {part}: {one}"
+                for part, meshes in report["meshes_with_room"].items()
+                for one in meshes
+            ),
         ]
     if report.get("sweep"):
         lines += ["", "## Sweep", "", "| for | data | fsdp | tensor | rows | tokens/s | peak GiB |"]

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import label_mesh, label_tokens, training_seed
+from l2s_jax.config import label_tokens, naming_mesh, training_seed
 from l2s_jax.data.tasks import load_task
-from l2s_jax.experiment.checks import check_batches
+from l2s_jax.experiment.checks import Meshes, check_batches
 from l2s_jax.experiment.features import rows_of
 from l2s_jax.plan import models
 from l2s_jax.plan.models import Plan
@@ -28,18 +28,6 @@ from l2s_jax.plan.slices import Slice
 log = logging.getLogger(__name__)
 
 _ANSWERING = ("encode", "prefill", "decode")
-
-
-@dataclasses.dataclass(frozen=True)
-class Meshes:
-    """The devices of a run: of training, of evaluation, of the LLM that answers or scores.
-
-    Of the latter two those of one process, where each has whole copies of a model.
-    """
-
-    train: Mesh
-    decoding: Mesh
-    labels: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +87,17 @@ def plan_of(l2s: Plan, config: ConfigDict, name: str, platform: str) -> Plan:
 
 
 def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., Mesh]) -> Meshes:
-    """The meshes of a run that trains on `mesh`; `make` gives that of a config.
+    """The meshes of a run that trains on `mesh`; `make` gives that of a section.
 
     Raises:
       ValueError: one that does not fit the slice, or that does not split a batch of the run.
     """
-    changed = config.copy_and_resolve_references()
-    changed.mesh.update(label_mesh(config))
     # Of the processes all have as many devices; what the first one has is what each has.
-    labels = sharding.decoding_mesh(make(changed, where))
-    found = Meshes(mesh, sharding.decoding_mesh(mesh), labels)
-    check_batches(config, found.train, found.decoding, found.labels)
+    decoding, labels = (
+        sharding.decoding_mesh(make(config, where, section)) for section in ("decoding", "labels")
+    )
+    found = Meshes(mesh, make(config, where, "features"), decoding, labels)
+    check_batches(config, found)
     return found
 
 
@@ -134,7 +122,17 @@ class Run:
     def __init__(
         self, plan: Plan, config: ConfigDict, where: Slice, meshes: Meshes, examples: int | None
     ):
-        """`examples` are those of the train split, if it is not to be read."""
+        """`examples` are those of the train split, if it is not to be read.
+
+        Raises:
+          ValueError: a mesh that does not divide the LLM.
+        """
+        holding = {"features": meshes.features, "decoding": meshes.decoding}
+        if config.labels.source == "llm" or config.distillation.weight:
+            holding["labels"] = meshes.labels
+        for section, mesh in holding.items():
+            with naming_mesh(config, section):
+                sharding.parameter_shardings(plan.frozen, mesh)
         self._l2s, self._config, self._where, self._meshes = plan, config, where, meshes
         settings = config.evaluation
         train = examples if examples is not None else examples_of(config, "train")
@@ -168,16 +166,17 @@ class Run:
             yield self._pass("logits", "score", work, ("train",), lambda: compiler().score())
         yield self._training("slm", trainings["slm"])
         if config.features.cache:
-            rows = rows_of(config.l2s.train, sharding.batch_ways(self._meshes.train))
+            mesh = self._meshes.features
+            rows = rows_of(config.l2s.train, sharding.batch_ways(mesh))
             work = Work(batch_size=rows, decoding_where="l2s.train")
-            compiler = functools.partial(self._compiler, "l2s", self._meshes.train, work)
+            compiler = functools.partial(self._compiler, "l2s", mesh, work)
             yield self._pass(
                 "features",
                 "encode",
                 work,
                 ("train", "validation"),
                 lambda: compiler().encode_for_cache(),
-                self._meshes.train,
+                mesh,
             )
         if config.llm.tune.rank:
             yield self._training("l2s", trainings["l2s_frozen"])

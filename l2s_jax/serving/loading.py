@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
-from l2s_jax.config import buckets_of, compute_dtypes
+from l2s_jax.config import buckets_of, compute_dtypes, make_mesh, naming_mesh
 from l2s_jax.files import is_whole
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
@@ -161,13 +161,14 @@ def load_exact(
 def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any) -> Generator:
     """The Generator of system `name` (llm, slm, l2s or exact) that a run left in `workdir`.
 
-    On config.mesh, see `sharding.decoding_mesh`. Settings as of `make_generator`.
+    On the mesh of config.decoding, see `sharding.decoding_mesh`. Settings as of `make_generator`.
 
     Raises:
       ValueError: the workdir holds no such system, or the mesh does not fit.
     """
-    mesh = sharding.decoding_mesh(sharding.make_mesh(config.mesh))
-    sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
+    mesh = sharding.decoding_mesh(make_mesh(config, "decoding"))
+    with naming_mesh(config, "decoding"):
+        sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
     settings = {"mesh": mesh, **settings}
     exact = name == "exact"
     if not exact:

@@ -105,6 +105,7 @@ IDLE = (
         lambda metrics: "comet" not in metrics,
         "there is no COMET",
     ),
+    Idle("features.*", "features.cache", _is_off, "no features are kept"),
     Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
     *(
         Idle(

@@ -199,8 +199,8 @@ class Mesh(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelMesh(Section):
-    """Likewise where the LLM labels; 0: as in `mesh`."""
+class StageMesh(Section):
+    """Likewise, of the stages that a section is about; 0: as in `mesh`."""
 
     data: int = setting(0, "As `mesh.data`; 0: the same.", at_least=-1)
     fsdp: int = setting(0, "As `mesh.fsdp`; 0: the same.", at_least=-1)
@@ -221,7 +221,7 @@ class Labels(Section):
         0, "Where the LLM's are cut; 0: at `max_response_tokens`.", at_least=0
     )
     batch_size: int = setting(32, "Prompts that it answers at a time.", at_least=1)
-    mesh: LabelMesh = LabelMesh()
+    mesh: StageMesh = StageMesh()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +233,7 @@ class Features(Section):
         "A folder that keeps H of all prompts, computed once; without one, each step computes its "
         "own.",
     )
+    mesh: StageMesh = StageMesh()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +248,7 @@ class Decoding(Section):
         "Of the LLM's encoder and the SLM; int8: quantized.",
         one_of=("float", "int8"),
     )
+    mesh: StageMesh = StageMesh()
 
 
 @dataclasses.dataclass(frozen=True)
