@@ -397,6 +397,16 @@ def test_a_setting_without_effect_is_refused(by, off, key, value, why):
         rules.settle(values, given=[by, key])
 
 
+def test_the_mesh_of_labels_is_that_of_distributions_too():
+    values = usable().to_dict()
+    put(put(values, "labels.source", "data"), "labels.mesh.tensor", 2)
+    put(values, "distillation.weight", 0.5)
+    assert rules.settle(values).labels.mesh.tensor == 2
+    put(values, "labels.batch_size", 8)
+    with pytest.raises(ValueError, match=r"^config\.labels\.batch_size=8: no effect with"):
+        rules.settle(values)
+
+
 def test_every_rule_is_tried_and_is_about_keys_that_there_are():
     tried = {(by, key) for by, _, key, _, _ in WITHOUT_EFFECT}
     for rule in rules.IDLE:

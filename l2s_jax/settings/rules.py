@@ -22,12 +22,25 @@ SYSTEMS = ("llm", "slm", "l2s")
 
 
 class Idle(NamedTuple):
-    """Settings without effect at some values of another; `keys` is a pattern over their keys."""
+    """Settings without effect at some values of another; `keys` is a pattern over their keys.
+
+    But for those of `(pattern, key)` in `unless`, where the setting `key` is on.
+    """
 
     keys: str
     by: str
     when: Callable[[Any], bool]
     why: str
+    unless: tuple[str, str] | None = None
+
+    def idle(self, values: Mapping[str, Any]) -> list[str]:
+        """The keys that have no effect among all values by key."""
+        if not self.when(values[self.by]):
+            return []
+        keys = [key for key in fnmatch.filter(values, self.keys) if key != self.by]
+        if self.unless and values[self.unless[1]]:
+            keys = [key for key in keys if not fnmatch.fnmatchcase(key, self.unless[0])]
+        return keys
 
 
 def _is_off(value: Any) -> bool:
@@ -106,7 +119,14 @@ IDLE = (
         "there is no COMET",
     ),
     Idle("features.*", "features.cache", _is_off, "no features are kept"),
-    Idle("labels.*", "labels.source", lambda source: source == "data", "the LLM does not answer"),
+    Idle(
+        "labels.*",
+        "labels.source",
+        lambda source: source == "data",
+        "the LLM does not answer",
+        # There the LLM gives the distributions too.
+        unless=("labels.mesh.*", "distillation.weight"),
+    ),
     *(
         Idle(
             f"distillation.{name}",
@@ -133,13 +153,7 @@ _SEARCHES = (("decoding", "search"), ("labels", "search"))
 def idle_keys(settings: Settings) -> dict[str, Idle]:
     """The keys of all settings that have no effect beside the others, and the rule that says so."""
     values = flat(settings)
-    return {
-        key: rule
-        for rule in IDLE
-        if rule.when(values[rule.by])
-        for key in fnmatch.filter(values, rule.keys)
-        if key != rule.by
-    }
+    return {key: rule for rule in IDLE for key in rule.idle(values)}
 
 
 def settle(values: Mapping[str, Any], given: Collection[str] = ()) -> Settings:
