@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from l2s_jax.settings.sections import describe
+from l2s_jax.settings.describe import describe
 
 MARK = "<!-- settings -->"
 

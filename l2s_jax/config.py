@@ -22,10 +22,11 @@ from ml_collections import ConfigDict
 from l2s_jax.settings import rules
 from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Section, nearest, read
+from l2s_jax.settings.describe import describe
 from l2s_jax.settings.geometry import Model
 from l2s_jax.settings.moved import MOVED
 from l2s_jax.settings.search import Search
-from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer, describe
+from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer
 from l2s_jax.settings.training import Lora, Train
 
 if TYPE_CHECKING:

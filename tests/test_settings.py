@@ -42,8 +42,9 @@ from l2s_jax.models.serving import WEIGHTS
 from l2s_jax.serving.loading import generator_settings
 from l2s_jax.settings import rules
 from l2s_jax.settings.declare import Section, flat, read, setting
+from l2s_jax.settings.describe import describe
 from l2s_jax.settings.geometry import FAMILIES, MODELS
-from l2s_jax.settings.sections import Settings, describe
+from l2s_jax.settings.sections import Settings
 from l2s_jax.settings.training import Lora, Train
 from l2s_jax.tokenizers import sentencepiece
 from l2s_jax.training import optim
