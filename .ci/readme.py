@@ -70,8 +70,8 @@ def flags_of(file: pathlib.Path) -> set[str]:
     Several commands share those of a module `flags`.
     """
     text = file.read_text(encoding="utf-8")
-    for module in re.findall(r"^from (l2s_jax[\w.]*\.flags) import", text, re.MULTILINE):
-        text += source_of(module).read_text(encoding="utf-8")
+    for module in re.findall(r"^from (l2s_jax[\w.]*)(?:\.flags import| import flags)", text, re.M):
+        text += source_of(f"{module}.flags").read_text(encoding="utf-8")
     names = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text))
     names |= set(re.findall(r"--([a-z][\w-]*)", text))
     if 'f"--{' in text:  # named in a loop

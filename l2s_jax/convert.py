@@ -31,17 +31,10 @@ from l2s_jax.checkpoints.pretrained import (
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
 from l2s_jax.copies import local
-from l2s_jax.files import (
-    atomic_directory,
-    escaped,
-    exists,
-    is_folder,
-    listed_names,
-    one_line,
-    read_json,
-)
+from l2s_jax.files import atomic_directory, exists, is_folder, listed_names, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import PARTS, TOKENIZER_FILES, find
+from l2s_jax.messages import escaped, one_line
 from l2s_jax.models.families import make_module
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.serving import bundle

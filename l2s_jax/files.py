@@ -25,13 +25,12 @@ from typing import Any
 
 from l2s_jax import buckets
 from l2s_jax.buckets import is_bucket
+from l2s_jax.messages import shown
 
 UNFINISHED = ".tmp"
 _OWN_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(UNFINISHED)}$")
 # More than any real record has, and few enough for those that go through one by recursion.
 DEEPEST = 100
-# Characters of a value in a message, and of a message.
-_SHOWN, _LINE = 80, 900
 # By which a folder with a model is known to be whole.
 MODEL_MARKER = "config.json"
 # Of errors of files that come while a run goes on, and are no mistake of whoever started it.
@@ -336,28 +335,3 @@ def check_depth(value: Any, text: str) -> None:
 def plain(value: Any) -> Any:
     """What `value` becomes on its way through JSON."""
     return json.loads(json.dumps(value))
-
-
-def shown(value: Any) -> str:
-    """A value of a file in a message: the beginning of its repr."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return "a number of more digits than are written"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line, which no text of a file in it makes a long or another one.
-
-    A terminal obeys some characters, and turns the line round at others: these are escaped.
-    """
-    line = escaped(" ".join(str(error).split())) or type(error).__name__
-    return line if len(line) <= _LINE else f"{line[: _LINE * 2 // 3]} ... {line[-_LINE // 4 :]}"
-
-
-def escaped(text: str) -> str:
-    """A text with what is no printable character as Python writes it."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

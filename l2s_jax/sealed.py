@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from l2s_jax.copies import local
-from l2s_jax.files import read_text, remove, shown, signature, write_text
+from l2s_jax.files import read_text, remove, signature, write_text
+from l2s_jax.messages import shown
 
 SUMS = "SHA256SUMS"
 _HASH = "sha256"

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from l2s_jax.files import one_line
+from l2s_jax.messages import one_line
 
 # Beyond these a reader has gone after a number in a file that nothing there stands for.
 SECONDS, MEGABYTES = 30, 200

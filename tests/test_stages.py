@@ -10,7 +10,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from l2s_jax import main, models
+from l2s_jax import flags, models
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import toy
 from l2s_jax.experiment.experiment import Experiment
@@ -301,7 +301,7 @@ def test_the_status_is_printed_without_jax(job):
     assert lines[1][2:] == ["<-", "labels"]
     config = read_config(str(job / "run"))
     config.llm.tune.rank = 2  # which alone adds a stage to the graph
-    assert tuple(stage.name for stage in Experiment(config, "nowhere").stages) == main.STAGES
+    assert tuple(stage.name for stage in Experiment(config, "nowhere").stages) == flags.STAGES
 
 
 def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, capfd):

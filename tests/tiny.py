@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from absl.flags import FLAGS
+
 from l2s_jax import main
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -65,10 +67,9 @@ def write_task(directory: Path) -> Path:
 
 def run(*arguments: str) -> int:
     """The command in this process; its exit status."""
-    values = main.flags.FLAGS
-    values.unparse_flags()
-    for name in [name for name in values if name.startswith("config.")]:
-        delattr(values, name)
+    FLAGS.unparse_flags()
+    for name in [name for name in FLAGS if name.startswith("config.")]:
+        delattr(FLAGS, name)
     command = ["l2s_jax.main", *arguments]
     # ml_collections looks for overrides in sys.argv, whatever it is asked to parse.
     with mock.patch.object(sys, "argv", command):

@@ -35,9 +35,9 @@ from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unf
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.report import write_report
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.files import one_line
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find, is_name
+from l2s_jax.messages import one_line
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.tokenizers import load_tokenizer
 

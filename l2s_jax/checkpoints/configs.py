@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from l2s_jax.checkpoints import gpt2, gpt_neox, llama, t5
 from l2s_jax.checkpoints.engine import Family
 from l2s_jax.checkpoints.files import listed
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 from l2s_jax.models.sizes import check_ids
 from l2s_jax.models.vocabulary import without_vocabulary
 

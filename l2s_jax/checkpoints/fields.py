@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 
 # What programs compute with has 32 bits.
 _MOST_INT, _MOST_FLOAT = 2**31 - 1, 3.4e38

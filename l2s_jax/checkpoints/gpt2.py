@@ -15,7 +15,7 @@ from l2s_jax.checkpoints.fields import (
     read_token,
     refuse_unsupported,
 )
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 from l2s_jax.models.gpt2 import GPT2, GPT2Config
 
 ACTIVATION_OF = {

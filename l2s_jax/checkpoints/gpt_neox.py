@@ -18,7 +18,7 @@ from l2s_jax.checkpoints.fields import (
     refuse_unsupported,
 )
 from l2s_jax.checkpoints.rope import read_rotary, write_rotary
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 from l2s_jax.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 
 ACTIVATION_OF = {

@@ -15,7 +15,7 @@ from l2s_jax.checkpoints.fields import (
     refuse_unsupported,
 )
 from l2s_jax.checkpoints.rope import read_rotary, write_rotary
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 from l2s_jax.models.llama import Llama, LlamaConfig
 
 # transformers' defaults for what a config.json leaves out, where the kinds differ or ours do.

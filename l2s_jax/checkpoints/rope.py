@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l2s_jax.checkpoints.fields import read_integer, read_positive
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 from l2s_jax.models.rotary import KINDS, Rotary
 
 

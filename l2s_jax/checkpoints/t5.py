@@ -13,7 +13,7 @@ from l2s_jax.checkpoints.fields import (
     read_token,
     refuse_unsupported,
 )
-from l2s_jax.files import shown
+from l2s_jax.messages import shown
 from l2s_jax.models.t5 import T5, T5Config
 
 ACTIVATION_OF = {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu"}

@@ -9,7 +9,7 @@ import fsspec
 
 from l2s_jax.data.sources import Record
 from l2s_jax.data.text import all_whole, decoded
-from l2s_jax.files import one_line
+from l2s_jax.messages import one_line
 
 _ROWS_AT_ONCE = 1024
 

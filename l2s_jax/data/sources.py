@@ -25,7 +25,8 @@ import numpy as np
 
 from l2s_jax.copies import local
 from l2s_jax.data.text import all_whole, decoded
-from l2s_jax.files import check_depth, is_bucket, one_line
+from l2s_jax.files import check_depth, is_bucket
+from l2s_jax.messages import one_line
 
 STDIN = "-"
 

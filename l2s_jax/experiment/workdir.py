@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from l2s_jax import files
 from l2s_jax.config import of_settings
-from l2s_jax.files import is_bucket, plain, read_json, shown, write_json
+from l2s_jax.files import is_bucket, plain, read_json, write_json
+from l2s_jax.messages import shown
 from l2s_jax.settings.declare import read
 from l2s_jax.settings.moved import upgraded
 from l2s_jax.settings.sections import Settings

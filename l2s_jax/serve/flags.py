@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from l2s_jax.bench.arguments import Parser
-from l2s_jax.files import one_line
+from l2s_jax.messages import one_line
 
 if TYPE_CHECKING:
     from l2s_jax.serve.run import Options

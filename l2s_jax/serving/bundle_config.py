@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.files import is_file, read_json, shown
+from l2s_jax.files import is_file, read_json
+from l2s_jax.messages import shown
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.mix import Groups, encoding_layer
 from l2s_jax.models.serving import WEIGHTS

@@ -16,7 +16,8 @@ from typing import Any
 import tokenizers
 
 from l2s_jax import sealed
-from l2s_jax.files import make_folder, one_line, write_json, write_text
+from l2s_jax.files import make_folder, write_json, write_text
+from l2s_jax.messages import one_line
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"

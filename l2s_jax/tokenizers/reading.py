@@ -8,7 +8,8 @@ from typing import Any
 import tokenizers
 
 from l2s_jax import sealed
-from l2s_jax.files import json_object, one_line, read_json, shown
+from l2s_jax.files import json_object, read_json
+from l2s_jax.messages import one_line, shown
 from l2s_jax.tokenizers import gguf, sentencepiece
 from l2s_jax.tokenizers.huggingface import (
     OWN,

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 import sentencepiece as spm
 
 from l2s_jax import sealed
-from l2s_jax.files import make_folder, one_line, read_bytes, write_bytes, write_json
+from l2s_jax.files import make_folder, read_bytes, write_bytes, write_json
+from l2s_jax.messages import one_line
 from l2s_jax.tokenizers.huggingface import OWN, SETTINGS_FILE
 
 MODEL_FILE = "spiece.model"

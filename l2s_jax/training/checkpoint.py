@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from l2s_jax.checkpoints.files import listed
-from l2s_jax.files import CannotWrite, one_line
+from l2s_jax.files import CannotWrite
+from l2s_jax.messages import one_line
 from l2s_jax.sealed import hash_of, with_hash, without_hash
 from l2s_jax.training.checksums import checksums, different
 

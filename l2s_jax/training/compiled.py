@@ -24,7 +24,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from l2s_jax import files, sealed
+from l2s_jax import files, messages, sealed
 from l2s_jax.cluster import sharding
 from l2s_jax.models.systems import Params
 from l2s_jax.training.distillation import Distillation
@@ -178,7 +178,7 @@ class CompiledSteps:
             return serialize_executable.deserialize_and_load(content, given, gives)
         except Exception as error:  # whatever a pickle or a compiler's library may raise
             path = os.path.join(self._directory, entry["file"])
-            raise ValueError(f"{path}: cannot be loaded: {files.one_line(error)}") from error
+            raise ValueError(f"{path}: cannot be loaded: {messages.one_line(error)}") from error
 
     def _read(self, entry: Mapping[str, str]) -> bytes:
         """The content of a step's file, which is that of its hash."""

@@ -1,0 +1,205 @@
+"""The flags of the command `python -m l2s_jax.main`, and what a command line says by them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from l2s_jax.config import complaint, settled, unknown_key
+from l2s_jax.settings.moved import MOVED
+
+STAGES = (
+    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "slm", "features",
+    "l2s_frozen", "l2s",
+)  # fmt: skip
+MODES = ("train", "evaluate", "generate", "plan", "status", "compare", "dial")
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment; default: that of the workdir.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", "", "Where results are, or will be; always needed.")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    MODES,
+    "train (and evaluate), evaluate, generate, plan, status, compare, or dial.",
+)
+UNTIL = flags.DEFINE_enum(
+    "until", None, STAGES, "train: the stage after which to stop, without an evaluation."
+)
+VARY = flags.DEFINE_multi_string(
+    "vary", [], "compare: a setting and its values, as in l2s.fusion=add,cross; repeatable."
+)
+SYSTEM = flags.DEFINE_enum(
+    "system", "l2s", ("llm", "slm", "l2s", "exact"), "generate: the system that answers."
+)
+INPUT = flags.DEFINE_string(
+    "input", "-", "generate: prompts, one per line, or records in a .jsonl file; -: stdin."
+)
+OUTPUT = flags.DEFINE_string("output", "-", "generate: where the responses go; -: stdout.")
+SEARCH = flags.DEFINE_list(
+    "search", [], "generate: how tokens are chosen, as in num_beams=4,num_return=2."
+)
+STOP = flags.DEFINE_multi_string("stop", [], "generate: a text that ends a response; repeatable.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "generate: at most config.decoding.max_new_tokens, the default."
+)
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ("float", "int8"), "generate: other than config.decoding.weights."
+)
+SEED = flags.DEFINE_integer("seed", 0, "generate: of the first prompt; the others' follow on.")
+STREAM = flags.DEFINE_bool("stream", False, "generate: write responses as they are decoded.")
+WARM_UP = flags.DEFINE_bool("warmup", False, "generate: compile everything first.")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder for compiled programs, which later runs on this machine start from.",
+)
+JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4 or cpu:8.")
+PROGRAMS = flags.DEFINE_list(
+    "programs",
+    ["train", "encode", "prefill", "decode", "run"],
+    "plan: what is compiled; run: all stages of a run.",
+)
+MFU = flags.DEFINE_float(
+    "mfu", None, "plan: share of the chips' peak FLOPs that a run reaches, for an estimate."
+)
+EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "plan: examples of the train split; default: those of the data, if at hand."
+)
+PRICE = flags.DEFINE_float("price", None, "plan: dollars per chip-hour.")
+SWEEP = flags.DEFINE_bool("sweep", False, "plan: try every mesh over the slice.")
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", [], "plan: those that a sweep tries; default: the config's."
+)
+
+COMPILED = flags.DEFINE_string(
+    "compiled",
+    None,
+    "plan: a folder, where the training steps of a run on that slice are kept, compiled; train: "
+    "one, of your own, from which they are taken.",
+)
+
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of a job of several processes: HOST:PORT of process 0, a free port."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Whether to join the job that the cluster describes (Slurm, Open MPI, Cloud TPU, GKE; with the "
+    "package mpi4py also Open MPI 5, MPICH, Intel MPI); default: if the environment has several "
+    "processes.",
+)
+JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout",
+    300,
+    "Seconds that process 0 waits for the others; they wait twice as long for it.",
+    lower_bound=1,
+)
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    40,
+    "Seconds without a sign of life after which a process counts as lost, and the others end.",
+    lower_bound=2,
+)
+BARRIER_TIMEOUT = flags.DEFINE_integer(
+    "barrier_timeout",
+    7 * 24 * 3600,
+    "Seconds that processes wait for one that is late; process 0 may work alone for hours.",
+    lower_bound=1,
+)
+
+
+def parse(argv: Sequence[str]) -> None:
+    """Parses the command line.
+
+    Raises:
+      ValueError: a flag, a config file or a config key that doesn't exist, or a value that doesn't
+        fit.
+    """
+    for argument in argv:
+        flag, _, key = argument.partition("=")[0].partition(".")
+        if flag == "--config" and key in MOVED:
+            raise ValueError(f"{argument}: config.{key} is now config.{MOVED[key]}")
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        # (A file that is not there is an error at the first look at its config.)
+        is_config = not CONFIG.present or hasattr(CONFIG.value, "to_dict")
+    except Exception as error:
+        if line := complaint(error):
+            raise ValueError(line) from error
+        path = _config_path(argv)
+        if isinstance(error, OSError) and not os.path.isfile(path.partition(":")[0]):
+            raise ValueError(f"--config={path}: no such file") from error
+        if isinstance(error, flags.Error):
+            raise ValueError(str(error)) from error
+        if not isinstance(error, AttributeError | KeyError | TypeError):
+            raise
+        # How ml_collections reports an override of a key that the config does not have.
+        given = [arg for arg in argv if arg.startswith("--config.")]
+        line = unknown_key(given) or f"unknown config key {error} in {' '.join(given)}"
+        raise ValueError(line) from error
+    if not is_config:
+        kind = type(CONFIG.value).__name__
+        raise ValueError(
+            f"--config: get_config() gave no config but a {kind}, expected the config that it made"
+        )
+    if not WORKDIR.value:
+        raise ValueError("--workdir: expected a folder for results, as in --workdir=runs/NAME")
+    if UNTIL.value and MODE.value != "train":
+        raise ValueError(f"--until={UNTIL.value}: expected --mode=train, not {MODE.value}")
+    if VARY.value and MODE.value != "compare":
+        raise ValueError(f"--vary={VARY.value[0]}: expected --mode=compare, not {MODE.value}")
+    if COMPILED.value and MODE.value not in ("plan", "train"):
+        raise ValueError(
+            f"--compiled={COMPILED.value}: expected --mode=plan or train, not {MODE.value}"
+        )
+    if rest:
+        raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """What --config says, in one argument or in two; an override of a key may be parsed before."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, path = argument.partition("=")
+        if flag in ("--config", "-config"):
+            return path if equals else following
+    return ""
+
+
+def config() -> ConfigDict | None:
+    """The settings of --config and of what changes it, checked one by one; None without it.
+
+    Raises:
+      ValueError: one does not fit, or has no effect.
+    """
+    values = config_flags.get_override_values(flags.FLAGS["config"])
+    return CONFIG.value and settled(CONFIG.value, values)
+
+
+def given() -> dict[str, Any]:
+    """The flags that all processes of a job have in common, but for the config."""
+    own = ("config", "process_id", "compilation_cache")
+    ours = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    return {f"--{flag.name}": flag.value for flag in ours if flag.name not in own}
+
+
+def search_settings() -> dict[str, str]:
+    """--search, by name.
+
+    Raises:
+      ValueError: something there is no setting.
+    """
+    pairs = [setting.partition("=") for setting in SEARCH.value]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"--search: {name!r}: expected settings such as num_beams=4")
+    return {name: value for name, _, value in pairs}
