@@ -15,6 +15,7 @@ from l2s_jax.decoding.engine import GREEDY
 from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.serving import output as outputs
 from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
@@ -209,7 +210,30 @@ def test_the_progress_bar_counts_what_has_been_decoded(systems, tokenizer):
     ):
         bar.return_value.__enter__.return_value.update.side_effect = events.append
         loaded.generate(["the fox", "a dog", "jumps"], description="generating")
-    assert events == ["decode", 2, "decode", 1]
+    # The second batch is begun once the first is there.
+    assert events == ["decode", "decode", 2, 1]
+
+
+def test_the_devices_are_at_a_batch_while_the_texts_of_the_one_before_are_made(systems, tokenizer):
+    order = []
+    generate = generator(systems["llm"], tokenizer, batch_size=2)
+    decode, outputs_of = generate._decode, outputs.outputs_of
+
+    def decoding(*arguments):
+        order.append("decode")
+        return decode(*arguments)
+
+    def making(*arguments):
+        order.append("texts")
+        return outputs_of(*arguments)
+
+    with (
+        mock.patch.object(generate, "_decode", decoding),
+        mock.patch("l2s_jax.serving.generator.outputs_of", making),
+    ):
+        found = generate.generate(WORDS[:6])
+    assert order == ["decode", "decode", "texts", "decode", "texts", "texts"]
+    assert found == [one for word in WORDS[:6] for one in generate.generate([word])]
 
 
 def test_tokens_are_all_that_were_decoded_also_after_a_stop(systems, tokenizer):

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.text import integer_list, text_list
 from l2s_jax.decoding.beam import Hypotheses
-from l2s_jax.decoding.drafted import Drafted, ExactState
+from l2s_jax.decoding.drafted import ExactState
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
 from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths
-from l2s_jax.serving.output import Drafts, Output, drafts_of, output_of
+from l2s_jax.serving.output import Drafts, Output, drafts_of, output_of, outputs_of
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -153,17 +153,31 @@ class Generator:
         shared = shared and not together
         processes, me = (jax.process_count(), jax.process_index()) if shared else (1, 0)
         outputs: dict[int, Output] = {}
+        decode = self._decode_until if search.stop else self._decode
         with tqdm(total=len(prompts), desc=description, disable=silent, file=sys.stderr) as bar:
+
+            def collect(indices: np.ndarray, decoded: Any) -> None:
+                if not search.stop:
+                    decoded = outputs_of(sharding.gather(decoded), self.response_tokenizer)
+                outputs.update(zip(indices.tolist(), decoded, strict=False))
+                bar.update(len(indices))
+
+            before: tuple[np.ndarray, Any] | None = None
             for number, (indices, batch) in enumerate(
                 self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
             ):
-                if number % processes == me:
-                    if search.stop:
-                        answers = self._decode_until(batch, capacity, search, mismatched)
-                    else:
-                        answers = self._collect(self._decode(batch, capacity, search, mismatched))
-                    outputs.update(zip(indices.tolist(), answers, strict=False))
-                bar.update(len(indices))
+                if number % processes != me:
+                    bar.update(len(indices))
+                    continue
+                # One batch at a time is on the devices, and they are at it while the texts of the
+                # one before are made.
+                jax.block_until_ready(before and before[1])
+                now = indices, decode(batch, capacity, search, mismatched)
+                if before:
+                    collect(*before)
+                before = now
+            if before:
+                collect(*before)
         if processes > 1:
             shares = distributed.exchange(list(outputs.items()))
             outputs = {index: output_of(fields) for share in shares for index, fields in share}
@@ -304,36 +318,6 @@ class Generator:
             # Not around the loop: it would hold while the caller has the progress.
             with jax.set_mesh(self.mesh):
                 state = advance(self.system, *weights, state, stopped, **settings)
-
-    def _collect(self, decoded: Decoded | Hypotheses) -> Iterator[Output]:
-        """The output of each row."""
-        decoded = sharding.gather(decoded)
-        if isinstance(decoded, Decoded):
-            for row, (tokens, length, finished) in enumerate(
-                zip(decoded.tokens, decoded.lengths, decoded.finished, strict=True)
-            ):
-                output = self._output(tokens[:length], finished)
-                if isinstance(decoded, Drafted):
-                    counts = decoded.blocks, decoded.tested, decoded.passed
-                    output = output._replace(drafts=drafts_of(counts, row))
-                yield output
-            return
-        for row in range(len(decoded.tokens)):
-            best, *others = (
-                self._output(tokens[:length], finished, float(score))
-                for tokens, length, finished, score in zip(
-                    decoded.tokens[row],
-                    decoded.lengths[row],
-                    decoded.finished[row],
-                    decoded.scores[row],
-                    strict=True,
-                )
-            )
-            yield best._replace(others=tuple(others))
-
-    def _output(self, tokens: np.ndarray, finished: bool, score: float | None = None) -> Output:
-        text = self.response_tokenizer.decode(tokens.tolist())
-        return Output(text, len(tokens), not bool(finished), score)
 
     def _decode_until(
         self, batch: Batch, capacity: int, search: Search, mismatched: bool

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2s_jax.decoding.beam import Hypotheses
+from l2s_jax.decoding.drafted import Drafted
+from l2s_jax.decoding.loop import Decoded
+from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 
 class Drafts(NamedTuple):
@@ -49,3 +56,26 @@ def output_of(fields: Sequence[Any]) -> Output:
         blocks, tested, passed = drafts
         drafts = Drafts(blocks, tuple(tested), tuple(passed))
     return Output(*own, others=tuple(map(output_of, others)), drafts=drafts)
+
+
+def outputs_of(decoded: Decoded | Hypotheses, tokenizer: Tokenizer) -> Iterator[Output]:
+    """The output of each row of a batch, whose arrays are on the host."""
+
+    def output(tokens: np.ndarray, length: Any, finished: Any, score: Any = None) -> Output:
+        text = tokenizer.decode(tokens[:length].tolist())
+        score = None if score is None else float(score)
+        return Output(text, int(length), not bool(finished), score)
+
+    rows = zip(decoded.tokens, decoded.lengths, decoded.finished, strict=True)
+    if isinstance(decoded, Hypotheses):
+        for row, scores in zip(rows, decoded.scores, strict=True):
+            best, *others = map(output, *row, scores)
+            yield best._replace(others=tuple(others))
+        return
+    for row, fields in enumerate(rows):
+        one = output(*fields)
+        if isinstance(decoded, Drafted):
+            one = one._replace(
+                drafts=drafts_of((decoded.blocks, decoded.tested, decoded.passed), row)
+            )
+        yield one
