@@ -14,6 +14,7 @@ import small
 from corpus import Trial
 from test_damaged_models import check
 
+from l2s_jax import sealed
 from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.config import default
 from l2s_jax.evaluation.answers import read_answers
@@ -136,12 +137,8 @@ def test_a_damaged_record_of_a_stage(tmp_path):
 
     trial = Trial()
 
-    def same(found, variant):
-        # A stage with other inputs is stale, and kept; the name of a run is compared with its own.
-        return found == ([], False, run) or bool(found[0]) or variant.key == "run"
-
     for variants in (corpus.json_texts(content), corpus.json_values(json.loads(content))):
-        trial.read(variants, path, read, same=same)
+        trial.read(variants, path, read, same=equals(([], False, run)))
     assert not trial.faults, trial.faults
     assert trial.tried > 150
 
@@ -180,6 +177,14 @@ def test_damaged_answers_and_metrics(tmp_path):
     for path, read in ((answers, lambda: read_answers(str(tmp_path))), (metrics, write)):
         trial.read(lines_of(path, 30), path, read, same=lambda *_: True)
     check(trial, 200)
+    responses = read_answers(str(tmp_path))
+    content = answers.read_bytes()
+    with sealed.writing(str(tmp_path), answers.name):
+        pass
+    trial = Trial()
+    flips = corpus.flips(content, len(content))
+    trial.read(flips, answers, lambda: read_answers(str(tmp_path)), same=equals(responses))
+    assert not trial.faults, trial.faults
 
 
 CONFIG = small.make_train_config(10)

@@ -6,7 +6,7 @@ import io
 import os
 from typing import Any, NamedTuple
 
-from l2s_jax import models
+from l2s_jax import models, sealed
 from l2s_jax.evaluation.stage import deciding
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.stage import RecordedStage
@@ -72,12 +72,22 @@ class AnswerStage(RecordedStage):
             description=f"evaluating {self._system.name}",
             shared=True,
         )
-        distributed.on_primary(lambda: write_predictions(self._path, examples, outputs))
+
+        def write() -> None:
+            with sealed.writing(*os.path.split(self._path)):
+                write_predictions(self._path, examples, outputs)
+
+        distributed.on_primary(write)
 
 
 def read_answers(folder: str) -> Answers:
-    """What is in the folder of an AnswerStage that is made."""
+    """What is in the folder of an AnswerStage that is made.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
     path = os.path.join(folder, _FILE)
+    sealed.check(path)
     responses, cut = [], []
     for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
         record = json_object(line, f"{path}:{number}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from l2s_jax import files
+from l2s_jax import files, sealed
 from l2s_jax.config import of_settings
 from l2s_jax.files import is_bucket, plain, read_json, write_json
 from l2s_jax.messages import shown
@@ -52,7 +52,7 @@ class Record:
         """What is recorded; None where nothing is."""
         if not files.is_file(self._path):
             return None
-        found = read_json(self._path)
+        found = sealed.without_hash(read_json(self._path), self._path)
         train = found.get("train", {"steps": 0})
         for name, value, kind in (
             (_VERSION, found.get(_VERSION, 0), int),
@@ -92,7 +92,7 @@ class Record:
         content = {**plain(inputs), _VERSION: version, _RUN: run}
         if sources:
             content[_SOURCES] = dict(sources)
-        write_json(self._path, content, sort_keys=True)
+        write_json(self._path, sealed.with_hash(content), sort_keys=True)
 
     @property
     def is_link(self) -> bool:
