@@ -13,7 +13,6 @@ Trains a T5 of random weights by `python -m l2s_jax.main`, one step a line of it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -34,7 +33,7 @@ from l2s_jax.files import read_json, write_json
 _POLL_S = 0.02
 _ROWS = 2000
 # A run is interrupted at its step of this number, counted from where it began.
-_AT = 12
+AT = 12
 # Steps from one save by the clock to the next, more or less.
 _BETWEEN = 5
 _CONFIG = """
@@ -49,8 +48,8 @@ def get_config():
     config.tokenizer.train_vocab_size = 2000
     config.max_prompt_tokens = config.max_response_tokens = 48
     config.buckets = ((48, 48),)
-    config.llm.model.update({model})
-    config.llm.train.update({train})
+    config.llm.model.update(**{model})
+    config.llm.train.update(**{train})
     return config
 """
 
@@ -145,7 +144,7 @@ def interrupt(training: Training, number: signal.Signals, **settings: float) -> 
     """Ends a run by a signal, and goes on: steps lost, seconds to the end and to a new step."""
     process = training.start(**settings)
     for _ in watch(process):
-        if training.step() >= _AT:
+        if training.step() >= AT:
             break
     process.send_signal(number)
     began = time.monotonic()
@@ -169,26 +168,27 @@ def interrupt(training: Training, number: signal.Signals, **settings: float) -> 
     }
 
 
-def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All runs."""
-    model = dict(width=options.width, num_heads=options.width // 64, head_width=64)
-    model |= dict(feed_forward_width=4 * options.width, num_decoder_layers=options.layers)
-    train_settings = dict(batch_size=options.batch_size, warmup_steps=0, log_every=1)
+def write_task(folder: str, *, width: int, layers: int, batch_size: int) -> None:
+    """The data, and a config of a model `width` wide, in heads of 64."""
+    model = {
+        "width": width,
+        "num_heads": width // 64,
+        "head_width": 64,
+        "feed_forward_width": 4 * width,
+        "num_encoder_layers": layers,
+        "num_decoder_layers": layers,
+    }
+    train = {"batch_size": batch_size, "warmup_steps": 0, "log_every": 1}
     with open(os.path.join(folder, "saving.py"), "w", encoding="utf-8") as file:
-        file.write(
-            _CONFIG.format(
-                folder=folder,
-                model=", ".join(
-                    f"{name}={value}"
-                    for name, value in (model | {"num_encoder_layers": options.layers}).items()
-                ),
-                train=", ".join(f"{name}={value}" for name, value in train_settings.items()),
-            )
-        )
+        file.write(_CONFIG.format(folder=folder, model=model, train=train))
     write_rows(folder, _ROWS)
-    without = train(Training(folder, "without"), options.steps, 0)
+
+
+def measure(folder: str, steps: int) -> dict[str, Any]:
+    """All runs, of which those that end by themselves have `steps`."""
+    without = train(Training(folder, "without"), steps, 0)
     minutes = _BETWEEN * without["step_s"] / 60
-    saved = train(Training(folder, "saved"), options.steps, minutes)
+    saved = train(Training(folder, "saved"), steps, minutes)
     found: dict[str, Any] = {
         "bytes": saved["bytes"],
         "saves": saved["saves"],
@@ -220,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.width % 64:
         parser.error(f"--width={options.width}: expected a multiple of 64")
     with tempfile.TemporaryDirectory() as folder:
-        result = {"machine": {**cpu(), "cores": cores()}, **measure(folder, options)}
+        write_task(
+            folder, width=options.width, layers=options.layers, batch_size=options.batch_size
+        )
+        result = {"machine": {**cpu(), "cores": cores()}, **measure(folder, options.steps)}
     write_json(options.output, result)
     print(
         f"a step {result['step_s']:.3f} s, beside saves {result['step_beside_saves_s']:.3f} s; "

@@ -144,8 +144,8 @@ def parse(argv: Sequence[str]) -> None:
         if not isinstance(error, AttributeError | KeyError | TypeError):
             raise
         # How ml_collections reports an override of a key that the config does not have.
-        given = [arg for arg in argv if arg.startswith("--config.")]
-        line = unknown_key(given) or f"unknown config key {error} in {' '.join(given)}"
+        overrides = [arg for arg in argv if arg.startswith("--config.")]
+        line = unknown_key(overrides) or f"unknown config key {error} in {' '.join(overrides)}"
         raise ValueError(line) from error
     if not is_config:
         kind = type(CONFIG.value).__name__
@@ -181,8 +181,9 @@ def config() -> ConfigDict | None:
     Raises:
       ValueError: one does not fit, or has no effect.
     """
-    values = config_flags.get_override_values(flags.FLAGS["config"])
-    return CONFIG.value and settled(CONFIG.value, values)
+    if not CONFIG.value:
+        return None
+    return settled(CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def given() -> dict[str, Any]:
@@ -196,7 +197,7 @@ def search_settings() -> dict[str, str]:
     """--search, by name.
 
     Raises:
-      ValueError: something there is no setting.
+      ValueError: one has no value.
     """
     pairs = [setting.partition("=") for setting in SEARCH.value]
     for name, equals, _ in pairs:

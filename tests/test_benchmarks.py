@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -201,6 +202,20 @@ def sides_of(parent):
     return found
 
 
+def test_a_training_that_is_asked_to_end_loses_no_step(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setenv("XLA_FLAGS", xla.flags())
+    saving = importlib.import_module("saving")
+    saving.write_task(str(tmp_path), width=64, layers=1, batch_size=2)
+    training = saving.Training(str(tmp_path), "run", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    found = saving.interrupt(training, signal.SIGTERM, steps=1000, evaluate_every=1000)
+    assert found["signal"] == "SIGTERM" and found["lost"] == 0
+    assert found["end_s"] > 0 and found["new_step_s"] > 0
+    (saved,) = training.saved()
+    assert training.size(saved) > 10_000
+    assert saved >= saving.AT and training.step() >= saved
+
+
 @pytest.mark.parametrize(
     ("script", "flag", "message"),
     [
@@ -218,6 +233,8 @@ def sides_of(parent):
         ("features", "--steps=1", "'1': expected at least 2"),
         ("features", "--repeats=0", "'0': expected positive integers"),
         ("features", "--dtype=float16", "invalid choice: 'float16'"),
+        ("saving", "--width=100", "--width=100: expected a multiple of 64"),
+        ("saving", "--steps=0", "'0': expected positive integers"),
     ],
 )
 def test_bad_flags_are_one_line(script, flag, message):
