@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import small
 import tiny
+from emulator import AT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -353,6 +354,20 @@ def test_a_second_plan_takes_the_place_of_the_first(folder):
     step = CompiledSteps(str(directory), mesh)._load("s", "4x4", x, {}, {"x": x})
     state, metrics = step(x, {}, {"x": x})
     assert (np.asarray(state).tolist(), float(metrics["loss"])) == ([3.0] * 4, 4.0)
+
+
+def test_a_bucket_keeps_them_as_a_disk_does(store):
+    directory, mesh = f"{AT}/steps", sharding.make_mesh({"data": -1})
+    for number in (1.0, 2.0):
+        with Writer(directory, mesh) as writer:
+            add(writer, mesh, number)
+    (path,) = files.matching_names(directory, "*.step")
+    x = jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P()))
+    step = CompiledSteps(directory, mesh)._load("s", "4x4", x, {}, {"x": x})
+    assert np.asarray(step(x, {}, {"x": x})[0]).tolist() == [3.0] * 4
+    files.write_bytes(path, b"damaged")
+    with pytest.raises(ValueError, match=rf"^{path}: damaged"):
+        CompiledSteps(directory, mesh)
 
 
 def test_the_flag_is_of_plans_and_of_training(tmp_path, capfd):
