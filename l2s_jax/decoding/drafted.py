@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from l2s_jax.decoding.choices import Choices
-from l2s_jax.decoding.logits import History
+from l2s_jax.decoding.logits import History, among
 from l2s_jax.decoding.loop import Decoded
 from l2s_jax.decoding.scores import Scores
 
@@ -61,3 +62,25 @@ class ExactState(struct.PyTreeNode):
     def tokens(self) -> Int32[Array, "S B"]:
         """The responses, as of loop.State; what comes after a row's length is no part of it."""
         return self.history.tokens[-self.room :]
+
+    def with_tokens(
+        self, end_ids: tuple[int, ...], tokens: Int32[Array, "B K"], count: Int32[Array, " B"]
+    ) -> ExactState:
+        """The state with the first `count` of these tokens, up to one of `end_ids` or the limit."""
+        size = tokens.shape[1]
+        places = jnp.arange(size)[None]
+        ends = among(tokens, end_ids) & (places < count[:, None])
+        ended = jnp.any(ends, axis=1)
+        count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
+        room = jnp.where(self.done, 0, self.limits - self.lengths)
+        finished = ended & (count <= room)
+        count = jnp.minimum(count, room)
+        lengths = self.lengths + count
+        history = self.history.write(tokens.T)
+        return self.replace(
+            history=history.replace(end=history.end + count),
+            lengths=lengths,
+            held=jnp.minimum(self.held, lengths - 1),
+            finished=self.finished | finished,
+            done=self.done | finished | (lengths >= self.limits),
+        )

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import Drafted, ExactState
-from l2s_jax.decoding.logits import History, among, greatest, history_of
+from l2s_jax.decoding.logits import History, greatest, history_of
 from l2s_jax.decoding.loop import EVERY, repeat_while, until
 from l2s_jax.decoding.scores import no_scores
 from l2s_jax.models.exact import Exact
@@ -125,7 +125,7 @@ class ExactLoop:
         drafted = self._draft_token(how, draft_logits, state.history, none, keys)
         token, _ = self._decide(how, logits, drafted, state.history, none, keys)
         state = self._score(state, logits[:, None], token[:, None])
-        return self._keep(state, token[:, None], none + 1)
+        return state.with_tokens(self.end_ids, token[:, None], none + 1)
 
     def _how(self, state: ExactState) -> Search | Choices:
         return self.search if state.choices is None else state.choices
@@ -213,7 +213,8 @@ class ExactLoop:
             blocks=state.blocks + live,
         )
         state = self._count(state, live, passed, size)
-        return self._keep(state, kept, jnp.where(live, jnp.minimum(passed + 1, most), 0))
+        count = jnp.where(live, jnp.minimum(passed + 1, most), 0)
+        return state.with_tokens(self.end_ids, kept, count)
 
     def _draft(
         self, trained: Params, state: ExactState, cache: Any, size: Int32[Array, ""]
@@ -338,28 +339,6 @@ class ExactLoop:
             rate=_MEMORY * state.rate + lately,
             tested=state.tested + tested,
             passed=state.passed + agreed,
-        )
-
-    def _keep(
-        self, state: ExactState, tokens: Int32[Array, "B K"], count: Int32[Array, " B"]
-    ) -> ExactState:
-        """The state with the first `count` of these tokens, up to an end or the limit."""
-        size = tokens.shape[1]
-        places = jnp.arange(size)[None]
-        ends = among(tokens, self.end_ids) & (places < count[:, None])
-        ended = jnp.any(ends, axis=1)
-        count = jnp.where(ended, jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
-        room = jnp.where(state.done, 0, state.limits - state.lengths)
-        finished = ended & (count <= room)
-        count = jnp.minimum(count, room)
-        lengths = state.lengths + count
-        history = state.history.write(tokens.T)
-        return state.replace(
-            history=history.replace(end=history.end + count),
-            lengths=lengths,
-            held=jnp.minimum(state.held, lengths - 1),
-            finished=state.finished | finished,
-            done=state.done | finished | (lengths >= state.limits),
         )
 
 
