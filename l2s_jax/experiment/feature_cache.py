@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import itertools
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
@@ -186,9 +186,7 @@ def _encoded(
         for indices, width in LengthGroups(data, prompts, buckets, batch_size):
             yield indices[indices >= 0], encode(*data.padded_prompts(indices, width))
 
-    # The device is at the next batch while the host takes this one.
-    batches: Iterator[Any] = itertools.chain(dispatched(), [None])
-    for (indices, hidden), _ in itertools.pairwise(batches):
+    for indices, hidden in one_ahead(dispatched()):
         yield indices, jax.block_until_ready(hidden)
 
 

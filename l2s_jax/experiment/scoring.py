@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import shutil
 import sys
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float16, Int32
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.batches import Buckets
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
@@ -164,9 +164,7 @@ def _batches(
             prompt, response = buckets[bucket[chosen].max()]
             yield places[chosen], score(data.padded(indices, prompt, response, "llm"))
 
-    # The devices are at the next batch while the host takes this one.
-    batches: Iterator[Any] = itertools.chain(dispatched(), [None])
-    for (indices, result), _ in itertools.pairwise(batches):
+    for indices, result in one_ahead(dispatched()):
         yield indices, jax.block_until_ready(result)
 
 

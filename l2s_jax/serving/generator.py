@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.text import integer_list, text_list
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.drafted import ExactState
@@ -154,30 +155,24 @@ class Generator:
         processes, me = (jax.process_count(), jax.process_index()) if shared else (1, 0)
         outputs: dict[int, Output] = {}
         decode = self._decode_until if search.stop else self._decode
+        given = self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
         with tqdm(total=len(prompts), desc=description, disable=silent, file=sys.stderr) as bar:
 
-            def collect(indices: np.ndarray, decoded: Any) -> None:
+            def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
+                decoded = None
+                for number, (indices, batch) in enumerate(given):
+                    if number % processes != me:
+                        bar.update(len(indices))
+                        continue
+                    jax.block_until_ready(decoded)  # one batch at a time is on the devices
+                    decoded = decode(batch, capacity, search, mismatched)
+                    yield indices, decoded
+
+            for indices, decoded in one_ahead(dispatched()):
                 if not search.stop:
                     decoded = outputs_of(sharding.gather(decoded), self.response_tokenizer)
                 outputs.update(zip(indices.tolist(), decoded, strict=False))
                 bar.update(len(indices))
-
-            before: tuple[np.ndarray, Any] | None = None
-            for number, (indices, batch) in enumerate(
-                self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
-            ):
-                if number % processes != me:
-                    bar.update(len(indices))
-                    continue
-                # One batch at a time is on the devices, and they are at it while the texts of the
-                # one before are made.
-                jax.block_until_ready(before and before[1])
-                now = indices, decode(batch, capacity, search, mismatched)
-                if before:
-                    collect(*before)
-                before = now
-            if before:
-                collect(*before)
         if processes > 1:
             shares = distributed.exchange(list(outputs.items()))
             outputs = {index: output_of(fields) for share in shares for index, fields in share}
