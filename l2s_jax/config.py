@@ -124,6 +124,13 @@ def training_seed(config: ConfigDict) -> int:
     return config.seed if config.train_seed < 0 else config.train_seed
 
 
+def tuned_l2s(config: ConfigDict) -> ConfigDict:
+    """`config.l2s` of the training that goes on with a change of the LLM, `config.llm.tune`."""
+    section, tune = ConfigDict(config.l2s.to_dict()), config.llm.tune
+    section.train.update(steps=tune.steps, learning_rate=tune.learning_rate)
+    return section
+
+
 def mesh_sizes(config: ConfigDict, section: str = "") -> dict[str, int]:
     """What `config.mesh` says, or of a section with a mesh of its own what that changes."""
     own = config[section].mesh.to_dict() if section else {}

@@ -6,8 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from l2s_jax.config import tuned_l2s
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.l2s import BundleStage, L2sStage
 
@@ -20,18 +19,15 @@ class TunedStage(BundleStage):
     """
 
     def __init__(self, context: Context, frozen: L2sStage):
-        tune = context.config.llm.tune
-        section = ConfigDict(context.config.l2s.to_dict())
-        section.train.update(steps=tune.steps, learning_rate=tune.learning_rate)
         super().__init__(
             context,
             "l2s",
             frozen,
             prompts=frozen.prompts,
             responses=frozen.responses,
-            section=section,
+            section=tuned_l2s(context.config),
         )
-        self._frozen, self._tune = frozen, tune
+        self._frozen, self._tune = frozen, context.config.llm.tune
         self.labels, self.teacher = frozen.labels, frozen.teacher
         self.own_responses = frozen.own_responses
 

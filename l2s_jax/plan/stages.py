@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import label_tokens, naming_mesh, training_seed
+from l2s_jax.config import label_tokens, naming_mesh, training_seed, tuned_l2s
 from l2s_jax.data.tasks import load_task
 from l2s_jax.experiment.checks import Meshes, check_batches
 from l2s_jax.experiment.features import rows_of
@@ -56,16 +56,14 @@ class Training(NamedTuple):
 
 def trainings_of(config: ConfigDict) -> Iterator[Training]:
     """Those that the config has, in the order in which they are made."""
-    tune = config.llm.tune
+    tuned = bool(config.llm.tune.rank)
     if config.llm.train.steps:
         yield Training("llm", "llm", _training_work(config, "llm", config.llm.train))
     yield Training("slm", "slm", _training_work(config, "slm", config.slm.train))
     work = _training_work(config, "l2s", config.l2s.train)
-    yield Training("l2s_frozen" if tune.rank else "l2s", "l2s", work)
-    if tune.rank:
-        train = config.l2s.train.copy_and_resolve_references()
-        train.update(steps=tune.steps, learning_rate=tune.learning_rate)
-        work = _training_work(config, "l2s", train)
+    yield Training("l2s_frozen" if tuned else "l2s", "l2s", work)
+    if tuned:
+        work = _training_work(config, "l2s", tuned_l2s(config).train)
         yield Training("l2s", "tuned", dataclasses.replace(work, features=False))
 
 
