@@ -12,46 +12,27 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 
+from sentences import write_task
+
 from l2s_jax.bench.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import write_json
 
-_WORDS = 8  # of a sentence
-_CONFIG = """
-from l2s_jax.config import default
-
-
-def get_config():
-    config = default()
-    config.task.update(name="rows", source="jsonl", data_dir={folder!r})
-    config.task.splits.update(train="train.jsonl", validation="some.jsonl", test="some.jsonl")
-    config.task.update(prompt="{{question}}", response="answer")
-    config.tokenizer.train_vocab_size = 2000
-    config.max_prompt_tokens = config.max_response_tokens = 48
-    config.buckets = ((48, 48),)
-    config.llm.model.update(width=32, num_heads=2, head_width=16, feed_forward_width=64)
-    config.llm.model.update(num_encoder_layers=1, num_decoder_layers=1)
-    config.llm.train.update(steps=1, warmup_steps=0, evaluate_every=1, batch_size=32)
-    return config
-"""
-
-
-def write_rows(folder: str, rows: int) -> None:
-    """The splits: `rows` to train with, a few for the others."""
-    letters, chance = "abcdefghijklmnopqrstuvwxyz", random.Random(0)
-    words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(20000)]
-    for name, number in (("train", rows), ("some", 32)):
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            for _ in range(number):
-                question, answer = (" ".join(chance.choices(words, k=_WORDS)) for _ in range(2))
-                file.write(f'{{"question": "{question}", "answer": "{answer}"}}\n')
+_MODEL = {
+    "width": 32,
+    "num_heads": 2,
+    "head_width": 16,
+    "feed_forward_width": 64,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+}
+_TRAIN = {"steps": 1, "warmup_steps": 0, "evaluate_every": 1, "batch_size": 32}
 
 
 def memory(process: int) -> tuple[int, int]:
@@ -68,15 +49,12 @@ def memory(process: int) -> tuple[int, int]:
     return found["RssAnon"], found["RssFile"]
 
 
-def run(folder: str) -> dict[str, float]:
-    """What the run takes.
+def run(folder: str, config: str) -> dict[str, float]:
+    """What a run of a config takes.
 
     Raises:
       RuntimeError: it failed.
     """
-    config = os.path.join(folder, "rows.py")
-    with open(config, "w", encoding="utf-8") as file:
-        file.write(_CONFIG.format(folder=folder))
     command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", "--until=llm"]
     began, own, mapped = time.monotonic(), 0, 0
     process = subprocess.Popen(
@@ -99,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="rows.json")
     options: argparse.Namespace = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        write_rows(folder, options.rows)
-        result = {"rows": options.rows, "machine": {**cpu(), "cores": cores()}, **run(folder)}
+        config = write_task(folder, options.rows, model=_MODEL, train=_TRAIN)
+        taken = run(folder, config)
+    result = {"rows": options.rows, "machine": {**cpu(), "cores": cores()}, **taken}
     write_json(options.output, result)
     print(
         f"{options.rows} rows: {result['seconds']:.0f} s to the end of one step; at most "

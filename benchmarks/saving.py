@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rows import write_rows
+import sentences
 
 from l2s_jax.bench.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
@@ -36,22 +36,6 @@ _ROWS = 2000
 AT = 12
 # Steps from one save by the clock to the next, more or less.
 _BETWEEN = 5
-_CONFIG = """
-from l2s_jax.config import default
-
-
-def get_config():
-    config = default()
-    config.task.update(name="saving", source="jsonl", data_dir={folder!r})
-    config.task.splits.update(train="train.jsonl", validation="some.jsonl", test="some.jsonl")
-    config.task.update(prompt="{{question}}", response="answer")
-    config.tokenizer.train_vocab_size = 2000
-    config.max_prompt_tokens = config.max_response_tokens = 48
-    config.buckets = ((48, 48),)
-    config.llm.model.update(**{model})
-    config.llm.train.update(**{train})
-    return config
-"""
 
 
 class Training:
@@ -62,7 +46,7 @@ class Training:
         self._metrics = os.path.join(self._workdir, "llm", "metrics.jsonl")
         self._checkpoints = os.path.join(self._workdir, "llm", "checkpoints")
         command = [sys.executable, "-m", "l2s_jax.main", "--until=llm"]
-        self._command = [*command, f"--config={folder}/saving.py", f"--workdir={self._workdir}"]
+        self._command = [*command, f"--config={folder}/sentences.py", f"--workdir={self._workdir}"]
         self._environment = {**os.environ}
         self._environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         if cache:
@@ -179,9 +163,7 @@ def write_task(folder: str, *, width: int, layers: int, batch_size: int) -> None
         "num_decoder_layers": layers,
     }
     train = {"batch_size": batch_size, "warmup_steps": 0, "log_every": 1}
-    with open(os.path.join(folder, "saving.py"), "w", encoding="utf-8") as file:
-        file.write(_CONFIG.format(folder=folder, model=model, train=train))
-    write_rows(folder, _ROWS)
+    sentences.write_task(folder, _ROWS, model=model, train=train)
 
 
 def measure(folder: str, steps: int) -> dict[str, Any]:
