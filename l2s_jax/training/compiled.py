@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -323,10 +322,12 @@ def _version(package: str) -> str:
 def _code() -> str:
     """A hash of the package's modules."""
     root = pathlib.Path(__file__).resolve().parent.parent
-    paths = sorted(root.rglob("*.py"))
-    sums = [(str(path.relative_to(root)), path.read_bytes()) for path in paths]
-    parts = [(name, hashlib.sha256(content).hexdigest()) for name, content in sums]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return sealed.hash_of(
+        {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in root.rglob("*.py")
+        }
+    )
 
 
 def _processor() -> str:

@@ -166,9 +166,10 @@ def fit(
     shardings = state_shardings(params, optimizer, config, mesh)
     replicated = NamedSharding(mesh, P())
     rows = sharding.batch_rows(mesh, config.batch_size)
-    step_fn = make_step(system, optimizer, config, seed, shardings, distillation)
     if compiled:
         step_fn = compiled.step(name, system, config, seed, distillation)
+    else:
+        step_fn = make_step(system, optimizer, config, seed, shardings, distillation)
     if policy:
         write_fn = on_policy.make_writer(system, policy, seed, mesh)
         own_step_fn = make_step(system, optimizer, config, seed, shardings, llm=policy.llm)
