@@ -1,6 +1,7 @@
 """LoRA on every family: what is trained, what stays, and what comes out."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,33 @@ def test_at_the_start_b_has_a_gradient_and_a_has_none(name):
         assert bool(np.any(gradient)) == path.endswith("/b"), path
     assert all(np.any(leaf) for leaf in jax.tree.leaves(of_trained.get("projector", {})))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_frozen["base"]))
+
+
+@pytest.mark.parametrize("name", ["llama", "add"])
+def test_a_step_makes_no_changed_kernel_and_no_gradient_of_one(name):
+    lora, trained, frozen, _ = case(name)
+    batch = small.make_batch(lora)
+
+    def as_merged(trained):
+        return update.batch_loss(*lora.whole(trained, frozen), batch, None, 0.0)
+
+    def in_parts(trained):
+        return update.batch_loss(lora, trained, frozen, batch, None, 0.0)
+
+    def made(loss):
+        """Shapes of adapted kernels among what the gradient's program multiplies or adds up."""
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(trained).compile().as_text()
+        found = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|add)\(", program)
+        shapes = {tuple(map(int, shape.split(","))) for shape in found}
+        modules = flatten_dict(trained["lora"], sep="/")
+        return shapes & {
+            (leaf.shape[0], modules[f"{path[:-1]}b"].shape[1])
+            for path, leaf in modules.items()
+            if path.endswith("/a")
+        }
+
+    assert made(as_merged)
+    assert not made(in_parts)
 
 
 def fit(directory, name, mesh=(1, 1, 1), **changes):

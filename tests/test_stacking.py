@@ -206,19 +206,26 @@ def test_a_causal_slm_trains_alike_on_a_mesh():
     small.assert_same(scanned_params, plain_params, rtol=1e-3, atol=2e-4)
 
 
-def test_lora_generation_and_int8_with_stacked_layers():
+@pytest.mark.parametrize("pattern", [".*layers_1/.*kernel", ".*kernel"])
+def test_lora_with_stacked_layers(pattern):
     plain, scanned = pair("gpt2"), pair("gpt2", **SCANNED)
     trained, frozen = small.make_params(plain)
     stacked, batch = stack_layers(frozen), small.make_batch(plain)
-    adapters, base = Lora(plain, 2, 4.0, ".*layers_1/.*kernel").split(trained, jax.random.key(0))
+    adapters, base = Lora(plain, 2, 4.0, pattern).split(trained, jax.random.key(0))
     adapters = small.random_like(adapters)
     logits = [
-        Lora(system, 2, 4.0, ".*layers_1/.*kernel")
+        Lora(system, 2, 4.0, pattern)
         .scored(adapters, {"base": base, "inner": inner}, batch)
         .logits()
         for system, inner in ((plain, frozen), (scanned, stacked))
     ]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_and_int8_with_stacked_layers():
+    plain, scanned = pair("gpt2"), pair("gpt2", **SCANNED)
+    trained, frozen = small.make_params(plain)
+    stacked, batch = stack_layers(frozen), small.make_batch(plain)
     for weights in ("float", "int8"):
         outs = []
         for system, own in ((plain, frozen), (scanned, stacked)):

@@ -42,8 +42,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"projector/outward/kernel", P("tensor", "fsdp")),
     (r"mix/weights_\d+", P()),
     (r"prompt_map/kernel", P("fsdp", "tensor")),
-    (r"(llm_)?lora/.*/a", P("fsdp", None)),
-    (r"(llm_)?lora/.*/b", P(None, "tensor")),
+    # Trained as (llm_)lora/MODULE/a and b; in products they lie beside the kernel.
+    (r"((llm_)?lora/.*|.*/kernel)/a", P("fsdp", None)),
+    (r"((llm_)?lora/.*|.*/kernel)/b", P(None, "tensor")),
     (r".*/relative_bias/embedding", P()),
     (r".*/scale", P()),
 )
@@ -146,8 +147,8 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A tree like `params` of NamedShardings; every parameter must match exactly one rule.
 
     No axis splits the layers of a stacked parameter (models/stacking.py). The parts of a quantized
-    parameter lie as it would. A vocabulary that `tensor` does not divide, such as GPT-2's, is not
-    split by it.
+    parameter lie as it would, and so does what a low-rank change is added to. A vocabulary that
+    `tensor` does not divide, such as GPT-2's, is not split by it.
 
     Raises:
       ValueError: a parameter that no rule matches, or several, or that does not divide.
@@ -155,8 +156,9 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     problems = []
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        part = isinstance(path[-1], jax.tree_util.GetAttrKey)
-        name = path_name(path[:-1] if part else path)
+        last = path[-1]
+        is_part = isinstance(last, jax.tree_util.GetAttrKey) and last.name not in ("a", "b")
+        name = path_name(path[:-1] if is_part else path)
         specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, name)]
         if len(specs) != 1:
             problems.append(f"{name} ({len(specs)} rules)")

@@ -6,9 +6,10 @@ It knows no family: it rewrites a parameter tree, and what comes out of training
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from jaxtyping import Array, Key
 
 from l2s_jax.cluster.paths import matching
 from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.low_rank import LowRank
 from l2s_jax.models.scored import Scored
+from l2s_jax.models.stacking import stacked_path
 from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params
 
 
@@ -30,6 +33,9 @@ class Adapters:
     `kernel + alpha / rank * a @ b` with a [in, rank] and b [rank, out], float32; all else of the
     model stays as it is. b starts at zero, so an optimizer that measures updates by the size of a
     parameter (`train.parameter_scale`) hardly moves it.
+
+    `merge` makes that kernel. `beside` leaves it in its parts, of which products take each: a
+    training step then neither makes a changed kernel nor the gradient of one.
     """
 
     rank: int
@@ -67,17 +73,40 @@ class Adapters:
 
     def merge(self, adapters: Params, base: Params) -> dict[str, Any]:
         """The model's parameters with their change."""
+        return self._changed(adapters, base, self._merged)
+
+    def beside(self, adapters: Params, base: Params) -> dict[str, Any]:
+        """The model's parameters, with a `LowRank` for each kernel that all layers have adapted.
+
+        Layers that are alike can be stacked. The head, of which a vocabulary may be cut, is merged.
+        """
+        paths = self._kernels(base)
+        adapted = collections.Counter(stacked_path(path)[0] for path in paths)
+        layers = collections.Counter(stacked_path(path)[0] for path in flatten_dict(base, sep="/"))
+
+        def change(path: str, kernel: Any, a: Any, b: Any) -> Any:
+            stacked, layer = stacked_path(path)
+            if layer is None or adapted[stacked] < layers[stacked]:
+                return self._merged(path, kernel, a, b)
+            return LowRank(kernel, a, self.alpha / self.rank * b)
+
+        return self._changed(adapters, base, change)
+
+    def _merged(self, _: str, kernel: Any, a: Any, b: Any) -> Any:
+        # At this precision it is the same in a training step and after it, on any device.
+        return kernel + self.alpha / self.rank * jnp.matmul(
+            a, b, precision=jax.lax.Precision.HIGHEST
+        )
+
+    def _changed(
+        self, adapters: Params, base: Params, change: Callable[[str, Any, Any, Any], Any]
+    ) -> dict[str, Any]:
+        """`base` with `change(path, kernel, a, b)` for each kernel that is adapted."""
         changes: dict[str, Any] = flatten_dict(adapters, sep="/")
         flat: dict[str, Any] = flatten_dict(base, sep="/")
         for path in self._kernels(base):
             module = path.removesuffix("kernel")
-            change = jnp.matmul(
-                changes[f"{module}a"],
-                changes[f"{module}b"],
-                # So that it is the same in a training step and after it, on any device.
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            flat[path] = flat[path] + self.alpha / self.rank * change
+            flat[path] = change(path, flat[path], changes[f"{module}a"], changes[f"{module}b"])
         return unflatten_dict(flat, sep="/")
 
 
@@ -103,8 +132,13 @@ class Adapted(abc.ABC):
         return self.system.decoder
 
     @abc.abstractmethod
-    def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[Any, Any, Any]:
-        """(system, trained, frozen) of the system itself, as it is by now."""
+    def whole(
+        self, trained: Params, frozen: Mapping[str, Params], *, merged: bool = True
+    ) -> tuple[Any, Any, Any]:
+        """(system, trained, frozen) of the system itself, as it is by now.
+
+        No gradient goes to the base. Without `merged`, kernels are as `Adapters.beside` has them.
+        """
 
     def scored(
         self,
@@ -114,7 +148,7 @@ class Adapted(abc.ABC):
         dropout_key: Key[Array, ""] | None = None,
     ) -> Scored:
         """The response, teacher-forced."""
-        system, params, inner = self.whole(trained, frozen)
+        system, params, inner = self.whole(trained, frozen, merged=False)
         return system.scored(params, inner, batch, dropout_key)
 
 
@@ -154,10 +188,17 @@ class Lora(Adapted):
 
     def merge(self, trained: Params, base: Params) -> dict[str, Any]:
         """(trained, base) -> parameters of the system itself; no gradient goes to `base`."""
-        rest = {name: tree for name, tree in trained.items() if name != "lora"}
-        base = jax.lax.stop_gradient(base)
-        return {**rest, self._model: self._adapters.merge(trained["lora"], base)}
+        return self._with(self._adapters.merge, trained, base)
 
-    def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[Any, Any, Any]:
-        """(system, trained, frozen) of the system itself, as the model is by now."""
-        return self.system, self.merge(trained, frozen["base"]), frozen["inner"]
+    def whole(
+        self, trained: Params, frozen: Mapping[str, Params], *, merged: bool = True
+    ) -> tuple[Any, Any, Any]:
+        """See `Adapted.whole`."""
+        join = self._adapters.merge if merged else self._adapters.beside
+        return self.system, self._with(join, trained, frozen["base"]), frozen["inner"]
+
+    def _with(
+        self, join: Callable[[Params, Params], Params], trained: Params, base: Params
+    ) -> dict[str, Any]:
+        rest = {name: tree for name, tree in trained.items() if name != "lora"}
+        return {**rest, self._model: join(trained["lora"], jax.lax.stop_gradient(base))}

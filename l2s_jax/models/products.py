@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from l2s_jax.cluster.sharding import AnyArray, program_mesh
+from l2s_jax.models.low_rank import LowRank
 
 # Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if
 # the axis that is summed over is in blocks of so many, whose products are added up. More rows take
@@ -112,14 +113,18 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 def by_kernel(
     x: Float[AnyArray, "*rows D"],
-    kernel: Float[AnyArray, "D F"] | qwix.QArray,
+    kernel: Float[AnyArray, "D F"] | qwix.QArray | LowRank,
     dtype: DTypeLike,
     out_dtype: DTypeLike,
 ) -> Float[Array, "*rows F"]:
-    """`x @ kernel`, as `product`.
+    """`x @ kernel`, as `product`; of a low-rank change, `(x @ a) @ b` is added.
 
     One float32 row is summed in blocks on a CPU (`SPLIT_K`).
     """
+    if isinstance(kernel, LowRank):
+        inner = product("...d,dr->...r", x, kernel.a, dtype, dtype)
+        change = product("...r,rf->...f", inner, kernel.b, dtype, out_dtype)
+        return by_kernel(x, kernel.base, dtype, out_dtype) + change
 
     def whole(x: AnyArray, kernel: AnyArray | qwix.QArray) -> jax.Array:
         return product("...d,df->...f", x, kernel, dtype, out_dtype)

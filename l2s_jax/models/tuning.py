@@ -43,8 +43,11 @@ class Tuned(Adapted):
         """
         return {**trained, _LORA: self.adapters.init(key, frozen)}, {"base": frozen}
 
-    def whole(self, trained: Params, frozen: Mapping[str, Params]) -> tuple[LlmToSlm, Any, Any]:
-        """(system, trained, frozen), with the LLM as it is by now; no gradient goes to the base."""
+    def whole(
+        self, trained: Params, frozen: Mapping[str, Params], *, merged: bool = True
+    ) -> tuple[LlmToSlm, Any, Any]:
+        """See `Adapted.whole`; the LLM is what is adapted."""
         rest = {name: tree for name, tree in trained.items() if name != _LORA}
         base = jax.lax.stop_gradient(frozen["base"])
-        return self.system, rest, self.adapters.merge(trained[_LORA], base)
+        join = self.adapters.merge if merged else self.adapters.beside
+        return self.system, rest, join(trained[_LORA], base)
