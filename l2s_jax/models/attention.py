@@ -64,7 +64,11 @@ def attend(
         whole = bias if isinstance(bias, jax.Array) else bias.block(0, queries, 0, keys)
         scores = products.by_keys(query, key_value.key) * scale + whole
         weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        return products.by_values(weights if dropout is None else dropout(weights), key_value.value)
+        if dropout is not None:
+            # Where `fsdp` splits the rows, the TPU's compiler (libtpu 0.0.42) ends the process for
+            # want of stack if it may do this within the product with the values.
+            weights = jax.lax.optimization_barrier(dropout(weights))
+        return products.by_values(weights, key_value.value)
     blocks = functools.partial(_by_blocks, scale=scale, dropout=dropout)
     if dropout is not None or not _has_kernel(query, key_value, bias):
         _say(f"attention to {keys:,} keys: in blocks")
