@@ -63,11 +63,16 @@ def case(name, dtype=jnp.float32):
 def test_float_weights_give_the_same_and_are_not_cast(name, dtype):
     system, trained, frozen, inputs = case(name, dtype)
     held = jax.device_put(system.to_serve(trained, frozen, "float"))
+    if name in ("tied", "causal"):
+        # What embeds a token is rounded as what makes its logit.
+        table = trained["slm"]["token_embedding"]["embedding"].astype(dtype).astype(jnp.float32)
+        trained = {"slm": {**trained["slm"], "token_embedding": {"embedding": table}}}
     expected = run(system, trained, frozen, *inputs)
     for found, wanted in zip(run(system, *held, *inputs), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     text = run.lower(system, *held, *inputs).as_text()
-    assert not re.search(r"convert.*\(tensor<\d+x(32|6)xf32>\) -> tensor<\d+x\d+xbf16>", text)
+    casts = r"convert.*\(tensor<(\d+x(32|6)|48x16)xf32>\) -> tensor<\d+x\d+xbf16>"
+    assert not re.search(casts, text)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

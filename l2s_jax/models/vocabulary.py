@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int
 from l2s_jax.cluster.sharding import AnyArray
 
 RESPONSE_TABLE = "response_embedding"
+TABLES = "token_embedding", RESPONSE_TABLE
 # Fields of configs that are ids of responses.
 _SPECIAL = ("pad_id", "eos_id", "decoder_start_id")
 
@@ -112,7 +113,7 @@ def response_size(config: Any) -> int:
 
 def response_table(config: Any) -> str:
     """The parameter that responses are embedded by, and that a tied head is."""
-    return "token_embedding" if config.vocabulary is None else RESPONSE_TABLE
+    return TABLES[config.vocabulary is not None]
 
 
 def cut(params: Mapping[str, Any], config: Any) -> dict[str, Any]:
