@@ -2,6 +2,8 @@
 
 import functools
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +17,12 @@ from l2s_jax.cluster.sharding import (
     RULES,
     batch_sharding,
     decoding_mesh,
+    gather,
     make_mesh,
     parameter_shardings,
     put_batch,
 )
+from l2s_jax.experiment.training import TrainedStage
 from l2s_jax.models.families import make_module
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.layers import Embedding
@@ -290,3 +294,18 @@ def test_a_batch_is_split_over_data_and_fsdp():
     assert array.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 2)
     np.testing.assert_array_equal(array, rows)
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize("name", ["slm", "add", "cross"])
+def test_each_device_makes_its_own_part_of_random_parameters(name, monkeypatch):
+    system, mesh, made = small.make_system(name), small.mesh_of(fsdp=4, tensor=2), []
+    kept = lambda tree: made.append(tree) or gather(tree)  # noqa: E731
+    monkeypatch.setattr("l2s_jax.cluster.sharding.gather", kept)
+    stage: Any = SimpleNamespace(context=SimpleNamespace(mesh=mesh), seed=3)
+    found = TrainedStage.random(stage, system, without=["projector"])
+    (placed,) = made
+    assert jax.tree.map(lambda leaf: leaf.sharding, placed) == parameter_shardings(placed, mesh)
+    expected = dict(jax.device_get(jax.jit(system.init)(jax.random.key(3))))
+    expected.pop("projector", None)
+    small.assert_same(found, expected)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))

@@ -125,6 +125,8 @@ class L2sStage(BundleStage):
 
     def make(self) -> None:
         """Trains projector and SLM."""
+        import jax
+
         from l2s_jax.models.systems import LanguageModel, LlmToSlm
         from l2s_jax.serving import bundle
         from l2s_jax.serving.loading import generator_settings
@@ -140,11 +142,11 @@ class L2sStage(BundleStage):
             shared_vocabulary=self.shared_vocabulary,
             **self._joined(),
         )
-        params = self.random(system)
         if slm is None:
             # The SLM alone starts from the same.
             slm = self.random(LanguageModel("slm", slm_config))["slm"]
-        params = {**params, "slm": {name: slm[name] for name in params["slm"]}}
+        read = jax.eval_shape(system.init, jax.random.key(0))["slm"]
+        params = self.random(system, without=["slm"]) | {"slm": {name: slm[name] for name in read}}
         cached = self._features.is_used()
         _, frozen = self._llm.encoder(entries=system.beside_hidden if cached else None)
         prepare = self._features.put_into if cached else None

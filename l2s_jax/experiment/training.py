@@ -183,14 +183,24 @@ class TrainedStage(RecordedStage):
         )
         return with_vocabulary(config, kept_by(self.responses.tokenizer))
 
-    def random(self, system: System) -> Params:
-        """Parameters to start from where there are none."""
+    def random(self, system: System, *, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Parameters to start from where there are none, on the host; `without` some entries.
+
+        Each device of the mesh makes its own part: all may be more than one can hold.
+        """
         import jax
 
+        from l2s_jax.cluster import sharding
+
+        def init(key: jax.Array) -> dict[str, Any]:
+            params = system.init(key)
+            return {name: params[name] for name in params if name not in without}
+
+        key = jax.random.key(self.seed)
+        where = sharding.parameter_shardings(jax.eval_shape(init, key), self.context.mesh)
         # On a CPU, to optimize a program that runs once takes longer than the program.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        init = jax.jit(system.init, compiler_options=quick)
-        return init(jax.random.key(self.seed))
+        return sharding.gather(jax.jit(init, out_shardings=where, compiler_options=quick)(key))
 
     def fit(
         self,

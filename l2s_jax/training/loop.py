@@ -195,7 +195,8 @@ def fit(
         if start is None:
             start = 0
             state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
-                jax.device_get(params)
+                # Each device is given its own part of what lies on the host.
+                sharding.put(jax.device_get(params), shardings.params)
             )
         else:
             saved = checkpoints.config(start)
