@@ -65,7 +65,7 @@ def make_system(arguments: argparse.Namespace) -> tuple[LlmToSlm, Any]:
 
     slm = dataclasses.replace(GEOMETRIES[arguments.slm], dtype=dtype, dropout_rate=0.1)
     system = LlmToSlm(encoder, slm, projector_width=slm.width, fusion=arguments.fusion)
-    return system, to_serve(jax.tree.map(weights, shapes), encoder, "float")
+    return system, to_serve(jax.tree.map(weights, shapes), encoder, "float", encodes=True)
 
 
 def make_data(arguments: argparse.Namespace, vocabulary: int, rows: int) -> TokenizedExamples:

@@ -162,7 +162,7 @@ def load_part(directory: str, coordinator: str, processes: int, process: int) ->
         mesh = sharding.make_mesh({"data": 1, "fsdp": processes, "tensor": 1})
 
         def run() -> object:
-            _, params = load_encoder(directory, dtype=jnp.bfloat16, serve=True, mesh=mesh)
+            _, params = load_encoder(directory, dtype=jnp.bfloat16, weights="float", mesh=mesh)
             shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(params)]
             found["part_bytes"] = sum(shard.data.nbytes for shard in shards)
             return params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ def ours(arguments: argparse.Namespace) -> Step:
     config.batch_size = arguments.batch_size
     mesh = sharding.make_mesh(default().mesh)
 
-    frozen = random_like(jax.eval_shape(lambda params: to_serve(params, llm, "float"), shapes))
+    held = functools.partial(to_serve, config=llm, weights="float", encodes=True)
+    frozen = random_like(jax.eval_shape(held, shapes))
     params = random_like(jax.eval_shape(system.init, jax.random.key(0)))
     optimizer = optim.optimizer(config, params)
     shardings = update.state_shardings(params, optimizer, config, mesh)

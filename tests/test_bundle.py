@@ -68,7 +68,7 @@ def save(tmp_path, llm, tokenizers, fusion="add", llm_path=None, shared=True):
 def test_the_llm_may_encode_in_a_dtype_of_its_own(tmp_path, llm, tokenizers, mesh):
     save(tmp_path, llm, tokenizers)
     placed = mesh and sharding.make_mesh(mesh)
-    settings = {"encoder_dtype": jnp.bfloat16, "mesh": placed}
+    settings = {"encoder_dtype": jnp.bfloat16, "mesh": placed, "weights": "float" if mesh else ""}
     system, trained, frozen = bundle.load(str(tmp_path / "l2s"), **settings)
     ids, mask = np.asarray([[3, 4, 5, 6]], np.int32), np.ones((1, 4), bool)
     hidden = system.encode(trained, frozen, ids, mask)

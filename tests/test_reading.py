@@ -91,18 +91,33 @@ def test_an_encoder_is_read_as_it_is_held(tmp_path, family):
     else:
         hf.make_causal(directory, model_type=family)
     module, whole = load_encoder(directory, dtype=jnp.bfloat16)
-    expected = to_serve(whole, module.config, "float")
+    expected = to_serve(whole, module.config, "float", encodes=True)
     for mesh in (None, small.mesh_of(fsdp=4, tensor=2)):
-        same, params = load_encoder(directory, dtype=jnp.bfloat16, serve=True, mesh=mesh)
+        same, params = load_encoder(directory, dtype=jnp.bfloat16, weights="float", mesh=mesh)
         assert same.config == module.config
         small.assert_same(params, expected)
         for name, leaf in named(params):
-            # The T5's table is its head, the GPT-NeoX has a head of its own.
-            is_read = name.endswith("/kernel") or (
-                family == "t5" and name == "token_embedding/embedding"
-            )
-            assert leaf.dtype == (jnp.bfloat16 if is_read else jnp.float32), name
+            kernel = name.endswith("/kernel")
+            assert leaf.dtype == (jnp.bfloat16 if kernel else jnp.float32), name
             assert isinstance(leaf, np.ndarray if mesh is None else jax.Array)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
+def test_int8_is_made_of_one_parameter_at_a_time_where_it_lies(checkpoints, family, scan_layers):
+    directory, mesh = str(checkpoints / family), small.mesh_of(fsdp=4, tensor=2)
+    module, whole = load(directory, scan_layers=scan_layers)
+    expected = to_serve(whole, module.config, "int8")
+    settings = {"weights": "int8", "scan_layers": scan_layers}
+    _, on_host = load(directory, **settings)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(on_host))
+    small.assert_same(on_host, expected)
+    _, placed = load(directory, mesh=mesh, **settings)
+    small.assert_same(placed, expected)
+    found = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    assert found == sharding.parameter_shardings(placed, mesh)
+    # Generation takes them as they are.
+    assert jax.tree.leaves(to_serve(placed, module.config, "int8"))[0] is jax.tree.leaves(placed)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,11 +134,11 @@ def test_many_small_blocks_make_the_same(checkpoints, family, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stacked_layers_are_filled_one_by_one(checkpoints, family, monkeypatch):
-    _, whole = load_encoder(str(checkpoints / family), dtype=jnp.bfloat16, serve=True)
+    _, whole = load_encoder(str(checkpoints / family), dtype=jnp.bfloat16, weights="float")
     expected = stack_layers(whole)
     for mesh in (None, small.mesh_of(2, 2, 2)):
         read = count_bytes(monkeypatch)
-        options = {"dtype": jnp.bfloat16, "serve": True, "mesh": mesh, "scan_layers": True}
+        options = {"dtype": jnp.bfloat16, "weights": "float", "mesh": mesh, "scan_layers": True}
         module, params = load_encoder(str(checkpoints / family), **options)
         assert module.config.scan_layers
         small.assert_same(params, expected)

@@ -15,6 +15,7 @@ import server
 from prometheus_client.parser import text_string_to_metric_families
 
 import l2s_jax
+from l2s_jax.cluster.sharding import one_device
 from l2s_jax.serve.asking import chat_prompts
 from l2s_jax.serve.errors import Refused
 from l2s_jax.serve.models import Models, load_models
@@ -179,7 +180,8 @@ def texts_of(client, model, **asked):
 
 def test_each_name_is_a_system_of_its_own(client, models):
     exact = l2s_jax.load(models[0], exact=True, batch_size=1)
-    loaded = load_alone("slm", models[1], exact.prompt_tokenizer, dtype=np.float32, mesh=None)
+    placed = {"weights": "float", "mesh": one_device()}
+    loaded = load_alone("slm", models[1], exact.prompt_tokenizer, dtype=np.float32, **placed)
     slm = Generator(
         *loaded,
         exact.prompt_tokenizer,

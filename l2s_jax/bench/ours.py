@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -134,7 +135,7 @@ def _cut(config: ModelConfig, size: int) -> ModelConfig:
 def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
     """(config, parameters as they serve) of a folder, random where it holds none."""
     if has_weights(path):
-        module, params = pretrained.load(path, dtype=dtype, serve=True)
+        module, params = pretrained.load(path, dtype=dtype, weights="float")
         return module.config, params
     config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     shapes = jax.eval_shape(LanguageModel("llm", config).init, jax.random.key(0))
@@ -144,15 +145,16 @@ def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
 def _encoder(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
     """Likewise, of what encodes a prompt."""
     if has_weights(path):
-        module, params = pretrained.load_encoder(path, dtype=dtype, serve=True)
+        module, params = pretrained.load_encoder(path, dtype=dtype, weights="float")
         return module.config, params
     config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     config, shapes = pretrained.abstract_encoder(config)
-    return config, _random(shapes, config)
+    return config, _random(shapes, config, encodes=True)
 
 
-def _random(shapes: Any, config: ModelConfig) -> Params:
-    return random_like(jax.eval_shape(lambda params: to_serve(params, config, "float"), shapes))
+def _random(shapes: Any, config: ModelConfig, *, encodes: bool = False) -> Params:
+    held = functools.partial(to_serve, config=config, weights="float", encodes=encodes)
+    return random_like(jax.eval_shape(held, shapes))
 
 
 def _put_away(params: Any) -> Any:

@@ -34,7 +34,6 @@ def load_cut(directory: str, cut: Cut, *, dtype: Any = jnp.float32) -> tuple[nn.
             shapes,
             ignored=ignored,
             prefixes=kept_paths(list(shapes), kept_layers(config, cut)),
-            dtype_of=lambda _: jnp.float32,
         )
     module = family.make_module(dataclasses.replace(left, dtype=dtype))
     return module, cut_params(params, config, cut)

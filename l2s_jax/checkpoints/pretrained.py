@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import is_folder, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
-from l2s_jax.models.serving import float_dtype
+from l2s_jax.models.serving import float_dtype, hold
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.vocabulary import without_vocabulary
 
@@ -106,7 +107,7 @@ def load(
     directory: str,
     *,
     dtype: Any = jnp.float32,
-    serve: bool = False,
+    weights: str = "",
     mesh: Mesh | None = None,
     scan_layers: bool = False,
 ) -> tuple[nn.Module, Params]:
@@ -115,12 +116,12 @@ def load(
     Args:
       directory: what is read: a folder, a GGUF file, or a name on the hub (`hub.find`).
       dtype: the compute dtype of the module.
-      serve: kernels are held in the compute dtype, as `serving.to_serve` would hold them.
+      weights: they are held as `serving.to_serve` would hold them; "": in float32.
       mesh: with one, params are global arrays that lie on it by the rules of sharding.py; each
         process reads the part that its own devices hold, and casts and places it array by array.
       scan_layers: layers are stacked (models/stacking.py), as the module then takes them.
     """
-    return _load(directory, dtype, serve=serve, mesh=mesh, scan_layers=scan_layers)
+    return _load(directory, dtype, weights=weights, mesh=mesh, scan_layers=scan_layers)
 
 
 def load_encoder(
@@ -128,7 +129,7 @@ def load_encoder(
     *,
     layer: float = 0.0,
     dtype: Any = jnp.float32,
-    serve: bool = False,
+    weights: str = "",
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     entries: Sequence[str] | None = None,
@@ -146,7 +147,7 @@ def load_encoder(
         directory,
         dtype,
         layer=layer,
-        serve=serve,
+        weights=weights,
         mesh=mesh,
         scan_layers=scan_layers,
         kept=entries,
@@ -277,7 +278,7 @@ def _load(
     *,
     format: str | None = None,
     layer: float | None = None,
-    serve: bool = False,
+    weights: str = "",
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     kept: Sequence[str] | None = None,
@@ -296,13 +297,16 @@ def _load(
             if kept is not None:
                 prefixes = tuple(f"{name}/" for name in kept)
         config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)
+        held: dict[str, Any] = {"config": config, "encodes": layer is not None}
         params = read_params(
             files,
             entries,
             shapes,
             ignored=ignored,
             prefixes=prefixes,
-            dtype_of=lambda path: float_dtype(path, config) if serve else jnp.float32,
+            # int8 is made of float32, of one parameter at a time.
+            dtype_of=functools.partial(float_dtype, **held) if weights == "float" else None,
+            hold=functools.partial(hold, weights=weights, **held) if weights else None,
             mesh=mesh,
             stacked=scan_layers,
         )

@@ -58,7 +58,8 @@ def read_params(
     *,
     ignored: Sequence[str] = (),
     prefixes: Sequence[str] | None = None,
-    dtype_of: Callable[[str], Any] = lambda path: np.float32,
+    dtype_of: Callable[[str], Any] | None = None,
+    hold: Callable[[str, Any], Any] | None = None,
     mesh: Mesh | None = None,
     stacked: bool = False,
 ) -> Params:
@@ -69,7 +70,8 @@ def read_params(
     that are not needed.
 
     Args:
-      dtype_of: path -> the dtype in which the parameter is held.
+      dtype_of: path -> the dtype in which the parameter is read; None: float32.
+      hold: (path, parameter) -> what is held of it, before the next one is read; None: itself.
       mesh: without one, arrays are numpy's; else they are global, and lie where the rules of
         sharding.py place them. All processes call alike, each reads what its devices hold.
       stacked: the layers' parameters come as `stack_layers` would make them, of the layers at once.
@@ -80,7 +82,7 @@ def read_params(
     held = matched(files, entries, shapes, ignored=ignored, prefixes=prefixes)
     tree = unflatten_dict(
         {
-            path: jax.ShapeDtypeStruct(shapes[path], dtype_of(path))
+            path: jax.ShapeDtypeStruct(shapes[path], dtype_of(path) if dtype_of else np.float32)
             for entry, _ in held
             for path in entry.parameters
         },
@@ -105,7 +107,8 @@ def read_params(
         for tensor in tensors:
             _read(files, tensor, list(parts.values()))
         for path in paths:
-            flat[path] = _placed(leaves[path], where[path], parts.pop(path))
+            whole = _placed(leaves[path], where[path], parts.pop(path))
+            flat[path] = hold(path, whole) if hold else whole
     return unflatten_dict(flat, sep="/")
 
 

@@ -45,14 +45,14 @@ class BundleStage(TrainedStage):
     def load(self, mesh: Mesh, weights: str) -> tuple[LlmToSlm, Params, Params]:
         """(system, trained parameters, the LLM's frozen ones), to generate with on a mesh."""
         from l2s_jax.serving import bundle
-        from l2s_jax.serving.loading import where_to_read
 
         dtype, encoder_dtype = self.context.dtypes
         return bundle.load(
             self.directory,
             dtype=dtype,
             encoder_dtype=encoder_dtype,
-            mesh=where_to_read(mesh, weights),
+            weights=weights,
+            mesh=mesh,
             scan_layers=self.context.config.scan_layers,
         )
 

@@ -137,7 +137,7 @@ class LlmStage(LanguageModelStage):
             self.directory,
             layer=self.layer,
             dtype=self.context.dtypes[1],
-            serve=True,
+            weights="float",
             mesh=mesh or self.context.mesh,
             scan_layers=self.context.config.scan_layers,
             entries=entries,

@@ -65,7 +65,7 @@ class OwnResponses:
         module, params = pretrained.load(
             directory,
             dtype=context.dtypes[0],
-            serve=True,
+            weights="float",
             mesh=context.mesh,
             scan_layers=context.config.scan_layers,
         )

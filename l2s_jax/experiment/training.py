@@ -337,7 +337,7 @@ class LanguageModelStage(TrainedStage):
 
     def load(self, mesh: Mesh, weights: str) -> tuple[LanguageModel, Params, Params]:
         """(system, parameters, nothing frozen), to generate with on a mesh."""
-        from l2s_jax.serving.loading import load_alone, where_to_read
+        from l2s_jax.serving.loading import load_alone
 
         self.check()
         return load_alone(
@@ -345,5 +345,6 @@ class LanguageModelStage(TrainedStage):
             self.directory,
             self.responses.tokenizer,
             dtype=self.context.dtypes[0],
-            mesh=where_to_read(mesh, weights),
+            weights=weights,
+            mesh=mesh,
         )

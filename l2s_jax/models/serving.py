@@ -6,34 +6,71 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import qwix
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 
+from l2s_jax.cluster.paths import path_name
+from l2s_jax.cluster.sharding import parameter_shardings
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.vocabulary import TABLES, response_table
 
 WEIGHTS = ("float", "int8")
 
 
-def float_dtype(path: str, config: ModelConfig) -> Any:
+def float_dtype(path: str, config: ModelConfig, *, encodes: bool = False) -> Any:
     """Dtype in which `to_serve` holds the parameter at a '/'-joined path, if not in int8."""
     *_, owner, name = path.rsplit("/", 2)
-    is_head = config.tied_head and owner in TABLES
+    is_head = config.tied_head and owner in TABLES and not encodes
     return config.dtype if name == "kernel" or is_head else jnp.float32
 
 
-def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> dict[str, Any]:
+def hold(path: str, leaf: Any, config: ModelConfig, weights: str, *, encodes: bool = False) -> Any:
+    """The parameter at a '/'-joined path as `to_serve` holds it, or [L, ...] of them.
+
+    An array that lies on a mesh is quantized where it lies, and stays there. One of the host comes
+    back to the host: all of a large model's may not fit on the device that quantizes them.
+    """
+    *_, owner, name = path.rsplit("/", 2)
+    is_head = config.tied_head and owner == response_table(config)
+    if weights == "float" or not (name == "kernel" or is_head):
+        if encodes and owner in TABLES:
+            return leaf
+        return leaf.astype(float_dtype(path, config), copy=False)
+    # One scale per output.
+    axes = (0,) if is_head else (*range(leaf.ndim - 2), leaf.ndim - 1)
+
+    def quantize(leaf: Any) -> qwix.QArray:
+        whole = jnp.asarray(leaf, jnp.float32)
+        return qwix.quantize(whole, jnp.int8, channelwise_axes=axes)
+
+    if not isinstance(leaf, jax.Array):
+        return jax.device_get(quantize(leaf))
+    lies = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    if not isinstance(lies, NamedSharding):
+        return quantize(leaf)
+    shapes = unflatten_dict({path: jax.eval_shape(quantize, leaf)}, sep="/")
+    where: dict[str, Any] = parameter_shardings(shapes, lies.mesh)
+    return jax.jit(quantize, out_shardings=flatten_dict(where, sep="/")[path])(leaf)
+
+
+def to_serve(
+    params: Mapping[str, Any], config: ModelConfig, weights: str, *, encodes: bool = False
+) -> dict[str, Any]:
     """A model's parameters, with what products read in the form in which they read it.
 
     Args:
       params: of a model or of a part of it, float32, with the vocabulary of `config`; layers may be
-        stacked.
+        stacked. What another system that has the same model holds, or was read so, stays.
       config: of the model.
       weights: "float", kernels, and a table that is also the head, in the dtype of the products: no
         program has to cast them. The results are the same, but for what is read from such a table,
-        which is rounded. "int8": the same parameters, by qwix, with one scale per output;
-        activations stay in the dtype of the products. Arrays of the host stay on the host: all of a
-        large model's may not fit on the device that quantizes them.
+        which is rounded. "int8": kernels, and the table that is the head, by qwix; activations stay
+        in the dtype of the products.
+      encodes: no head is made of them. With "float" a table stays as it is: the whole model that it
+        is a part of may have rounded it.
 
     Raises:
       ValueError: weights is neither.
@@ -41,23 +78,10 @@ def to_serve(params: Mapping[str, Any], config: ModelConfig, weights: str) -> di
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
 
-    def quantize(leaf: Any, *axes: int) -> qwix.QArray:
-        whole = jnp.asarray(leaf, jnp.float32)
-        quantized = qwix.quantize(whole, jnp.int8, channelwise_axes=axes)
-        return quantized if isinstance(leaf, jax.Array) else jax.device_get(quantized)
-
-    table = response_table(config)
-
     def serve(path: tuple, leaf: Any) -> Any:
         if isinstance(leaf, qwix.QArray):
-            return leaf  # of another system that has the same model
-        *_, owner, name = (key.key for key in path)
-        if weights == "int8":
-            if name == "kernel":
-                return quantize(leaf, *range(leaf.ndim - 2), leaf.ndim - 1)
-            if owner == table and config.tied_head:
-                return quantize(leaf, 0)
-        return leaf.astype(float_dtype(f"{owner}/{name}", config), copy=False)
+            return leaf
+        return hold(path_name(path), leaf, config, weights, encodes=encodes)
 
     return jax.tree_util.tree_map_with_path(
         serve, params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray)

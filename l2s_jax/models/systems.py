@@ -364,7 +364,7 @@ class LlmToSlm:
         return {
             **to_serve(joint, self.slm_config, "float"),
             "slm": to_serve(cut(trained["slm"], self.slm_config), self.slm_config, weights),
-        }, to_serve(frozen, self.llm_config, weights)
+        }, to_serve(frozen, self.llm_config, weights, encodes=True)
 
     def parameters_read_per_token(self, trained: Params) -> int:
         """Numbers that one decoding step reads: of the SLM only."""

@@ -113,7 +113,7 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
         )
     except ValueError as error:
         raise ValueError(f"config.llm.layer: {error}") from None
-    frozen = jax.eval_shape(lambda params: to_serve(params, encoder, "float"), frozen)
+    frozen = jax.eval_shape(lambda params: to_serve(params, encoder, "float", encodes=True), frozen)
     system = LlmToSlm(
         llm_config=encoder,
         slm_config=slm,

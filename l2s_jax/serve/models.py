@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.config import compute_dtypes
@@ -16,7 +15,7 @@ from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
-from l2s_jax.serving.loading import load_alone, mesh_of, where_to_read
+from l2s_jax.serving.loading import load_alone, mesh_of
 from l2s_jax.settings.search import Search, alone, changed
 from l2s_jax.tokenizers.cut import whole_of
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
@@ -76,7 +75,7 @@ def load_models(models: Models) -> dict[str, Generator]:
     whole = {"llm", "exact"} & set(models.names)
     mesh = mesh_of(models.mesh or None)
     settings["mesh"] = mesh
-    placed = where_to_read(mesh, settings.get("weights", "float"))
+    placed = {"weights": settings.get("weights", "float"), "mesh": mesh}
     dtype, encoder_dtype = compute_dtypes(models.dtype, models.encoder_dtype)
     if whole and dtype != encoder_dtype:
         raise ValueError(
@@ -87,13 +86,13 @@ def load_models(models: Models) -> dict[str, Generator]:
     made: dict[str, Generator] = {}
     if whole:
         where = llm_directory or find(bundle.whole_llm(directory))
-        loaded = load_alone("llm", where, tokenizers[0], dtype=dtype, mesh=placed)
+        loaded = load_alone("llm", where, tokenizers[0], dtype=dtype, **placed)
         made["llm"] = Generator(*loaded, tokenizers[0], tokenizers[0], **settings)
     system, trained, frozen = bundle.load(
         directory,
         dtype=dtype,
         encoder_dtype=encoder_dtype,
-        mesh=placed,
+        **placed,
         entries=() if whole else None,
         llm_directory=llm_directory,
     )
@@ -115,10 +114,12 @@ def load_models(models: Models) -> dict[str, Generator]:
     return {name: made[name] for name in models.names}
 
 
-def _slm(name: str, dtype: Any, placed: Mesh | None, settings: Mapping[str, Any]) -> Generator:
+def _slm(
+    name: str, dtype: Any, placed: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Generator:
     directory = find(name)
     tokenizer = load_tokenizer(directory)
-    loaded = load_alone("slm", directory, tokenizer, dtype=dtype, mesh=placed)
+    loaded = load_alone("slm", directory, tokenizer, dtype=dtype, **placed)
     return Generator(*loaded, whole_of(tokenizer), tokenizer, **settings)
 
 

@@ -267,6 +267,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     encoder_dtype: Any = None,
+    weights: str = "",
     mesh: Mesh | None = None,
     scan_layers: bool = False,
     entries: Sequence[str] | None = None,
@@ -275,8 +276,8 @@ def load(
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
     The arguments after `dtype` are about the LLM, as of `pretrained.load_encoder`: its dtype is
-    `dtype` where none of its own is given, and on a mesh it is held as generation with weights
-    "float" holds it. `llm_directory` is where it lies, if elsewhere than the model says.
+    `dtype` where none of its own is given. `llm_directory` is where it lies, if elsewhere than the
+    model says.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
@@ -297,7 +298,7 @@ def load(
         llm_path,
         layer=layer,
         dtype=encoder_dtype or dtype,
-        serve=mesh is not None,
+        weights=weights,
         mesh=mesh,
         scan_layers=scan_layers,
         entries=entries,

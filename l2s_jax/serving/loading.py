@@ -82,15 +82,15 @@ def load(
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
     mesh = mesh_of(mesh)
-    placed = where_to_read(mesh, settings.get("weights", "float"))
+    placed = {"weights": settings.get("weights", "float"), "mesh": mesh}
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
     tokenizers = bundle.load_tokenizers(directory)
     if exact:
-        loaded = load_exact(directory, tokenizers[0], dtype=common, mesh=placed)
+        loaded = load_exact(directory, tokenizers[0], dtype=common, **placed)
         tokenizers = tokenizers[0], tokenizers[0]
     else:
         settings["search"] = alone(settings.get("search", {}))
-        loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, mesh=placed)
+        loaded = bundle.load(directory, dtype=common, encoder_dtype=of_encoder, **placed)
         _check_tokenizers(directory, loaded[0], *tokenizers)
     return Model(directory, *loaded, *tokenizers, mesh=mesh, **settings)
 
@@ -117,35 +117,34 @@ def mesh_of(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
     return sharding.make_mesh({**rest, **mesh}, jax.local_devices())
 
 
-def where_to_read(mesh: Mesh, weights: str) -> Mesh | None:
-    """Where a model is read to that generates on `mesh`: None, the host, to quantize it there."""
-    return mesh if weights == "float" else None
-
-
 def load_alone(
-    name: str, directory: str, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None
+    name: str, directory: str, tokenizer: Tokenizer, *, dtype: Any, weights: str, mesh: Mesh
 ) -> tuple[LanguageModel, Params, Params]:
     """(system, {name: parameters}, {}) of the LLM or SLM in a directory, with its tokenizer.
 
-    `mesh` as `where_to_read` gives it.
+    They are held as generation on `mesh` holds them; with `weights` "int8" and a cut vocabulary on
+    the host in float32, of which rows are taken before what is left is quantized.
 
     Raises:
       ValueError: no model is there, or a T5 whose pad or eos id is not its tokenizer's.
     """
-    module, params = pretrained.load(directory, dtype=dtype, serve=mesh is not None, mesh=mesh)
-    whole = whole_of(tokenizer)
+    whole, kept = whole_of(tokenizer), kept_by(tokenizer)
+    placed: dict[str, Any] = {"weights": weights, "mesh": mesh}
+    if weights == "int8" and kept is not None:
+        placed = {}
+    module, params = pretrained.load(directory, dtype=dtype, **placed)
     check_tokenizer(directory, module.config, tokenizer)
     config = with_tokens(module.config, whole.pad_id, whole.eos_id, directory)
-    config = with_vocabulary(config, kept_by(tokenizer))
+    config = with_vocabulary(config, kept)
     return LanguageModel(name, config), {name: params}, {}
 
 
 def load_exact(
-    directory: str, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None
+    directory: str, tokenizer: Tokenizer, *, dtype: Any, weights: str, mesh: Mesh
 ) -> tuple[Exact, Params, Params]:
     """(system, the L2S's parameters, the whole LLM's) of an L2S model's directory.
 
-    `tokenizer` is the LLM's, `mesh` as `where_to_read` gives it.
+    `tokenizer` is the LLM's; the LLM is held as generation on `mesh` holds it.
 
     Raises:
       ValueError: as of `bundle.load`; what is there of the LLM only encodes; or the LLM and the SLM
@@ -153,8 +152,9 @@ def load_exact(
     """
     llm_directory = find(bundle.whole_llm(directory))
     # What encodes is a part of the LLM, and is read with it.
-    l2s, trained, _ = bundle.load(directory, dtype=dtype, mesh=mesh, entries=())
-    llm, parameters, _ = load_alone("llm", llm_directory, tokenizer, dtype=dtype, mesh=mesh)
+    l2s, trained, _ = bundle.load(directory, dtype=dtype, entries=())
+    placed: dict[str, Any] = {"weights": weights, "mesh": mesh}
+    llm, parameters, _ = load_alone("llm", llm_directory, tokenizer, dtype=dtype, **placed)
     return Exact(l2s, llm), trained, parameters["llm"]
 
 
@@ -179,16 +179,17 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     if not is_whole(directory):
         raise ValueError(f"{directory}: no such directory; expected the result of a finished run")
     dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype)
-    placed = where_to_read(mesh, settings.get("weights", config.decoding.weights))
+    weights = settings.get("weights", config.decoding.weights)
+    placed: dict[str, Any] = {"weights": weights, "mesh": mesh}
     if exact:
         prompts, _ = bundle.load_tokenizers(directory)
-        loaded = load_exact(directory, prompts, dtype=dtype, mesh=placed)
+        loaded = load_exact(directory, prompts, dtype=dtype, **placed)
         return make_generator(config, loaded, prompts, prompts, **settings)
     if name == "l2s":
-        loaded = bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=placed)
+        loaded = bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype, **placed)
         tokenizers = bundle.load_tokenizers(directory)
         _check_tokenizers(directory, loaded[0], *tokenizers)
         return make_generator(config, loaded, *tokenizers, **settings)
     tokenizer = load_tokenizer(directory)
-    loaded = load_alone(name, directory, tokenizer, dtype=dtype, mesh=placed)
+    loaded = load_alone(name, directory, tokenizer, dtype=dtype, **placed)
     return make_generator(config, loaded, whole_of(tokenizer), tokenizer, **settings)
