@@ -34,8 +34,8 @@ def drafts_of(counts: Sequence[Any], row: int) -> Drafts:
 class Output(NamedTuple):
     """One generated response; `cut` says that the limit on new tokens ended it.
 
-    `tokens` is how many were decoded, what ended it included. After a stop text these are more than
-    `text` has: the stop's own, and the rest of the chunk that it was found in.
+    `tokens` is how many it has, what ended it included: of a stop text, all up to the one that
+    completed it.
 
     Of a beam search: `score` is log p / length**length_penalty, and `others` are the hypotheses
     after the best, best first. Of exact decoding: `drafts`.

@@ -119,6 +119,7 @@ class Job:
         if not (done or request.streamed or request.search.stop):
             return
         text = self._text.extend(np.asarray(said.tokens)[:length, row], last=done)
+        length = len(self._text.tokens)  # fewer with a stop text
         end = ""
         if self._text.stopped or (done and said.finished[row]):
             end = "stop"

@@ -15,7 +15,13 @@ _BEFORE = 6
 
 
 class ResponseText:
-    """Tokens in, text out: characters whole, and nothing from the first of the `stop` texts on."""
+    """Tokens in, text out: characters whole, and nothing from the first of the `stop` texts on.
+
+    Attributes:
+      tokens: those so far; with a stop text, up to the one that completes it.
+      text: what has been given of theirs.
+      stopped: whether a stop text was found.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer
@@ -32,12 +38,12 @@ class ResponseText:
         tokenizers only keep before a word, and what may turn out to be the start of a stop text.
         With `last`, there is no more to come and all is given.
         """
+        known = len(self.tokens)
         self.tokens = tokens.tolist()
         text = self._tokenizer.decode(self.tokens) if last else self._so_far()
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:
+        if self._stop_in(text) is not None:
             self.stopped = True
-            text = text[: min(found)]
+            text = self._until_stop(text, known)
         elif not last:
             text = text.rstrip(_INCOMPLETE).rstrip()
             text = text[: len(text) - self._started_stop(text)]
@@ -46,6 +52,23 @@ class ResponseText:
         piece = text[len(self.text) :]
         self.text = text
         return piece
+
+    def _stop_in(self, text: str) -> int | None:
+        """Where the first stop text begins."""
+        return min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+
+    def _until_stop(self, text: str, known: int) -> str:
+        """What `text`, of all tokens, has before a stop text; takes the tokens after it away.
+
+        Tokens come in pieces of any length, of which the answer must not depend: it is the first
+        token after the `known` ones with which there is a stop text.
+        """
+        for count in range(known + 1, len(self.tokens)):
+            said = self._tokenizer.decode(self.tokens[:count])
+            if self._stop_in(said) is not None:
+                self.tokens, text = self.tokens[:count], said
+                break
+        return text[: self._stop_in(text)]
 
     def _so_far(self) -> str:
         """The text of all tokens, of which only the new ones and a few before them are decoded."""
