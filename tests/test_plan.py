@@ -63,6 +63,12 @@ def planned(config: ConfigDict, directory: Path, topology: str, **settings) -> d
     return json.loads((directory / "plan.json").read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def devices() -> None:
+    """JAX runs, and has its devices, before a plan asks for some of its own."""
+    assert len(jax.devices()) == 8
+
+
 @pytest.fixture(scope="module")
 def v5e(tmp_path_factory) -> tuple[ConfigDict, dict, str]:
     config = small_config(data=2, fsdp=2)
@@ -549,7 +555,6 @@ def test_published_geometries_have_their_published_sizes():
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
-    assert len(jax.devices()) == 8  # so many, now that JAX runs
     config = tiny.write_task(tmp_path / "task")
     workdir = tmp_path / "work"
     assert tiny.run("--mode=plan", f"--config={config}", f"--workdir={workdir}", *flags) == 2
