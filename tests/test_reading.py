@@ -116,6 +116,8 @@ def test_int8_is_made_of_one_parameter_at_a_time_where_it_lies(checkpoints, fami
     small.assert_same(placed, expected)
     found = jax.tree.map(lambda leaf: leaf.sharding, placed)
     assert found == sharding.parameter_shardings(placed, mesh)
+    with pytest.raises(ValueError, match="weights='int4': expected one of float, int8"):
+        load("nowhere", weights="int4")
     # Generation takes them as they are.
     assert jax.tree.leaves(to_serve(placed, module.config, "int8"))[0] is jax.tree.leaves(placed)[0]
 

@@ -258,6 +258,17 @@ def test_impossible_trainings_are_refused(changes, message):
             "config.task.prompt='\\ud83d {a}': expected a text of whole",
         ),
         ({"seed": True}, "config.seed=True: expected an integer >= 0"),
+        *(
+            (
+                {f"{name}.batch_size": 10**6},
+                f"config.{name}.batch_size=1000000: expected an integer",
+            )
+            for name in ("llm.train", "labels", "distillation", "decoding", "evaluation.latency")
+        ),
+        (
+            {"max_prompt_tokens": 2**21},
+            "config.max_prompt_tokens=2097152: expected an integer >= 1",
+        ),
         ({"seed": 2**32}, "config.seed=4294967296: it does not fit into 32 bits; expected an i"),
         (
             {"evaluation.metrics": ("comet",)},
@@ -312,13 +323,22 @@ def test_heads_that_do_not_divide_are_refused(section, changes, message):
             {"llm.tune.rank": 2},
             "config.llm.tune.rank=2 with config.l2s.train.parameter_scale=True: expected False",
         ),
+        (
+            {"decoding.batch_size": 2**16, "decoding.max_new_tokens": 2**10},
+            "config.decoding.batch_size=65536: 75497472 tokens, expected at most 67108864",
+        ),
+        *(
+            ({f"{name}.batch_size": 2**16, "max_prompt_tokens": 2**10, "buckets": ((2**10, 128),)},
+             f"config.{name}.batch_size=65536: 75497472 tokens, expected at most 67108864")
+            for name in ("llm.train", "slm.train", "l2s.train", "labels", "distillation")
+        ),
         ({"task.splits": {}}, "config.task.splits has none: expected 'train' too"),
         (
             {"task.splits": {"train": "a", "validation": "b"}},
             "config.task.splits has train, validation: expected 'test' too",
         ),
     ],
-)
+)  # fmt: skip
 def test_settings_that_leave_a_run_without_something_are_refused(changes, message):
     rules.check(typed(usable()))
     values = usable().to_dict()

@@ -49,7 +49,7 @@ from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.files import is_folder, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
-from l2s_jax.models.serving import float_dtype, hold
+from l2s_jax.models.serving import check_weights, float_dtype, hold
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.vocabulary import without_vocabulary
 
@@ -284,6 +284,8 @@ def _load(
     kept: Sequence[str] | None = None,
     is_known: bool = False,
 ) -> tuple[nn.Module, Params]:
+    if weights:
+        check_weights(weights)
     if not is_known:
         sealed.check(*hashed_files(directory))
     with opened(directory, format) as (family, config, files, entries, shapes, ignored):

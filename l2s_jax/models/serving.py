@@ -20,6 +20,12 @@ from l2s_jax.models.vocabulary import TABLES, response_table
 WEIGHTS = ("float", "int8")
 
 
+def check_weights(weights: str) -> None:
+    """Raises a ValueError where it is none of WEIGHTS."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+
+
 def float_dtype(path: str, config: ModelConfig, *, encodes: bool = False) -> Any:
     """Dtype in which `to_serve` holds the parameter at a '/'-joined path, if not in int8."""
     *_, owner, name = path.rsplit("/", 2)
@@ -75,8 +81,7 @@ def to_serve(
     Raises:
       ValueError: weights is neither.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+    check_weights(weights)
 
     def serve(path: tuple, leaf: Any) -> Any:
         if isinstance(leaf, qwix.QArray):

@@ -16,6 +16,7 @@ from l2s_jax.messages import shown
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.mix import Groups, encoding_layer
 from l2s_jax.models.serving import WEIGHTS
+from l2s_jax.settings import limits
 from l2s_jax.settings.declare import Section, read, setting
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.cut import whole_of
@@ -23,8 +24,6 @@ from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 FAMILY = "l2s"
 _WIDEST, _LAYERS = 2**20, 10_000
-# Of one program: tokens in a row, rows, and tokens in all rows; more than any machine holds.
-_TOKENS, _ROWS, _ALL_TOKENS = 2**20, 2**16, 2**26
 _NEEDED = {
     "": ("fusion", "projector_width", "shared_vocabulary", "slm", "llm", "generation"),
     "llm": ("path", "content_hash", "layer"),
@@ -34,7 +33,7 @@ _NEEDED = {
 
 def _ascend(lengths: tuple[Any, ...]) -> bool:
     return bool(lengths) and all(
-        type(length) is int and before < length <= _TOKENS
+        type(length) is int and before < length <= limits.TOKENS
         for before, length in zip((0, *lengths), lengths, strict=False)
     )
 
@@ -67,19 +66,18 @@ class _Generation(Section):
         (),
         "What prompts are padded to.",
         fits=_ascend,
-        expected=f"numbers of tokens that ascend, from 1 to {_TOKENS}",
+        expected=f"numbers of tokens that ascend, from 1 to {limits.TOKENS}",
     )
-    max_new_tokens: int = setting(1, "Where a response is cut.", at_least=1, at_most=_TOKENS)
-    batch_size: int = setting(1, "Prompts at a time.", at_least=1, at_most=_ROWS)
+    max_new_tokens: int = setting(1, "Where a response is cut.", at_least=1, at_most=limits.TOKENS)
+    batch_size: int = setting(1, "Prompts at a time.", at_least=1, at_most=limits.ROWS)
     search: Search = Search()
     weights: str = setting("float", "How kernels are held.", one_of=WEIGHTS)
 
     def conflict(self) -> str:
         """A batch that no machine holds."""
-        tokens = self.batch_size * (self.prompt_lengths[-1] + self.max_new_tokens)
-        if tokens <= _ALL_TOKENS:
-            return ""
-        return f"batch_size={self.batch_size}: {tokens} tokens, expected at most {_ALL_TOKENS}"
+        tokens = self.prompt_lengths[-1] + self.max_new_tokens
+        wrong = limits.too_many(self.batch_size, tokens)
+        return f"batch_size={self.batch_size}: {wrong}" if wrong else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from l2s_jax.settings import limits
 from l2s_jax.settings.declare import Section, setting
 
 
@@ -31,7 +32,10 @@ class Distillation(Section):
         at_least=1,
     )
     batch_size: int = setting(
-        32, "Examples that the LLM reads at a time, on the devices of `labels.mesh`.", at_least=1
+        32,
+        "Examples that the LLM reads at a time, on the devices of `labels.mesh`.",
+        at_least=1,
+        at_most=limits.ROWS,
     )
     # Agarwal et al. 2024, arXiv 2306.13649.
     on_policy: float = setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from l2s_jax.settings import limits
 from l2s_jax.settings.declare import Section, setting
 
 METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "comet")
@@ -28,9 +29,11 @@ _TOKENIZERS = {
 class Latency(Section):
     """What is timed, on random prompts."""
 
-    batch_size: int = setting(8, "The larger batch, beside batch 1.", at_least=1)
-    prompt_tokens: int = setting(32, "Tokens of each prompt.", at_least=1)
-    new_tokens: int = setting(32, "Tokens of each response.", at_least=1)
+    batch_size: int = setting(
+        8, "The larger batch, beside batch 1.", at_least=1, at_most=limits.ROWS
+    )
+    prompt_tokens: int = setting(32, "Tokens of each prompt.", at_least=1, at_most=limits.TOKENS)
+    new_tokens: int = setting(32, "Tokens of each response.", at_least=1, at_most=limits.TOKENS)
     repeats: int = setting(20, "How often; the medians are reported.", at_least=1)
 
 

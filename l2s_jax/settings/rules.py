@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from l2s_jax.settings import limits
 from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Section, flat, read
 from l2s_jax.settings.search import changed
@@ -294,9 +295,23 @@ def _unusable(settings: Settings) -> Iterator[str]:
             "expected False, LoRA's matrices start at zero and updates relative to their size "
             "would be none"
         )
+    for where, rows, tokens in _batches(s):
+        if wrong := limits.too_many(rows, tokens):
+            yield f"config.{where}.batch_size={rows}: {wrong}"
     for split in ("train", "validation", s.evaluation.split):
         if split not in s.task.splits:
             yield (
                 f"config.task.splits has {', '.join(s.task.splits) or 'none'}: expected {split!r} "
                 "too"
             )
+
+
+def _batches(settings: Settings) -> Iterator[tuple[str, int, int]]:
+    """(section, rows, tokens of each row) of the batches of a run."""
+    s, prompt = settings, settings.max_prompt_tokens
+    for name in ("llm", "slm", "l2s"):
+        yield f"{name}.train", getattr(s, name).train.batch_size, prompt + s.max_response_tokens
+    labels = s.labels.max_new_tokens or s.max_response_tokens
+    yield "labels", s.labels.batch_size, prompt + labels
+    yield "distillation", s.distillation.batch_size, prompt + s.max_response_tokens
+    yield "decoding", s.decoding.batch_size, prompt + s.decoding.max_new_tokens

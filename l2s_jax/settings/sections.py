@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from l2s_jax.settings import limits
 from l2s_jax.settings.cut import Cut
 from l2s_jax.settings.declare import Allowed, Section, setting
 from l2s_jax.settings.distillation import Distillation
@@ -218,9 +219,14 @@ class Labels(Section):
     )
     search: Search = Search()
     max_new_tokens: int = setting(
-        0, "Where the LLM's are cut; 0: at `max_response_tokens`.", at_least=0
+        0,
+        "Where the LLM's are cut; 0: at `max_response_tokens`.",
+        at_least=0,
+        at_most=limits.TOKENS,
     )
-    batch_size: int = setting(32, "Prompts that it answers at a time.", at_least=1)
+    batch_size: int = setting(
+        32, "Prompts that it answers at a time.", at_least=1, at_most=limits.ROWS
+    )
     mesh: StageMesh = StageMesh()
 
 
@@ -240,8 +246,10 @@ class Features(Section):
 class Decoding(Section):
     """How outputs are made, in evaluation and generation."""
 
-    max_new_tokens: int = setting(128, "Where an output is cut.", at_least=1)
-    batch_size: int = setting(32, "Prompts that are answered at a time.", at_least=1)
+    max_new_tokens: int = setting(128, "Where an output is cut.", at_least=1, at_most=limits.TOKENS)
+    batch_size: int = setting(
+        32, "Prompts that are answered at a time.", at_least=1, at_most=limits.ROWS
+    )
     search: Search = Search()
     weights: str = setting(
         "float",
@@ -274,8 +282,12 @@ class Settings(Section):
     )
     task: Task = Task()
     tokenizer: Tokenizer = Tokenizer()
-    max_prompt_tokens: int = setting(128, "Longer prompts are cut.", at_least=1)
-    max_response_tokens: int = setting(128, "Longer responses are cut.", at_least=1)
+    max_prompt_tokens: int = setting(
+        128, "Longer prompts are cut.", at_least=1, at_most=limits.TOKENS
+    )
+    max_response_tokens: int = setting(
+        128, "Longer responses are cut.", at_least=1, at_most=limits.TOKENS
+    )
     buckets: tuple[tuple[int, int], ...] = setting(
         ((128, 128),),
         "Lengths (prompt, response) that batches are padded to, ascending.",

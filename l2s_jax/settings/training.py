@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+from l2s_jax.settings import limits
 from l2s_jax.settings.declare import Section, setting
 
 # Of inverse_sqrt without a warm-up: of one step, the rate would be down to 3% at step 1,000.
@@ -37,7 +38,9 @@ class Train(Section):
     """How one system is trained."""
 
     steps: int = setting(0, "Updates; 0 leaves an LLM from a directory as it is.", at_least=0)
-    batch_size: int = setting(64, "Examples per update, over all devices.", at_least=1)
+    batch_size: int = setting(
+        64, "Examples per update, over all devices.", at_least=1, at_most=limits.ROWS
+    )
     accumulation: int = setting(
         1, "Parts that a batch is taken in, one after another, to save memory.", at_least=1
     )
