@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import features_child
 import jax
@@ -18,10 +19,13 @@ import numpy as np
 import pytest
 import small
 from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.experiment import feature_cache, feature_files
+from l2s_jax.experiment.record_files import RecordFiles, distinct
 from l2s_jax.models.lora import Lora
 from l2s_jax.training import loop, update
 
@@ -210,17 +214,15 @@ def test_killed_at_any_moment_it_continues_without_encoding_twice(tmp_path, monk
     (folder / "features-00001-01234567.array_record.0123.tmp").write_bytes(b"half")
     (folder / "features-00001-01234567.index").write_bytes(b"k" * 16)
     store = feature_files.FeatureFiles(str(folder))
-    there, wanted = (
-        store.keys([str(path) for path in written]),
-        set(features_child.DATA.prompt_keys),
-    )
+    there = set(store.keys([str(path) for path in written]).tolist())
+    wanted = set(features_child.DATA.prompt_keys.tolist())
     kept = features_child.cache(str(directory), data=features_child.DATA)
     assert len(asked.read_text().splitlines()) == len(wanted - there), delays
     assert {path: path.stat().st_mtime_ns for path in written} == before, delays
     for index in range(98):
         np.testing.assert_array_equal(kept[index], whole[index])
     assert not list(folder.glob("*.tmp")), delays
-    assert store.keys(store.files()) == wanted, delays
+    assert set(store.keys(store.files()).tolist()) == wanted, delays
 
 
 def never(*_):
@@ -386,3 +388,26 @@ def test_only_what_training_reads_of_an_llm_is_loaded(tmp_path):
     assert pretrained.load_encoder(str(tmp_path), entries=(), **stacked)[1] == {}
     _, table = pretrained.load_encoder(str(tmp_path), entries=system.beside_hidden, **stacked)
     small.assert_same(table, {"token_embedding": encoder["token_embedding"]})
+
+
+keys = st.lists(st.integers(0, 40), max_size=60)
+
+
+@settings(deadline=None, max_examples=100)
+@given(wanted=keys, there=st.lists(keys, max_size=3))
+def test_what_is_missing_is_found_as_by_sets(wanted, there):
+    """Keys of which some end in zeros, or are equal in their first half."""
+
+    def array(numbers):
+        return np.frombuffer(b"".join(n.to_bytes(1) * 8 + bytes(8) for n in numbers), "V16")
+
+    store = RecordFiles("", "x")
+    with mock.patch.object(RecordFiles, "index", lambda _, path: array(there[int(path)])):
+        found = store.missing([*map(str, range(len(there)))], array(wanted))
+    known, expected = {key for part in there for key in part}, []
+    for place, key in enumerate(wanted):
+        if key not in known:
+            known.add(key)
+            expected.append(place)
+    assert found.tolist() == expected
+    assert distinct(array(wanted)) == len(set(wanted))

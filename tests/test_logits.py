@@ -17,6 +17,7 @@ from test_features import rewritten, shortened
 
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.experiment import logit_files, scoring
+from l2s_jax.experiment.record_files import distinct
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel
 
@@ -178,7 +179,8 @@ def test_killed_at_any_moment_it_continues_without_repeating_or_losing_any(tmp_p
     # As a kill between two system calls would leave it.
     (folder / "logits-00001-01234567.array_record.0123.tmp").write_bytes(b"half")
     store = logit_files.LogitFiles(str(folder))
-    there, wanted = store.keys([*map(str, written)]), set(logits_child.DATA.pair_keys)
+    there = set(store.keys([*map(str, written)]).tolist())
+    wanted = set(logits_child.DATA.pair_keys.tolist())
     kept = logits_child.read(str(directory))
     assert len(asked.read_text().splitlines()) == len(wanted - there), delays
     assert written.items() <= {p: p.stat().st_mtime_ns for p in folder.iterdir()}.items(), delays
@@ -217,7 +219,7 @@ def test_a_damaged_shard_is_one_line(tmp_path):
     line = refused(tmp_path, data)
     assert line.startswith(f"{path}: not readable")
     assert line.endswith("remove it, and the same command makes it again")
-    rewritten([b"xy"] * len(set(data.pair_keys)))(path)
+    rewritten([b"xy"] * distinct(data.pair_keys))(path)
     with pytest.raises(ValueError, match="2 bytes for response 0, expected"):
         logits_child.read(str(tmp_path), data=data)[0]
     path.unlink()

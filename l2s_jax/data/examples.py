@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from l2s_jax.data.ragged import Growing, GrowingRagged, Ragged, numbers
 from l2s_jax.data.table import Example, chunks
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
-_TOKENIZE_AT_ONCE = 8192
+_AT_ONCE = 8192
 
 
 class Hidden(Protocol):
@@ -154,15 +154,15 @@ class TokenizedExamples:
         return self._tokens.responses.lengths
 
     @functools.cached_property
-    def prompt_keys(self) -> list[bytes]:
-        """Half of the SHA-256 of the ids of each prompt, as they are after the cut."""
-        return [_key(b"", self._tokens.prompts[i]) for i in range(len(self))]
+    def prompt_keys(self) -> np.ndarray:
+        """Half of the SHA-256 of the ids of each prompt, as they are after the cut, V16 [N]."""
+        return _array(_key(b"", self._tokens.prompts[i]) for i in range(len(self)))
 
     @functools.cached_property
-    def pair_keys(self) -> list[bytes]:
-        """Half of the SHA-256 of the ids of each prompt and its response, after the cut."""
+    def pair_keys(self) -> np.ndarray:
+        """Half of the SHA-256 of the ids of each prompt and response, after the cut, V16 [N]."""
         responses = self._tokens.responses
-        return [_key(key, responses[i]) for i, key in enumerate(self.prompt_keys)]
+        return _array(_key(k.tobytes(), responses[i]) for i, k in enumerate(self.prompt_keys))
 
     def padded_prompts(
         self, indices: np.ndarray, prompt_tokens: int
@@ -203,7 +203,7 @@ class TokenizedExamples:
         places = Growing(np.int64)
         too_long = cut_responses = hopeless = 0
         fields: dict[str, fitting.Loss] = {}
-        for start, chunk in enumerate(chunks(self._examples, _TOKENIZE_AT_ONCE)):
+        for start, chunk in enumerate(chunks(self._examples, _AT_ONCE)):
             fitted = fitting.fit(
                 [example.prompt for example in chunk], self.prompt_tokenizer, self.max_prompt_tokens
             )
@@ -218,7 +218,7 @@ class TokenizedExamples:
             ]
             cut_responses += sum(is_cut)
             kept = [i for i, cut in enumerate(is_cut) if self._keep_cut or not cut]
-            places.append(start * _TOKENIZE_AT_ONCE + np.array(kept, np.int64))
+            places.append(start * _AT_ONCE + np.array(kept, np.int64))
             for side, ids in (
                 (prompts, [fitted.ids[i] for i in kept]),
                 (responses, [self._cut(whole[i]) if is_cut[i] else whole[i] for i in kept]),
@@ -235,6 +235,13 @@ class TokenizedExamples:
 
 def _key(start: bytes, ids: np.ndarray) -> bytes:
     return hashlib.sha256(start + ids.astype("<i4").tobytes()).digest()[:16]
+
+
+def _array(keys: Iterable[bytes]) -> np.ndarray:
+    found = Growing("V16")
+    for some in chunks(keys, _AT_ONCE):
+        found.append(np.frombuffer(b"".join(some), "V16"))
+    return found.array()
 
 
 def _pad(

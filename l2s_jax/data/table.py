@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from l2s_jax.data.templates import Prompt, Span, spans_of
 # Examples that are objects at one time, while a table is made or read.
 _AT_ONCE = 4096
 _CUT, _REPEATS = 1, 2
+
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -102,9 +104,9 @@ class ExampleTable(Sequence[Example]):
         return Span(field, start, stop, side)
 
 
-def chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """All examples, so many at a time."""
-    remaining = iter(examples)
+def chunks(things: Iterable[T], size: int) -> Iterator[list[T]]:
+    """All things, so many at a time."""
+    remaining = iter(things)
     while chunk := list(itertools.islice(remaining, size)):
         yield chunk
 

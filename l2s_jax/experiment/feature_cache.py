@@ -29,6 +29,7 @@ from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
 from l2s_jax.experiment.feature_files import FeatureFiles, Features
+from l2s_jax.experiment.record_files import distinct
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import (
     UNFINISHED,
@@ -133,7 +134,7 @@ def cached(
     encoder = functools.cache(make_encoder)
     bar = tqdm(desc=f"features of {split}", disable=True)
 
-    def announce(missing: list[int]) -> None:
+    def announce(missing: np.ndarray) -> None:
         nonlocal bar
         tokens = int(lengths[missing].sum())
         distributed.on_primary(lambda: _check_disk(cache, 2 * width * tokens, tokens, split))
@@ -141,7 +142,7 @@ def cached(
         log.info(
             "features: the LLM encodes %d of %d prompts into %s",
             len(missing),
-            len(set(data.prompt_keys)),
+            distinct(data.prompt_keys),
             directory,
         )
         bar = tqdm(

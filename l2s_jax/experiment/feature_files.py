@@ -5,8 +5,7 @@ H is bfloat16 [t, D] of the t tokens of a prompt, without padding, one record ea
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -42,16 +41,18 @@ class Features:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """H of one prompt, bfloat16 [t, D]."""
-        shape = (int(self._lengths[index]), self._width)
-        record = self._records.read(index, 2 * math.prod(shape))
-        return np.frombuffer(record, ml_dtypes.bfloat16).reshape(shape)
+        return next(self._read(np.array([index])))
+
+    def _read(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        lengths = self._lengths[indices].astype(np.int64)
+        records = self._records.read(indices, 2 * self._width * lengths)
+        for length, record in zip(lengths, records, strict=True):
+            yield np.frombuffer(record, ml_dtypes.bfloat16).reshape(length, self._width)
 
     def padded(self, indices: np.ndarray, prompt_tokens: int) -> np.ndarray:
         """H of prompts `indices` [B], bfloat16 [B, prompt_tokens, D]; zeros elsewhere."""
         shape = (len(indices), prompt_tokens, self._width)
-        batch = np.zeros(shape, ml_dtypes.bfloat16)
-        for row, index in enumerate(indices):
-            if index >= 0:
-                hidden = self[index]
-                batch[row, : len(hidden)] = hidden
+        batch, rows = np.zeros(shape, ml_dtypes.bfloat16), np.flatnonzero(indices >= 0)
+        for row, hidden in zip(rows, self._read(indices[rows]), strict=True):
+            batch[row, : len(hidden)] = hidden
         return batch

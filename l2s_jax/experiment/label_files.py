@@ -48,6 +48,12 @@ class LabelFiles:
         """Keys of all labels in some files."""
         return set(self.read(files))
 
+    def missing(self, files: Sequence[str], keys: Sequence[str]) -> list[int]:
+        """Where `keys` has one that is in none of the files, each key once."""
+        there = self.keys(files)
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        return sorted(place for key, place in first.items() if key not in there)
+
     def read(self, files: Sequence[str]) -> dict[str, Label]:
         """Labels by key.
 

@@ -8,7 +8,7 @@ probability p is wrong by at most |log p| / 2048 of itself, in bfloat16 by eight
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from l2s_jax.experiment.record_files import RecordFiles, Records
 
 _LOG_PROB = "<f2"
 # Whose shares are looked at to say what is left out.
-_SAMPLE = 50_000
+_SAMPLE, _AT_ONCE = 50_000, 256
 
 
 class LogitFiles(RecordFiles):
@@ -69,25 +69,30 @@ class Logits:
         return other
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those of one example, as of `read`."""
+        return next(self.read(np.array([index])))
+
+    def read(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids int32 [s, k], and log-probabilities float32 [s, k + 1], whose last is all others'."""
-        tokens, k, kind = int(self._lengths[index]), self._top_k, _id_type(self._vocabulary)
-        record = self._records.read(index, tokens * token_bytes(k, self._vocabulary))
-        ids = np.frombuffer(record, kind, tokens * k).reshape(tokens, k).astype(np.int32)
-        start = ids.size * np.dtype(kind).itemsize
-        log_probs = np.frombuffer(record, _LOG_PROB, offset=start).reshape(tokens, k + 1)
-        log_probs = log_probs.astype(np.float32)
-        # Once rounded, they no longer have a sum of one.
-        return ids, log_probs - np.log(np.exp(log_probs).sum(-1, keepdims=True))
+        lengths, k, kind = self._lengths[indices], self._top_k, _id_type(self._vocabulary)
+        sizes = lengths.astype(np.int64) * token_bytes(k, self._vocabulary)
+        records = self._records.read(indices, sizes)
+        for tokens, record in zip(lengths.tolist(), records, strict=True):
+            ids = np.frombuffer(record, kind, tokens * k).reshape(tokens, k).astype(np.int32)
+            start = ids.size * np.dtype(kind).itemsize
+            log_probs = np.frombuffer(record, _LOG_PROB, offset=start).reshape(tokens, k + 1)
+            log_probs = log_probs.astype(np.float32)
+            # Once rounded, they no longer have a sum of one.
+            yield ids, log_probs - np.log(np.exp(log_probs).sum(-1, keepdims=True))
 
     def padded(self, indices: np.ndarray, response_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """As of `Teacher`: ids int32 and log-probabilities float32 [B, response_tokens, k]."""
         shape = (len(indices), response_tokens, self._top_k)
         ids, log_probs = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        for row, index in enumerate(indices):
-            if index >= 0:
-                own, own_log_probs = self[index]
-                ids[row, : len(own)] = own if self._places is None else self._places[own]
-                log_probs[row, : len(own)] = own_log_probs[:, :-1]
+        rows = np.flatnonzero(indices >= 0)
+        for row, (own, own_log_probs) in zip(rows, self.read(indices[rows]), strict=True):
+            ids[row, : len(own)] = own if self._places is None else self._places[own]
+            log_probs[row, : len(own)] = own_log_probs[:, :-1]
         return ids, log_probs
 
     def left_out(self) -> dict[str, float]:
@@ -96,7 +101,8 @@ class Logits:
         Of 50,000 examples, if there are more. Zeros where all responses are empty.
         """
         chosen = np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(int)
-        shares = np.exp(np.concatenate([self[index][1][:, -1] for index in chosen]))
+        parts = np.array_split(chosen, -(-len(chosen) // _AT_ONCE))
+        shares = np.exp(np.concatenate([p[:, -1] for part in parts for _, p in self.read(part)]))
         if not shares.size:
             return {"mean": 0.0, "p99": 0.0}
         return {"mean": float(shares.mean()), "p99": float(np.percentile(shares, 99))}

@@ -6,8 +6,11 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -21,6 +24,7 @@ from l2s_jax.files import (
     write_bytes,
 )
 
+_KEY = np.dtype("V16")
 _SUFFIX, _INDEX_SUFFIX = ".array_record", ".index"
 # zstd would make H, which is close to noise, a fifth smaller, and reading it four times as slow.
 _WRITER = "group_size:1,uncompressed"
@@ -40,12 +44,18 @@ class RecordFiles:
         """Paths of the shards that are there, in order of their numbers."""
         return matching_names(self._directory, f"*{_SUFFIX}")
 
-    def keys(self, files: Sequence[str]) -> set[bytes]:
-        """Keys of all values in some shards."""
-        return {key for path in files for key in self.index(path)}
+    def keys(self, files: Sequence[str]) -> np.ndarray:
+        """The key of each value in some shards, V16 [N]."""
+        return np.concatenate([np.zeros(0, _KEY), *map(self.index, files)])
 
-    def index(self, path: str) -> list[bytes]:
-        """The key of each record of a shard.
+    def missing(self, files: Sequence[str], keys: np.ndarray) -> np.ndarray:
+        """Where `keys`, V16 [N], has one that is in none of the shards, each key once, int64."""
+        wanted, there = _arrow(keys), _arrow(self.keys(files))
+        is_first = _places(wanted, wanted) == np.arange(len(keys))
+        return np.flatnonzero(is_first & (_places(wanted, there) < 0))
+
+    def index(self, path: str) -> np.ndarray:
+        """The key of each record of a shard, V16 [N].
 
         Raises:
           ValueError: there is no index, or another one than was written.
@@ -61,13 +71,13 @@ class RecordFiles:
                 f"{name}: damaged: its content is not that of the hash in its name; remove it and "
                 "the file beside it, and the same command makes them again"
             )
-        return np.frombuffer(content, "V16").tolist()
+        return np.frombuffer(content, _KEY)
 
-    def write(self, number: int, keys: Sequence[bytes], values: Sequence[np.ndarray]) -> None:
-        """Adds a shard: the bytes of a value for each key of 16 bytes."""
-        digest = _hash(b"".join(keys))
-        stem = os.path.join(self._directory, f"{self._name}-{number:05d}-{digest}")
-        write_bytes(f"{stem}{_INDEX_SUFFIX}", b"".join(keys))
+    def write(self, number: int, keys: np.ndarray, values: Sequence[np.ndarray]) -> None:
+        """Adds a shard: the bytes of a value for each of the keys, V16 [N]."""
+        content = np.asarray(keys, _KEY).tobytes()
+        stem = os.path.join(self._directory, f"{self._name}-{number:05d}-{_hash(content)}")
+        write_bytes(f"{stem}{_INDEX_SUFFIX}", content)
         path = f"{stem}{_SUFFIX}"
         try:
             with replacing(path) as temporary:
@@ -90,28 +100,25 @@ class RecordFiles:
 class Records:
     """Values of examples, read from complete shards by the index of an example."""
 
-    def __init__(self, store: RecordFiles, files: Sequence[str], keys: Sequence[bytes], what: str):
-        """`keys` are those of the examples, all of them in `files`; `what` an example is called.
+    def __init__(self, store: RecordFiles, files: Sequence[str], keys: np.ndarray, what: str):
+        """`keys`, V16 [N], are of the examples, all in `files`; `what` an example is called.
 
         Raises:
           ValueError: a file that is not a whole shard of as many records as there should be.
         """
         self._files, self._what = list(files), what
-        places: dict[bytes, int] = {}
-        starts = [0]
-        for path in files:
-            there = store.index(path)
+        indices = [store.index(path) for path in files]
+        for path, index in zip(files, indices, strict=True):
             with _readable(path):
                 reader = ArrayRecordReader(local(path))
                 found = reader.num_records()
                 reader.close()
-            if found != len(there):
-                raise ValueError(f"{path}: {found} records, expected {len(there)}; {_AGAIN}")
-            places.update(zip(there, range(starts[-1], starts[-1] + found), strict=True))
-            starts.append(starts[-1] + found)
-        self._starts = np.array(starts)
-        self._places = np.array([places[key] for key in keys], np.int64)
-        counts = np.diff(self._starts)
+            if found != len(index):
+                raise ValueError(f"{path}: {found} records, expected {len(index)}; {_AGAIN}")
+        counts = [*map(len, indices)]
+        self._starts = np.cumsum([0, *counts])
+        there = np.concatenate([np.zeros(0, _KEY), *indices])
+        self._places = _places(_arrow(keys), _arrow(there))
         self._records = ArrayRecordDataSource(
             [f"{local(path)}[0:{count}]" for path, count in zip(files, counts, strict=True)]
         )
@@ -119,21 +126,49 @@ class Records:
     def __len__(self) -> int:
         return len(self._places)
 
-    def read(self, index: int, size: int) -> bytes:
-        """The value of one example, of `size` bytes.
+    def read(self, indices: np.ndarray, sizes: np.ndarray) -> list[bytes]:
+        """The values of examples, of so many bytes each; they are read by several threads.
 
         Raises:
-          ValueError: it cannot be read, or has another size.
+          ValueError: one cannot be read, or has another size.
         """
-        place = self._places[index]
-        path = self._files[np.searchsorted(self._starts, place, "right") - 1]
-        with _readable(path):
-            record = self._records[place]
-        if len(record) != size:
-            raise ValueError(
-                f"{path}: {len(record)} bytes for {self._what} {index}, expected {size}; {_AGAIN}"
-            )
-        return record
+        places = self._places[indices]
+        try:
+            records = list(self._records.__getitems__(places.tolist()))
+        except Exception:
+            records = [self._one(place) for place in places.tolist()]
+        for index, place, size, record in zip(indices, places, sizes, records, strict=True):
+            if len(record) != size:
+                raise ValueError(
+                    f"{self._file(place)}: {len(record)} bytes for {self._what} {index}, expected "
+                    f"{size}; {_AGAIN}"
+                )
+        return records
+
+    def _one(self, place: int) -> bytes:
+        """A value by its place; the error names the file."""
+        with _readable(self._file(place)):
+            return self._records[place]
+
+    def _file(self, place: int) -> str:
+        return self._files[np.searchsorted(self._starts, place, "right") - 1]
+
+
+def distinct(keys: np.ndarray) -> int:
+    """How many of the keys, V16 [N], differ."""
+    return len(_arrow(keys).unique())
+
+
+def _arrow(keys: np.ndarray) -> pa.Array:
+    """Keys, V16 [N], as pyarrow finds them again: by a hash table of 16 bytes each."""
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(keys))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(_KEY.itemsize), len(keys), buffers)
+
+
+def _places(keys: pa.Array, there: pa.Array) -> np.ndarray:
+    """Where each of the keys is first, int64 [N]; -1: nowhere."""
+    found: Any = pc.call_function("index_in", [keys], pc.SetLookupOptions(there))
+    return found.fill_null(-1).to_numpy().astype(np.int64)
 
 
 def _hash(keys: bytes) -> str:

@@ -23,6 +23,7 @@ from l2s_jax.data.batches import Buckets
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
 from l2s_jax.experiment.logit_files import LogitFiles, Logits, encoded, token_bytes
+from l2s_jax.experiment.record_files import distinct
 from l2s_jax.files import is_bucket
 from l2s_jax.models.systems import Batch, LanguageModel, Params
 from l2s_jax.training import chunks
@@ -114,11 +115,11 @@ def scored(
     scorer = functools.cache(make_scorer)
     bar = tqdm(desc="logits", disable=True)
 
-    def announce(missing: list[int]) -> None:
+    def announce(missing: np.ndarray) -> None:
         nonlocal bar
         tokens = int(lengths[missing].sum())
         distributed.on_primary(lambda: _check_disk(directory, size * tokens, tokens))
-        log.info("logits: the LLM reads %d of %d responses", len(missing), len(set(data.pair_keys)))
+        log.info("logits: the LLM reads %d of %d responses", len(missing), distinct(data.pair_keys))
         silent = not distributed.is_primary()
         bar = tqdm(total=len(missing), desc="logits", disable=silent, file=sys.stderr)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 
 class Store(Protocol):
@@ -19,29 +21,22 @@ class Store(Protocol):
         """Paths STEM-NUMBER... of the shards that are there, in order of their numbers."""
         ...
 
-    def keys(self, files: Sequence[str]) -> Collection[Any]:
-        """Keys of all values in some shards."""
+    def missing(self, files: Sequence[str], keys: Any) -> Sequence[int] | np.ndarray:
+        """Where `keys` has one that is in none of the shards, each key once, ascending."""
         ...
 
-    def write(self, number: int, keys: Sequence[Any], values: Sequence[Any]) -> None:
+    def write(self, number: int, keys: Any, values: Sequence[Any]) -> None:
         """Adds the `number`-th shard."""
-
-
-def missing_from(store: Store, files: Sequence[str], keys: Sequence[Any]) -> list[int]:
-    """Where `keys` has one that is in none of the `files`, each key once."""
-    there = set(store.keys(files))
-    first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    return sorted(place for key, place in first.items() if key not in there)
 
 
 def fill(
     store: Store,
-    keys: Sequence[Any],
+    keys: Any,
     make: Callable[[list[int], bool], Sequence[Any] | None],
     *,
     size: int,
     together: bool,
-    announce: Callable[[list[int]], None],
+    announce: Callable[[Any], None],
 ) -> list[str]:
     """Adds to `store` what it lacks of `keys`; gives its shards.
 
@@ -49,7 +44,7 @@ def fill(
 
     Args:
       store: where shards are.
-      keys: of all that is needed, hashable.
+      keys: of all that is needed, as the store has them.
       make: (places in `keys`, whether this process writes) -> their values, in order; None will do
         where it doesn't write.
       size: values in a shard, but for the last.
@@ -62,14 +57,14 @@ def fill(
     from l2s_jax.cluster import distributed
 
     files = distributed.on_primary(store.files)
-    missing = missing_from(store, files, keys)
-    if not missing:
+    missing = store.missing(files, keys)
+    if not len(missing):
         return files
     announce(missing)
     numbers = [int(re.findall(r"-(\d{5})", os.path.basename(path))[0]) for path in files]
     next_number = max(numbers, default=-1) + 1
     for turn, start in enumerate(range(0, len(missing), size)):
-        places = missing[start : start + size]
+        places = [*map(int, missing[start : start + size])]
         own = turn % jax.process_count() == jax.process_index()
         if own or together:
             values = make(places, own)
