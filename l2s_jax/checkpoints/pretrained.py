@@ -306,9 +306,9 @@ def _load(
             shapes,
             ignored=ignored,
             prefixes=prefixes,
-            # int8 is made of float32, of one parameter at a time.
+            # Floats are read in their dtype; int8 is made of float32, of one parameter at a time.
             dtype_of=functools.partial(float_dtype, **held) if weights == "float" else None,
-            hold=functools.partial(hold, weights=weights, **held) if weights else None,
+            hold=functools.partial(hold, weights=weights, **held) if weights == "int8" else None,
             mesh=mesh,
             stacked=scan_layers,
         )
