@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.experiment import feature_cache, feature_files
-from l2s_jax.experiment.record_files import RecordFiles, distinct
+from l2s_jax.experiment.record_files import RecordFiles, Records, distinct
 from l2s_jax.models.lora import Lora
 from l2s_jax.training import loop, update
 
@@ -411,3 +411,13 @@ def test_what_is_missing_is_found_as_by_sets(wanted, there):
             expected.append(place)
     assert found.tolist() == expected
     assert distinct(array(wanted)) == len(set(wanted))
+
+
+def test_a_key_that_no_shard_has_is_no_other_record(tmp_path):
+    store = RecordFiles(str(tmp_path), "x")
+    keys = np.frombuffer(bytes(range(64)), "V16")
+    store.write(0, keys[:3], [np.full(4, value, np.uint8) for value in range(3)])
+    kept = Records(store, store.files(), keys[[2, 0]], "prompt")
+    assert kept.read(np.array([1, 0]), np.array([4, 4])) == [bytes(4), bytes([2] * 4)]
+    with pytest.raises(ValueError, match=r"^prompt 1 is in none of 1 shards$"):
+        Records(store, store.files(), keys[[1, 3]], "prompt")

@@ -104,7 +104,8 @@ class Records:
         """`keys`, V16 [N], are of the examples, all in `files`; `what` an example is called.
 
         Raises:
-          ValueError: a file that is not a whole shard of as many records as there should be.
+          ValueError: a file that is not a whole shard of as many records as there should be, or a
+            key that is in none.
         """
         self._files, self._what = list(files), what
         indices = [store.index(path) for path in files]
@@ -119,6 +120,8 @@ class Records:
         self._starts = np.cumsum([0, *counts])
         there = np.concatenate([np.zeros(0, _KEY), *indices])
         self._places = _places(_arrow(keys), _arrow(there))
+        if (lost := np.flatnonzero(self._places < 0)).size:
+            raise ValueError(f"{what} {lost[0]} is in none of {len(files)} shards")
         self._records = ArrayRecordDataSource(
             [f"{local(path)}[0:{count}]" for path, count in zip(files, counts, strict=True)]
         )
