@@ -236,14 +236,14 @@ def test_the_devices_are_at_a_batch_while_the_texts_of_the_one_before_are_made(s
     assert found == [one for word in WORDS[:6] for one in generate.generate([word])]
 
 
-def test_tokens_are_all_that_were_decoded_also_after_a_stop(systems, tokenizer):
-    loaded = generator(systems["llm"], tokenizer)
-    (whole,) = loaded.generate(["the quick brown fox"])
-    stop = whole.text[2:5]
-    (stopped,) = loaded.generate(["the quick brown fox"], search=Search(stop=(stop,)))
-    assert stopped.text == whole.text.split(stop)[0] != whole.text
-    # All six come in the chunk after the first token.
-    assert stopped.tokens == whole.tokens == 6
+def test_a_response_ends_with_the_token_that_completes_a_stop_text(systems, tokenizer):
+    loaded, prompt = generator(systems["llm"], tokenizer), ["the quick brown fox"]
+    cut = [loaded.generate(prompt, max_new_tokens=count)[0].text for count in range(1, 7)]
+    stop = cut[-1][2:5]
+    (stopped,) = loaded.generate(prompt, search=Search(stop=(stop,)))
+    assert stopped.text == cut[-1].split(stop)[0] != cut[-1]
+    # All six tokens come in the chunk after the first token.
+    assert stopped.tokens == 1 + next(i for i, text in enumerate(cut) if stop in text) < 6
 
 
 def test_beams_take_each_others_responses_and_leave_the_prompt():
