@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from beartype import BeartypeConf, beartype
 
 # Off for code that has models of kinds which the package does not know.
 enabled = True
+# As in Float[Array, "B T"], whether it is a string still or a type.
+_SHAPE = re.compile(r"""\w\[[\w.]+, ['"]""")
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float too
 
 
@@ -23,7 +27,37 @@ def check(packages: list[str]) -> None:
     """Checks what is imported of these packages from now on."""
     # Tests may give a function what lies on the host.
     jaxtyping.Array = jax.Array | np.ndarray
+    # The hook calls it by this name.
+    jaxtyping.jaxtyped = functools.partial(_where_shapes_are_said, jaxtyping.jaxtyped)
     jaxtyping.install_import_hook(packages, "shapes.checked")
+
+
+def _where_shapes_are_said(jaxtyped: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """jaxtyping's decorator; a function that says no shapes is given beartype's, which is quicker.
+
+    A function within a function is given none: it is made anew at each call, and to decorate it
+    takes longer than all else.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(function, type):
+            return jaxtyped(function, **settings)
+        if "<locals>" in function.__qualname__:
+            return function
+        hints = inspect.get_annotations(function).values()
+        said = any(_SHAPE.search(str(hint)) for hint in hints)
+        if said:
+            return jaxtyped(function, **settings)
+        check = checked(function)
+
+        @functools.wraps(check)
+        def of_its_own(*args: Any, **kwargs: Any) -> Any:
+            with jaxtyped("context"):  # sizes are not those of the function that calls this one
+                return check(*args, **kwargs)
+
+        return of_its_own
+
+    return decorate
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,9 +65,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Axes of one name have one size, in the arguments, the result and the fields of that.
     """
-    # The fields of a pytree may be anything when JAX makes one: what it maps arrays to. A function
-    # within a function is made anew at each call, which would take longer than all else.
-    if function.__name__ == "__init__" or "<locals>" in function.__qualname__:
+    # The fields of a pytree may be anything when JAX makes one: what it maps arrays to.
+    if function.__name__ == "__init__":
         return function
     check = _beartype(function)
 

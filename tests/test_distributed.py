@@ -104,7 +104,6 @@ def jobs(tmp_path_factory):
     flags = (
         *(f"--config.llm.path={llm}", "--config.llm.train.steps=0", "--config.labels.source=llm"),
         *("--config.tokenizer.train_vocab_size=0", "--config.slm.tokenizer.train_vocab_size=30"),
-        "--config.evaluation.latency.batch_size=1",
     )
     with ThreadPoolExecutor() as pool:
         mesh = ("--config.mesh.data=1", "--config.mesh.tensor=2")

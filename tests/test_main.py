@@ -29,6 +29,8 @@ def job(tmp_path_factory):
     """(config path, workdir) of a finished run."""
     root = tmp_path_factory.mktemp("job")
     config = tiny.write_task(root / "data")
+    one, two = (f"latency.update(\n        batch_size={rows}," for rows in (1, 2))
+    config.write_text(config.read_text().replace(one, two))
     assert tiny.run(f"--config={config}", f"--workdir={root / 'run'}") == 0
     return config, root / "run"
 

@@ -37,7 +37,7 @@ def get_config():
     config.decoding.max_new_tokens = 8
     config.decoding.batch_size = 8
     config.evaluation.latency.update(
-        batch_size=2, prompt_tokens=8, new_tokens=8, repeats=2
+        batch_size=1, prompt_tokens=8, new_tokens=8, repeats=2
     )
     for section in (config.llm, config.slm):
         section.model.update(

@@ -264,10 +264,9 @@ def _latencies(
 
     `acceptance` is the share of drafts that passed on the task, where something was drafted.
     """
-    return {
-        key: latency(generators, batch_size, settings, acceptance)
-        for key, batch_size in (("latency", 1), ("latency_batch", settings.batch_size))
-    }
+    sizes = {"latency": 1, "latency_batch": settings.batch_size}
+    found = {rows: latency(generators, rows, settings, acceptance) for rows in {*sizes.values()}}
+    return {key: found[rows] for key, rows in sizes.items()}
 
 
 def latency(

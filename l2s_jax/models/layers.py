@@ -22,6 +22,7 @@ from l2s_jax.models import products
 from l2s_jax.models.attention import attend
 from l2s_jax.models.biases import Bias
 from l2s_jax.models.cache import KeyValue
+from l2s_jax.models.parameter import parameter
 
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
@@ -50,11 +51,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*rows D"]) -> Float[Array, "*rows F"]:
-        kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features), jnp.float32)
+        kernel = parameter(self, "kernel", self.initializer, (x.shape[-1], self.features))
         y = products.by_kernel(x, kernel, self.dtype, self.out_dtype or self.dtype)
         if not self.use_bias:
             return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         return products.add_bias(y, bias)
 
 
@@ -68,7 +69,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.width)
-        self.embedding = self.param("embedding", self.initializer, shape, jnp.float32)
+        self.embedding = parameter(self, "embedding", self.initializer, shape)
 
     def __call__(self, ids: Int[AnyArray, " B *T"]) -> Float32[Array, "B *T D"]:
         """The rows of the table."""
@@ -96,7 +97,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + self.epsilon) * _of_features(scale, x.ndim)
@@ -116,8 +117,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)

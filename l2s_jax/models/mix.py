@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float32
 
 from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.models.parameter import parameter
 
 # Numbers of layers: H after so many of them.
 Groups = tuple[tuple[int, ...], ...]
@@ -56,7 +57,7 @@ class Mix(nn.Module):
 
     def setup(self) -> None:
         self.weights = [
-            self.param(f"weights_{i}", nn.initializers.zeros, (len(group),), jnp.float32)
+            parameter(self, f"weights_{i}", nn.initializers.zeros, (len(group),))
             for i, group in enumerate(self.groups)
         ]
 

@@ -11,6 +11,7 @@ from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.attention import at_once
 from l2s_jax.models.biases import Bias, DistanceBias, mask_bias
 from l2s_jax.models.layers import Initializer
+from l2s_jax.models.parameter import parameter
 
 
 def bucket_table(num_buckets: int, max_distance: int) -> Int32[np.ndarray, " {max_distance}+1"]:
@@ -43,7 +44,7 @@ class RelativeBias(nn.Module):
     ) -> Float32[Array, "#B N Q K"]:
         """The bias of all rows, or of each where queries have a place per row."""
         shape = (self.num_buckets, self.num_heads)
-        embedding = self.param("embedding", self.initializer, shape, jnp.float32)
+        embedding = parameter(self, "embedding", self.initializer, shape)
         ahead = key_positions[None, None, :] - query_positions[:, :, None]
         one_sided = self.num_buckets // 2 if self.bidirectional else self.num_buckets
         distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
