@@ -1,6 +1,5 @@
 """Eight fake CPU devices for every test, and checks of the shapes that signatures say."""
 
-import contextlib
 import gc
 import os
 import tempfile
@@ -18,6 +17,9 @@ os.environ["XLA_FLAGS"] = " ".join([*set_there.split(), *ours])
 # Many tests compile the same programs; each is compiled once per test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l2s_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Two processes of tests share two cores: PyTorch's threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Nobody means a [D] to be added to a [B, D] by leaving out an axis.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
@@ -37,17 +39,15 @@ gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_go_when_they_are_many() -> Iterator[None]:
-    """Lets go of what files have compiled before memory has too many pieces.
+def _programs_go_with_their_file() -> Iterator[None]:
+    """Lets go of what a file has compiled.
 
-    Each program maps a few. Those of all files are more than the 65,530 that Linux allows a
-    process, beyond which XLA crashes.
+    Each program maps a few pieces of memory. Those of all files are more than the 65,530 that Linux
+    allows a process, beyond which XLA crashes.
     """
     yield
-    with contextlib.suppress(FileNotFoundError), open("/proc/self/maps") as pieces:
-        if sum(1 for _ in pieces) > 20_000:
-            jax.clear_caches()
-            gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

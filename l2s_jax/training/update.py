@@ -133,7 +133,7 @@ def train_step(
     Where the loss or the gradient is not finite, the update is left out, and the metric `skipped`
     is 1.
     """
-    key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
     trained = optim.trained_mask(config, state.params)
 
     def loss(
