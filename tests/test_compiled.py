@@ -197,6 +197,9 @@ def test_a_step_is_not_loaded_for_another_system_than_the_plan_knew(planned, run
     other = dataclasses.replace(plan.system.config, decoder_start_id=3)
     system = dataclasses.replace(plan.system, config=other)
     step = found.step("slm", system, config.slm.train, 0, None)
+    begun_before = found.step("slm", plan.system, config.slm.train, 0, None, prng="rbg")
+    with pytest.raises(ValueError, match="prng of slm is 'threefry2x32', expected 'rbg'"):
+        begun_before(*arguments)
     with pytest.raises(ValueError, match=r"\.decoder_start_id of slm is 0, expected 3"):
         step(*arguments)
 

@@ -86,6 +86,9 @@ def test_an_interrupted_workdir_continues_to_the_model_it_was_to_be(old, capfd, 
     assert not list((old / "interrupted").glob("*.old*"))
     # It is validated as it was begun, on the data's responses.
     assert not list((old / "interrupted/labels").glob("validation-*"))
+    # And it drops what it would have dropped, where a new training draws other masks.
+    record = json.loads((old / "interrupted/l2s/stage.json").read_text())
+    assert "version" in record and "prng" not in record
     found = load_file(old / "interrupted/l2s/model/params.safetensors")
     expected = load_file(old / "expected/l2s.safetensors")
     assert found.keys() == expected.keys()

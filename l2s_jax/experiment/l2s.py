@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class BundleStage(TrainedStage):
     """A stage of L2S that learns the labels; its model is what `l2s_jax.load` reads."""
 
-    since = ("labels.splits",)
+    since = (*TrainedStage.since, "labels.splits")
     labels: LabelStage
     teacher: LogitStage
     own_responses: OwnResponses

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class SlmStage(LanguageModelStage):
     """The SLM alone."""
 
-    since = ("labels.splits",)
+    since = (*LanguageModelStage.since, "labels.splits")
     own_responses: OwnResponses
 
     def __init__(

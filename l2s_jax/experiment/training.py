@@ -21,6 +21,7 @@ from l2s_jax.settings.declare import recorded
 from l2s_jax.settings.training import Train
 from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import warn_if_lossy
+from l2s_jax.training import PRNG
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -39,6 +40,9 @@ _NO_INPUTS = (
     "accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat", "save_minutes",
 )  # fmt: skip
 
+# Among the inputs, what draws masks of dropout; and what drew them before it was among the inputs.
+_PRNG, _FIRST_PRNG = "prng", "rbg"
+
 
 class TrainedStage(RecordedStage):
     """A model that training makes: NAME/checkpoints while it trains, then NAME/model.
@@ -49,6 +53,7 @@ class TrainedStage(RecordedStage):
       own_responses: likewise, those that it may learn on what it writes itself.
     """
 
+    since = (_PRNG,)
     teacher: LogitStage | None = None
     own_responses: OwnResponses | None = None
 
@@ -121,6 +126,7 @@ class TrainedStage(RecordedStage):
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,
             "seed": self.seed,
+            _PRNG: PRNG,
             "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
         }
         if prompts.identity != responses.identity:
@@ -262,6 +268,7 @@ class TrainedStage(RecordedStage):
             fingerprint=distributed.on_primary(lambda: self.record.run),
             seed=self.seed,
             mesh=context.mesh,
+            prng=distributed.on_primary(self._prng),
             judge=judging.make(context, train, adapted or system, prompts, answered),
             distillation=distillation,
             policy=own.load(responses, self.name) if own else None,
@@ -289,6 +296,10 @@ class TrainedStage(RecordedStage):
     def _lora(self) -> dict[str, Any] | None:
         lora = self.section.get("lora")
         return lora.to_dict() if lora and lora.rank else None
+
+    def _prng(self) -> str:
+        """What draws its masks of dropout: that which did when it was begun."""
+        return (self.record.read() or {}).get(_PRNG, _FIRST_PRNG)
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
         tokenizers = self.prompts.tokenizer, self.responses.tokenizer

@@ -18,6 +18,8 @@ class TunedStage(BundleStage):
     says of all but steps and learning rate.
     """
 
+    since = (*BundleStage.since, *(f"frozen.{name}" for name in L2sStage.since))
+
     def __init__(self, context: Context, frozen: L2sStage):
         super().__init__(
             context,

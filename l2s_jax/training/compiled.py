@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from l2s_jax import files, messages, sealed
 from l2s_jax.cluster import sharding
 from l2s_jax.models.systems import Params
+from l2s_jax.training import PRNG
 from l2s_jax.training.distillation import Distillation
 from l2s_jax.training.update import Trainable, TrainState
 
@@ -84,12 +85,14 @@ def step_facts(
     distillation: Distillation | None,
     state: TrainState,
     frozen: Params,
+    prng: str = PRNG,
 ) -> dict[str, str]:
     """What the steps of one training depend on beside that; arrays may be shapes with shardings."""
     settings = {name: one for name, one in config.to_dict().items() if name not in _OUTSIDE}
     given = {
         "train": settings,
         "seed": seed,
+        "prng": prng,
         "distillation": distillation and distillation._asdict(),
         "system": system,
     }
@@ -147,6 +150,7 @@ class CompiledSteps:
         config: ConfigDict,
         seed: int,
         distillation: Distillation | None,
+        prng: str = PRNG,
     ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """The stage's step as of `update.make_step`: (state, frozen, batch) -> (state, metrics).
 
@@ -158,7 +162,7 @@ class CompiledSteps:
             names = (system.prompt_name, "response")
             bucket = bucket_name(batch[f"{name}_ids"].shape[1] for name in names)
             if bucket not in loaded:
-                facts = step_facts(system, config, seed, distillation, state, frozen)
+                facts = step_facts(system, config, seed, distillation, state, frozen, prng)
                 self.check(stage, facts, bucket, batch)
                 loaded[bucket] = self._load(stage, bucket, state, frozen, batch)
             return loaded[bucket](state, frozen, batch)

@@ -21,7 +21,7 @@ from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.cluster.stopping import Stopped
 from l2s_jax.files import is_bucket
 from l2s_jax.models.systems import Params
-from l2s_jax.training import on_policy, optim, spent
+from l2s_jax.training import PRNG, on_policy, optim, spent
 from l2s_jax.training.bucket_checkpoints import BucketCheckpoints
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.clock import Clock
@@ -130,6 +130,7 @@ def fit(
     fingerprint: str,
     seed: int,
     mesh: Mesh,
+    prng: str = PRNG,
     judge: Judge | None = None,
     distillation: Distillation | None = None,
     policy: OnPolicy | None = None,
@@ -150,8 +151,8 @@ def fit(
     with `config.select` "quality" a score `val_quality`. With `policy` the system answers the
     prompts of some batches itself, and these are the responses that it learns; other batches are as
     without. `examples(step)`, where it is given, has the numbers of a step's examples, for
-    messages. Steps that are `compiled` are taken from there, but for those on the system's own
-    responses.
+    messages. `prng` as of `update.train_step`. Steps that are `compiled` are taken from there, but
+    for those on the system's own responses.
 
     Raises:
       NotFinite: more than `config.max_bad_steps` steps in a row had a loss or a gradient that is
@@ -167,12 +168,14 @@ def fit(
     replicated = NamedSharding(mesh, P())
     rows = sharding.batch_rows(mesh, config.batch_size)
     if compiled:
-        step_fn = compiled.step(name, system, config, seed, distillation)
+        step_fn = compiled.step(name, system, config, seed, distillation, prng)
     else:
-        step_fn = make_step(system, optimizer, config, seed, shardings, distillation)
+        step_fn = make_step(system, optimizer, config, seed, shardings, distillation, prng=prng)
     if policy:
         write_fn = on_policy.make_writer(system, policy, seed, mesh)
-        own_step_fn = make_step(system, optimizer, config, seed, shardings, llm=policy.llm)
+        own_step_fn = make_step(
+            system, optimizer, config, seed, shardings, llm=policy.llm, prng=prng
+        )
     score_fn = jax.jit(
         lambda params, frozen, batch: batch_loss(system, params, frozen, batch, None, 0.0)[1],
         out_shardings=replicated,

@@ -19,7 +19,7 @@ from l2s_jax.cluster import sharding
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.scored import Scored
 from l2s_jax.models.systems import Batch, Params
-from l2s_jax.training import chunks, losses, optim
+from l2s_jax.training import PRNG, chunks, losses, optim
 from l2s_jax.training.distillation import Distillation, divergence
 from l2s_jax.training.finite import all_finite
 from l2s_jax.training.flops import training_flops
@@ -123,6 +123,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     seed: int,
+    prng: str = PRNG,
     distillation: Distillation | None = None,
     llm: ModelConfig | None = None,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
@@ -131,9 +132,9 @@ def train_step(
     With `accumulation` A the batch is taken in A parts of every A-th row, one after another. With
     `llm` the system wrote the batch, and the loss and `frozen` are those of `on_policy.own_loss`.
     Where the loss or the gradient is not finite, the update is left out, and the metric `skipped`
-    is 1.
+    is 1. `prng` names what masks of dropout are drawn by, as `jax.random.key` has it.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed, impl=prng), state.step)
     trained = optim.trained_mask(config, state.params)
 
     def loss(
@@ -213,6 +214,7 @@ def make_step(
     shardings: TrainState,
     distillation: Distillation | None = None,
     llm: ModelConfig | None = None,
+    prng: str = PRNG,
 ) -> Callable[..., tuple[TrainState, dict[str, Float32[Array, ""]]]]:
     """`train_step` as it is compiled: (state, frozen, batch) -> (state, metrics).
 
@@ -226,6 +228,7 @@ def make_step(
             optimizer=optimizer,
             config=config,
             seed=seed,
+            prng=prng,
             distillation=distillation,
             llm=llm,
         ),
