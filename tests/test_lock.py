@@ -96,6 +96,31 @@ def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path, monkeypatch
     assert job.before_end == []
 
 
+def test_a_lock_that_was_made_and_never_written_is_taken_over(tmp_path, monkeypatch):
+    """As a kill between these two calls leaves it."""
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.3)
+    (tmp_path / ".lock").touch()
+    begun = time.monotonic()
+    with lock.of_job(str(tmp_path)):
+        assert 0.9 < time.monotonic() - begun < 30
+        assert (tmp_path / ".lock").stat().st_size
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_taken_meanwhile_stays(tmp_path):
+    path = tmp_path / ".lock"
+    path.touch()
+    found = path.stat()
+    path.unlink()
+    (tmp_path / "holds the old file's number").touch()
+    path.write_text("another's")
+    lock._remove_empty(str(path), found)
+    assert path.read_text() == "another's"
+    lock._remove_empty(str(tmp_path / "gone"), found)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_no_lock_is_left_by_a_run_that_fails(tmp_path):
     with pytest.raises(RuntimeError), lock.of_job(str(tmp_path / "a" / "run")):
         raise RuntimeError

@@ -2,7 +2,7 @@
 
 Process 0 of a job holds DIR/.lock and touches it every few seconds, by a thread of the package
 filelock. One that is left by a process of the same host that is gone is taken over, and any that
-nobody has touched for a minute. In a bucket it is as bucket_lock.py says.
+nobody has touched, or written, for a minute. In a bucket it is as bucket_lock.py says.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import re
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 
 import filelock
 
 from l2s_jax.cluster import bucket_lock, distributed, job
-from l2s_jax.files import is_bucket, is_unfinished, read_json, write_json
+from l2s_jax.files import UNFINISHED, is_bucket, is_unfinished, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +63,23 @@ def _take(workdir: str, held: contextlib.ExitStack) -> None:
         on_compromise=lambda _: job.end(f"{workdir}: {_who(workdir)}", job.LOST, tell=True),
         thread_local=False,
     )
-    seen: int | None = None
+    seen: os.stat_result | None = None
+    begun = time.monotonic()
     while True:
         with contextlib.suppress(filelock.Timeout):
             lease.acquire(timeout=0)
             break
         try:
-            touched = os.stat(path).st_mtime_ns
+            found = os.stat(path)
         except FileNotFoundError:  # its holder has just gone
             continue
-        if seen is not None and touched != seen:
+        if seen is not None and found.st_mtime_ns != seen.st_mtime_ns:
             raise ValueError(f"{workdir}: {_who(workdir)}; expected its end, or another --workdir")
         if seen is None:
             log.info("%s: %s, if it is still there: waiting", workdir, _who(workdir))
-        seen = touched
+        elif not found.st_size and time.monotonic() - begun > LEASE_SECONDS:
+            _remove_empty(path, found)
+        seen = found
         time.sleep(_BEAT_SECONDS / 10)
     held.callback(lease.release)
     holder = os.path.join(workdir, _HOLDER)
@@ -83,6 +87,20 @@ def _take(workdir: str, held: contextlib.ExitStack) -> None:
     write_json(holder, {"host": socket.gethostname(), "process": os.getpid(), "since": since})
     held.callback(lambda: lease.compromise or _remove(holder))  # it may be the next one's
     _tidy(workdir)
+
+
+def _remove_empty(path: str, found: os.stat_result) -> None:
+    """Removes a lock whose process was killed before it wrote in it: filelock never does.
+
+    Another process may have removed it, and taken the lock, meanwhile. What is not the file that
+    was found goes back.
+    """
+    aside = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if not os.path.samestat(os.stat(aside), found) or os.stat(aside).st_size:
+            os.link(aside, path)
+        os.remove(aside)
 
 
 def _tidy(workdir: str) -> None:
