@@ -62,13 +62,14 @@ class TokenizerStage(RecordedStage):
 
         def train() -> None:
             log.info("%s: training %d pieces", self.name, self._settings.train_vocab_size)
-            train_sentencepiece(
-                (t for e in self.context.examples("train") for t in (e.prompt, e.response)),
-                vocab_size=self._settings.train_vocab_size,
-                model_type=self._settings.model_type,
-                directory=self.record.directory,
-                seed=self.context.config.seed,
-            )
+            with self.record.filling(MODEL_FILE) as folder:
+                train_sentencepiece(
+                    (t for e in self.context.examples("train") for t in (e.prompt, e.response)),
+                    vocab_size=self._settings.train_vocab_size,
+                    model_type=self._settings.model_type,
+                    directory=folder,
+                    seed=self.context.config.seed,
+                )
 
         distributed.on_primary(train)
 

@@ -84,7 +84,8 @@ class VocabularyStage(RecordedStage):
                 whole.vocab_size,
                 100 * sum(uses) / len(uses),
             )
-            CutTokenizer(whole, kept).save(self.record.directory)
+            with self.record.filling(VOCABULARY_FILE) as folder:
+                CutTokenizer(whole, kept).save(folder)
 
         distributed.on_primary(count)
 

@@ -6,11 +6,13 @@ again, one whose inputs changed is moved aside, so that nothing is lost or overw
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -93,6 +95,18 @@ class Record:
         if sources:
             content[_SOURCES] = dict(sources)
         write_json(self._path, sealed.with_hash(content), sort_keys=True)
+
+    @contextlib.contextmanager
+    def filling(self, last: str) -> Iterator[str]:
+        """Gives a folder whose files come into the stage's when the block ends, `last` at the end.
+
+        So the stage has all of them, hashes too, once it has that one.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            yield temporary
+            for name in sorted(os.listdir(temporary), key=lambda name: (name == last, name)):
+                content = files.read_bytes(os.path.join(temporary, name))
+                files.write_bytes(os.path.join(self.directory, name), content)
 
     @property
     def is_link(self) -> bool:
