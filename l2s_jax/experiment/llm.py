@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.language_model import LanguageModelStage
 from l2s_jax.experiment.stage import log
 from l2s_jax.experiment.tokenizers import TokenizerStage
-from l2s_jax.experiment.training import LanguageModelStage
 from l2s_jax.files import absolute
 from l2s_jax.hub import find, is_name, reference
 

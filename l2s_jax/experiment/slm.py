@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.language_model import LanguageModelStage
 from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.on_policy import OwnResponses
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
-from l2s_jax.experiment.training import LanguageModelStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
 
 if TYPE_CHECKING:
