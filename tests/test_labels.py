@@ -20,16 +20,27 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 
 
 class Counting:
-    """A generator that answers with the number of prompts seen before, and can be killed."""
+    """A generator that answers two prompts at a time, the last ones first, and can be killed."""
 
     def __init__(self, fail_after=None):
         self.seen, self.fail_after = 0, fail_after
 
-    def generate(self, prompts, *, description=""):
-        if self.fail_after is not None and self.seen >= self.fail_after:
-            raise KeyboardInterrupt
-        self.seen += len(prompts)
-        return [Output(f"answer to {prompt}", 1, False) for prompt in prompts]
+    def answered(self, prompts, *, description, part, seeds=None):
+        assert part == (0, 1)
+        order = range(len(prompts))[::-1]
+        for start in range(0, len(prompts), 2):
+            if self.fail_after is not None and self.seen >= self.fail_after:
+                raise KeyboardInterrupt
+            places = list(order[start : start + 2])
+            self.seen += len(places)
+            yield places, [self.output(prompts[i], seeds and seeds[i]) for i in places]
+
+    def output(self, prompt, seed):
+        return Output(f"answer to {prompt}", 1, False)
+
+
+def lines_of_files(directory):
+    return [path.read_text().splitlines() for path in sorted(directory.glob("train-*"))]
 
 
 def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
@@ -38,10 +49,12 @@ def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
     monkeypatch.setattr(label_files, "SHARD", 4)
     examples = [Example(f"prompt {i}", "old", ("old",)) for i in range(11)]
     with pytest.raises(KeyboardInterrupt):
-        label_files.label(examples, lambda: Counting(fail_after=4), str(tmp_path))
+        label_files.label(examples, lambda: Counting(fail_after=6), str(tmp_path))
+    # What was not in a whole file yet is lost, and nothing else.
     second = Counting()
     labelled = label_files.label(examples, lambda: second, str(tmp_path))
     assert second.seen == 7
+    assert [len(lines) for lines in lines_of_files(tmp_path)] == [4, 4, 3]
     assert [e.prompt for e in labelled] == [e.prompt for e in examples]
     assert [e.response for e in labelled] == [f"answer to {e.prompt}" for e in examples]
 
@@ -132,9 +145,8 @@ def test_splits_have_files_of_their_own(tmp_path):
 class Sampling(Counting):
     """A generator that answers with the seed."""
 
-    def generate(self, prompts, *, description="", seeds):
-        self.seen += len(prompts)
-        return [Output(f"{p} {s}", 1, False) for p, s in zip(prompts, seeds, strict=True)]
+    def output(self, prompt, seed):
+        return Output(f"{prompt} {seed}", 1, False)
 
 
 def test_sampled_labels_have_seeds_of_their_places_in_the_split(tmp_path, monkeypatch):

@@ -190,6 +190,41 @@ def test_killed_at_any_moment_it_continues_without_repeating_or_losing_any(tmp_p
             np.testing.assert_array_equal(found, expected)
 
 
+def test_a_run_that_continues_reads_the_batches_that_are_left(tmp_path, monkeypatch):
+    """All batches but the last are full, whatever a shard holds, and none is put together anew."""
+    monkeypatch.setattr(scoring, "SHARD_BYTES", scoring.SHARD_BYTES)
+    logits_child.small_shards()
+
+    class Noted(logits_child.Score):
+        def __init__(self, directory, most=99):
+            super().__init__(directory)
+            self.batches, self.most = [], most
+
+        def __call__(self, batch):
+            if len(self.batches) == self.most:
+                raise KeyboardInterrupt
+            self.batches.append([row.tobytes() for row in batch["llm_ids"]])
+            return super().__call__(batch)
+
+    def read(score):
+        monkeypatch.setattr(logits_child, "Score", lambda *_: score)
+        logits_child.read(score.asked.removesuffix("asked.txt"), batch_size=5)
+
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = Noted(str(tmp_path / "whole"))
+    read(whole)
+    assert sum(len(set(rows)) < 5 for rows in whole.batches) <= 1
+    first, second = (Noted(str(tmp_path / "killed"), most) for most in (9, 99))
+    with pytest.raises(KeyboardInterrupt):
+        read(first)
+    read(second)
+    assert first.batches == whole.batches[:9]
+    lost = len(first.batches) + len(second.batches) - len(whole.batches)
+    assert second.batches == whole.batches[9 - lost :]
+    assert 0 < lost < 4
+
+
 def test_they_belong_to_prompt_and_response_whatever_their_order(tmp_path):
     data = small.make_data(PAIRS, (8, 8))
     first = logits_child.read(str(tmp_path), data=data)

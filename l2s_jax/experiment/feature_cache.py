@@ -131,7 +131,6 @@ def cached(
     directory = os.path.join(cache, fingerprint(facts)[:32])
     store, lengths = FeatureFiles(directory), data.prompt_lengths
     mean_bytes = max(2 * width * int(lengths.sum()) // len(data), 1)
-    encoder = functools.cache(make_encoder)
     bar = tqdm(desc=f"features of {split}", disable=True)
 
     def announce(missing: np.ndarray) -> None:
@@ -152,14 +151,16 @@ def cached(
             file=sys.stderr,
         )
 
-    def make(places: list[int], own: bool) -> list[np.ndarray] | None:
-        rows: dict[int, np.ndarray] = {}
-        for indices, hidden in _encoded(data, np.array(places), encoder(), buckets, batch_size):
+    def rows(indices: np.ndarray, hidden: jax.Array) -> list[np.ndarray]:
+        own = zip(lengths[indices], np.asarray(hidden), strict=False)
+        return [row[:tokens] for tokens, row in own]
+
+    def make(places: list[int], _: shards.Part) -> Iterator[shards.Made]:
+        for indices, hidden in _encoded(
+            data, np.array(places), make_encoder(), buckets, batch_size
+        ):
             bar.update(len(indices))
-            if own:
-                for index, row in zip(indices, np.asarray(hidden), strict=False):
-                    rows[index] = row[: lengths[index]]
-        return [rows[place] for place in places] if own else None
+            yield indices.tolist(), functools.partial(rows, indices, hidden)
 
     def check() -> None:
         if is_whole(directory, _FACTS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import io
 import logging
@@ -140,8 +139,8 @@ def label(
       directory: where labels are, and will be.
       split: whose labels they are; each has files of its own.
       seed: of labels that are sampled, each by this and its place; None: they are not.
-      together: the processes of a job are one generator, and answer every file together; else
-        each answers files of its own.
+      together: the processes of a job are one generator, and answer every batch together; else
+        each answers batches of its own.
 
     Raises:
       ValueError: a file holds no labels.
@@ -149,15 +148,14 @@ def label(
     prompts = [example.prompt for example in examples]
     keys = keys_of(prompts, sampled=seed is not None)
     store = LabelFiles(directory, split)
-    generator = functools.cache(lambda: make_generator())
 
-    def make(places: list[int], own: bool) -> list[Label]:
-        where = f"labels of {split}, {places[0]} to {places[-1]}"
-        settings: dict[str, Any] = {"description": where}
+    def make(places: list[int], part: shards.Part) -> Iterator[shards.Made]:
+        settings: dict[str, Any] = {"description": f"labels of {split}", "part": part}
         if seed is not None:
             settings["seeds"] = [seed_of(seed, place) for place in places]
-        outputs = generator().generate([prompts[i] for i in places], **settings)
-        return [Label(output.text, output.cut) for output in outputs]
+        for indices, outputs in make_generator().answered([prompts[i] for i in places], **settings):
+            labels = [Label(output.text, output.cut) for output in outputs]
+            yield [places[i] for i in indices], lambda labels=labels: labels
 
     def announce(missing: list[int]) -> None:
         log.info(

@@ -105,14 +105,13 @@ def scored(
       vocabulary: of the LLM.
       buckets: lengths (prompt, response) that batches are padded to, ascending.
       batch_size: examples that it reads at a time.
-      together: the processes of a job read every shard together; else each reads its own.
+      together: the processes of a job read every batch together; else each reads its own.
 
     Raises:
       ValueError: a shard is damaged, or the disk is too small.
     """
     store, lengths = LogitFiles(directory), data.response_lengths
     size = token_bytes(top_k, vocabulary)
-    scorer = functools.cache(make_scorer)
     bar = tqdm(desc="logits", disable=True)
 
     def announce(missing: np.ndarray) -> None:
@@ -121,17 +120,22 @@ def scored(
         distributed.on_primary(lambda: _check_disk(directory, size * tokens, tokens))
         log.info("logits: the LLM reads %d of %d responses", len(missing), distinct(data.pair_keys))
         silent = not distributed.is_primary()
-        bar = tqdm(total=len(missing), desc="logits", disable=silent, file=sys.stderr)
+        own = len(missing) // (1 if together else jax.process_count())
+        bar = tqdm(total=own, desc="logits", disable=silent, file=sys.stderr)
 
-    def make(places: list[int], own: bool) -> list[np.ndarray]:
-        rows: dict[int, np.ndarray] = {}
-        for indices, result in _batches(data, np.array(places), scorer(), buckets, batch_size):
+    def rows(indices: np.ndarray, result: Any) -> list[np.ndarray]:
+        return [
+            encoded(ids[:tokens], log_probs[:tokens], vocabulary)
+            for tokens, ids, log_probs in zip(
+                lengths[indices], *map(np.asarray, result), strict=False
+            )
+        ]
+
+    def make(places: list[int], part: shards.Part) -> Iterator[shards.Made]:
+        batches = _batches(data, np.array(places), make_scorer(), buckets, batch_size, part)
+        for indices, result in batches:
             bar.update(len(indices))
-            if own:
-                for index, ids, log_probs in zip(indices, *map(np.asarray, result), strict=False):
-                    tokens = lengths[index]
-                    rows[index] = encoded(ids[:tokens], log_probs[:tokens], vocabulary)
-        return [rows[place] for place in places] if own else []
+            yield indices.tolist(), functools.partial(rows, indices, result)
 
     mean_bytes = max(size * int(lengths.sum()) // max(len(data), 1), 1)
     in_shard = max(SHARD_BYTES // mean_bytes, -(-len(data) // _MOST_SHARDS), 1)
@@ -144,9 +148,14 @@ def scored(
 
 
 def _batches(
-    data: TokenizedExamples, places: np.ndarray, score: Score, buckets: Buckets, batch_size: int
+    data: TokenizedExamples,
+    places: np.ndarray,
+    score: Score,
+    buckets: Buckets,
+    batch_size: int,
+    part: shards.Part,
 ) -> Iterator[tuple[np.ndarray, Any]]:
-    """(indices, what comes of them in the first rows) of all `places`, in order of their buckets.
+    """(indices, what comes of them in the first rows) of a part of `places`, by their buckets.
 
     Rows that do not fill a batch of their bucket move up to the next one.
     """
@@ -158,7 +167,8 @@ def _batches(
     order = np.argsort(bucket, kind="stable")
 
     def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
-        for start in range(0, len(places), batch_size):
+        first, each = (batch_size * number for number in part)
+        for start in range(first, len(places), each):
             chosen = order[start : start + batch_size]
             indices = np.full(batch_size, -1, np.int64)
             indices[: len(chosen)] = places[chosen]

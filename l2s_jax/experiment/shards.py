@@ -1,14 +1,15 @@
 """Values kept by the content of what they were made from, in shards that appear as a whole.
 
 What is missing is made and added, so a run that was interrupted continues with what it lacks, and
-data whose order has changed, or that has grown, finds again what is there.
+data whose order has changed, or that has grown, finds again what is there. All that is missing is
+made in one stream of batches, and a shard has whole batches: a run that continues makes the same.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,10 +30,16 @@ class Store(Protocol):
         """Adds the `number`-th shard."""
 
 
+# Which of all batches a process makes: (i, n), every n-th one from the i-th on.
+Part = tuple[int, int]
+# A batch: its places, and what gives their values, in order.
+Made = tuple[Sequence[int], Callable[[], Sequence[Any]]]
+
+
 def fill(
     store: Store,
     keys: Any,
-    make: Callable[[list[int], bool], Sequence[Any] | None],
+    make: Callable[[list[int], Part], Iterator[Made]],
     *,
     size: int,
     together: bool,
@@ -40,15 +47,16 @@ def fill(
 ) -> list[str]:
     """Adds to `store` what it lacks of `keys`; gives its shards.
 
-    The processes of a job, which share the folder, take turns in writing shards.
+    The processes of a job share the folder.
 
     Args:
       store: where shards are.
       keys: of all that is needed, as the store has them.
-      make: (places in `keys`, whether this process writes) -> their values, in order; None will do
-        where it doesn't write.
-      size: values in a shard, but for the last.
-      together: whether all processes make every shard; else each makes those that it writes.
+      make: gives the batches of a part of the places in `keys`. Their values are asked for where
+        this process writes them.
+      size: values that a shard has at least, but for the last.
+      together: whether all processes make every batch, and take turns in writing shards; else each
+        makes those that it writes.
       announce: is told, before anything is made, at which places keys are missing, unless none is.
     """
     # Imported here: what is in a store can be seen without.
@@ -63,12 +71,21 @@ def fill(
     announce(missing)
     numbers = [int(re.findall(r"-(\d{5})", os.path.basename(path))[0]) for path in files]
     next_number = max(numbers, default=-1) + 1
-    for turn, start in enumerate(range(0, len(missing), size)):
-        places = [*map(int, missing[start : start + size])]
-        own = turn % jax.process_count() == jax.process_index()
-        if own or together:
-            values = make(places, own)
-            if own and values is not None:
-                store.write(next_number + turn, [keys[i] for i in places], values)
+    processes, me = jax.process_count(), jax.process_index()
+    part = (0, 1) if together else (me, processes)
+    turn, places, values = part[0], list[int](), list[Any]()
+
+    def write() -> None:
+        if values:
+            store.write(next_number + turn, [keys[i] for i in places], values)
+
+    for made, read in make([*map(int, missing)], part):
+        places += made
+        if turn % processes == me:
+            values += read()
+        if len(places) >= size:
+            write()
+            turn, places, values = turn + part[1], [], []
+    write()
     distributed.barrier("shards")
     return distributed.on_primary(store.files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from l2s_jax.data.table import Example
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import check_positions
 from l2s_jax.models.systems import LlmToSlm, System
+from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,27 @@ def buckets(least: int, most: int, factor: int) -> tuple[int, ...]:
         sizes.append(least)
         least *= factor
     return (*sizes, most)
+
+
+def search_of(
+    system: System | Exact, search: Search, prompt_tokens: int, new_tokens: int
+) -> Search:
+    """A search as the system decodes, exactly or not.
+
+    Raises:
+      ValueError: it is exact and the system can't be, or a model lacks positions for the longest
+        rows and a draft.
+    """
+    if not isinstance(system, Exact):
+        if search.exact:
+            raise ValueError(
+                f"exact=True: the system {system.name} has no LLM to ask; expected one that was "
+                "loaded with its whole LLM, as by load(..., exact=True)"
+            )
+        return search
+    search = dataclasses.replace(search, exact=True)
+    check_lengths(system, prompt_tokens, new_tokens, search.draft_tokens)
+    return search
 
 
 def check_lengths(

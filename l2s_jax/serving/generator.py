@@ -22,8 +22,8 @@ from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
-from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths
-from l2s_jax.serving.output import Drafts, Output, drafts_of, output_of, outputs_of
+from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths, search_of
+from l2s_jax.serving.output import Drafts, Output, drafts_of, output_of, output_of_text, outputs_of
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -143,40 +143,67 @@ class Generator:
           ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
             differ, a seed does not fit in 32 bits, or the search is not one of the system's.
         """
+        shared = shared and not self.mesh.is_multi_process
+        part = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+        outputs: dict[int, Output] = {}
+        for indices, found in self.answered(
+            prompts,
+            search=search,
+            max_new_tokens=max_new_tokens,
+            seeds=seeds,
+            description=description,
+            mismatched=mismatched,
+            part=part,
+        ):
+            outputs.update(zip(indices, found, strict=True))
+        if shared:
+            shares = distributed.exchange(list(outputs.items()))
+            outputs = {index: output_of(fields) for share in shares for index, fields in share}
+        return [outputs[index] for index in range(len(outputs))]
+
+    def answered(
+        self,
+        prompts: Sequence[str],
+        *,
+        search: Search | None = None,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | None = None,
+        description: str = "",
+        mismatched: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[list[int], list[Output]]]:
+        """(places of prompts, their outputs) of each batch, in order of the prompts' lengths.
+
+        While the host takes the outputs of a batch, the devices decode the next one.
+
+        Args:
+          prompts, search, max_new_tokens, seeds, description, mismatched: as of `generate`.
+          part: (i, n), to answer every n-th batch, from the i-th on: a process's share of a job.
+        """
         search = self._search(search)
         limit, capacity = self._limit(max_new_tokens)
         prompts = text_list(prompts, "prompts")
         seeds = range(len(prompts)) if seeds is None else integer_list(seeds, "seeds")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
-        together = self.mesh.is_multi_process
-        silent = not description or ((shared or together) and not distributed.is_primary())
-        shared = shared and not together
-        processes, me = (jax.process_count(), jax.process_index()) if shared else (1, 0)
-        outputs: dict[int, Output] = {}
+        silent = not description or not distributed.is_primary()
         decode = self._decode_until if search.stop else self._decode
         given = self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
-        with tqdm(total=len(prompts), desc=description, disable=silent, file=sys.stderr) as bar:
 
-            def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
-                decoded = None
-                for number, (indices, batch) in enumerate(given):
-                    if number % processes != me:
-                        bar.update(len(indices))
-                        continue
-                    jax.block_until_ready(decoded)  # one batch at a time is on the devices
-                    decoded = decode(batch, capacity, search, mismatched)
-                    yield indices, decoded
+        def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
+            decoded = None
+            for indices, batch in itertools.islice(given, part[0], None, part[1]):
+                jax.block_until_ready(decoded)  # one batch at a time is on the devices
+                decoded = decode(batch, capacity, search, mismatched)
+                yield indices, decoded
 
+        total = len(prompts) // part[1]
+        with tqdm(total=total, desc=description, disable=silent, file=sys.stderr) as bar:
             for indices, decoded in one_ahead(dispatched()):
                 if not search.stop:
                     decoded = outputs_of(sharding.gather(decoded), self.response_tokenizer)
-                outputs.update(zip(indices.tolist(), decoded, strict=False))
                 bar.update(len(indices))
-        if processes > 1:
-            shares = distributed.exchange(list(outputs.items()))
-            outputs = {index: output_of(fields) for share in shares for index, fields in share}
-        return [outputs[index] for index in range(len(prompts))]
+                yield indices.tolist(), list(itertools.islice(decoded, len(indices)))
 
     def stream(
         self,
@@ -208,19 +235,8 @@ class Generator:
 
     def _search(self, search: Search | None) -> Search:
         """The search of a call, as the system decodes."""
-        if search is None:
-            return self.search
-        if not isinstance(self.system, Exact):
-            if search.exact:
-                raise ValueError(
-                    f"exact=True: the system {self.system.name} has no LLM to ask; expected one "
-                    "that was loaded with its whole LLM, as by load(..., exact=True)"
-                )
-            return search
-        search = dataclasses.replace(search, exact=True)
-        longest = self.prompt_lengths[-1]
-        check_lengths(self.system, longest, self.max_new_tokens, search.draft_tokens)
-        return search
+        longest = self.prompt_lengths[-1], self.max_new_tokens
+        return search_of(self.system, search or self.search, *longest)
 
     def _limit(self, max_new_tokens: int | None) -> tuple[int, int]:
         """(the most new tokens of a call, of the program that it runs)."""
@@ -330,11 +346,5 @@ class Generator:
                     if progress.drafts:
                         drafts[row] = drafts_of(progress.drafts, row)
         return [
-            Output(
-                text.text,
-                len(text.tokens),
-                not text.stopped and bool(limit) and text.tokens[-1] not in self.end_ids,
-                drafts=drafts.get(row),
-            )
-            for row, (text, limit) in enumerate(zip(texts, batch.limits, strict=True))
+            output_of_text(text, self.end_ids, drafts.get(row)) for row, text in enumerate(texts)
         ]

@@ -10,6 +10,7 @@ import numpy as np
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.drafted import Drafted
 from l2s_jax.decoding.loop import Decoded
+from l2s_jax.serving.text import ResponseText
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -56,6 +57,15 @@ def output_of(fields: Sequence[Any]) -> Output:
         blocks, tested, passed = drafts
         drafts = Drafts(blocks, tuple(tested), tuple(passed))
     return Output(*own, others=tuple(map(output_of, others)), drafts=drafts)
+
+
+def output_of_text(
+    text: ResponseText, end_ids: Sequence[int], drafts: Drafts | None = None
+) -> Output:
+    """The output of a response that has ended."""
+    tokens = text.tokens
+    cut = not text.stopped and bool(tokens) and tokens[-1] not in end_ids
+    return Output(text.text, len(tokens), cut, drafts=drafts)
 
 
 def outputs_of(decoded: Decoded | Hypotheses, tokenizer: Tokenizer) -> Iterator[Output]:

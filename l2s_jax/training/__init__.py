@@ -3,6 +3,6 @@
 Imports models and cluster.
 """
 
-# JAX's implementation of random numbers that masks of dropout are drawn by. Its numbers do not depend
-# on how devices split an array, so that each makes its own part.
+# JAX's name of what masks of dropout are drawn by. Its numbers do not depend on how devices split
+# an array, so that each makes its own part.
 PRNG = "threefry2x32"
