@@ -1,6 +1,11 @@
-"""The attention of the decoder-only families. Letters as in layers.py, and G key/value heads."""
+"""Attention and layers of the decoder-only families.
+
+Letters as in layers.py, and G key/value heads.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -88,3 +93,35 @@ class CausalAttention(nn.Module):
             self.dropout.unless(deterministic),
         )
         return self.output(mixed), held
+
+
+class CausalLayer(nn.Module):
+    """Attention and feed-forward, each with a norm before and a residual around it.
+
+    A family's own `setup` makes attention_norm, attention, feed_forward_norm, feed_forward and
+    dropout.
+    """
+
+    config: Any
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether attention and feed-forward are side by side, not one after the other."""
+        return False
+
+    def __call__(
+        self,
+        x: Float32[Array, "B Q D"],
+        positions: Int32[Array, "B Q"],
+        bias: Bias,
+        cache: KeyValue | None = None,
+        index: Int32[Array, "*rows"] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
+        """As CausalAttention, on the residual stream."""
+        y, held = self.attention(
+            self.attention_norm(x), positions, bias, cache, index, deterministic
+        )
+        attended = x + self.dropout(y, deterministic=deterministic)
+        y = self.feed_forward(self.feed_forward_norm(x if self.is_parallel else attended))
+        return attended + self.dropout(y, deterministic=deterministic), held

@@ -9,10 +9,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
-from l2s_jax.models.biases import Bias
-from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalModel
-from l2s_jax.models.causal_layers import CausalAttention
+from l2s_jax.models.causal_layers import CausalAttention, CausalLayer
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.stacking import make_layers
@@ -80,7 +78,7 @@ def _residual(c: GPT2Config) -> nn.initializers.Initializer:
     return nn.initializers.normal(0.02 * (2 * c.num_layers) ** -0.5)
 
 
-class Layer(nn.Module):
+class Layer(CausalLayer):
     """Attention and feed-forward, each with a norm before and a residual around it."""
 
     config: GPT2Config
@@ -103,23 +101,6 @@ class Layer(nn.Module):
         self.feed_forward_norm = LayerNorm(c.norm_epsilon)
         self.feed_forward = FeedForward(c)
         self.dropout = Dropout(c.dropout_rate)
-
-    def __call__(
-        self,
-        x: Float32[Array, "B Q D"],
-        positions: Int32[Array, "B Q"],
-        bias: Bias,
-        cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
-        """As CausalAttention, on the residual stream."""
-        y, held = self.attention(
-            self.attention_norm(x), positions, bias, cache, index, deterministic
-        )
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.feed_forward(self.feed_forward_norm(x))
-        return x + self.dropout(y, deterministic=deterministic), held
 
 
 class GPT2(CausalModel):

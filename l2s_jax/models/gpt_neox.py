@@ -7,12 +7,10 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32
 
-from l2s_jax.models.biases import Bias
-from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalModel
-from l2s_jax.models.causal_layers import CausalAttention
+from l2s_jax.models.causal_layers import CausalAttention, CausalLayer
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.sizes import check_sizes
@@ -83,7 +81,7 @@ class FeedForward(nn.Module):
         return self.wo(ACTIVATIONS[self.config.activation](self.wi(x)))
 
 
-class Layer(nn.Module):
+class Layer(CausalLayer):
     """Attention and feed-forward, side by side or one after the other."""
 
     config: GPTNeoXConfig
@@ -109,24 +107,10 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(c)
         self.dropout = Dropout(c.dropout_rate)
 
-    def __call__(
-        self,
-        x: Float32[Array, "B Q D"],
-        positions: Int32[Array, "B Q"],
-        bias: Bias,
-        cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
-        """As CausalAttention, on the residual stream."""
-        y, held = self.attention(
-            self.attention_norm(x), positions, bias, cache, index, deterministic
-        )
-        attended = x + self.dropout(y, deterministic=deterministic)
-        y = self.feed_forward(
-            self.feed_forward_norm(x if self.config.parallel_residual else attended)
-        )
-        return attended + self.dropout(y, deterministic=deterministic), held
+    @property
+    def is_parallel(self) -> bool:
+        """As the config says."""
+        return self.config.parallel_residual
 
 
 class GPTNeoX(CausalModel):

@@ -11,12 +11,10 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32
 
-from l2s_jax.models.biases import Bias
-from l2s_jax.models.cache import KeyValue
 from l2s_jax.models.causal import CausalModel
-from l2s_jax.models.causal_layers import CausalAttention
+from l2s_jax.models.causal_layers import CausalAttention, CausalLayer
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.sizes import check_sizes
@@ -107,7 +105,7 @@ class FeedForward(nn.Module):
         return self.wo(nn.silu(self.wi_gate(x)) * self.wi(x))
 
 
-class Layer(nn.Module):
+class Layer(CausalLayer):
     """Attention and feed-forward, each with a norm before and a residual around it."""
 
     config: LlamaConfig
@@ -133,23 +131,6 @@ class Layer(nn.Module):
         self.feed_forward_norm = RMSNorm(c.norm_epsilon)
         self.feed_forward = FeedForward(c)
         self.dropout = Dropout(c.dropout_rate)
-
-    def __call__(
-        self,
-        x: Float32[Array, "B Q D"],
-        positions: Int32[Array, "B Q"],
-        bias: Bias,
-        cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
-        """As CausalAttention, on the residual stream."""
-        y, held = self.attention(
-            self.attention_norm(x), positions, bias, cache, index, deterministic
-        )
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.feed_forward(self.feed_forward_norm(x))
-        return x + self.dropout(y, deterministic=deterministic), held
 
 
 class Llama(CausalModel):
