@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from pyarrow import parquet
 
+from l2s_jax.cluster import distributed
 from l2s_jax.config import default
 from l2s_jax.data import parquet as parquet_module
 from l2s_jax.data import sources, tasks
@@ -429,6 +430,17 @@ def test_the_first_of_a_split_are_those_that_are_not_blank(tmp_path):
     fails_with_one_line(lambda: Context(config, str(tmp_path), "make").content("test"), "d.jsonl:1")
     write_rows(tmp_path)
     assert Context(config, str(tmp_path), "make").content("test") == before
+
+
+def test_process_0_hashes_a_checkpoint_for_all_of_a_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "on_primary", lambda action: "what process 0 found")
+    config = default()
+    config.task.update(config_of("jsonl", tmp_path))
+    making, looking = (Context(config, str(tmp_path), mode) for mode in ("make", "look"))
+    # Nothing is there to read.
+    model = str(tmp_path / "model")
+    assert making.checkpoint(model) == "what process 0 found"
+    fails_with_one_line(lambda: looking.checkpoint(model), f"{model}: no such directory")
 
 
 HALVES = "ok \\ud83d bad", "ok \ufffd bad"

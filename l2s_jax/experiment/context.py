@@ -158,18 +158,25 @@ class Context:
                 log.warning("the %s split is taken to be the one of the run: %s", split, error)
             return None
 
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
     def checkpoint(self, directory: str) -> str | None:
         """Hash of the model in a directory, as `content_hash` gives it.
 
-        None of a name on the hub that isn't on this machine, where nothing may be asked for.
+        Process 0 reads it for all of a job: others need not have the whole of a large model. None
+        of a name on the hub that isn't on this machine, where nothing may be asked for.
         """
-        if self.mode == "look" and is_name(directory):
-            if (there := cached(directory)) is None:
-                return None
-            directory = there
-        directory = find(directory)
-        files = hashed_files(directory)
-        return self._hashes.of(["checkpoint", directory], files, lambda: content_hash(directory))
+
+        def hashed(path: str) -> str:
+            there = find(path)
+            files = hashed_files(there)
+            return self._hashes.of(["checkpoint", there], files, lambda: content_hash(there))
+
+        if self.mode == "look":
+            there = cached(directory) if is_name(directory) else directory
+            return None if there is None else hashed(there)
+        from l2s_jax.cluster import distributed
+
+        return distributed.on_primary(lambda: hashed(directory))
 
     def sources(self) -> dict[str, str]:
         """Names and commits of the config's checkpoints that are on the hub."""
