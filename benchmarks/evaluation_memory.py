@@ -25,7 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 from ml_collections import ConfigDict
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.config import default, settled
 from l2s_jax.evaluation.evaluate import evaluate
 from l2s_jax.experiment.experiment import Experiment

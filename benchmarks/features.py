@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.config import compute_dtype, default

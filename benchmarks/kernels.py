@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from l2s_jax.bench.arguments import Parser, count, integers
+from l2s_jax.arguments import Parser, count, integers
 from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.decoding.engine import decode_cache, prefill
 from l2s_jax.decoding.logits import greatest

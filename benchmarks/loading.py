@@ -20,7 +20,6 @@ are read. Memory is the most that a process had resident while it loaded, less w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -34,6 +33,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from l2s_jax.arguments import Parser
 
 REPEATS = 5
 MODEL_REPEATS = 3
@@ -243,7 +244,7 @@ def in_parts(directory: str, counts: Sequence[int]) -> None:
 
 def main() -> None:
     """The benchmark that the flags ask for."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("--processes", help="numbers of processes, as in 1,2")
     parser.add_argument("--paths", help="models that are there, as in DIR,FILE.gguf")
     parser.add_argument("--directory", help="where the checkpoint is written for as long")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from l2s_jax.bench.arguments import Parser, count, integers
+from l2s_jax.arguments import Parser, count, integers
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import write_json, write_text

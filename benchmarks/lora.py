@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.config import lora_config
 from l2s_jax.models.geometries import GEOMETRIES

@@ -9,7 +9,6 @@ in whom JAX's service lives.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -17,6 +16,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+from l2s_jax.arguments import Parser
 
 PROCESSES = 4
 SITUATIONS = ("together", "by itself", "waiting")
@@ -82,7 +83,7 @@ def lose(situation: str, victim: int, heartbeat_s: int) -> None:
 
 def main() -> None:
     """All situations and victims."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("--heartbeat_timeout", type=int, default=40)
     flags = parser.parse_args()
     print("| the processes work | killed | process | seconds | exit status | last line |")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2s_jax.bench.arguments import count, integers
+from l2s_jax.arguments import Parser, count, integers
 
 # Products of a chain: each of them is compiled.
 LONGEST = 1024
@@ -88,7 +88,7 @@ def dtypes(text: str) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Prints a table; writes --output where it is given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=integers, default="1,8,32,128")
     parser.add_argument("--shapes", type=shapes, default="512x512,512x2048")
     parser.add_argument("--dtypes", type=dtypes, default="float32")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from sentences import write_task
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import write_json
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import sentences
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import read_json, write_json
 

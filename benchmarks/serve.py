@@ -40,7 +40,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from l2s_jax.bench.arguments import Parser, count, integers
+from l2s_jax.arguments import Parser, count, integers
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import finite, write_json, write_text
 

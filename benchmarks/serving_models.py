@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import jax
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.geometry import random_like, write_random
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.files import content_hash

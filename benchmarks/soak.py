@@ -25,7 +25,7 @@ import aiohttp
 import psutil
 from serve import read_prompts, server
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import write_json
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from l2s_jax.bench.arguments import Parser, integers
+from l2s_jax.arguments import Parser, integers
 
 ROWS, TOKENS, VOCABULARY = 128, 16, 512
 

@@ -38,7 +38,7 @@ from typing import Any
 
 from training_sides import EAGER, MODES, OURS, make, names_of
 
-from l2s_jax.bench.arguments import Parser, count
+from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.contest import quartiles
 from l2s_jax.bench.remote import end_with_parent
 from l2s_jax.files import finite, write_json

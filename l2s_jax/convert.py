@@ -16,8 +16,9 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from l2s_jax.arguments import Parser
 from l2s_jax.checkpoints.engine import Params
 from l2s_jax.checkpoints.pretrained import (
     family_of,
@@ -53,13 +54,8 @@ __all__ = [
 ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m l2s_jax.convert", description="Converts a checkpoint.", allow_abbrev=False
     )
     parser.add_argument(

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.gpu import report
 from benchmarks.gpu.part import GRACE_S, last_error, missing, read_json
-from l2s_jax.bench.arguments import Parser
+from l2s_jax.arguments import Parser
 from l2s_jax.files import finite, write_json
 
 # Seconds that a part may take at most, in the order in which they run. The last has what is left.

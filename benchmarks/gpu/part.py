@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from l2s_jax.bench.arguments import Parser
+from l2s_jax.arguments import Parser
 from l2s_jax.files import finite, write_json
 
 Cell = str | float | None

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax.bench.arguments import Parser, count, integers
+from l2s_jax.arguments import Parser, count, integers
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.bench.ours import bytes_of_weights
 from l2s_jax.data.prompts import random_prompts

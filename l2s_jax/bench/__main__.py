@@ -28,8 +28,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from l2s_jax.arguments import Parser, count, integers, share
 from l2s_jax.bench import machine
-from l2s_jax.bench.arguments import Parser, count, integers, share
 from l2s_jax.bench.contest import Contest
 from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unfit
 from l2s_jax.bench.geometry import write_random

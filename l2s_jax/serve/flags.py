@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.bench.arguments import Parser
+from l2s_jax.arguments import Parser
 from l2s_jax.messages import one_line
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The command line of a benchmark."""
+"""Command lines of flags that argparse reads."""
 
 from __future__ import annotations
 
