@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 import xla
 
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LlmToSlm
 from l2s_jax.training import update
 
@@ -255,3 +257,18 @@ def test_training_from_the_feature_cache():
     # 64 prompt tokens, of which the encoder's 18.9M weights take two operations each.
     assert encoding - cached == pytest.approx(2.4, abs=1)
     assert re.search(r"ratio: \d+\.\d\d$", finished.stdout.strip())
+
+
+def test_a_low_rank_change_beside_kernels_takes_less_memory(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    lora = importlib.import_module("lora")
+    small = GPT2Config(vocab_size=64, width=256, num_heads=4, feed_forward_width=1024, num_layers=3)
+    monkeypatch.setitem(lora.GEOMETRIES, "gpt2", small)
+    flags = ("--rank=2", "--rows=1", "--tokens=8", "--repeats=2")
+    monkeypatch.setattr(sys, "argv", ["lora.py", *flags])
+    lora.main()
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0].strip() for line in lines] == ["kernels made", "beside"]
+    made, beside = (float(line[2]) for line in lines)
+    # Three layers of 12 x 256 x 256 numbers, once as they are changed and once as their gradient.
+    assert made - beside > 8
