@@ -135,7 +135,7 @@ def label(
 
     Args:
       examples: of the split, or its first ones.
-      make_generator: gives a `Generator`.
+      make_generator: gives what answers, a `Generator` or a `Refilled` one.
       directory: where labels are, and will be.
       split: whose labels they are; each has files of its own.
       seed: of labels that are sampled, each by this and its place; None: they are not.

@@ -137,9 +137,11 @@ class LabelStage(RecordedStage):
             return {split: self._label(split, generator) for split in splits}
 
     def _label(self, split: str, make_generator: Callable[[], Any]) -> Sequence[Example]:
+        from l2s_jax.serving.refilled import Refilled
+
         return label_files.label(
             self._unlabelled(split),
-            make_generator,
+            lambda: Refilled(make_generator()),
             self.open(),
             split=split,
             seed=self.context.config.seed if self._sampled else None,

@@ -67,15 +67,7 @@ def batches(
     Raises:
       ValueError: a seed does not fit in 32 bits.
     """
-    data = TokenizedExamples(
-        [Example(prompt, "", ()) for prompt in prompts],
-        prompt_tokenizer=tokenizer,
-        response_tokenizer=tokenizer,
-        max_prompt_tokens=prompt_lengths[-1],
-        max_response_tokens=1,
-    )
-    for line in data.loss.describe(prompt_lengths[-1]):
-        log.warning("%s: %s", name, line)
+    data = tokenized(prompts, name, tokenizer, prompt_lengths[-1])
     if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 2**32:
         raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
     own_seeds = np.asarray(seeds, np.uint32)
@@ -94,6 +86,22 @@ def batches(
         row_seeds = np.zeros(size, np.uint32)
         row_seeds[:count] = own_seeds[indices]
         yield indices, Batch(ids[:size], mask[:size], limits, row_seeds)
+
+
+def tokenized(
+    prompts: Sequence[str], name: str, tokenizer: Tokenizer, most: int
+) -> TokenizedExamples:
+    """Prompts as ids, `most` of each; a warning that begins with `name` says how many were cut."""
+    data = TokenizedExamples(
+        [Example(prompt, "", ()) for prompt in prompts],
+        prompt_tokenizer=tokenizer,
+        response_tokenizer=tokenizer,
+        max_prompt_tokens=most,
+        max_response_tokens=1,
+    )
+    for line in data.loss.describe(most):
+        log.warning("%s: %s", name, line)
+    return data
 
 
 def buckets(least: int, most: int, factor: int) -> tuple[int, ...]:

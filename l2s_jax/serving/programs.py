@@ -70,9 +70,16 @@ class Programs:
         """The shortest length that a prompt is read in."""
         return next(length for length in self.lengths if length >= len(request.prompt))
 
-    def read(self, asked: Sequence[Request], length: int) -> Slots:
-        """Prompts in slots of their own, as many as `size_for` says."""
-        generator, rows = self._generator, self.size_for(len(asked))
+    def read(self, asked: Sequence[Request], length: int, rows: int = 0, room: int = 0) -> Slots:
+        """Prompts in slots of their own.
+
+        Args:
+          asked: the prompts, and how they are answered.
+          length: tokens that they are padded to.
+          rows: slots; 0: as many as `size_for` says.
+          room: tokens of prompts that there is room for; 0: those of the longest.
+        """
+        generator, rows = self._generator, rows or self.size_for(len(asked))
         asked = [*asked, *[_NOBODY] * (rows - len(asked))]
         ids = np.full((rows, length), generator.prompt_tokenizer.pad_id, np.int32)
         mask = np.zeros((rows, length), bool)
@@ -95,7 +102,7 @@ class Programs:
                 generator.trained,
                 generator.frozen,
                 *arguments,
-                prompt_slots=self.lengths[-1],
+                prompt_slots=room or self.lengths[-1],
             )
 
     def insert(self, old: Slots, new: Slots, places: Sequence[int]) -> Slots:
@@ -105,6 +112,11 @@ class Programs:
         where[: len(places)] = places
         with jax.set_mesh(self._generator.mesh):
             return slots.insert(old, new, where)
+
+    def empty(self, like: Slots, size: int) -> Slots:
+        """So many slots that nobody has, with the shapes of others."""
+        with jax.set_mesh(self._generator.mesh):
+            return slots.regroup(like, np.full(size, -1, np.int32))
 
     def regroup(self, old: Slots, kept: Sequence[int], size: int) -> Slots:
         """So many slots, of which the first are these of before."""

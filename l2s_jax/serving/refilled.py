@@ -1,0 +1,132 @@
+"""Many prompts at once, in rows of which each takes the next prompt when its response has ended.
+
+A batch is there until its longest response has ended, and most of its rows wait. Here they don't:
+of responses whose lengths differ, as many rows make more per second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from l2s_jax.cluster import distributed, sharding
+from l2s_jax.data.examples import TokenizedExamples
+from l2s_jax.decoding.loop import EVERY
+from l2s_jax.serving.batching import tokenized
+from l2s_jax.serving.generator import Generator
+from l2s_jax.serving.output import Output
+from l2s_jax.serving.programs import Programs
+from l2s_jax.serving.request import Request
+
+# Of the rows, those that are read for together: fewer wait for others, more are read sooner.
+_SHARE = 8
+
+
+class _Ended(NamedTuple):
+    """A response: the place of its prompt, its tokens int32 [S], whether it ended itself."""
+
+    place: int
+    tokens: np.ndarray
+    finished: bool
+
+
+class Refilled:
+    """Answers what a Generator answers, by the same settings, to the same texts."""
+
+    def __init__(self, generator: Generator):
+        self._generator = generator
+        self._programs = Programs(generator, generator.batch_size)
+
+    def answered(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        description: str = "",
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[list[int], list[Output]]]:
+        """(places of prompts, their outputs) of responses that have ended, in the order of that.
+
+        Arguments and errors as of `Generator.answered`, to which beam search and stop texts are
+        left. A part is that of the prompts of each length.
+        """
+        generator, search = self._generator, self._generator.search
+        if search.num_beams > 1 or search.stop:
+            settings: Any = {"seeds": seeds, "description": description, "part": part}
+            yield from generator.answered(prompts, **settings)
+            return
+        data = tokenized(
+            prompts, generator.system.name, generator.prompt_tokenizer, generator.prompt_lengths[-1]
+        )
+        seeds = range(len(prompts)) if seeds is None else seeds
+        total = len(prompts) // part[1]
+        silent = not description or not distributed.is_primary()
+        with tqdm(total=total, desc=description, disable=silent, file=sys.stderr) as bar:
+            for places, width in self._lengths(data, part):
+                for ended in self._in_rows(data, places, seeds, width):
+                    bar.update(len(ended))
+                    yield [one.place for one in ended], [self._output(one) for one in ended]
+
+    def _output(self, ended: _Ended) -> Output:
+        text = self._generator.response_tokenizer.decode(ended.tokens.tolist())
+        return Output(text, len(ended.tokens), not ended.finished)
+
+    def _lengths(
+        self, data: TokenizedExamples, part: tuple[int, int]
+    ) -> Iterator[tuple[list[int], int]]:
+        """(places of prompts, shorter ones first; tokens that they are padded to).
+
+        Those that do not fill the rows are padded to the next length, with the prompts of that.
+        """
+        lengths, found = self._programs.lengths, data.prompt_lengths
+        waiting: list[int] = []
+        for width, before in zip(lengths, (0, *lengths), strict=False):
+            own = np.flatnonzero((found > before) & (found <= width))
+            own = own[np.argsort(found[own], kind="stable")][part[0] :: part[1]]
+            waiting += own.tolist()
+            if waiting and (len(waiting) >= self._generator.batch_size or width == lengths[-1]):
+                yield waiting, width
+                waiting = []
+
+    def _in_rows(
+        self, data: TokenizedExamples, places: list[int], seeds: Sequence[int], width: int
+    ) -> Iterator[list[_Ended]]:
+        """What has ended since it was last asked for, until all has."""
+        generator, programs = self._generator, self._programs
+        size = programs.size_for(min(len(places), generator.batch_size))
+        together = programs.size_for(max(1, size // _SHARE))
+        waiting, rows = deque(places), [None] * size
+        slots, ended = None, list[_Ended]()
+
+        def read(chosen: Sequence[int]) -> Any:
+            limit = generator.max_new_tokens
+            asked = [Request(data[i][0], generator.search, limit, seeds[i]) for i in chosen]
+            return programs.read(asked, width, rows=together, room=width)
+
+        while waiting or any(place is not None for place in rows):
+            free = [row for row, place in enumerate(rows) if place is None]
+            while waiting and len(free) >= together:
+                chosen = [waiting.popleft() for _ in range(min(together, len(waiting)))]
+                new, into, free = read(chosen), free[: len(chosen)], free[len(chosen) :]
+                slots = programs.insert(
+                    programs.empty(new, size) if slots is None else slots, new, into
+                )
+                for row, place in zip(into, chosen, strict=True):
+                    rows[row] = place
+            nobody = np.array([place is None for place in rows])
+            slots, said = programs.advance(slots, nobody, EVERY, together if waiting else size)
+            if ended:
+                yield ended  # while the devices decode
+            said = sharding.gather(said.replace(scores=None))
+            ended = [
+                _Ended(place, said.tokens[: said.lengths[row], row], bool(said.finished[row]))
+                for row, place in enumerate(rows)
+                if place is not None and said.done[row]
+            ]
+            rows = [None if said.done[row] else place for row, place in enumerate(rows)]
+        yield ended
