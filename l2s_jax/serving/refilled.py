@@ -100,12 +100,15 @@ class Refilled:
         generator, programs = self._generator, self._programs
         size = programs.size_for(min(len(places), generator.batch_size))
         together = programs.size_for(max(1, size // _SHARE))
-        waiting, rows = deque(places), [None] * size
-        slots, ended = None, list[_Ended]()
+        waiting, ended = deque(places), list[_Ended]()
+        rows: list[int | None] = [None] * size  # whose place each is
+        slots: Any = None
 
         def read(chosen: Sequence[int]) -> Any:
             limit = generator.max_new_tokens
-            asked = [Request(data[i][0], generator.search, limit, seeds[i]) for i in chosen]
+            asked = [
+                Request(data[i][0].tolist(), generator.search, limit, seeds[i]) for i in chosen
+            ]
             return programs.read(asked, width, rows=together, room=width)
 
         while waiting or any(place is not None for place in rows):
