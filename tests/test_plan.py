@@ -691,6 +691,18 @@ def test_each_host_with_whole_copies_answers_other_prompts():
     assert (last.mesh.size, last.groups, last.times["encode"]) == (4, 4, 2)
 
 
+def test_a_host_that_splits_the_model_between_its_chips_has_a_slice_of_its_own():
+    config = small_config(data=16)
+    config.decoding.mesh.update(data=-1, tensor=2)
+    last = list(run_of(config, "v5e:4x4", 9).stages())[-1]
+    assert (last.name, last.mesh.size, last.groups) == ("evaluation: l2s", 4, 4)
+    # Of the slice's chips, the first host has the numbers 0, 1, 4 and 5.
+    assert sorted(device.id for device in last.mesh.devices.flat) == [0, 1, 2, 3]
+    programs = last.compile()
+    assert programs.keys() == {"encode", "prefill", "decode"}
+    assert sum(one.times for one in programs["decode"].costs.collectives)
+
+
 def test_the_train_split_is_counted_where_it_is_at_hand(tmp_path):
     tiny.write_task(tmp_path / "task")
     config = default()

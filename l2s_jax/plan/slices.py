@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from l2s_jax.cluster import sharding
 from l2s_jax.cluster.chips import CHIPS, Chip
 from l2s_jax.cluster.granules import Numbered
 
@@ -99,15 +101,8 @@ def open_slice(topology: str) -> Slice:
             f"--topology={topology}: libtpu, the TPU's compiler, is not installed; "
             "pip install 'l2s-jax[tpu]' or 'jax[tpu]' brings it, and --topology=cpu:8 does without"
         )
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if kind == "v4":
-        settings["chip_config_name"] = "megacore"  # one device per chip, as JAX has it on a v4
-    if set(shape) <= set("1x"):
-        settings["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        devices = topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **settings).devices
+        devices = _tpus(kind, shape, slices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(
@@ -115,6 +110,31 @@ def open_slice(topology: str) -> Slice:
             "a single chip as 1x1, larger ones in whole hosts of 2x2"
         ) from None
     return Slice(topology, devices, _capacity(devices), CHIPS.get(kind), slices)
+
+
+def alone(where: Slice, mesh: Mesh) -> Mesh:
+    """A mesh of one process's devices, as a slice of their own; one of all devices as it is.
+
+    For such a mesh a process compiles by itself, and the TPU's compiler knows of no other devices.
+    """
+    if where.platform == "cpu" or mesh.size == len(where.devices):
+        return mesh
+    places = np.array([device.coords for device in mesh.devices.flat])
+    shape = (np.ptp(places, axis=0) + 1)[: len(where.shape)]
+    devices = _tpus(where.topology.partition(":")[0], "x".join(map(str, shape)))
+    return sharding.make_mesh(dict(mesh.shape), devices)
+
+
+def _tpus(kind: str, shape: str, slices: int = 1) -> Sequence[Any]:
+    """The devices of so many slices, as libtpu has them."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if kind == "v4":
+        settings["chip_config_name"] = "megacore"  # one device per chip, as JAX has it on a v4
+    if set(shape) <= set("1x"):
+        settings["chips_per_host_bounds"] = (1, 1, 1)
+    return topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **settings).devices
 
 
 def _cpus(topology: str, shape: str, slices: int) -> Slice:

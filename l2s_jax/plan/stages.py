@@ -23,7 +23,7 @@ from l2s_jax.plan import models
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.program import Program, Work
 from l2s_jax.plan.programs import Compiler
-from l2s_jax.plan.slices import Slice
+from l2s_jax.plan.slices import Slice, alone
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., 
     """
     # Of the processes all have as many devices; what the first one has is what each has.
     decoding, labels = (
-        sharding.decoding_mesh(make(config, where, section)) for section in ("decoding", "labels")
+        alone(where, sharding.decoding_mesh(make(config, where, section)))
+        for section in ("decoding", "labels")
     )
     found = Meshes(mesh, make(config, where, "features"), decoding, labels)
     check_batches(config, found)
