@@ -99,7 +99,8 @@ def _remove_empty(path: str, found: os.stat_result) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
         if not os.path.samestat(os.stat(aside), found) or os.stat(aside).st_size:
-            os.link(aside, path)
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
         os.remove(aside)
 
 

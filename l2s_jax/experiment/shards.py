@@ -2,7 +2,7 @@
 
 What is missing is made and added, so a run that was interrupted continues with what it lacks, and
 data whose order has changed, or that has grown, finds again what is there. All that is missing is
-made in one stream of batches, and a shard has whole batches: a run that continues makes the same.
+made in one stream. A shard has whole batches of it, so that a run that continues makes the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Store(Protocol):
         """Adds the `number`-th shard."""
 
 
-# Which of all batches a process makes: (i, n), every n-th one from the i-th on.
+# Which batches, or values, of all a process makes: (i, n), every n-th one from the i-th on.
 Part = tuple[int, int]
 # A batch: its places, and what gives their values, in order.
 Made = tuple[Sequence[int], Callable[[], Sequence[Any]]]
