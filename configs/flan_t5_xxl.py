@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
     for section in (config.slm.train, config.l2s.train, config.labels, config.decoding):
         section.batch_size = 256
     config.mesh.update(data=1, fsdp=-1)
-    # Along fsdp each token would bring the whole LLM to each chip. T5-base has 12 heads.
-    config.labels.mesh.update(data=-1, fsdp=1, tensor=8)
-    config.decoding.mesh.update(data=-1, fsdp=1, tensor=4)
+    # Along fsdp each token would bring the whole LLM to each chip.
+    for section in (config.labels, config.decoding):
+        section.mesh.update(data=-1, fsdp=1, tensor=8)
     config.scan_layers = True
     config.l2s.train.remat = True
     return config
