@@ -2,11 +2,16 @@
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 import xla
+
+# A shell has what it runs in the background ignore Ctrl-C, and so do the processes that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A flag that is in the environment stays.

@@ -287,9 +287,8 @@ def test_processes_that_slurm_describes_end_when_one_is_killed(tmp_path):
 def test_an_interrupt_ends_all(tmp_path):
     config = tiny.write_task(tmp_path / "data")
     flags = ["--", "--config.llm.train.steps=100000"]
-    # Whoever runs the tests in the background has them ignore the signal.
-    command = ["env", "--default-signal=INT", str(LAUNCH), "--processes=2", f"--runs={tmp_path}"]
-    process = start([*command, str(config), *flags])
+    command = [str(LAUNCH), "--processes=2", f"--runs={tmp_path}", str(config), *flags]
+    process = start(command)
     log = tmp_path / config.stem / "logs" / "process-0.log"
     while process.poll() is None and not (log.exists() and "training on" in log.read_text()):
         time.sleep(0.05)
