@@ -153,16 +153,18 @@ def test_two_processes_with_the_whole_model_each_answer_as_one(jobs, tmp_path):
 
 def test_a_process_without_a_part_of_what_the_llm_makes_waits_for_the_others(tmp_path):
     config = tiny.write_task(tmp_path / "data")
-    # The LLM is made here; both answer prompts, and one batch holds all that it reads.
+    # The LLM is made here. Both answer prompts, but one validates with a single one; and one batch
+    # holds all that the LLM reads.
     flags = (
         *("--config.labels.source=llm", "--config.labels.max_new_tokens=8"),
         *("--config.distillation.weight=0.5", "--config.distillation.top_k=4", "--until=logits"),
-        "--config.distillation.batch_size=64",
+        *("--config.distillation.batch_size=64", "--config.evaluation.validation_examples=1"),
     )
     result, logs = launch(config, tmp_path / "two", *flags)
     assert result.returncode == 0, logs
     run = tmp_path / "two" / config.stem
     assert len(list((run / "labels").glob("train-*.jsonl"))) == 2
+    assert len(list((run / "labels").glob("validation-*.jsonl"))) == 1
     assert len(list((run / "logits").glob("*.array_record"))) == 1
     assert any("4 likeliest tokens leave out" in line for line in logs[0])
     assert not [line for line in logs[1] if "[Gloo]" not in line]

@@ -80,3 +80,21 @@ def integer_list(numbers: Iterable[int], name: str) -> list[int]:
         return [operator.index(number) for number in numbers]
     except TypeError as error:
         raise TypeError(f"{name}: expected integers: {error}") from None
+
+
+def asked(
+    prompts: Iterable[str], seeds: Iterable[int] | None, name: str = "prompts"
+) -> tuple[list[str], list[int]]:
+    """Prompts and a seed for each, their places where there are none; `name` is for messages.
+
+    Raises:
+      TypeError: prompts are one string, or hold something else than strings; likewise seeds.
+      ValueError: the numbers of seeds and prompts differ, or a seed does not fit in 32 bits.
+    """
+    texts = text_list(prompts, name)
+    numbers = list(range(len(texts))) if seeds is None else integer_list(seeds, "seeds")
+    if len(numbers) != len(texts):
+        raise ValueError(f"{len(numbers)} seeds: expected one per prompt, {len(texts)}")
+    if numbers and not 0 <= min(numbers) <= max(numbers) < 2**32:
+        raise ValueError(f"seeds {min(numbers)} to {max(numbers)}: expected 0 to {2**32 - 1}")
+    return texts, numbers

@@ -63,13 +63,8 @@ def batches(
       limit: the most new tokens; rows without a prompt have 0.
       batch_size: the most prompts in a batch.
       rows: (prompts in a batch, what they are padded to) -> its rows; None: always `batch_size`.
-
-    Raises:
-      ValueError: a seed does not fit in 32 bits.
     """
     data = tokenized(prompts, name, tokenizer, prompt_lengths[-1])
-    if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 2**32:
-        raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: expected 0 to {2**32 - 1}")
     own_seeds = np.asarray(seeds, np.uint32)
     for places, batch in evaluation_batches(
         data,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.cluster.ahead import one_ahead
-from l2s_jax.data.text import integer_list, text_list
+from l2s_jax.data.text import asked
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.drafted import ExactState
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
@@ -182,10 +182,7 @@ class Generator:
         """
         search = self._search(search)
         limit, capacity = self._limit(max_new_tokens)
-        prompts = text_list(prompts, "prompts")
-        seeds = range(len(prompts)) if seeds is None else integer_list(seeds, "seeds")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds: expected one per prompt, {len(prompts)}")
+        prompts, seeds = asked(prompts, seeds)
         silent = not description or not distributed.is_primary()
         decode = self._decode_until if search.stop else self._decode
         given = self._batches(prompts, limit, seeds, mismatched, (capacity, search, False))
@@ -225,8 +222,8 @@ class Generator:
                 "its end"
             )
         limit, capacity = self._limit(max_new_tokens)
-        prompts, kind = text_list([prompt], "prompt"), (capacity, search, True)
-        ((_, batch),) = self._batches(prompts, limit, [seed], False, kind)
+        prompts, seeds = asked([prompt], [seed], "prompt")
+        ((_, batch),) = self._batches(prompts, limit, seeds, False, (capacity, search, True))
         text = ResponseText(self.response_tokenizer, search.stop)
         for decoded in self._chunks(batch, capacity, search, False, lambda: [text.stopped]):
             tokens = decoded.tokens[: decoded.lengths[0], 0]

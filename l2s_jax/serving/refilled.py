@@ -9,30 +9,23 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.examples import TokenizedExamples
-from l2s_jax.decoding.loop import EVERY
+from l2s_jax.data.text import asked
+from l2s_jax.decoding.loop import EVERY, Decoded
 from l2s_jax.serving.batching import tokenized
 from l2s_jax.serving.generator import Generator
-from l2s_jax.serving.output import Output
+from l2s_jax.serving.output import Output, outputs_of
 from l2s_jax.serving.programs import Programs
 from l2s_jax.serving.request import Request
 
 # Of the rows, those that are read for together: fewer wait for others, more are read sooner.
 _SHARE = 8
-
-
-class _Ended(NamedTuple):
-    """A response: the place of its prompt, its tokens int32 [S], whether it ended itself."""
-
-    place: int
-    tokens: np.ndarray
-    finished: bool
 
 
 class Refilled:
@@ -60,21 +53,17 @@ class Refilled:
             settings: Any = {"seeds": seeds, "description": description, "part": part}
             yield from generator.answered(prompts, **settings)
             return
+        prompts, seeds = asked(prompts, seeds)
         data = tokenized(
             prompts, generator.system.name, generator.prompt_tokenizer, generator.prompt_lengths[-1]
         )
-        seeds = range(len(prompts)) if seeds is None else seeds
         total = len(prompts) // part[1]
         silent = not description or not distributed.is_primary()
         with tqdm(total=total, desc=description, disable=silent, file=sys.stderr) as bar:
             for places, width in self._lengths(data, part):
-                for ended in self._in_rows(data, places, seeds, width):
-                    bar.update(len(ended))
-                    yield [one.place for one in ended], [self._output(one) for one in ended]
-
-    def _output(self, ended: _Ended) -> Output:
-        text = self._generator.response_tokenizer.decode(ended.tokens.tolist())
-        return Output(text, len(ended.tokens), not ended.finished)
+                for own, decoded in self._in_rows(data, places, seeds, width):
+                    bar.update(len(own))
+                    yield own, list(outputs_of(decoded, generator.response_tokenizer))
 
     def _lengths(
         self, data: TokenizedExamples, part: tuple[int, int]
@@ -95,30 +84,29 @@ class Refilled:
 
     def _in_rows(
         self, data: TokenizedExamples, places: list[int], seeds: Sequence[int], width: int
-    ) -> Iterator[list[_Ended]]:
-        """What has ended since it was last asked for, until all has."""
+    ) -> Iterator[tuple[list[int], Decoded]]:
+        """(places, responses) of what has ended since it was last asked for, until all has."""
         generator, programs = self._generator, self._programs
         size = programs.size_for(min(len(places), generator.batch_size))
         together = programs.size_for(max(1, size // _SHARE))
-        waiting, ended = deque(places), list[_Ended]()
+        waiting = deque(places)
         rows: list[int | None] = [None] * size  # whose place each is
         slots: Any = None
+        ended = None
 
         def read(chosen: Sequence[int]) -> Any:
             limit = generator.max_new_tokens
-            asked = [
+            requests = [
                 Request(data[i][0].tolist(), generator.search, limit, seeds[i]) for i in chosen
             ]
-            return programs.read(asked, width, rows=together, room=width)
+            return programs.read(requests, width, rows=together, room=width)
 
         while waiting or any(place is not None for place in rows):
             free = [row for row, place in enumerate(rows) if place is None]
             while waiting and len(free) >= together:
                 chosen = [waiting.popleft() for _ in range(min(together, len(waiting)))]
                 new, into, free = read(chosen), free[: len(chosen)], free[len(chosen) :]
-                slots = programs.insert(
-                    programs.empty(new, size) if slots is None else slots, new, into
-                )
+                slots = programs.insert(slots or programs.empty(new, size), new, into)
                 for row, place in zip(into, chosen, strict=True):
                     rows[row] = place
             nobody = np.array([place is None for place in rows])
@@ -126,10 +114,11 @@ class Refilled:
             if ended:
                 yield ended  # while the devices decode
             said = sharding.gather(said.replace(scores=None))
-            ended = [
-                _Ended(place, said.tokens[: said.lengths[row], row], bool(said.finished[row]))
-                for row, place in enumerate(rows)
-                if place is not None and said.done[row]
-            ]
+            done = np.flatnonzero(said.done & ~nobody)
+            ended = (
+                [place for row in done if (place := rows[row]) is not None],
+                Decoded(said.tokens.T[done], said.lengths[done], said.finished[done]),
+            )
             rows = [None if said.done[row] else place for row, place in enumerate(rows)]
-        yield ended
+        if ended:
+            yield ended
