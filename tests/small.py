@@ -175,13 +175,13 @@ def make_train_config(steps: int, **changes: Any) -> ConfigDict:
     return config
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
     """A mesh over the first devices, as sharding.make_mesh builds it over all."""
     return jax.make_mesh(
-        (data, fsdp, tensor),
+        (data, fsdp, sequence, tensor),
         AXES,
         axis_types=(AxisType.Auto,) * len(AXES),
-        devices=jax.devices()[: data * fsdp * tensor],
+        devices=jax.devices()[: data * fsdp * sequence * tensor],
     )
 
 

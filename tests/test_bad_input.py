@@ -186,6 +186,15 @@ def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
             ["slm.model.feed_forward_width=36", "mesh.data=1", "mesh.tensor=8"],
             "error: mesh data=1, fsdp=1, tensor=8: slm/decoder/",
         ),
+        (
+            ["mesh.data=2", "mesh.sequence=4", "max_prompt_tokens=28"],
+            "error: config.buckets: prompts of 28 tokens, which mesh data=2, fsdp=1, sequence=4, "
+            "tensor=1 takes in 8 parts; expected a multiple of 8, such as 32",
+        ),
+        (
+            ["max_prompt_tokens=28", "decoding.mesh.data=2", "decoding.mesh.sequence=4"],
+            "error: config.decoding.mesh: config.buckets: prompts of 28 tokens, which mesh data=2",
+        ),
     ],
 )  # fmt: skip
 def test_a_mesh_that_a_stage_cannot_use_is_refused_before_anything_is_trained(

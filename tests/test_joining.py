@@ -196,7 +196,7 @@ def test_features_that_another_mesh_makes_are_the_same(job, tmp_path):
     # The first were there.
     (call,) = made.call_args_list
     _, params, used, _ = call.args
-    assert dict(used.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(used.shape) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 4}
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(params)} == {used}
     np.testing.assert_allclose(kept[1], kept[0], rtol=2**-7, atol=1e-5)
 

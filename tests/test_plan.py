@@ -80,7 +80,7 @@ def v5e(tmp_path_factory) -> tuple[ConfigDict, dict, str]:
 def test_all_programs_compile_for_v5e_and_fit(v5e):
     _, report, text = v5e
     assert (report["topology"], report["chips"]) == ("v5e:2x2", 4)
-    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
     assert list(report["programs"]) == ["train", "encode", "prefill", "decode"]
     for name, program in report["programs"].items():
         size = program["bytes_per_chip"]

@@ -523,10 +523,10 @@ def test_a_stage_has_the_mesh_of_the_config_but_for_its_own(section):
     config = default()
     config.mesh.update(data=2, fsdp=-1, slices=2)
     slices = {"slices": 2, "process_is_granule": False}
-    common = {"data": 2, "fsdp": -1, "tensor": 1, **slices}
+    common = {"data": 2, "fsdp": -1, "sequence": 1, "tensor": 1, **slices}
     assert mesh_sizes(config, section) == mesh_sizes(config) == common
     config[section].mesh.update(fsdp=1, tensor=4)
-    assert mesh_sizes(config, section) == {"data": 2, "fsdp": 1, "tensor": 4, **slices}
+    assert mesh_sizes(config, section) == {**common, "fsdp": 1, "tensor": 4}
     assert mesh_sizes(config) == common
     for name, message in ((section, f"config.{section}.mesh: wrong"), ("", "wrong")):
         with pytest.raises(ValueError) as error, naming_mesh(config, name):

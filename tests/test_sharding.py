@@ -101,7 +101,7 @@ def mesh_config(data, fsdp, tensor):
 )
 def test_mesh_sizes(asked, sizes):
     mesh = make_mesh(mesh_config(*asked))
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert dict(mesh.shape) == {"sequence": 1, **mesh_config(*sizes)}
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
@@ -135,7 +135,9 @@ def test_an_impossible_mesh_is_told_of_one_that_works(asked, works):
 
 
 def test_an_axis_that_there_is_not_is_named():
-    with pytest.raises(ValueError, match="no axis 'model', expected some of data, fsdp, tensor"):
+    with pytest.raises(
+        ValueError, match="no axis 'model', expected some of data, fsdp, sequence, tensor"
+    ):
         make_mesh({"model": 8})
 
 

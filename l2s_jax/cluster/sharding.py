@@ -1,14 +1,14 @@
 """Where arrays live: the mesh, and the rules from parameter paths to its axes.
 
-Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads,
-feed-forward and vocabulary.
+Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `sequence` splits the
+positions of prompts; `tensor` splits heads, feed-forward and vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from l2s_jax.cluster import granules
 from l2s_jax.cluster.paths import is_stacked, path_name
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 
 # On devices or on the host, as what a caller has may be.
@@ -89,8 +89,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def axes_name(sizes: Sequence[int]) -> str:
-    """Of sizes in the order of AXES: data=4, fsdp=2, tensor=1."""
-    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    """Of sizes in the order of AXES: data=4, fsdp=2, tensor=1; `sequence` where it is not 1."""
+    named = zip(AXES, sizes, strict=True)
+    return ", ".join(f"{axis}={size}" for axis, size in named if axis != "sequence" or size != 1)
 
 
 def _nearest(sizes: Sequence[int], count: int, slices: int = 1) -> list[int]:
@@ -119,7 +120,7 @@ def decoding_mesh(mesh: Mesh) -> Mesh:
     Its own devices, if those of every process hold whole copies of the model: processes then answer
     different prompts and never wait for each other. Else all of `mesh`, for all processes together.
     """
-    copy = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    copy = math.prod(mesh.shape[axis] for axis in AXES if axis != "data")
     own: dict[int, list[Any]] = {}
     for device in mesh.devices.flat:
         own.setdefault(device.process_index, []).append(device)
@@ -141,6 +142,26 @@ def check_rows(rows: int, mesh: Mesh, what: str) -> None:
             f"{what}={rows}: {mesh_name(mesh)} splits a batch between {ways} devices, expected a "
             f"multiple of {ways}, such as {-(-rows // ways) * ways}"
         )
+
+
+def sequence_parts(mesh: Mesh | AbstractMesh | None) -> int:
+    """Into how many parts of one length a prompt has to divide: one, without a `sequence` axis.
+
+    Each device along it takes two, of which one may be from the end: see models/sequence.py.
+    """
+    ways = mesh.shape["sequence"] if mesh else 1
+    return 2 * ways if ways > 1 else 1
+
+
+def check_lengths(lengths: Iterable[int], mesh: Mesh, what: str) -> None:
+    """Raises a ValueError if the mesh cannot split prompts of these lengths; `what` names them."""
+    parts = sequence_parts(mesh)
+    for length in lengths:
+        if length % parts:
+            raise ValueError(
+                f"{what}: prompts of {length} tokens, which {mesh_name(mesh)} takes in {parts} "
+                f"parts; expected a multiple of {parts}, such as {-(-length // parts) * parts}"
+            )
 
 
 def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -207,66 +228,6 @@ def optimizer_shardings(
         transform_non_params=lambda _: replicated,
         is_leaf=has_no_state,
     )
-
-
-def program_mesh() -> AbstractMesh | None:
-    """The mesh that a program is made for; None without `jax.set_mesh`, and of one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
-
-
-def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """x with its leading dimensions split by these axes, None by none, in a program for a mesh.
-
-    The compiler chooses for the dimensions after them, and for those that do not divide. Nothing
-    changes without `jax.set_mesh`.
-    """
-    mesh = program_mesh()
-    if mesh is None:
-        return x
-    spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
-    for i, (size, axis) in enumerate(zip(x.shape, axes, strict=False)):
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        if size % math.prod(mesh.shape[name] for name in names) == 0:
-            spec[i] = axis
-    return jax.lax.with_sharding_constraint(x, P(*spec))
-
-
-def split_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...] with its rows, each whole, where those of a batch lie, in a program for a mesh.
-
-    Without it, the compiler may leave parameters that `fsdp` splits where they are, split the
-    activations along their width too, and add up those of the whole batch over all devices; or
-    split them along their width by `tensor`, and gather them for every product.
-    """
-    return constrain(x, ROWS, *[None] * (x.ndim - 1))
-
-
-def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of x [B, ...], in a program for a mesh with each row where it lies.
-
-    By itself the compiler gathers all rows on every device.
-    """
-    mesh = program_mesh()
-    if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
-        return jax.lax.top_k(x, k)
-    return jax.shard_map(
-        lambda rows: jax.lax.top_k(rows, k),
-        in_specs=P(ROWS),
-        out_specs=P(ROWS),
-        axis_names=set(ROWS),
-    )(x)
-
-
-def split_parameters(params: Any) -> Any:
-    """Parameters where the rules put them, and their gradient too, in a program for a mesh.
-
-    Nothing changes without `jax.set_mesh`.
-    """
-    mesh = program_mesh()
-    if mesh is None:
-        return params
-    return jax.lax.with_sharding_constraint(params, parameter_shardings(params, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

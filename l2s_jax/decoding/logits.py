@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt32
 
-from l2s_jax.cluster.sharding import AnyArray, top_k
+from l2s_jax.cluster.placement import top_k
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.settings.search import Search
 
 

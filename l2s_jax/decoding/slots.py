@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
+from l2s_jax.cluster.placement import constrain as constrain_axes
 from l2s_jax.cluster.sharding import ROWS, AnyArray
-from l2s_jax.cluster.sharding import constrain as constrain_axes
 from l2s_jax.decoding.choices import Choices, constrain, keys_of, pick
 from l2s_jax.decoding.drafted import ExactState
 from l2s_jax.decoding.exact import ExactLoop

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed, sharding
-from l2s_jax.config import naming_mesh, typed
+from l2s_jax.config import buckets_of, naming_mesh, typed
 from l2s_jax.experiment import feature_cache
 from l2s_jax.settings import rules
 from l2s_jax.training import trackers
@@ -53,10 +53,10 @@ def check_config(config: ConfigDict, meshes: Meshes) -> None:
 
 
 def check_batches(config: ConfigDict, meshes: Meshes) -> None:
-    """Checks that the meshes split the batches of all stages that a run has.
+    """Checks that the meshes split the batches of all stages that a run has, and the prompts.
 
     Raises:
-      ValueError: a batch that one does not split.
+      ValueError: a batch, or the length of a bucket, that one does not split.
     """
     settings = typed(config)
     batches = [
@@ -77,3 +77,7 @@ def check_batches(config: ConfigDict, meshes: Meshes) -> None:
     for section, rows, where in batches:
         with naming_mesh(config, where):
             sharding.check_rows(rows, by_section[where], f"config.{section}.batch_size")
+    for where in ("", *(where for _, _, where in batches)):
+        with naming_mesh(config, where):
+            lengths = (prompt for prompt, _ in buckets_of(config))
+            sharding.check_lengths(lengths, by_section[where], "config.buckets")

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float16, Int32
 from tqdm import tqdm
 
-from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster import distributed, placement, sharding
 from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.batches import Buckets
 from l2s_jax.data.examples import TokenizedExamples
@@ -75,7 +75,7 @@ def likeliest(
 
     def read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = logits / temperature
-        kept, ids = sharding.top_k(logits, top_k)
+        kept, ids = placement.top_k(logits, top_k)
         rest = log_sum_of_others(logits, ids)
         total = jax.nn.logsumexp(logits, axis=-1)
         log_probs = jnp.concatenate([kept, rest[..., None]], axis=-1) - total[..., None]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Int32, Key
 
-from l2s_jax.cluster.sharding import AnyArray, split_parameters
+from l2s_jax.cluster.placement import split_parameters
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.t5 import T5Config

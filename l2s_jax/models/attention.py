@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
-from l2s_jax.cluster.sharding import ROWS, batch_ways, program_mesh
-from l2s_jax.models import counting, products
+from l2s_jax.cluster.placement import program_mesh
+from l2s_jax.cluster.sharding import ROWS, batch_ways, sequence_parts
+from l2s_jax.models import counting, products, sequence
 from l2s_jax.models.biases import Bias, CausalBias, GivenBias
 from l2s_jax.models.cache import KeyValue
 
@@ -69,10 +71,13 @@ def attend(
             # want of stack if it may do this within the product with the values.
             weights = jax.lax.optimization_barrier(dropout(weights))
         return products.by_values(weights, key_value.value)
-    blocks = functools.partial(_by_blocks, scale=scale, dropout=dropout)
+    blocks = functools.partial(_by_blocks, scale=scale)
     if dropout is not None or not _has_kernel(query, key_value, bias):
         _say(f"attention to {keys:,} keys: in blocks")
-        return blocks(query, key_value, bias)
+        kept = None
+        if dropout is not None:
+            kept = dropout(jnp.ones((*query.shape[:2], 1, keys), query.dtype))
+        return blocks(query, key_value, bias, kept)
     _say(f"attention to {keys:,} keys: on a TPU by splash attention, elsewhere in blocks")
     kernel = functools.partial(by_kernel, scale=scale)
     return jax.lax.platform_dependent(query, key_value, bias, tpu=kernel, default=blocks)
@@ -96,18 +101,33 @@ def _by_blocks(
     query: Float[Array, "B N Q H"],
     key_value: KeyValue,
     bias: Bias,
+    kept: Float[Array, "B N 1 K"] | None = None,
+    *,
     scale: float,
-    dropout: Dropout | None,
 ) -> Float[Array, "B Q N*H"]:
-    """As `attend`, for one block of queries and keys after the other."""
+    """As `attend`, in blocks; `kept` is what each weight is multiplied by."""
+    blocks = functools.partial(_each_block, scale=scale)
+    if sequence.splits(query.shape[2], bias):
+        return sequence.by_parts(blocks, query, key_value, bias, kept)
+    return blocks(query, key_value, bias, kept, 0)
+
+
+def _each_block(
+    query: Float[Array, "B N Q H"],
+    key_value: KeyValue,
+    bias: Bias,
+    kept: Float[Array, "B N 1 K"] | None,
+    offset: int | Int32[Array, ""],
+    scale: float,
+) -> Float[Array, "B Q N*H"]:
+    """One block of queries and keys after the other; the first query has position `offset`."""
     rows, heads, queries, width = query.shape
     groups, keys = key_value.key.shape[1:3]
     size, piece = _even(queries, QUERIES), _even(keys, KEYS)
     # Their gradients are added up over the blocks, which bfloat16 is too short for.
     held = jax.tree.map(lambda leaf: _pieces(leaf.astype(jnp.float32), piece, axis=2), key_value)
-    kept = None
-    if dropout is not None:
-        kept = _pieces(dropout(jnp.ones((rows, heads, 1, keys), query.dtype)), piece, axis=3)
+    if kept is not None:
+        kept = _pieces(kept, piece, axis=3)
     made = GivenBias(bias, size, piece) if isinstance(bias, jax.Array) else bias
     firsts = jnp.arange(len(held.key)) * piece
 
@@ -147,7 +167,7 @@ def _by_blocks(
         return (mixed.values / mixed.total[..., None]).astype(own.dtype)
 
     own = _pieces(query, size, axis=2)
-    mixed = jax.lax.map(mix, (jnp.arange(len(own)) * size, own))
+    mixed = jax.lax.map(mix, (offset + jnp.arange(len(own)) * size, own))
     mixed = jnp.moveaxis(mixed, 0, 2).reshape(rows, heads, -1, width)[:, :, :queries]
     return mixed.transpose(0, 2, 1, 3).reshape(rows, queries, -1)
 
@@ -170,9 +190,9 @@ def _has_kernel(query: jax.Array, key_value: KeyValue, bias: Bias) -> bool:
     if not isinstance(bias, CausalBias) or bias.window is not None:
         return False
     rows, heads, length, _ = query.shape
-    if length % _PIECES[-1]:
-        return False
     mesh = program_mesh()
+    if length % (_PIECES[-1] * sequence_parts(mesh)):
+        return False
     if mesh is None:
         return True
     tensor = mesh.shape["tensor"]
@@ -194,7 +214,9 @@ def by_kernel(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     rows, heads, length, width = query.shape
-    piece = next(size for size in _PIECES if length % size == 0)
+    mesh = program_mesh()
+    ways = mesh.shape["sequence"] if mesh else 1
+    piece = next(size for size in _PIECES if length // sequence_parts(mesh) % size == 0)
     sizes = splash.BlockSizes(
         block_q=piece,
         block_kv=piece,
@@ -203,24 +225,43 @@ def by_kernel(
         block_q_dq=piece,
         block_kv_dq=piece,
     )
+    causal = masks.CausalMask((length, length))
+    if ways > 1:
+        causal.q_sequence = sequence.attended(length, ways)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([causal] * heads),
+        block_sizes=sizes,
+        head_shards=mesh.shape["tensor"] if mesh else 1,
+        q_seq_shards=ways,
+        interpret=interpret,
+    )
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> Any:
-        causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * query.shape[1])
-        kernel = splash.make_splash_mha(
-            causal,
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        segments = mask.astype(jnp.int32)
-        ids = splash.SegmentIds(segments, segments)
-        return jax.vmap(kernel)(query * jnp.asarray(scale, query.dtype), key, value, ids)
+    def run(
+        kernel: Any,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        own: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
+        if ways > 1:
+            query = jnp.concatenate(sequence.exchanged(query, ways, axis=2), axis=2)
+            own = jnp.concatenate(sequence.exchanged(own, ways, axis=1), axis=1)
+        ids = splash.SegmentIds(own, mask)
+        mixed = jax.vmap(kernel)(query * jnp.asarray(scale, query.dtype), key, value, ids)
+        if ways > 1:
+            mixed = sequence.returned(jnp.split(mixed, 2, axis=2), ways, axis=2)
+        return mixed
 
-    if program_mesh() is not None:
-        split, by_row = P(ROWS, "tensor"), P(ROWS)
+    if mesh is not None:
+        places = kernel.manual_sharding_spec(NamedSharding(mesh, P("tensor", "sequence")))
+        split, whole = P(ROWS, "tensor", "sequence"), P(ROWS, "tensor")
         run = jax.shard_map(
-            run, in_specs=(split, split, split, by_row), out_specs=split, check_vma=False
+            run,
+            in_specs=(places, split, whole, whole, P(ROWS, "sequence"), P(ROWS)),
+            out_specs=split,
+            check_vma=False,
         )
-    mixed = run(query, key_value.key, key_value.value, jnp.asarray(bias.mask))
+    real = jnp.asarray(bias.mask).astype(jnp.int32)
+    mixed = run(kernel, query, key_value.key, key_value.value, real, real)
     return mixed.transpose(0, 2, 1, 3).reshape(rows, length, heads * width)

@@ -6,13 +6,16 @@ Letters as in layers.py.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32
 
-from l2s_jax.cluster.sharding import AnyArray, program_mesh
+from l2s_jax.cluster.placement import program_mesh
+from l2s_jax.cluster.sharding import AnyArray
 
 # Added to attention scores where the mask is false. Finite, so that a row that is masked throughout
 # gives uniform weights and not NaN.
@@ -47,6 +50,10 @@ class CausalBias(struct.PyTreeNode):
     mask: Bool[AnyArray, "B T"]
     positions: Int32[Array, "B T"]
     window: int | Int32[Array, ""] | None
+
+    def specs(self, rows: Any, heads: Any) -> list[P]:
+        """Of its arrays, by the axes of a mesh that split rows and heads."""
+        return [P(rows), P(rows)] if self.window is None else [P(rows), P(rows), P()]
 
     def block(
         self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
@@ -83,6 +90,10 @@ class DistanceBias(struct.PyTreeNode):
     mask: Bool[AnyArray, "B T"]
     by_distance: Float32[Array, "N 2*T-1"]
     reach: int = struct.field(pytree_node=False)
+
+    def specs(self, rows: Any, heads: Any) -> list[P]:
+        """Of its arrays, by the axes of a mesh that split rows and heads."""
+        return [P(rows), P(heads)]
 
     def block(
         self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int

@@ -18,7 +18,8 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from l2s_jax.cluster.sharding import ROWS, AnyArray, constrain
+from l2s_jax.cluster.placement import constrain
+from l2s_jax.cluster.sharding import ROWS, AnyArray
 
 
 class KeyValue(struct.PyTreeNode):

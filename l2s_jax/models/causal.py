@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from l2s_jax.cluster.sharding import AnyArray, split_rows
+from l2s_jax.cluster.placement import program_mesh, split_prompt, split_rows
+from l2s_jax.cluster.sharding import AnyArray, sequence_parts
 from l2s_jax.models.attention import at_once
 from l2s_jax.models.biases import CausalBias, in_window, mask_bias
 from l2s_jax.models.cache import CausalCache, KeyValue, block, place
@@ -69,7 +70,7 @@ class CausalModel(nn.Module):
         """
         c = self.config
         x = self.embedding_dropout(self.enter(x, positions), deterministic=deterministic)
-        x = split_rows(x)
+        x = split_prompt(x)
         length = x.shape[1]
         windows, which = _distinct(c.windows)
         one_of = c.scan_layers and len(windows) > 1
@@ -87,7 +88,7 @@ class CausalModel(nn.Module):
             else:
                 bias = biases[0 if c.scan_layers else i]
             x, key_value = layer(x, positions, bias, deterministic=deterministic)
-            x = split_rows(x)
+            x = split_prompt(x)
             return x, {"": None, "keys": key_value, "states": x, "both": (key_value, x)}[kept]
 
         part = num_layers is not None or kept in ("keys", "both")
@@ -162,13 +163,17 @@ class CausalModel(nn.Module):
         """Of which `logits` makes those of each response token, given the embedded prompt and the
         tokens before it.
         """
-        before = response_ids[:, :-1]
-        x = jnp.concatenate([prompt, self.embed_response(before)], axis=1)
+        before, length = response_ids[:, :-1], prompt.shape[1]
+        # Where `sequence` and `tensor` both split, the gradient of a part of the positions is wrong
+        # (jaxlib 0.10.2): parts are joined and taken where each device has all of them.
+        x = jnp.concatenate([split_rows(prompt), self.embed_response(before)], axis=1)
         mask = jnp.concatenate([prompt_mask, jnp.ones(before.shape, bool)], axis=1)
+        # To what `sequence` splits; nothing without it.
+        end, room = x.shape[1], -x.shape[1] % sequence_parts(program_mesh())
+        x, mask = jnp.pad(x, [(0, 0), (0, room), (0, 0)]), jnp.pad(mask, [(0, 0), (0, room)])
         x, _ = self._run(x, token_positions(mask), mask, deterministic)
-        return jnp.concatenate(
-            [_last_real(x[:, : prompt.shape[1]], prompt_mask), x[:, prompt.shape[1] :]], axis=1
-        )
+        x = split_rows(x)
+        return jnp.concatenate([_last_real(x[:, :length], prompt_mask), x[:, length:end]], axis=1)
 
     def prefill(
         self, prompt: Float32[Array, "B T D"], mask: Bool[AnyArray, "B T"], max_steps: int

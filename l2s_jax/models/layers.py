@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from l2s_jax.cluster.sharding import AnyArray, constrain, split_rows
+from l2s_jax.cluster.placement import constrain, split_rows
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models import products
 from l2s_jax.models.attention import attend
 from l2s_jax.models.biases import Bias

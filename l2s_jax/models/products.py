@@ -16,7 +16,8 @@ import qwix
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from l2s_jax.cluster.sharding import AnyArray, program_mesh
+from l2s_jax.cluster.placement import program_mesh
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.low_rank import LowRank
 
 # Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if

@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float32
 
-from l2s_jax.cluster.sharding import AnyArray, split_rows
+from l2s_jax.cluster.placement import split_prompt
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.stacking import make_layers, run_layers
 from l2s_jax.models.t5_layers import EncoderLayer, T5Config, relative_bias
 
@@ -36,7 +37,7 @@ class Stack(nn.Module):
         bias = self.relative_bias.of_prompt(mask)
 
         def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
-            return split_rows(layer(x, bias, deterministic)), None
+            return split_prompt(layer(x, bias, deterministic)), None
 
         x, _ = run_layers(run, self.layers, self.config, projected, range(self.num_layers))
         return x

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int
 
-from l2s_jax.cluster.sharding import AnyArray, split_rows
+from l2s_jax.cluster.placement import split_prompt, split_rows
+from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.biases import mask_bias
 from l2s_jax.models.cache import DecoderCache, KeyValue, block, empty_key_value, place
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, unit
@@ -59,10 +60,10 @@ class Encoder(nn.Module):
         bias = self.relative_bias.of_prompt(mask)
 
         def run(layer: EncoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, jax.Array | None]:
-            x = split_rows(layer(x, bias, deterministic))
+            x = split_prompt(layer(x, bias, deterministic))
             return x, x if keep else None
 
-        x = split_rows(self.dropout(x, deterministic=deterministic))
+        x = split_prompt(self.dropout(x, deterministic=deterministic))
         return run_layers(run, self.layers, self.config, x, range(self.config.num_encoder_layers))
 
 

@@ -158,12 +158,13 @@ def make_mesh(config: ConfigDict, where: Slice, section: str = "") -> Mesh:
 
 
 def meshes(config: ConfigDict, where: Slice) -> Iterator[Mesh]:
-    """Every mesh over the slice whose axes lie along the slice's own."""
-    count = len(where.devices)
+    """Every mesh over the slice whose axes lie along the slice's own, `sequence` as it is."""
+    sequence = max(mesh_sizes(config)["sequence"], 1)
+    count = len(where.devices) // sequence
     for data in _divisors(count):
         for fsdp in _divisors(count // data):
             other = copy.deepcopy(config)
-            other.mesh.update(data=data, fsdp=fsdp, tensor=count // data // fsdp)
+            other.mesh.update(data=data, fsdp=fsdp, tensor=count // data // fsdp, sequence=sequence)
             try:
                 yield make_mesh(other, where)
             except ValueError:

@@ -63,7 +63,7 @@ class Compiler:
         """Checks that all divides; `work` is that of L2S, if it is no other.
 
         Raises:
-          ValueError: a parameter or a batch that does not divide into the mesh's axes.
+          ValueError: a parameter, a batch or a length that does not divide into the mesh's axes.
         """
         self.plan, self.config, self.slice, self.mesh = plan, config, where, mesh
         self.work = work = work or work_of_l2s(config)
@@ -72,6 +72,8 @@ class Compiler:
             sharding.check_rows(rows, mesh, f"config.{work.train_where}.batch_size")
         if work.batch_size:
             sharding.check_rows(work.batch_size, mesh, f"config.{work.decoding_where}.batch_size")
+        lengths = (prompt for prompt, _ in buckets_of(config))
+        sharding.check_lengths(lengths, mesh, "config.buckets")
         # A mesh of one process's devices is in one slice.
         self._per_slice = where.per_slice if mesh.size > where.per_slice else 0
         self._rows = sharding.batch_sharding(mesh)

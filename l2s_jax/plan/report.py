@@ -182,8 +182,9 @@ def markdown(report: dict[str, Any]) -> str:
             ),
         ]
     if report.get("sweep"):
-        lines += ["", "## Sweep", "", "| for | data | fsdp | tensor | rows | tokens/s | peak GiB |"]
-        lines.append("|" + "---|" * 7)
+        axes = " | ".join(sharding.AXES)
+        lines += ["", "## Sweep", "", f"| for | {axes} | rows | tokens/s | peak GiB |"]
+        lines.append("|" + "---|" * (4 + len(sharding.AXES)))
         for name, rows in report["sweep"].items():
             for row in rows:
                 shape = " | ".join(str(size) for size in row["mesh"].values())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "prometheus_client", "pydantic")
 _MODELS = ("l2s", "llm", "exact", "slm")
-_AXES = ("data", "fsdp", "tensor")
+_AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 def number(kind: type, least: float, most: float = float("inf")) -> Any:

@@ -63,14 +63,15 @@ class Generator:
         exactly, whatever `search.exact` says, and no other does.
 
         Raises:
-          ValueError: the mesh does not divide the batch_size or a parameter, a model has too few
-            positions for the longest prompts and responses, or the search is not one of the
+          ValueError: the mesh does not divide the batch_size, a length or a parameter, a model has
+            too few positions for the longest prompts and responses, or the search is not one of the
             system's.
         """
         check_lengths(system, prompt_lengths[-1], max_new_tokens)
         self.system = system
         self.mesh = mesh or sharding.one_device()
         sharding.check_rows(batch_size, self.mesh, "batch_size")
+        sharding.check_lengths(prompt_lengths, self.mesh, "prompt_lengths")
         self.trained, self.frozen = (
             sharding.put_parameters(params, self.mesh)
             for params in (

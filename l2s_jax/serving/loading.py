@@ -169,6 +169,7 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     mesh = sharding.decoding_mesh(make_mesh(config, "decoding"))
     with naming_mesh(config, "decoding"):
         sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
+        sharding.check_lengths((prompt for prompt, _ in buckets_of(config)), mesh, "config.buckets")
     settings = {"mesh": mesh, **settings}
     exact = name == "exact"
     if not exact:

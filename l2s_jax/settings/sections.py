@@ -25,10 +25,11 @@ DTYPE = Allowed(
 )
 
 
-def _axis(default: int, meaning: str) -> Any:
+def _axis(default: int, meaning: str, added: bool = False) -> Any:
     return setting(
         default,
         meaning,
+        added=added,
         fits=lambda size: size == -1 or size >= 1,
         expected="an integer >= 1, or -1",
     )
@@ -187,6 +188,12 @@ class Mesh(Section):
     data: int = _axis(-1, "Devices, or groups of them, between which a batch is split.")
     fsdp: int = _axis(1, "Devices between which parameters, and a batch, are split.")
     tensor: int = _axis(1, "Devices between which each product is split.")
+    sequence: int = _axis(
+        1,
+        "Devices between which the positions of a prompt are split: for one that is longer than "
+        "one device holds.",
+        added=True,
+    )
     slices: int = setting(
         1,
         "TPU slices that the devices are of, between which `data` is split first: gradients alone "
@@ -206,6 +213,7 @@ class StageMesh(Section):
     data: int = setting(0, "As `mesh.data`; 0: the same.", at_least=-1)
     fsdp: int = setting(0, "As `mesh.fsdp`; 0: the same.", at_least=-1)
     tensor: int = setting(0, "As `mesh.tensor`; 0: the same.", at_least=-1)
+    sequence: int = setting(0, "As `mesh.sequence`; 0: the same.", at_least=-1, added=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from l2s_jax.cluster.sharding import AnyArray, batch_ways, program_mesh, split_rows
+from l2s_jax.cluster.placement import program_mesh, split_rows
+from l2s_jax.cluster.sharding import AnyArray, batch_ways
 from l2s_jax.models import counting
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.scored import Scored

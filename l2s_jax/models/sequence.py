@@ -1,0 +1,126 @@
+"""Attention of a prompt whose positions a mesh splits: queries stay, keys and values are gathered.
+
+    device     0        1        2        3      along `sequence`, of 4
+    holds    0 1      2 3      4 5      6 7      eighths of the prompt
+    attends  0 7      2 5      4 3      6 1      where attention is causal
+
+A position sees those before it, so that the last device would have the most to do, and the others
+would wait for it. Each device therefore takes one part from the first half and one from the second,
+with the same sum of positions before them (as zigzag ring attention does, Zhu et al. 2024,
+https://github.com/zhuzilin/ring-flash-attention). Queries go there and results come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from l2s_jax.cluster.placement import program_mesh
+from l2s_jax.cluster.sharding import ROWS, batch_ways, sequence_parts
+from l2s_jax.models.biases import Bias, CausalBias, DistanceBias
+from l2s_jax.models.cache import KeyValue
+
+_AXIS = "sequence"
+
+
+def splits(queries: int, bias: Bias) -> bool:
+    """Whether the mesh of the program at hand splits so many queries of a prompt to itself."""
+    mesh = program_mesh()
+    return (
+        mesh is not None
+        and mesh.shape[_AXIS] > 1
+        and not isinstance(bias, jax.Array)
+        and queries % sequence_parts(mesh) == 0
+    )
+
+
+def by_parts(
+    attend: Callable[..., jax.Array],
+    query: Float[Array, "B N T H"],
+    key_value: KeyValue,
+    bias: CausalBias | DistanceBias,
+    kept: Float[Array, "B N 1 T"] | None,
+) -> Float[Array, "B T N*H"]:
+    """`attend(query, key_value, bias, kept, start)` of each part of the queries, by its device.
+
+    `attend` has all keys, and `start` is the position of its first query. It is of the rows and the
+    heads of one device, if these divide, else of all of them.
+    """
+    mesh = program_mesh()
+    assert mesh is not None
+    ways = mesh.shape[_AXIS]
+    rows, heads = _split(mesh, query, key_value)
+    of_bias = jax.tree.structure(bias).unflatten(bias.specs(rows, heads))
+    of_kept = None if kept is None else P(rows, heads)
+
+    def run(query: jax.Array, *others: Any) -> jax.Array:
+        own = query.shape[2]
+        if not isinstance(bias, CausalBias):
+            return attend(query, *others, jax.lax.axis_index(_AXIS) * own)
+        starts = jnp.asarray(zigzag(ways))[jax.lax.axis_index(_AXIS)] * (own // 2)
+        parts = exchanged(query, ways, axis=2)
+        mixed = [attend(part, *others, start) for part, start in zip(parts, starts, strict=True)]
+        return returned(mixed, ways, axis=1)
+
+    return jax.shard_map(
+        run,
+        in_specs=(P(rows, heads, _AXIS), P(rows, heads), of_bias, of_kept),
+        out_specs=P(rows, _AXIS, heads),
+        check_vma=False,
+    )(query, key_value, bias, kept)
+
+
+def zigzag(ways: int) -> np.ndarray:
+    """[ways, 2]: which of 2 * ways parts each device attends for, an even one and an odd one."""
+    low = np.arange(ways)
+    pair = np.stack([low, 2 * ways - 1 - low], axis=1)
+    return np.where((low % 2 == 0)[:, None], pair, pair[:, ::-1])
+
+
+def attended(length: int, ways: int) -> np.ndarray:
+    """[length] int32: the position of each query of a prompt, after `exchanged`."""
+    parts = np.arange(length, dtype=np.int32).reshape(2 * ways, -1)
+    return parts[zigzag(ways)].reshape(-1)
+
+
+def exchanged(x: jax.Array, ways: int, axis: int) -> list[jax.Array]:
+    """The two parts that this device attends for, of all devices' own, which lie along `axis`."""
+    there = _destinations(ways)
+    halves = jnp.split(x, 2, axis)
+    return [
+        jax.lax.ppermute(half, _AXIS, list(enumerate(to)))
+        for half, to in zip(halves, there, strict=True)
+    ]
+
+
+def returned(parts: list[jax.Array], ways: int, axis: int) -> jax.Array:
+    """The inverse of `exchanged`."""
+    there = _destinations(ways)
+    halves = [
+        jax.lax.ppermute(part, _AXIS, [(device, home) for home, device in enumerate(to)])
+        for part, to in zip(parts, there, strict=True)
+    ]
+    return jnp.concatenate(halves, axis)
+
+
+def _destinations(ways: int) -> list[list[int]]:
+    """Of the even parts, and of the odd ones: the device that attends for that of each device."""
+    attended = zigzag(ways)
+    return [[int(np.argmax(column == 2 * i + half)) for i in range(ways)]
+            for half, column in enumerate(attended.T)]  # fmt: skip
+
+
+def _split(
+    mesh: AbstractMesh, query: jax.Array, key_value: KeyValue
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """The axes that split rows and heads, where they do."""
+    tensor = mesh.shape["tensor"]
+    heads = query.shape[1] % tensor == 0 and key_value.key.shape[1] % tensor == 0
+    return ROWS if query.shape[0] % batch_ways(mesh) == 0 else None, "tensor" if heads else None

@@ -1,0 +1,254 @@
+"""Prompts whose positions a mesh splits, beside the same on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from test_attention import FAMILIES, SCALE, biases, normal, parts, small_blocks
+
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
+from l2s_jax.decoding.engine import GREEDY, jitted_decode
+from l2s_jax.models import attention, sequence
+from l2s_jax.models.attention import attend
+from l2s_jax.models.biases import CausalBias
+from l2s_jax.models.causal import token_positions
+from l2s_jax.models.families import make_module
+from l2s_jax.models.layers import Dropout
+from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.training import optim, update
+
+MESHES = {
+    "all": {"sequence": 8},
+    "mixed": {"data": 2, "sequence": 2, "tensor": 2},
+    "fsdp": {"fsdp": 2, "sequence": 4},
+}
+every_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def eight_devices():
+    if jax.device_count() != 8:
+        pytest.skip("needs 8 devices")
+
+
+@given(st.integers(1, 64))
+def test_each_device_attends_for_as_much_before_its_parts_as_any(ways):
+    parts = sequence.zigzag(ways)
+    assert sorted(parts.reshape(-1)) == list(range(2 * ways))
+    assert set(parts.sum(axis=1)) == {2 * ways - 1}
+
+
+@pytest.mark.parametrize("ways", [2, 8])
+def test_parts_are_where_they_are_attended_for_and_come_back(ways):
+    x = jnp.arange(2 * ways * 3).reshape(1, -1)
+
+    def there_and_back(x):
+        found = sequence.exchanged(x, ways, axis=1)
+        return jnp.concatenate(found, axis=1), sequence.returned(found, ways, axis=1)
+
+    split = jax.P(None, "sequence")
+    with jax.set_mesh(small.mesh_of(sequence=ways)):
+        there, back = jax.jit(
+            jax.shard_map(there_and_back, in_specs=split, out_specs=(split, split))
+        )(x)
+    np.testing.assert_array_equal(there[0], sequence.attended(x.shape[1], ways))
+    np.testing.assert_array_equal(back, x)
+
+
+@every_mesh
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["causal", "window", "window by a number", "distance"])
+def test_attention_and_its_gradient_are_those_of_one_device(monkeypatch, kind, groups, mesh):
+    small_blocks(monkeypatch)
+    mask = jax.random.bernoulli(jax.random.key(5), 0.7, (2, 48)).at[:, 0].set(True)
+    query, key_value = parts(2, 4, groups, 48, 48, 6)
+    bias = biases(mask)[kind]
+    # What sees nothing in its window is padding: in blocks, what it takes is undefined.
+    weights = normal(2, 48, 24, seed=6) * mask[:, :, None]
+
+    def loss(query, key_value):
+        found = attend(query, key_value, bias, SCALE) * mask[:, :, None]
+        return jnp.sum(found * weights), found
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(both)(query, key_value)
+    with jax.set_mesh(small.mesh_of(**MESHES[mesh])):
+        program = jax.jit(both).lower(query, key_value).compile()
+        found = program(query, key_value)
+    assert "collective-permute" in program.as_text() or kind == "distance"
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), found, expected
+    )
+
+
+@pytest.mark.parametrize("kind", ["causal", "distance"])
+def test_what_is_dropped_is_the_same_on_every_mesh(monkeypatch, kind):
+    small_blocks(monkeypatch)
+    query, key_value = parts(2, 4, 2, 32, 32, 6)
+    bias = biases(jnp.ones((2, 32), bool))[kind]
+    drop = functools.partial(
+        Dropout(0.4).apply, {}, deterministic=False, rngs={"dropout": jax.random.key(7)}
+    )
+    run = jax.jit(lambda query, key_value: attend(query, key_value, bias, SCALE, drop))
+    expected = run(query, key_value)
+    jax.clear_caches()
+    with jax.set_mesh(small.mesh_of(**MESHES["mixed"])):
+        np.testing.assert_allclose(run(query, key_value), expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [{"sequence": 2}, {"data": 2, "sequence": 2, "tensor": 2}])
+def test_the_kernel_takes_its_parts(mesh):
+    mask = jnp.arange(512)[None] >= jnp.asarray([[0], [100]])
+    query, key_value = parts(2, 4, 2, 512, 512, 128)
+    bias = CausalBias(mask, token_positions(mask), None)
+    weights = normal(2, 512, 4 * 128, seed=6) * mask[:, :, None]
+
+    def loss(of):
+        def one(query, key_value):
+            found = of(query, key_value)
+            return jnp.sum(found * weights), found * mask[:, :, None]
+
+        return jax.value_and_grad(one, argnums=(0, 1), has_aux=True)
+
+    whole = bias.block(0, 512, 0, 512)
+    expected = loss(lambda query, key_value: attend(query, key_value, whole, SCALE))
+    kernel = loss(
+        lambda query, key_value: attention.by_kernel(query, key_value, bias, SCALE, interpret=True)
+    )
+    with jax.set_mesh(small.mesh_of(**mesh)):
+        assert attention._has_kernel(query, key_value, bias)
+        found = jax.jit(kernel)(query, key_value)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3),
+        found,
+        jax.jit(expected)(query, key_value),
+    )
+
+
+def pair(llm, slm, fusion, stack):
+    """(system, trained, frozen) of two families, random."""
+    encoder, frozen = pretrained.abstract_encoder(FAMILIES[llm])
+    system = LlmToSlm(
+        encoder, FAMILIES[slm], 16, fusion=fusion, shared_vocabulary=True, stack=stack
+    )
+    trained = jax.eval_shape(system.init, jax.random.key(0))
+    return system, small.random_like(trained), small.random_like(frozen, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "llm", "slm", "fusion", "stack"),
+    [
+        ("mixed", "t5", "t5", "add", 0),
+        ("mixed", "llama", "gpt2", "add", 1),
+        ("mixed", "gpt_neox", "llama", "replace", 0),
+        ("fsdp", "gpt2", "t5", "cross", 0),
+        ("all", "llama", "gpt_neox", "replace", 1),
+    ],
+)
+def test_training_and_answers_are_those_of_one_device(monkeypatch, mesh, llm, slm, fusion, stack):
+    small_blocks(monkeypatch, 128, 8, 11)
+    system, trained, frozen = pair(llm, slm, fusion, stack)
+    config = small.make_train_config(3, batch_size=4, learning_rate=1e-2)
+    optimizer = optim.optimizer(config, trained)
+    batch = small.make_batch(system, 4, 32, 7)
+    found = []
+    for sizes in ({}, MESHES[mesh]):
+        jax.clear_caches()
+        devices = small.mesh_of(**sizes)
+        shardings = update.state_shardings(trained, optimizer, config, devices)
+        with jax.set_mesh(devices):
+            step = update.make_step(system, optimizer, config, 0, shardings)
+            state = jax.device_put(update.init_state(trained, optimizer, config), shardings)
+            held = sharding.put_parameters(frozen, devices)
+            placed = sharding.put_batch(batch, devices)
+            losses = []
+            for _ in range(3):
+                state, metrics = step(state, held, placed)
+                losses.append(float(metrics["loss"]))
+            served = [
+                sharding.put_parameters(part, devices) for part in system.to_serve(trained, frozen)
+            ]
+            rows = placed["llm_ids"], placed["llm_mask"]
+            decoded = jitted_decode(
+                system,
+                *served,
+                *rows,
+                jnp.full(4, 6, jnp.int32),
+                jnp.zeros(4, jnp.uint32),
+                max_new_tokens=6,
+                search=GREEDY,
+                mismatched=False,
+                end_ids=(1,),
+            )
+        found.append((losses, jax.device_get(decoded.tokens)))
+    (expected, texts), (losses, others) = found
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert expected[0] != expected[-1]
+    np.testing.assert_array_equal(others, texts)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_each_device_holds_its_part_of_a_prompt(family):
+    """Memory of a program that reads a long prompt falls as devices share it."""
+    config, length = dataclasses.replace(FAMILIES[family], feed_forward_width=512), 8192
+    if family == "gpt2":
+        config = dataclasses.replace(config, max_positions=length)
+    encoder, frozen = pretrained.abstract_encoder(config)
+    module = make_module(encoder)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, length), bool)
+
+    def read(params, ids, mask):
+        embedded = module.apply({"params": params}, ids, method="embed")
+        return jnp.sum(module.apply({"params": params}, embedded, mask, method="represent"))
+
+    def held(ways):
+        with jax.set_mesh(small.mesh_of(sequence=ways)):
+            return jax.jit(read).lower(frozen, ids, mask).compile().memory_analysis()
+
+    one, eight = (held(ways).temp_size_in_bytes for ways in (1, 8))
+    assert eight < one / 2
+
+
+def test_lengths_that_do_not_divide_are_refused():
+    mesh = small.mesh_of(sequence=4, tensor=2)
+    sharding.check_lengths((8, 64), mesh, "config.buckets")
+    with pytest.raises(ValueError) as error:
+        sharding.check_lengths((8, 36), mesh, "config.buckets")
+    assert str(error.value) == (
+        "config.buckets: prompts of 36 tokens, which mesh data=1, fsdp=1, sequence=4, tensor=2 "
+        "takes in 8 parts; expected a multiple of 8, such as 40"
+    )
+
+
+def test_a_run_whose_prompts_are_split_is_as_one_whose_are_not(tmp_path):
+    config = tiny.write_task(tmp_path / "data")
+    common = (
+        f"--config={config}",
+        "--config.labels.source=llm",
+        "--config.slm.train.dropout_rate=0.0",
+        "--config.l2s.train.dropout_rate=0.0",
+        "--config.llm.train.dropout_rate=0.0",
+    )
+    reports = []
+    for name, mesh in (("whole", {"data": 8}), ("split", {"data": 2, "sequence": 2, "tensor": 2})):
+        workdir, cache = tmp_path / name, tmp_path / f"features_{name}"
+        flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+        cached = f"--config.features.cache={cache}"
+        assert tiny.run(*common, *flags, cached, f"--workdir={workdir}") == 0
+        reports.append(json.loads((workdir / "report.json").read_text()))
+    whole, split = (report["systems"] for report in reports)
+    for system in ("llm", "slm", "l2s"):
+        for metric, value in whole[system]["quality"].items():
+            assert split[system]["quality"][metric] == pytest.approx(value, abs=1e-3), system
