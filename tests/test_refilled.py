@@ -59,6 +59,27 @@ def test_however_many_prompts_there_are(count):
     check(make(), prompts_of(count, longest=2))  # of the shorter length alone
 
 
+def test_a_smaller_limit_holds():
+    outputs = check(make(), prompts_of(37), max_new_tokens=3)
+    assert {output.cut for output in outputs} == {True, False}
+    with pytest.raises(ValueError, match="max_new_tokens=99: expected 1 to"):
+        Refilled(make()).generate(prompts_of(37), max_new_tokens=99)
+
+
+def test_many_prompts_are_answered_in_rows_and_few_in_batches(monkeypatch):
+    generator, rows = make(), []
+    read = Programs.read
+    monkeypatch.setattr(
+        Programs, "read", lambda *given, **named: rows.append(given) or read(*given, **named)
+    )
+    for count, mismatched in ((31, False), (32, False), (32, True)):
+        rows.clear()
+        prompts, settings = prompts_of(count), {"mismatched": mismatched, "description": "answers"}
+        found = Refilled(generator).generate(prompts, **settings)
+        assert found == generator.generate(prompts, mismatched=mismatched)
+        assert bool(rows) == (count == 32 and not mismatched)
+
+
 def test_on_a_mesh_of_devices():
     mesh = sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
     check(make(mesh=mesh), prompts_of(21))

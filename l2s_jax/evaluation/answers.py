@@ -65,9 +65,10 @@ class AnswerStage(RecordedStage):
         """Has the system answer; the processes of a job share the work."""
         from l2s_jax.cluster import distributed
         from l2s_jax.evaluation.evaluate import write_predictions
+        from l2s_jax.serving.refilled import Refilled
 
         examples = self._experiment.evaluation_examples()
-        outputs = self._experiment.generator(self._system).generate(
+        outputs = Refilled(self._experiment.generator(self._system)).generate(
             [example.prompt for example in examples],
             description=f"evaluating {self._system.name}",
             shared=True,

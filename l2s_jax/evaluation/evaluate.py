@@ -34,6 +34,7 @@ from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import LlmToSlm, Params, parameter_count
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.output import Output
+from l2s_jax.serving.refilled import Refilled
 from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.settings.rules import SYSTEMS
 from l2s_jax.settings.search import Search
@@ -78,7 +79,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
 
     def told(name: str, generator: Generator) -> list[Output]:
         """What a system answers, which goes into the results."""
-        outputs = generator.generate(
+        outputs = Refilled(generator).generate(
             prompts,
             description=f"evaluating {name}",
             mismatched=name.endswith("_mismatched"),

@@ -22,8 +22,9 @@ from l2s_jax.data import sources
 from l2s_jax.data.parquet import read_parquet
 from l2s_jax.data.tasks import Blank, Task, load_task
 from l2s_jax.files import is_bucket, replacing
-from l2s_jax.serving.generator import Output
 from l2s_jax.serving.loading import load_generator
+from l2s_jax.serving.output import Output
+from l2s_jax.serving.refilled import Refilled
 from l2s_jax.settings.search import Search, alone, changed
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,9 @@ def generate_file(
                     print(_one_line(piece), end="", flush=True)
                 print(flush=True)
             return
-        outputs = generator.generate(
+        # What is warm are the programs of batches.
+        answering = generator if warm_up else Refilled(generator)
+        outputs = answering.generate(
             prompts,
             max_new_tokens=max_new_tokens,
             seeds=[seed + place for place, prompt in enumerate(rendered) if prompt is not None],

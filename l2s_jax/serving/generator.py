@@ -23,7 +23,7 @@ from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.systems import Params, System
 from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths, search_of
-from l2s_jax.serving.output import Drafts, Output, drafts_of, output_of, output_of_text, outputs_of
+from l2s_jax.serving.output import Drafts, Output, drafts_of, in_order, output_of_text, outputs_of
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -144,23 +144,18 @@ class Generator:
           ValueError: max_new_tokens is above the generator's, the numbers of seeds and prompts
             differ, a seed does not fit in 32 bits, or the search is not one of the system's.
         """
-        shared = shared and not self.mesh.is_multi_process
-        part = (jax.process_index(), jax.process_count()) if shared else (0, 1)
-        outputs: dict[int, Output] = {}
-        for indices, found in self.answered(
-            prompts,
-            search=search,
-            max_new_tokens=max_new_tokens,
-            seeds=seeds,
-            description=description,
-            mismatched=mismatched,
-            part=part,
-        ):
-            outputs.update(zip(indices, found, strict=True))
-        if shared:
-            shares = distributed.exchange(list(outputs.items()))
-            outputs = {index: output_of(fields) for share in shares for index, fields in share}
-        return [outputs[index] for index in range(len(outputs))]
+        return in_order(
+            lambda part: self.answered(
+                prompts,
+                search=search,
+                max_new_tokens=max_new_tokens,
+                seeds=seeds,
+                description=description,
+                mismatched=mismatched,
+                part=part,
+            ),
+            shared and not self.mesh.is_multi_process,
+        )
 
     def answered(
         self,
@@ -182,7 +177,7 @@ class Generator:
           part: (i, n), to answer every n-th batch, from the i-th on: a process's share of a job.
         """
         search = self._search(search)
-        limit, capacity = self._limit(max_new_tokens)
+        limit, capacity = self.limits(max_new_tokens)
         prompts, seeds = asked(prompts, seeds)
         silent = not description or not distributed.is_primary()
         decode = self._decode_until if search.stop else self._decode
@@ -222,7 +217,7 @@ class Generator:
                 f"num_beams={search.num_beams}: expected 1, a beam search has no response before "
                 "its end"
             )
-        limit, capacity = self._limit(max_new_tokens)
+        limit, capacity = self.limits(max_new_tokens)
         prompts, seeds = asked([prompt], [seed], "prompt")
         ((_, batch),) = self._batches(prompts, limit, seeds, False, (capacity, search, True))
         text = ResponseText(self.response_tokenizer, search.stop)
@@ -236,8 +231,12 @@ class Generator:
         longest = self.prompt_lengths[-1], self.max_new_tokens
         return search_of(self.system, search or self.search, *longest)
 
-    def _limit(self, max_new_tokens: int | None) -> tuple[int, int]:
-        """(the most new tokens of a call, of the program that it runs)."""
+    def limits(self, max_new_tokens: int | None) -> tuple[int, int]:
+        """(the most new tokens of a call, of the program that it runs).
+
+        Raises:
+          ValueError: more than the generator's.
+        """
         if max_new_tokens is None:
             max_new_tokens = self.max_new_tokens
         if not 1 <= max_new_tokens <= self.max_new_tokens:

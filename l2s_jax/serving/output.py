@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from l2s_jax.cluster import distributed
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.drafted import Drafted
 from l2s_jax.decoding.loop import Decoded
@@ -66,6 +68,24 @@ def output_of_text(
     tokens = text.tokens
     cut = not text.stopped and bool(tokens) and tokens[-1] not in end_ids
     return Output(text.text, len(tokens), cut, drafts=drafts)
+
+
+def in_order(
+    answered: Callable[[tuple[int, int]], Iterator[tuple[list[int], list[Output]]]], shared: bool
+) -> list[Output]:
+    """The outputs of all prompts, of what gives (places, outputs) of a part of them.
+
+    A part is (i, n), the i-th of n. With `shared`, each process of a job answers one, and all get
+    all outputs.
+    """
+    part = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    outputs: dict[int, Output] = {}
+    for places, found in answered(part):
+        outputs.update(zip(places, found, strict=True))
+    if shared:
+        shares = distributed.exchange(list(outputs.items()))
+        outputs = {place: output_of(fields) for share in shares for place, fields in share}
+    return [outputs[place] for place in range(len(outputs))]
 
 
 def outputs_of(decoded: Decoded | Hypotheses, tokenizer: Tokenizer) -> Iterator[Output]:

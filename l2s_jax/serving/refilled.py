@@ -18,12 +18,15 @@ from l2s_jax.cluster import distributed, sharding
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.text import asked
 from l2s_jax.decoding.loop import EVERY, Decoded
+from l2s_jax.models.exact import Exact
 from l2s_jax.serving.batching import tokenized
 from l2s_jax.serving.generator import Generator
-from l2s_jax.serving.output import Output, outputs_of
+from l2s_jax.serving.output import Output, in_order, outputs_of
 from l2s_jax.serving.programs import Programs
 from l2s_jax.serving.request import Request
 
+# Batches, from which on the programs that rows take are worth their compilation.
+WORTHWHILE = 4
 # Of the rows, those that are read for together: fewer wait for others, more are read sooner.
 _SHARE = 8
 
@@ -35,24 +38,50 @@ class Refilled:
         self._generator = generator
         self._programs = Programs(generator, generator.batch_size)
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | None = None,
+        description: str = "",
+        mismatched: bool = False,
+        shared: bool = False,
+    ) -> list[Output]:
+        """As `Generator.generate`, to which few prompts are left, and mismatched ones."""
+        generator = self._generator
+        settings: Any = {
+            "max_new_tokens": max_new_tokens,
+            "seeds": seeds,
+            "description": description,
+        }
+        if mismatched or len(prompts) < WORTHWHILE * generator.batch_size:
+            return generator.generate(prompts, **settings, mismatched=mismatched, shared=shared)
+        return in_order(
+            lambda part: self.answered(prompts, **settings, part=part),
+            shared and not generator.mesh.is_multi_process,
+        )
+
     def answered(
         self,
         prompts: Sequence[str],
         *,
+        max_new_tokens: int | None = None,
         seeds: Sequence[int] | None = None,
         description: str = "",
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[list[int], list[Output]]]:
         """(places of prompts, their outputs) of responses that have ended, in the order of that.
 
-        Arguments and errors as of `Generator.answered`, to which beam search and stop texts are
-        left. A part is that of the prompts of each length.
+        Arguments and errors as of `Generator.answered`, to which beam search, stop texts and exact
+        decoding are left. A part is that of the prompts of each length.
         """
         generator, search = self._generator, self._generator.search
-        if search.num_beams > 1 or search.stop:
+        if search.num_beams > 1 or search.stop or isinstance(generator.system, Exact):
             settings: Any = {"seeds": seeds, "description": description, "part": part}
-            yield from generator.answered(prompts, **settings)
+            yield from generator.answered(prompts, max_new_tokens=max_new_tokens, **settings)
             return
+        limit, _ = generator.limits(max_new_tokens)
         prompts, seeds = asked(prompts, seeds)
         data = tokenized(
             prompts, generator.system.name, generator.prompt_tokenizer, generator.prompt_lengths[-1]
@@ -61,7 +90,7 @@ class Refilled:
         silent = not description or not distributed.is_primary()
         with tqdm(total=total, desc=description, disable=silent, file=sys.stderr) as bar:
             for places, width in self._lengths(data, part):
-                for own, decoded in self._in_rows(data, places, seeds, width):
+                for own, decoded in self._in_rows(data, places, seeds, width, limit):
                     bar.update(len(own))
                     yield own, list(outputs_of(decoded, generator.response_tokenizer))
 
@@ -83,7 +112,12 @@ class Refilled:
                 waiting = []
 
     def _in_rows(
-        self, data: TokenizedExamples, places: list[int], seeds: Sequence[int], width: int
+        self,
+        data: TokenizedExamples,
+        places: list[int],
+        seeds: Sequence[int],
+        width: int,
+        limit: int,
     ) -> Iterator[tuple[list[int], Decoded]]:
         """(places, responses) of what has ended since it was last asked for, until all has."""
         generator, programs = self._generator, self._programs
@@ -95,7 +129,6 @@ class Refilled:
         ended = None
 
         def read(chosen: Sequence[int]) -> Any:
-            limit = generator.max_new_tokens
             requests = [
                 Request(data[i][0].tolist(), generator.search, limit, seeds[i]) for i in chosen
             ]
