@@ -107,7 +107,7 @@ def _by_blocks(
 ) -> Float[Array, "B Q N*H"]:
     """As `attend`, in blocks; `kept` is what each weight is multiplied by."""
     blocks = functools.partial(_each_block, scale=scale)
-    if sequence.splits(query.shape[2], bias):
+    if not isinstance(bias, jax.Array) and sequence.splits(query.shape[2]):
         return sequence.by_parts(blocks, query, key_value, bias, kept)
     return blocks(query, key_value, bias, kept, 0)
 

@@ -24,21 +24,16 @@ from jaxtyping import Array, Float
 
 from l2s_jax.cluster.placement import program_mesh
 from l2s_jax.cluster.sharding import ROWS, batch_ways, sequence_parts
-from l2s_jax.models.biases import Bias, CausalBias, DistanceBias
+from l2s_jax.models.biases import CausalBias, DistanceBias
 from l2s_jax.models.cache import KeyValue
 
 _AXIS = "sequence"
 
 
-def splits(queries: int, bias: Bias) -> bool:
-    """Whether the mesh of the program at hand splits so many queries of a prompt to itself."""
+def splits(length: int) -> bool:
+    """Whether the mesh of the program at hand splits prompts of that length."""
     mesh = program_mesh()
-    return (
-        mesh is not None
-        and mesh.shape[_AXIS] > 1
-        and not isinstance(bias, jax.Array)
-        and queries % sequence_parts(mesh) == 0
-    )
+    return mesh is not None and mesh.shape[_AXIS] > 1 and length % sequence_parts(mesh) == 0
 
 
 def by_parts(
