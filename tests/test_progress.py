@@ -176,6 +176,26 @@ def test_a_log_gets_a_line_now_and_then(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
+def test_a_validation_says_how_far_it_is(tmp_path, monkeypatch, terminal):
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with MetricWriter(str(tmp_path), total_steps=20, name="llm") as writer:
+        writer.write(10, {"loss": 1.5})
+        writer.advance(10)
+        for batch in writer.validating("abc"):
+            now[0] += 31.0
+            assert batch in "abc"
+        assert "validating, batch 3" in stream.getvalue()
+        assert terminal or "llm:  50% 10/20 [01:02" in stream.getvalue()
+        writer.write(10, {"val_loss": 1.0})
+        writer.write(11, {"loss": 1.25})
+        writer.advance(11)
+    assert "loss 1.25" in stream.getvalue().split("batch 3")[-1]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_with_nothing_left_to_do(tmp_path, monkeypatch, terminal):
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -125,7 +125,7 @@ def train_sentencepiece(
     directory: str,
     model_type: str = "unigram",
     seed: int = 0,
-    max_texts: int = 2_000_000,
+    max_texts: int = 1_000_000,
     character_coverage: float = 0.99999,
 ) -> SentencePieceTokenizer:
     """Trains a model with T5's special ids and saves it as `directory/spiece.model`.

@@ -226,6 +226,10 @@ def fit(
                 stopping.deferred() as asked_to_stop,
                 spent.on("steps"),
             ):
+
+                def piecewise(things: Iterable[T]) -> Iterator[T]:
+                    return writer.validating(asked_to_stop.until(things))
+
                 share = config.batch_size / len(rows)
                 counted = saved.get("bad_steps", {})
                 watch = Watch(name, config.max_bad_steps, counted, examples)
@@ -267,12 +271,12 @@ def fit(
                     scores = None
                     if is_judged:
                         with spent.on("evaluating"), contextlib.suppress(stopping.Cut):
-                            found = map(put, asked_to_stop.until(validation))
+                            found = map(put, piecewise(validation))
                             judged = validation_scores(score_fn, _weights(state), frozen, found)
                             is_finite = math.isfinite(judged["val_loss"])
                             watch.check(step, "the loss on the validation split is", is_finite)
                             if judge:
-                                more = judge(_weights(state), frozen, asked_to_stop.until)
+                                more = judge(_weights(state), frozen, piecewise)
                                 judged |= more.scores
                                 writer.write_samples(step, more.samples)
                             writer.write(step, judged | spent.as_metrics(spent.taken()))

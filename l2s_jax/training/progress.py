@@ -8,8 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -23,8 +23,12 @@ _SAMPLES = "samples.jsonl"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE_SECONDS = 30.0
+_NOTE_SECONDS = 0.5
 # More than one call adds: where nobody takes them, whoever adds to a full queue waits for ever.
 _QUEUE = 10_000
+
+
+T = TypeVar("T")
 
 
 class MetricWriter:
@@ -41,8 +45,9 @@ class MetricWriter:
     - What the trackers have of the metrics.
     - In a bucket, where nothing can be appended to, the files are sent anew every half a minute and
       before a checkpoint counts, so that a killed run keeps every line up to its checkpoint.
-    - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`.
-      Where stderr is no terminal, a line every 30 seconds and one at the end.
+    - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`, or
+      how far a validation is. Where stderr is no terminal, a line every 30 seconds and one at the
+      end.
 
     Values must already be on the host (or ready): reading them is what would stall the device.
     """
@@ -123,6 +128,12 @@ class MetricWriter:
         """Moves the bar to `step`."""
         self._progress.advance(int(step))
 
+    def validating(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches of a validation, one by one; the bar says how many have been begun."""
+        for number, batch in enumerate(batches, start=1):
+            self._progress.note(f"validating, batch {number}")
+            yield batch
+
     def sync(self) -> None:
         """Sends what has been written so far to a bucket, where the directory is in one."""
         if self._folder:
@@ -174,6 +185,10 @@ class NoWriter:
     def advance(self, step: int) -> None:
         """Nothing."""
 
+    def validating(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches."""
+        return iter(batches)
+
     def sync(self) -> None:
         """Nothing."""
 
@@ -188,6 +203,7 @@ class _Bar:
     """A tqdm bar on a terminal."""
 
     def __init__(self, name: str, start: int, total: int):
+        self._noted = 0.0
         self._bar = tqdm(
             desc=name,
             initial=start,
@@ -202,6 +218,11 @@ class _Bar:
 
     def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)
+
+    def note(self, what: str) -> None:
+        if time.monotonic() - self._noted >= _NOTE_SECONDS:
+            self._noted = time.monotonic()
+            self._bar.set_postfix_str(what)
 
     def close(self) -> None:
         self._bar.close()
@@ -221,19 +242,23 @@ class _Lines:
     def advance(self, step: int) -> None:
         self._step = step
         if time.monotonic() - self._last >= _LINE_SECONDS:
-            self._print()
+            self._print(self._postfix)
+
+    def note(self, what: str) -> None:
+        if time.monotonic() - self._last >= _LINE_SECONDS:
+            self._print(what)
 
     def close(self) -> None:
         if self._step != self._printed:
-            self._print()
+            self._print(self._postfix)
 
-    def _print(self) -> None:
+    def _print(self, postfix: str) -> None:
         self._last, self._printed = time.monotonic(), self._step
         line = tqdm.format_meter(
             self._step,
             elapsed=self._last - self._begun,
             bar_format=_LINE,
-            postfix=self._postfix,
+            postfix=postfix,
             **self._fixed,
         )
         print(line, file=sys.stderr, flush=True)
