@@ -94,6 +94,10 @@ def test_a_mesh_is_named_by_its_axes(tmp_path, llm, tokenizers):
     model = l2s_jax.load(directory, mesh={}, batch_size=8)
     assert dict(model.mesh.shape) == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert model.generate(prompts) == l2s_jax.load(directory).generate(prompts)
+    with pytest.raises(
+        ValueError, match=r"^prompt_lengths: prompts of 8 tokens, which mesh .* in 16"
+    ):
+        l2s_jax.load(directory, mesh={"sequence": 8})
     with pytest.raises(ValueError, match=r"batch_size=2: mesh data=4, .* such as 4$"):
         l2s_jax.load(directory, mesh={"tensor": 2})
     with pytest.raises(ValueError, match=r"projector/inward/kernel .* expected a divisor of 5$"):

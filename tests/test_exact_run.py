@@ -154,10 +154,11 @@ def test_a_folder_with_the_whole_llm_decodes_exactly_anywhere(run, tmp_path, cap
         bundle.copy(source, target, include_llm="all")
 
 
-def test_on_a_mesh_the_text_is_the_same(run):
+@pytest.mark.parametrize("other", ["tensor", "sequence"])
+def test_on_a_mesh_the_text_is_the_same(run, other):
     config, workdir = run
     source, prompts = str(workdir / "l2s" / "model"), prompts_of(config)
-    model = l2s_jax.load(source, exact=True, mesh={"data": 4, "tensor": 2})
+    model = l2s_jax.load(source, exact=True, mesh={"data": 4, other: 2})
     texts = [output.text for output in model.generate(prompts)]
     assert texts == responses(workdir, "llm")
 

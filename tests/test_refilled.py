@@ -80,9 +80,12 @@ def test_many_prompts_are_answered_in_rows_and_few_in_batches(monkeypatch):
         assert bool(rows) == (count == 32 and not mismatched)
 
 
-def test_on_a_mesh_of_devices():
-    mesh = sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
-    check(make(mesh=mesh), prompts_of(21))
+@pytest.mark.parametrize("other", ["tensor", "sequence"])
+def test_on_a_mesh_of_devices(other):
+    mesh = sharding.make_mesh({"data": 2, other: 2}, jax.devices()[:4])
+    alone = gathered(Refilled(make(prompt_lengths=(4, 8))).answered(prompts_of(21)))
+    found = check(make(mesh=mesh, prompt_lengths=(4, 8)), prompts_of(21))
+    assert found == [alone[place] for place in range(21)]
 
 
 def test_parts_have_every_prompt_once():
