@@ -109,6 +109,17 @@ def buckets_of(config: ConfigDict) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(clipped))
 
 
+def check_prompts(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a ValueError if the mesh cannot split prompts of a length of `buckets_of`."""
+    # Imported here, so that configs don't wait for it.
+    from l2s_jax.cluster import sharding
+
+    given = {prompt for prompt, _ in config.buckets}
+    for length, _ in buckets_of(config):
+        setting = "buckets" if length in given else "max_prompt_tokens"
+        sharding.check_lengths([length], mesh, f"config.{setting}")
+
+
 def label_tokens(config: ConfigDict) -> int:
     """Where the LLM's responses to the train split are cut."""
     return config.labels.max_new_tokens or config.max_response_tokens

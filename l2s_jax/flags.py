@@ -74,7 +74,9 @@ EXAMPLES = flags.DEFINE_integer(
     "examples", None, "plan: examples of the train split; default: those of the data, if at hand."
 )
 PRICE = flags.DEFINE_float("price", None, "plan: dollars per chip-hour.")
-SWEEP = flags.DEFINE_bool("sweep", False, "plan: try every mesh over the slice.")
+SWEEP = flags.DEFINE_bool(
+    "sweep", False, "plan: try every mesh over the slice, its sequence as it is set."
+)
 BATCH_SIZES = flags.DEFINE_list(
     "batch_sizes", [], "plan: those that a sweep tries; default: the config's."
 )

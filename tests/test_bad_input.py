@@ -188,12 +188,16 @@ def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
         ),
         (
             ["mesh.data=2", "mesh.sequence=4", "max_prompt_tokens=28"],
-            "error: config.buckets: prompts of 28 tokens, which mesh data=2, fsdp=1, sequence=4, "
-            "tensor=1 takes in 8 parts; expected a multiple of 8, such as 32",
+            "error: config.max_prompt_tokens: prompts of 28 tokens, which mesh data=2, fsdp=1, "
+            "sequence=4, tensor=1 takes in 8 parts; expected a multiple of 8",
+        ),
+        (
+            ["mesh.data=2", "mesh.sequence=4", "buckets=((12, 32), (32, 32))"],
+            "error: config.buckets: prompts of 12 tokens, which mesh data=2, fsdp=1, sequence=4",
         ),
         (
             ["max_prompt_tokens=28", "decoding.mesh.data=2", "decoding.mesh.sequence=4"],
-            "error: config.decoding.mesh: config.buckets: prompts of 28 tokens, which mesh data=2",
+            "error: config.decoding.mesh: config.max_prompt_tokens: prompts of 28 tokens, which",
         ),
     ],
 )  # fmt: skip

@@ -15,7 +15,6 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from jax.sharding import Mesh
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from l2s_jax import convert
@@ -127,9 +126,7 @@ def test_a_file_is_the_model_it_was_made_of(kind, changes, metadata, tmp_path):
 def test_a_mesh_and_an_encoder_get_what_they_need(llama, tmp_path):
     path = ggufs.write(tmp_path / "model.gguf", llama, kind="Q8_0")
     module, params = load(path)
-    devices = np.array(jax.devices()[:4]).reshape(1, 1, 4)
-    axes = (jax.sharding.AxisType.Auto,) * 3
-    mesh = Mesh(devices, sharding.AXES, axis_types=axes)
+    mesh = sharding.make_mesh({"tensor": 4}, jax.devices()[:4])
     _, placed = load(path, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     query = placed["layers_0"]["attention"]["query"]["kernel"]

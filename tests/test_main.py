@@ -95,7 +95,7 @@ def test_second_run_trains_nothing_and_changes_no_model(job, capfd):
     # Elsewhere they say the same.
     assert {path: path.read_bytes() for path in predictions} == predictions
     meshes = {tuple(call.kwargs["mesh"].shape.values()) for call in timed.call_args_list}
-    assert meshes == {(2, 1, 4)}
+    assert meshes == {(2, 1, 1, 4)}
 
 
 def test_evaluate_makes_nothing(job, tmp_path, capfd):

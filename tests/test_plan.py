@@ -242,7 +242,8 @@ def test_each_program_is_compiled_for_the_mesh_of_its_stage(tmp_path):
     alone = small_config(data=1, tensor=4)
     expected = planned(small_config(data=4), tmp_path / "train", "cpu:4", programs=["train"])
     expected["programs"] |= planned(alone, tmp_path / "a", "cpu:4", programs=["encode"])["programs"]
-    one, other = ({"data": 4, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 4})
+    common = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    one, other = {**common, "data": 4}, {**common, "tensor": 4}
     assert report["mesh"] == one
     for name, mesh in (("train", one), ("encode", other)):
         found = report["programs"][name]
@@ -633,9 +634,9 @@ def test_a_stage_of_a_run_has_its_mesh(tmp_path):
     config.labels.mesh.update(data=2, fsdp=2)
     config.features.mesh.update(data=1, fsdp=4)
     config.decoding.mesh.update(data=1, tensor=4)
-    meshes = {"labels": (2, 2, 1), "logits": (2, 2, 1), "features": (1, 4, 1)}
+    meshes = {"labels": (2, 2, 1, 1), "logits": (2, 2, 1, 1), "features": (1, 4, 1, 1)}
     for stage in run_of(config, "cpu:4", 100).stages():
-        default = (1, 1, 4) if stage.name.startswith("evaluation") else (4, 1, 1)
+        default = (1, 1, 1, 4) if stage.name.startswith("evaluation") else (4, 1, 1, 1)
         assert tuple(stage.mesh.shape.values()) == meshes.get(stage.name, default), stage.name
         if stage.name == "features":
             (program,) = stage.compile().values()

@@ -9,16 +9,21 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from l2s_jax.cluster.sharding import ROWS, batch_ways, parameter_shardings, sequence_parts
 
 
 def program_mesh() -> AbstractMesh | None:
-    """The mesh that a program is made for; None without `jax.set_mesh`, and of one device."""
+    """The mesh over which the compiler splits a program.
+
+    None without `jax.set_mesh`, of one device, and within a `jax.shard_map` over all axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}:
+        return None
+    return mesh
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

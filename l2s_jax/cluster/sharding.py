@@ -160,7 +160,7 @@ def check_lengths(lengths: Iterable[int], mesh: Mesh, what: str) -> None:
         if length % parts:
             raise ValueError(
                 f"{what}: prompts of {length} tokens, which {mesh_name(mesh)} takes in {parts} "
-                f"parts; expected a multiple of {parts}, such as {-(-length // parts) * parts}"
+                f"parts; expected a multiple of {parts}"
             )
 
 

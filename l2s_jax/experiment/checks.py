@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import distributed, sharding
-from l2s_jax.config import buckets_of, naming_mesh, typed
+from l2s_jax.config import check_prompts, naming_mesh, typed
 from l2s_jax.experiment import feature_cache
 from l2s_jax.settings import rules
 from l2s_jax.training import trackers
@@ -79,5 +79,4 @@ def check_batches(config: ConfigDict, meshes: Meshes) -> None:
             sharding.check_rows(rows, by_section[where], f"config.{section}.batch_size")
     for where in ("", *(where for _, _, where in batches)):
         with naming_mesh(config, where):
-            lengths = (prompt for prompt, _ in buckets_of(config))
-            sharding.check_lengths(lengths, by_section[where], "config.buckets")
+            check_prompts(config, by_section[where])

@@ -45,6 +45,14 @@ def at_once(queries: int, keys: int) -> bool:
     return queries * keys <= SCORES or counting.is_on()
 
 
+def whole_length(length: int, has_dropout: bool) -> int:
+    """To how many positions a causal model's are filled up: what the mesh, and the kernel, take."""
+    multiple = sequence_parts(program_mesh())
+    if not has_dropout and not at_once(length, length):
+        multiple *= _PIECES[-1]
+    return -(-length // multiple) * multiple
+
+
 def attend(
     query: Float[Array, "B N Q H"],
     key_value: KeyValue,

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from l2s_jax.cluster.placement import program_mesh, split_prompt, split_rows
-from l2s_jax.cluster.sharding import AnyArray, sequence_parts
-from l2s_jax.models.attention import at_once
+from l2s_jax.cluster.placement import split_prompt, split_rows
+from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.models.attention import at_once, whole_length
 from l2s_jax.models.biases import CausalBias, in_window, mask_bias
 from l2s_jax.models.cache import CausalCache, KeyValue, block, place
 from l2s_jax.models.layers import unit
@@ -168,8 +168,9 @@ class CausalModel(nn.Module):
         # (jaxlib 0.10.2): parts are joined and taken where each device has all of them.
         x = jnp.concatenate([split_rows(prompt), self.embed_response(before)], axis=1)
         mask = jnp.concatenate([prompt_mask, jnp.ones(before.shape, bool)], axis=1)
-        # To what `sequence` splits; nothing without it.
-        end, room = x.shape[1], -x.shape[1] % sequence_parts(program_mesh())
+        end = x.shape[1]
+        has_dropout = not deterministic and self.config.dropout_rate > 0
+        room = whole_length(end, has_dropout) - end
         x, mask = jnp.pad(x, [(0, 0), (0, room), (0, 0)]), jnp.pad(mask, [(0, 0), (0, room)])
         x, _ = self._run(x, token_positions(mask), mask, deterministic)
         x = split_rows(x)

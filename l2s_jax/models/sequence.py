@@ -5,9 +5,10 @@
     attends  0 7      2 5      4 3      6 1      where attention is causal
 
 A position sees those before it, so that the last device would have the most to do, and the others
-would wait for it. Each device therefore takes one part from the first half and one from the second,
-with the same sum of positions before them (as zigzag ring attention does, Zhu et al. 2024,
-https://github.com/zhuzilin/ring-flash-attention). Queries go there and results come back.
+would wait for it. Each device therefore attends for one early part and one late part, of which the
+one sees as much more as the other sees less (as zigzag ring attention has it, Zhu et al. 2024,
+https://github.com/zhuzilin/ring-flash-attention). Its even part is its own. The queries of its odd
+part come from another device, and their results go back there.
 """
 
 from __future__ import annotations
@@ -73,10 +74,9 @@ def by_parts(
 
 
 def zigzag(ways: int) -> np.ndarray:
-    """[ways, 2]: which of 2 * ways parts each device attends for, an even one and an odd one."""
-    low = np.arange(ways)
-    pair = np.stack([low, 2 * ways - 1 - low], axis=1)
-    return np.where((low % 2 == 0)[:, None], pair, pair[:, ::-1])
+    """[ways, 2]: which of 2 * ways parts each device attends for: its even one, and an odd one."""
+    even = 2 * np.arange(ways)
+    return np.stack([even, 2 * ways - 1 - even], axis=1)
 
 
 def attended(length: int, ways: int) -> np.ndarray:
@@ -87,29 +87,19 @@ def attended(length: int, ways: int) -> np.ndarray:
 
 def exchanged(x: jax.Array, ways: int, axis: int) -> list[jax.Array]:
     """The two parts that this device attends for, of all devices' own, which lie along `axis`."""
-    there = _destinations(ways)
-    halves = jnp.split(x, 2, axis)
-    return [
-        jax.lax.ppermute(half, _AXIS, list(enumerate(to)))
-        for half, to in zip(halves, there, strict=True)
-    ]
+    even, odd = jnp.split(x, 2, axis)
+    return [even, _mirrored(odd, ways)]
 
 
 def returned(parts: list[jax.Array], ways: int, axis: int) -> jax.Array:
     """The inverse of `exchanged`."""
-    there = _destinations(ways)
-    halves = [
-        jax.lax.ppermute(part, _AXIS, [(device, home) for home, device in enumerate(to)])
-        for part, to in zip(parts, there, strict=True)
-    ]
-    return jnp.concatenate(halves, axis)
+    even, odd = parts
+    return jnp.concatenate([even, _mirrored(odd, ways)], axis)
 
 
-def _destinations(ways: int) -> list[list[int]]:
-    """Of the even parts, and of the odd ones: the device that attends for that of each device."""
-    attended = zigzag(ways)
-    return [[int(np.argmax(column == 2 * i + half)) for i in range(ways)]
-            for half, column in enumerate(attended.T)]  # fmt: skip
+def _mirrored(x: jax.Array, ways: int) -> jax.Array:
+    """x of the device that is as far from the last one as this is from the first."""
+    return jax.lax.ppermute(x, _AXIS, [(i, ways - 1 - i) for i in range(ways)])
 
 
 def _split(

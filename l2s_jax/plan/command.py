@@ -157,9 +157,15 @@ def make_mesh(config: ConfigDict, where: Slice, section: str = "") -> Mesh:
             ) from None
 
 
-def meshes(config: ConfigDict, where: Slice) -> Iterator[Mesh]:
-    """Every mesh over the slice whose axes lie along the slice's own, `sequence` as it is."""
-    sequence = max(mesh_sizes(config)["sequence"], 1)
+def meshes(config: ConfigDict, where: Slice, part: str) -> Iterator[Mesh]:
+    """Every mesh over the slice whose axes lie along the slice's own.
+
+    `sequence` is as the part of what L2S does, train or generate, has it.
+    """
+    section = "" if part == "train" else "decoding"
+    sequence = mesh_sizes(config, section)["sequence"]
+    if sequence == -1:
+        sequence = make_mesh(config, where, section).shape["sequence"]
     count = len(where.devices) // sequence
     for data in _divisors(count):
         for fsdp in _divisors(count // data):
@@ -195,7 +201,7 @@ def _weights(models: Plan, config: ConfigDict, mesh: Mesh, part: str) -> int:
 def _with_room(models: Plan, config: ConfigDict, where: Slice, part: str) -> list[tuple[int, Mesh]]:
     """(bytes of weights, mesh) of the meshes where these fit, least first."""
     found = []
-    for mesh in meshes(config, where):
+    for mesh in meshes(config, where, part):
         try:
             _compiler(models, config, where, mesh, part)
         except ValueError:
@@ -221,7 +227,7 @@ def _sweep(
         for batch_size in batch_sizes or (sizes[name],):
             changed = copy.deepcopy(config)
             changed.l2s.train.batch_size = changed.decoding.batch_size = batch_size
-            for mesh in meshes(config, where):
+            for mesh in meshes(config, where, name):
                 try:
                     compiler = _compiler(models, changed, where, mesh, name)
                 except ValueError:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from l2s_jax.cluster import sharding
 from l2s_jax.plan.hlo import Collective
 from l2s_jax.plan.program import Program
 from l2s_jax.plan.slices import Slice
@@ -139,7 +140,7 @@ def run_lines(run: Mapping[str, Any]) -> list[str]:
     heads = ["stage", "mesh", "rows", "programs", "fits", *(head for _, head in columns)]
     lines = ["", "## The whole run", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for stage in run["stages"]:
-        mesh = ", ".join(f"{axis}={size}" for axis, size in stage["mesh"].items())
+        mesh = sharding.axes_name([stage["mesh"][axis] for axis in sharding.AXES])
         several = f"{stage['groups']} times " if stage["groups"] > 1 else ""
         programs = ", ".join(_often(stage, name) for name in stage["programs"])
         cells = [stage["name"], several + mesh, str(stage["batch_size"]), programs]

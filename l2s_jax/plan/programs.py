@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import buckets_of
+from l2s_jax.config import buckets_of, check_prompts
 from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.experiment.feature_cache import encoding
@@ -72,8 +72,7 @@ class Compiler:
             sharding.check_rows(rows, mesh, f"config.{work.train_where}.batch_size")
         if work.batch_size:
             sharding.check_rows(work.batch_size, mesh, f"config.{work.decoding_where}.batch_size")
-        lengths = (prompt for prompt, _ in buckets_of(config))
-        sharding.check_lengths(lengths, mesh, "config.buckets")
+        check_prompts(config, mesh)
         # A mesh of one process's devices is in one slice.
         self._per_slice = where.per_slice if mesh.size > where.per_slice else 0
         self._rows = sharding.batch_sharding(mesh)

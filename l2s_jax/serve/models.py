@@ -9,6 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import sharding
 from l2s_jax.config import compute_dtypes
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
@@ -75,6 +76,7 @@ def load_models(models: Models) -> dict[str, Generator]:
     whole = {"llm", "exact"} & set(models.names)
     mesh = mesh_of(models.mesh or None)
     settings["mesh"] = mesh
+    sharding.check_lengths(settings.get("prompt_lengths", ()), mesh, "--prompt_tokens")
     placed = {"weights": settings.get("weights", "float"), "mesh": mesh}
     dtype, encoder_dtype = compute_dtypes(models.dtype, models.encoder_dtype)
     if whole and dtype != encoder_dtype:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
-from l2s_jax.config import buckets_of, compute_dtypes, make_mesh, naming_mesh
+from l2s_jax.config import buckets_of, check_prompts, compute_dtypes, make_mesh, naming_mesh
 from l2s_jax.files import is_whole
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
@@ -77,11 +77,13 @@ def load(
 
     Raises:
       ValueError: no L2S model is there, its LLM is gone or no longer the same, or not all there
-        with `exact`, or the mesh does not fit the devices, the batch size or the model.
+        with `exact`, or the mesh does not fit the devices, the batch size, the
+        prompts' lengths or the model.
     """
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
     mesh = mesh_of(mesh)
+    sharding.check_lengths(settings.get("prompt_lengths", ()), mesh, "prompt_lengths")
     placed = {"weights": settings.get("weights", "float"), "mesh": mesh}
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
     tokenizers = bundle.load_tokenizers(directory)
@@ -107,12 +109,14 @@ def mesh_of(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
     """A mesh of this process's devices, as `load` takes it.
 
     Raises:
-      ValueError: the sizes do not fit the devices.
+      ValueError: the sizes do not fit the devices, or an axis that there is not.
     """
     if mesh is None:
         return sharding.one_device()
     if isinstance(mesh, Mesh):
-        return mesh
+        if mesh.axis_names == sharding.AXES:
+            return mesh
+        return sharding.make_mesh(dict(mesh.shape), list(mesh.devices.flat))
     rest = {} if -1 in mesh.values() else {"data": -1}
     return sharding.make_mesh({**rest, **mesh}, jax.local_devices())
 
@@ -169,7 +173,7 @@ def load_generator(config: ConfigDict, workdir: str, name: str, **settings: Any)
     mesh = sharding.decoding_mesh(make_mesh(config, "decoding"))
     with naming_mesh(config, "decoding"):
         sharding.check_rows(config.decoding.batch_size, mesh, "config.decoding.batch_size")
-        sharding.check_lengths((prompt for prompt, _ in buckets_of(config)), mesh, "config.buckets")
+        check_prompts(config, mesh)
     settings = {"mesh": mesh, **settings}
     exact = name == "exact"
     if not exact:

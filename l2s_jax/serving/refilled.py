@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -25,7 +26,8 @@ from l2s_jax.serving.output import Output, in_order, outputs_of
 from l2s_jax.serving.programs import Programs
 from l2s_jax.serving.request import Request
 
-# Batches, from which on the programs that rows take are worth their compilation.
+# With fewer prompts than so many batches, it takes longer to compile the programs of rows than they
+# save.
 WORTHWHILE = 4
 # Of the rows, those that are read for together: fewer wait for others, more are read sooner.
 _SHARE = 8
@@ -55,12 +57,11 @@ class Refilled:
             "seeds": seeds,
             "description": description,
         }
-        if mismatched or len(prompts) < WORTHWHILE * generator.batch_size:
+        parted = shared and not generator.mesh.is_multi_process
+        own = len(prompts) // (jax.process_count() if parted else 1)
+        if mismatched or own < WORTHWHILE * generator.batch_size:
             return generator.generate(prompts, **settings, mismatched=mismatched, shared=shared)
-        return in_order(
-            lambda part: self.answered(prompts, **settings, part=part),
-            shared and not generator.mesh.is_multi_process,
-        )
+        return in_order(lambda part: self.answered(prompts, **settings, part=part), parted)
 
     def answered(
         self,

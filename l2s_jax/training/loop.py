@@ -227,8 +227,8 @@ def fit(
                 spent.on("steps"),
             ):
 
-                def piecewise(things: Iterable[T]) -> Iterator[T]:
-                    return writer.validating(asked_to_stop.until(things))
+                def judging(things: Iterable[T]) -> Iterator[T]:
+                    return writer.telling("answering", asked_to_stop.until(things))
 
                 share = config.batch_size / len(rows)
                 counted = saved.get("bad_steps", {})
@@ -271,12 +271,13 @@ def fit(
                     scores = None
                     if is_judged:
                         with spent.on("evaluating"), contextlib.suppress(stopping.Cut):
-                            found = map(put, piecewise(validation))
+                            scored = asked_to_stop.until(validation)
+                            found = map(put, writer.telling("validating", scored))
                             judged = validation_scores(score_fn, _weights(state), frozen, found)
                             is_finite = math.isfinite(judged["val_loss"])
                             watch.check(step, "the loss on the validation split is", is_finite)
                             if judge:
-                                more = judge(_weights(state), frozen, piecewise)
+                                more = judge(_weights(state), frozen, judging)
                                 judged |= more.scores
                                 writer.write_samples(step, more.samples)
                             writer.write(step, judged | spent.as_metrics(spent.taken()))

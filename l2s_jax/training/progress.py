@@ -46,8 +46,8 @@ class MetricWriter:
     - In a bucket, where nothing can be appended to, the files are sent anew every half a minute and
       before a checkpoint counts, so that a killed run keeps every line up to its checkpoint.
     - A bar with the name, the step, the time left and, once written, `loss` and `tokens_per_s`, or
-      how far a validation is. Where stderr is no terminal, a line every 30 seconds and one at the
-      end.
+      in a validation the number of the batch. Where stderr is no terminal, a line every 30 seconds
+      and one at the end.
 
     Values must already be on the host (or ready): reading them is what would stall the device.
     """
@@ -128,11 +128,12 @@ class MetricWriter:
         """Moves the bar to `step`."""
         self._progress.advance(int(step))
 
-    def validating(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches of a validation, one by one; the bar says how many have been begun."""
+    def telling(self, what: str, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, one by one; the bar says what is done with them, and with which."""
         for number, batch in enumerate(batches, start=1):
-            self._progress.note(f"validating, batch {number}")
+            self._progress.note(f"{what}, batch {number}")
             yield batch
+        self._progress.note()
 
     def sync(self) -> None:
         """Sends what has been written so far to a bucket, where the directory is in one."""
@@ -185,7 +186,7 @@ class NoWriter:
     def advance(self, step: int) -> None:
         """Nothing."""
 
-    def validating(self, batches: Iterable[T]) -> Iterator[T]:
+    def telling(self, what: str, batches: Iterable[T]) -> Iterator[T]:
         """The batches."""
         return iter(batches)
 
@@ -203,7 +204,7 @@ class _Bar:
     """A tqdm bar on a terminal."""
 
     def __init__(self, name: str, start: int, total: int):
-        self._noted = 0.0
+        self._postfix, self._noted = "", 0.0
         self._bar = tqdm(
             desc=name,
             initial=start,
@@ -214,15 +215,16 @@ class _Bar:
         )
 
     def describe(self, postfix: str) -> None:
+        self._postfix = postfix
         self._bar.set_postfix_str(postfix, refresh=False)
 
     def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)
 
-    def note(self, what: str) -> None:
-        if time.monotonic() - self._noted >= _NOTE_SECONDS:
+    def note(self, what: str = "") -> None:
+        if not what or time.monotonic() - self._noted >= _NOTE_SECONDS:
             self._noted = time.monotonic()
-            self._bar.set_postfix_str(what)
+            self._bar.set_postfix_str(what or self._postfix)
 
     def close(self) -> None:
         self._bar.close()
@@ -244,9 +246,10 @@ class _Lines:
         if time.monotonic() - self._last >= _LINE_SECONDS:
             self._print(self._postfix)
 
-    def note(self, what: str) -> None:
-        if time.monotonic() - self._last >= _LINE_SECONDS:
+    def note(self, what: str = "") -> None:
+        if what and time.monotonic() - self._last >= _LINE_SECONDS:
             self._print(what)
+            self._printed = None  # of the step
 
     def close(self) -> None:
         if self._step != self._printed:
