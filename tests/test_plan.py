@@ -271,6 +271,18 @@ def test_cpu_devices_and_the_sweep(tmp_path):
     assert len({tuple(row["mesh"].values()) for row in rows}) == 6
 
 
+def test_each_collective_of_a_shard_map_counts():
+    def mirrored(x):
+        there = jax.lax.ppermute(x, "data", [(i, 3 - i) for i in range(4)])
+        return jax.lax.ppermute(jnp.tanh(there), "data", [(i, 3 - i) for i in range(4)])
+
+    with jax.set_mesh(sharding.make_mesh({"data": 4}, jax.devices()[:4])):
+        split = jax.shard_map(mirrored, in_specs=P("data"), out_specs=P("data"))
+        text = jax.jit(split).lower(jnp.ones((8, 5))).compile().as_text()
+    found = hlo.collectives(text)
+    assert [(one.kind, one.bytes) for one in found] == [("collective-permute", 40)] * 2
+
+
 def test_collectives_in_a_loop_count_as_often_as_it_turns():
     mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 4}), jax.devices()[:4])
     w = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))

@@ -114,9 +114,15 @@ def collectives(text: str, per_slice: int = 0) -> list[Collective]:
 
 
 def _channel(line: str) -> str:
-    """What an instruction has in common with the other parts of one collective."""
+    """What an instruction has in common with the other parts of one collective.
+
+    Those within a `jax.shard_map` all have channel 1: the line of code tells them apart.
+    """
     channel = re.search(r"channel_id=(\d+)", line)
-    return channel[0] if channel else line
+    if not channel:
+        return line
+    source = re.search(r"metadata={[^}]*}", line)
+    return channel[0] + (source[0] if source else "")
 
 
 def _between_slices(one: Instruction) -> tuple[str, Collective] | None:
