@@ -286,13 +286,11 @@ def test_no_array_has_the_square_of_the_length():
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * length * length * 4
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)])
-@pytest.mark.parametrize("groups", [4, 2])
-def test_the_kernel_is_attention_at_what_is_real(mesh, groups):
-    mask = jnp.arange(256)[None] >= jnp.asarray([[0], [100]])
-    query, key_value = parts(2, 4, groups, 256, 256, 128)
+def check_kernel(mesh, groups, length):
+    mask = jnp.arange(length)[None] >= jnp.asarray([[0], [100]])
+    query, key_value = parts(2, 4, groups, length, length, 128)
     bias = CausalBias(mask, token_positions(mask), None)
-    weights = normal(2, 256, 4 * 128, seed=6) * mask[:, :, None]
+    weights = normal(2, length, 4 * 128, seed=6) * mask[:, :, None]
 
     def loss(of):
         def one(query, key_value):
@@ -301,15 +299,22 @@ def test_the_kernel_is_attention_at_what_is_real(mesh, groups):
 
         return jax.value_and_grad(one, argnums=(0, 1), has_aux=True)
 
-    whole = bias.block(0, 256, 0, 256)
+    whole = bias.block(0, length, 0, length)
     expected = loss(lambda query, key_value: attend(query, key_value, whole, SCALE))
     kernel = loss(
         lambda query, key_value: attention.by_kernel(query, key_value, bias, SCALE, interpret=True)
     )
-    with jax.set_mesh(small.mesh_of(*mesh)):
+    with jax.set_mesh(mesh):
+        assert attention._has_kernel(query, key_value, bias)
         found = jax.jit(kernel)(query, key_value)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3),
         found,
         jax.jit(expected)(query, key_value),
     )
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_kernel_is_attention_at_what_is_real(mesh, groups):
+    check_kernel(small.mesh_of(*mesh), groups, length=256)

@@ -14,15 +14,13 @@ import small
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attention import FAMILIES, SCALE, biases, normal, parts, small_blocks
+from test_attention import FAMILIES, SCALE, biases, check_kernel, normal, parts, small_blocks
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.decoding.engine import GREEDY, jitted_decode
-from l2s_jax.models import attention, sequence
+from l2s_jax.models import sequence
 from l2s_jax.models.attention import attend
-from l2s_jax.models.biases import CausalBias
-from l2s_jax.models.causal import token_positions
 from l2s_jax.models.families import make_module
 from l2s_jax.models.layers import Dropout
 from l2s_jax.models.systems import LlmToSlm
@@ -68,6 +66,28 @@ def test_parts_are_where_they_are_attended_for_and_come_back(ways):
     np.testing.assert_array_equal(back, x)
 
 
+def check_attention(mesh, query, key_value, bias, weights):
+    """The results where `weights` are not 0, and the gradients, as on one device; gives the text of
+    the program.
+    """
+
+    def loss(query, key_value):
+        found = attend(query, key_value, bias, SCALE)
+        return jnp.sum(found * weights), found * (weights != 0)
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    jax.clear_caches()
+    expected = jax.jit(both)(query, key_value)
+    jax.clear_caches()
+    with jax.set_mesh(small.mesh_of(**MESHES[mesh])):
+        program = jax.jit(both).lower(query, key_value).compile()
+        found = program(query, key_value)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), found, expected
+    )
+    return program.as_text()
+
+
 @every_mesh
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["causal", "window", "window by a number", "distance"])
@@ -79,19 +99,8 @@ def test_attention_and_its_gradient_are_those_of_one_device(monkeypatch, kind, g
     # What sees nothing in its window is padding: in blocks, what it takes is undefined.
     weights = normal(2, 48, 24, seed=6) * mask[:, :, None]
 
-    def loss(query, key_value):
-        found = attend(query, key_value, bias, SCALE) * mask[:, :, None]
-        return jnp.sum(found * weights), found
-
-    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    expected = jax.jit(both)(query, key_value)
-    with jax.set_mesh(small.mesh_of(**MESHES[mesh])):
-        program = jax.jit(both).lower(query, key_value).compile()
-        found = program(query, key_value)
-    assert "collective-permute" in program.as_text() or kind == "distance"
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), found, expected
-    )
+    text = check_attention(mesh, query, key_value, bias, weights)
+    assert "collective-permute" in text or kind == "distance"
 
 
 @pytest.mark.parametrize("kind", ["causal", "distance"])
@@ -103,18 +112,7 @@ def test_rows_and_heads_that_do_not_divide_are_whole_on_each_device(monkeypatch,
     if kind == "distance":
         bias = bias.replace(by_distance=bias.by_distance[:3])
 
-    def loss(query, key_value):
-        found = attend(query, key_value, bias, SCALE)
-        return jnp.sum(found * normal(3, 32, 18, seed=6)), found
-
-    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    expected = jax.jit(both)(query, key_value)
-    jax.clear_caches()
-    with jax.set_mesh(small.mesh_of(**MESHES["mixed"])):
-        found = jax.jit(both)(query, key_value)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), found, expected
-    )
+    check_attention("mixed", query, key_value, bias, normal(3, 32, 18, seed=6))
 
 
 @pytest.mark.parametrize("kind", ["causal", "distance"])
@@ -134,31 +132,7 @@ def test_what_is_dropped_is_the_same_on_every_mesh(monkeypatch, kind):
 
 @pytest.mark.parametrize("mesh", [{"sequence": 2}, {"data": 2, "sequence": 2, "tensor": 2}])
 def test_the_kernel_takes_its_parts(mesh):
-    mask = jnp.arange(512)[None] >= jnp.asarray([[0], [100]])
-    query, key_value = parts(2, 4, 2, 512, 512, 128)
-    bias = CausalBias(mask, token_positions(mask), None)
-    weights = normal(2, 512, 4 * 128, seed=6) * mask[:, :, None]
-
-    def loss(of):
-        def one(query, key_value):
-            found = of(query, key_value)
-            return jnp.sum(found * weights), found * mask[:, :, None]
-
-        return jax.value_and_grad(one, argnums=(0, 1), has_aux=True)
-
-    whole = bias.block(0, 512, 0, 512)
-    expected = loss(lambda query, key_value: attend(query, key_value, whole, SCALE))
-    kernel = loss(
-        lambda query, key_value: attention.by_kernel(query, key_value, bias, SCALE, interpret=True)
-    )
-    with jax.set_mesh(small.mesh_of(**mesh)):
-        assert attention._has_kernel(query, key_value, bias)
-        found = jax.jit(kernel)(query, key_value)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3),
-        found,
-        jax.jit(expected)(query, key_value),
-    )
+    check_kernel(small.mesh_of(**mesh), groups=2, length=512)
 
 
 def pair(llm, slm, fusion, stack, dropout):

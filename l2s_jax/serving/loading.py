@@ -77,8 +77,8 @@ def load(
 
     Raises:
       ValueError: no L2S model is there, its LLM is gone or no longer the same, or not all there
-        with `exact`, or the mesh does not fit the devices, the batch size, the
-        prompts' lengths or the model.
+        with `exact`, or the mesh does not fit the devices, the batch size, the prompts' lengths or
+        the model.
     """
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}

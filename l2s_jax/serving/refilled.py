@@ -79,8 +79,13 @@ class Refilled:
         """
         generator, search = self._generator, self._generator.search
         if search.num_beams > 1 or search.stop or isinstance(generator.system, Exact):
-            settings: Any = {"seeds": seeds, "description": description, "part": part}
-            yield from generator.answered(prompts, max_new_tokens=max_new_tokens, **settings)
+            yield from generator.answered(
+                prompts,
+                max_new_tokens=max_new_tokens,
+                seeds=seeds,
+                description=description,
+                part=part,
+            )
             return
         limit, _ = generator.limits(max_new_tokens)
         prompts, seeds = asked(prompts, seeds)
