@@ -17,7 +17,7 @@ from l2s_jax.cluster.sharding import (
     RULES,
     batch_sharding,
     decoding_mesh,
-    gather,
+    free,
     make_mesh,
     parameter_shardings,
     put_batch,
@@ -299,15 +299,23 @@ def test_a_batch_is_split_over_data_and_fsdp():
 
 
 @pytest.mark.parametrize("name", ["slm", "add", "cross"])
-def test_each_device_makes_its_own_part_of_random_parameters(name, monkeypatch):
-    system, mesh, made = small.make_system(name), small.mesh_of(fsdp=4, tensor=2), []
-    kept = lambda tree: made.append(tree) or gather(tree)  # noqa: E731
-    monkeypatch.setattr("l2s_jax.cluster.sharding.gather", kept)
+def test_each_device_makes_its_own_part_of_random_parameters(name):
+    system, mesh = small.make_system(name), small.mesh_of(fsdp=4, tensor=2)
     stage: Any = SimpleNamespace(context=SimpleNamespace(mesh=mesh), seed=3)
     found = TrainedStage.random(stage, system, without=["projector"])
-    (placed,) = made
-    assert jax.tree.map(lambda leaf: leaf.sharding, placed) == parameter_shardings(placed, mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == parameter_shardings(found, mesh)
     expected = dict(jax.device_get(jax.jit(system.init)(jax.random.key(3))))
     expected.pop("projector", None)
     small.assert_same(found, expected)
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+
+
+def test_what_lies_as_it_should_is_freed_and_nothing_else():
+    mesh, ones = small.mesh_of(fsdp=4, tensor=2), np.ones((8, 8), np.float32)
+    where = NamedSharding(mesh, P("fsdp"))
+    tree = {
+        "right": jax.device_put(ones, where),
+        "elsewhere": jax.device_put(ones, NamedSharding(mesh, P("tensor"))),
+        "host": ones,
+    }
+    free(tree, dict.fromkeys(tree, where))
+    assert tree["right"].is_deleted() and not tree["elsewhere"].is_deleted()

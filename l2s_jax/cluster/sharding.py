@@ -280,10 +280,33 @@ def put_parameters(params: Any, mesh: Mesh) -> Any:
 
 def gather(tree: Any) -> Any:
     """Global arrays -> host arrays, whole on every process."""
+    return jax.tree.map(_whole, tree)
 
-    def whole(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            return multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)
 
-    return jax.tree.map(whole, tree)
+def gather_on_primary(tree: Any) -> Any:
+    """Global arrays -> host arrays, whole on process 0; the others have None for each of them.
+
+    They go there one after another: no other process has more than one at a time.
+    """
+
+    def take(x: Any) -> np.ndarray | None:
+        whole = _whole(x)
+        return whole if jax.process_index() == 0 else None
+
+    return jax.tree.map(take, tree)
+
+
+def free(tree: Any, shardings: Any) -> None:
+    """Frees the arrays that lie as `shardings`, a tree like `tree`, say; others are left alone."""
+
+    def delete(x: Any, sharding: NamedSharding) -> None:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            x.delete()
+
+    jax.tree.map(delete, tree, shardings)
+
+
+def _whole(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

@@ -132,7 +132,7 @@ class L2sStage(BundleStage):
         from l2s_jax.serving.loading import generator_settings
 
         llm, _ = self._llm.encoder(entries=())
-        found = self._start.load(self.context.dtypes[0])
+        found = self._start.load()
         slm_config, slm = self.started(found, "slm", self._start.where)
         system = LlmToSlm(
             llm_config=llm.config,

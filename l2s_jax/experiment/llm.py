@@ -53,7 +53,8 @@ class LlmStage(LanguageModelStage):
             return self.started(None, "llm", "config.llm.model")
         from l2s_jax.checkpoints import pretrained
 
-        return self.started(pretrained.load(path, dtype=self.context.dtypes[0]), "llm", path)
+        found = pretrained.load(path, dtype=self.context.dtypes[0], mesh=self.context.mesh)
+        return self.started(found, "llm", path)
 
     def examples(self) -> Sequence[Example]:
         """The data's own responses."""

@@ -54,7 +54,7 @@ class SlmStage(LanguageModelStage):
 
     def starting_point(self) -> tuple[ModelConfig, Params | None]:
         """What L2S starts from too."""
-        return self.started(self._start.load(self.context.dtypes[0]), "slm", self._start.where)
+        return self.started(self._start.load(), "slm", self._start.where)
 
     def examples(self) -> Sequence[Example]:
         """The labels."""

@@ -51,12 +51,16 @@ class SlmStart:
             inputs["cut"] = {name: value for name, value in chosen.items() if value}
         return {"slm": inputs}
 
-    def load(self, dtype: Any) -> tuple[nn.Module, Params] | None:
-        """(module, parameters); None of parameters that are to be random."""
+    def load(self) -> tuple[nn.Module, Params] | None:
+        """(module, parameters); None of parameters that are to be random.
+
+        Those of a whole checkpoint lie on the mesh of training, what is cut out of one on the host.
+        """
         if not self._has_source:
             return None
         from l2s_jax.checkpoints import cutting, pretrained
 
+        dtype, _ = self._context.dtypes
         if self._cut.is_used:
             return cutting.load_cut(self._source, self._cut, dtype=dtype)
-        return pretrained.load(self._source, dtype=dtype)
+        return pretrained.load(self._source, dtype=dtype, mesh=self._context.mesh)

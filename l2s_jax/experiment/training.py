@@ -190,9 +190,10 @@ class TrainedStage(RecordedStage):
         return with_vocabulary(config, kept_by(self.responses.tokenizer))
 
     def random(self, system: System, *, without: Sequence[str] = ()) -> dict[str, Any]:
-        """Parameters to start from where there are none, on the host; `without` some entries.
+        """Parameters to start from where there are none; `without` some entries.
 
-        Each device of the mesh makes its own part: all may be more than one can hold.
+        Each device of the mesh makes its own part, and holds it: all may be more than a device or a
+        host can hold.
         """
         import jax
 
@@ -206,7 +207,7 @@ class TrainedStage(RecordedStage):
         where = sharding.parameter_shardings(jax.eval_shape(init, key), self.context.mesh)
         # On a CPU, to optimize a program that runs once takes longer than the program.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return sharding.gather(jax.jit(init, out_shardings=where, compiler_options=quick)(key))
+        return jax.jit(init, out_shardings=where, compiler_options=quick)(key)
 
     def fit(
         self,
@@ -215,7 +216,7 @@ class TrainedStage(RecordedStage):
         frozen: Params,
         prepare: Callable[..., None] | None = None,
     ) -> Params:
-        """Trains, from the newest checkpoint on; gives the parameters, on the host.
+        """Trains, from the newest checkpoint on; gives the parameters, as `loop.fit` does.
 
         `prepare(train=..., validation=...)` is called with the tokenized splits before.
         """
@@ -276,7 +277,10 @@ class TrainedStage(RecordedStage):
             trackers=context.trackers,
             compiled=context.compiled,
         )
-        return jax.device_get(adapted.merge(trained, base)) if adapted else trained
+        if not adapted:
+            return trained
+        base = sharding.gather_on_primary(base)
+        return adapted.merge(trained, base) if distributed.is_primary() else trained
 
     def write_model(self, save: Callable[..., None]) -> None:
         """`save(directory=NAME/model)`, by one process for all; it appears as a whole."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from l2s_jax.config import tuned_l2s
@@ -48,6 +47,7 @@ class TunedStage(BundleStage):
         """Trains projector, SLM and the LLM's adapters."""
         import jax
 
+        from l2s_jax.cluster import sharding
         from l2s_jax.models.families import make_module
         from l2s_jax.models.lora import Adapters
         from l2s_jax.models.tuning import Tuned
@@ -56,7 +56,9 @@ class TunedStage(BundleStage):
         from l2s_jax.serving.loading import generator_settings
 
         directory, (dtype, encoder_dtype) = self._frozen.directory, self.context.dtypes
-        system, params, frozen = bundle.load(directory, dtype=dtype, encoder_dtype=encoder_dtype)
+        system, params, frozen = bundle.load(
+            directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=self.context.mesh
+        )
         whole = make_module(without_vocabulary(system.slm_config))
         slm_config, _ = self.started((whole, params["slm"]), "slm", directory)
         llm_config = dataclasses.replace(system.llm_config, remat=self.section.train.remat)
@@ -65,15 +67,15 @@ class TunedStage(BundleStage):
         tuned = Tuned(system, Adapters(**settings, where="config.llm.tune.pattern"))
         trained, base = tuned.split(params, frozen, jax.random.key(self.seed))
         trained = self.fit(tuned, trained, base)
-        system, trained, frozen = tuned.whole(trained, base)
-        self.write_model(
-            functools.partial(
-                bundle.save_whole,
-                system,
-                jax.device_get(trained),
-                jax.device_get(frozen),
+        base = sharding.gather_on_primary(base)
+
+        def save(directory: str) -> None:
+            bundle.save_whole(
+                *tuned.whole(trained, base),
+                directory=directory,
                 llm_tokenizer=self.prompts.tokenizer,
                 slm_tokenizer=self.responses.tokenizer,
                 generation=generator_settings(self.context.config),
             )
-        )
+
+        self.write_model(save)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key
 
@@ -72,7 +73,7 @@ class Adapters:
         return unflatten_dict(adapters, sep="/")
 
     def merge(self, adapters: Params, base: Params) -> dict[str, Any]:
-        """The model's parameters with their change."""
+        """The model's parameters with their change; of host arrays, host arrays."""
         return self._changed(adapters, base, self._merged)
 
     def beside(self, adapters: Params, base: Params) -> dict[str, Any]:
@@ -93,6 +94,9 @@ class Adapters:
         return self._changed(adapters, base, change)
 
     def _merged(self, _: str, kernel: Any, a: Any, b: Any) -> Any:
+        if all(isinstance(x, np.ndarray) for x in (kernel, a, b)):
+            # No device need have room for a whole model.
+            return kernel + np.float32(self.alpha / self.rank) * np.matmul(a, b)
         # At this precision it is the same in a training step and after it, on any device.
         return kernel + self.alpha / self.rank * jnp.matmul(
             a, b, precision=jax.lax.Precision.HIGHEST
@@ -137,7 +141,7 @@ class Adapted(abc.ABC):
     ) -> tuple[Any, Any, Any]:
         """(system, trained, frozen) of the system itself, as it is by now.
 
-        No gradient goes to the base. Without `merged`, kernels are as `Adapters.beside` has them.
+        Without `merged`, kernels are as `Adapters.beside` has them.
         """
 
     def scored(
@@ -148,6 +152,7 @@ class Adapted(abc.ABC):
         dropout_key: Key[Array, ""] | None = None,
     ) -> Scored:
         """The response, teacher-forced."""
+        frozen = jax.lax.stop_gradient(frozen)
         system, params, inner = self.whole(trained, frozen, merged=False)
         return system.scored(params, inner, batch, dropout_key)
 
@@ -187,7 +192,7 @@ class Lora(Adapted):
         return {**rest, "lora": self.init(key, base)}, base
 
     def merge(self, trained: Params, base: Params) -> dict[str, Any]:
-        """(trained, base) -> parameters of the system itself; no gradient goes to `base`."""
+        """(trained, base) -> parameters of the system itself; of host arrays, host arrays."""
         return self._with(self._adapters.merge, trained, base)
 
     def whole(
@@ -201,4 +206,4 @@ class Lora(Adapted):
         self, join: Callable[[Params, Params], Params], trained: Params, base: Params
     ) -> dict[str, Any]:
         rest = {name: tree for name, tree in trained.items() if name != "lora"}
-        return {**rest, self._model: join(trained["lora"], jax.lax.stop_gradient(base))}
+        return {**rest, self._model: join(trained["lora"], base)}

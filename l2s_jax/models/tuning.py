@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jaxtyping import Array, Key
 
 from l2s_jax.models.lora import Adapted, Adapters
@@ -48,6 +47,5 @@ class Tuned(Adapted):
     ) -> tuple[LlmToSlm, Any, Any]:
         """See `Adapted.whole`; the LLM is what is adapted."""
         rest = {name: tree for name, tree in trained.items() if name != _LORA}
-        base = jax.lax.stop_gradient(frozen["base"])
         join = self.adapters.merge if merged else self.adapters.beside
-        return self.system, rest, join(trained[_LORA], base)
+        return self.system, rest, join(trained[_LORA], frozen["base"])

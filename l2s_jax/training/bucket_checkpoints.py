@@ -114,7 +114,7 @@ class BucketCheckpoints(Checkpoints):
         # All processes make the sums, each of its own part, so they come before the gathering.
         sums = checksums({**items["params"], "opt": items["opt"]})
         if jax.process_count() > 1:
-            items |= {name: sharding.gather(items[name]) for name in ("params", "opt")}
+            items |= {name: sharding.gather_on_primary(items[name]) for name in ("params", "opt")}
         if distributed.is_primary():
             self._write(step, sums, metrics=metrics, **items)
         self._values[step] = metrics[self._best_metric] if metrics and self._best_metric else None

@@ -37,8 +37,8 @@ from l2s_jax.training.update import (
     TrainState,
     abstract_state,
     batch_loss,
-    init_state,
     make_step,
+    place_state,
     state_shardings,
     step_flops,
 )
@@ -138,7 +138,10 @@ def fit(
     trackers: Trackers | None = None,
     compiled: CompiledSteps | None = None,
 ) -> Params:
-    """Trains `params` for `config.steps` and returns the selected ones, on the host.
+    """Trains `params` for `config.steps` and returns the selected ones, on the host of process 0.
+
+    The other processes are given None for each array. `params` that lie on the mesh, where the
+    rules place them, are given up.
 
     Every `evaluate_every` steps and at the end: validation and a checkpoint in
     `directory/checkpoints`, and one every `save_minutes` too. A run that finds one continues from
@@ -197,11 +200,9 @@ def fit(
         state: TrainState | None = None  # where nothing is left to be trained
         if start is None:
             start = 0
-            state = jax.jit(lambda p: init_state(p, optimizer, config), out_shardings=shardings)(
-                # Each device is given its own part of what lies on the host.
-                sharding.put(jax.device_get(params), shardings.params)
-            )
+            state = place_state(params, optimizer, config, shardings)
         else:
+            sharding.free(params, shardings.params)  # before others come in their place
             saved = checkpoints.config(start)
             if saved["fingerprint"] != fingerprint:
                 raise ValueError(
@@ -317,8 +318,8 @@ def fit(
         chosen = checkpoints.best_step or config.steps
         if state is None or chosen != config.steps:
             state = None  # so that there are never two of them
-            return sharding.gather(_restore_weights(checkpoints, chosen, abstract))
-    return sharding.gather(_weights(state))
+            return sharding.gather_on_primary(_restore_weights(checkpoints, chosen, abstract))
+    return sharding.gather_on_primary(_weights(state))
 
 
 def _weights(state: TrainState) -> Params:

@@ -70,6 +70,22 @@ def init_state(
     )
 
 
+def place_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    shardings: TrainState,
+) -> TrainState:
+    """`init_state` on a mesh; parameters that lie there already are given up for it."""
+
+    def init(params: Params) -> TrainState:
+        return init_state(params, optimizer, config)
+
+    state = jax.jit(init, out_shardings=shardings)(sharding.put(params, shardings.params))
+    sharding.free(params, shardings.params)
+    return state
+
+
 def state_shardings(
     params: Params, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
