@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocabulary.json",  # ours: which of the pieces write responses
     "chat_template.jinja",
     "chat_template.json",
 )

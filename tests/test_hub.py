@@ -21,6 +21,7 @@ import yaml
 
 from l2s_jax.checkpoints.files import content_hash
 from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers.cut import CutTokenizer, choose
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,24 @@ def test_only_what_is_needed_is_fetched(hub, checkpoint, tmp_path):
     assert done.stdout == "30\n1\n", done.stderr
     assert "spiece.model" in hub.fetched()
     assert not {name for name in hub.fetched() if name.endswith(".safetensors")}
+
+
+def test_a_cut_vocabulary_comes_along(hub, checkpoint, tmp_path):
+    whole = load_tokenizer(str(checkpoint))
+    folder = shutil.copytree(checkpoint, tmp_path / "cut")
+    CutTokenizer(whole, choose(whole, whole.encode_responses(["one"]))).save(str(folder))
+    cut = load_tokenizer(str(folder))
+    assert cut.vocab_size < whole.vocab_size
+    hub["org/cut"].add(folder)
+    program = (
+        "import os\n"
+        "from l2s_jax.hub import find\n"
+        "from l2s_jax.tokenizers import load_tokenizer\n"
+        "print(load_tokenizer('org/cut').identity)\n"
+        "print('vocabulary.json' in os.listdir(find('org/cut')))\n"
+    )
+    done = python(hub, tmp_path / "home", program)
+    assert done.stdout.split() == [cut.identity, "True"], done.stderr
 
 
 def test_what_goes_wrong_is_one_line(hub, checkpoint, tmp_path):

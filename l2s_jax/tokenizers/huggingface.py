@@ -23,6 +23,8 @@ TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 # In SETTINGS_FILE, what `HuggingFaceTokenizer.save` adds for `reading.load`.
 OWN = "l2s_jax"
+# SentencePiece's space.
+_SPACE = "▁"
 # There may be so many ids for each token, and a few more, before they fill memory.
 _SPARSE, _FEW = 4, 1 << 16
 
@@ -144,7 +146,26 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _pieces(self) -> list[str]:
-        return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
+        pieces = [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
+        for id, token in self._tokenizer.get_added_tokens_decoder().items():
+            # One that is added is text as it is: here it is written as the others are.
+            if not token.special:
+                pieces[id] = self._written(token.content)
+        return pieces
+
+    def _written(self, text: str) -> str:
+        """Text in the characters that the vocabulary's own pieces have."""
+        if self._is_byte_level:
+            by_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            return "".join(piece for piece, _ in by_bytes.pre_tokenize_str(text))
+        return text.replace(" ", _SPACE) if self._tokenizer.token_to_id(_SPACE) else text
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether a character of a piece stands for a byte, as GPT-2 has it."""
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        parts = [decoder, *decoder.get("decoders", ())]
+        return any(part["type"] == "ByteLevel" for part in parts)
 
     @property
     def special_ids(self) -> list[int]:
