@@ -95,6 +95,9 @@ def test_what_does_not_define_a_model_leaves_it_valid(copy, changes):
         ({"decoding.search.num_beams": 2}, ["evaluation"]),
         ({"labels.search.num_beams": 2}, ["labels", "slm", "l2s", "evaluation"]),
         ({"max_prompt_tokens": 16}, ["labels", "slm", "l2s", "evaluation"]),
+        ({"task.cut_responses": "drop"}, ["slm", "l2s", "evaluation"]),
+        ({"task.truncate.words": "start"}, ["labels", "slm", "l2s", "evaluation"]),
+        ({"evaluation.comet": "folder"}, ["evaluation"]),
     ],
 )
 def test_what_defines_a_stage_makes_it_and_what_needs_it_stale(copy, changes, expected):
@@ -283,6 +286,24 @@ def test_a_run_stops_after_a_stage_and_the_status_says_what_is_left(job, tmp_pat
     for stage in experiment.stages:
         if stage.is_used():
             assert (stage.state()[0] == "done") == (stage.name in made), stage.name
+
+
+def test_features_are_made_without_a_model_to_train(job, tmp_path):
+    config = read_config(str(job / "run"))
+    # It is there, with something else in it.
+    config.features.cache = str(tmp_path)
+    (tmp_path / "other").mkdir()
+
+    def states():
+        look = Experiment(config, str(tmp_path / "run"), "look")
+        return {stage.name: stage.state()[0] for stage in look.stages if stage.is_used()}
+
+    assert states()["features"] == "missing"
+    Experiment(config, str(tmp_path / "run")).make("features")
+    assert states()["features"] == "done"
+    assert not (tmp_path / "run/slm/model").exists() and not (tmp_path / "run/labels").exists()
+    config.llm.path = str(job / "run/slm/model")
+    assert states()["features"] == "missing"
 
 
 def test_the_status_is_printed_without_jax(job):

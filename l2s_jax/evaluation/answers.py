@@ -30,6 +30,8 @@ class Answers(NamedTuple):
 class AnswerStage(RecordedStage):
     """DIR/answers_SYSTEM/predictions.jsonl, in the order of the examples."""
 
+    since = ("truncate",)
+
     def __init__(self, experiment: Experiment, system: TrainedStage):
         super().__init__(experiment.context, f"answers_{system.name}", system)
         self._experiment, self._system = experiment, system
@@ -49,6 +51,7 @@ class AnswerStage(RecordedStage):
             "tokenizer": [system.prompts.tokenizer.identity, system.responses.tokenizer.identity],
             "data": {settings.split: self.context.content(settings.split, limit=limit)},
             "max_prompt_tokens": config.max_prompt_tokens,
+            "truncate": config.task.truncate.to_dict(),
             "decoding": deciding(config),
             "dtypes": list(map(str, self.context.dtypes)),
         }

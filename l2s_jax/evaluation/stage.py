@@ -25,6 +25,8 @@ class EvaluationStage(RecordedStage):
     It is made anew by every run that asks for it: times are measured, not found.
     """
 
+    since = ("truncate", "comet")
+
     def __init__(self, experiment: Experiment):
         systems = experiment.systems
         super().__init__(experiment.context, "evaluation", *systems, folder="predictions")
@@ -44,8 +46,10 @@ class EvaluationStage(RecordedStage):
                 settings.split: self.context.content(settings.split, limit=settings.max_examples)
             },
             "max_prompt_tokens": config.max_prompt_tokens,
+            "truncate": config.task.truncate.to_dict(),
             "decoding": deciding(config),
             "metrics": settings.metrics,
+            "comet": settings.comet,
             **({} if tokenizer == DEFAULT_TOKENIZER else {"bleu_tokenizer": tokenizer}),
         }
 
