@@ -14,7 +14,7 @@ from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.settings.moved import MOVED
 
 STAGES = (
-    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "slm", "features",
+    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "features", "slm",
     "l2s_frozen", "l2s",
 )  # fmt: skip
 MODES = ("train", "evaluate", "generate", "plan", "status", "compare", "dial")
@@ -88,6 +88,17 @@ COMPILED = flags.DEFINE_string(
     "one, of your own, from which they are taken.",
 )
 
+# What says nothing to other modes.
+_OF_MODES: dict[tuple[str, ...], tuple[flags.FlagHolder[Any], ...]] = {
+    ("train",): (UNTIL,),
+    ("compare",): (VARY,),
+    ("generate",): (
+        SYSTEM, INPUT, OUTPUT, SEARCH, STOP, MAX_NEW_TOKENS, WEIGHTS, SEED, STREAM, WARM_UP, JSONL,
+    ),
+    ("plan",): (TOPOLOGY, PROGRAMS, MFU, EXAMPLES, PRICE, SWEEP, BATCH_SIZES),
+    ("plan", "train"): (COMPILED,),
+}  # fmt: skip
+
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: HOST:PORT of process 0, a free port."
 )
@@ -156,14 +167,14 @@ def parse(argv: Sequence[str]) -> None:
         )
     if not WORKDIR.value:
         raise ValueError("--workdir: expected a folder for results, as in --workdir=runs/NAME")
-    if UNTIL.value and MODE.value != "train":
-        raise ValueError(f"--until={UNTIL.value}: expected --mode=train, not {MODE.value}")
-    if VARY.value and MODE.value != "compare":
-        raise ValueError(f"--vary={VARY.value[0]}: expected --mode=compare, not {MODE.value}")
-    if COMPILED.value and MODE.value not in ("plan", "train"):
-        raise ValueError(
-            f"--compiled={COMPILED.value}: expected --mode=plan or train, not {MODE.value}"
-        )
+    for modes, own in _OF_MODES.items():
+        for flag in own:
+            if flag.present and MODE.value not in modes:
+                said = flag.value if isinstance(flag.value, list) else [str(flag.value)]
+                raise ValueError(
+                    f"--{flag.name}={','.join(said)}: expected --mode={' or '.join(modes)}, not "
+                    f"{MODE.value}"
+                )
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
 

@@ -545,6 +545,29 @@ def test_content_hash(checkpoints, tmp_path, directory):
     refused(directory, "two.safetensors", read=content_hash)
 
 
+def test_the_hash_of_a_large_model_is_remembered(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("L2S_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("l2s_jax.checkpoints.files._LARGE", 1)
+    read = []
+    whole = files._hash_of
+    monkeypatch.setattr(files, "_hash_of", lambda *a, **k: read.append(a) or whole(*a, **k))
+
+    def found():
+        files._content_hash.cache_clear()  # as in another process
+        return content_hash(str(directory))
+
+    first = found()
+    assert found() == first and len(read) == 1
+    weights = directory / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert found() != first and len(read) == 2
+    (tmp_path / "cache").chmod(0o500)
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text("no hash")
+    assert found() != first and len(read) == 3
+
+
 # The engine, on a made-up family
 
 

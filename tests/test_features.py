@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.data import batches
 from l2s_jax.data.batches import training_batches, validation_batches
 from l2s_jax.experiment import feature_cache, feature_files
 from l2s_jax.experiment.record_files import RecordFiles, Records, distinct
@@ -366,6 +367,17 @@ def test_what_shows_only_while_training_is_one_line_too(damage, message, filled)
     with pytest.raises(ValueError, match=message) as error:
         list(zip(make_batches(data), range(3), strict=False))
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("most", "ahead"), [(1 << 30, 8), (5 * 8 * 8 * 48, 5), (1, 1)])
+def test_of_large_batches_fewer_are_read_ahead(filled, monkeypatch, most, ahead):
+    directory, _, data = filled
+    monkeypatch.setattr("l2s_jax.data.batches._AHEAD_BYTES", most)
+    data.hidden = features_child.cache(str(directory), data=data)
+    options = batches._read_ahead(data, ((4, 8), (8, 8)), rows=8)
+    assert options.prefetch_buffer_size == ahead
+    data.hidden = None
+    assert batches._read_ahead(data, ((8, 8),), rows=8).prefetch_buffer_size == 8
 
 
 def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from l2s_jax import sealed
+from l2s_jax import copies, sealed
 from l2s_jax.copies import local
 from l2s_jax.files import (
     absolute,
@@ -26,15 +28,21 @@ from l2s_jax.files import (
     is_bucket,
     is_file,
     listed_names,
+    make_folder,
     read_json,
+    read_text,
     replacing,
     signatures,
     write_json,
+    write_text,
 )
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 
 _MAPPED_BYTES = 1 << 27
+# Bytes of a model from which on its hash is remembered.
+_LARGE = 1 << 30
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Index = tuple[slice, ...]  # of each axis from where to where, without steps
 
@@ -234,7 +242,8 @@ def content_hash(directory: str) -> str:
     """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads.
 
     Of a GGUF file, which people name as they like, over its bytes alone. A process reads them once,
-    and again where their size and age, in a bucket their tag, have changed.
+    and again where their size and age, in a bucket their tag, have changed. The hash of a large
+    model is remembered with these, where `copies` are.
     """
     paths = tuple(hashed_files(directory))
     try:
@@ -247,6 +256,21 @@ def content_hash(directory: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _content_hash(paths: tuple[str, ...], facts: tuple[Any, ...], *, named: bool) -> str:
     """`facts` change where the files' content does."""
+    if sum(size for _, size, _ in facts) < _LARGE:
+        return _hash_of(paths, named=named)
+    known = hashlib.sha256(json.dumps([paths, facts, named]).encode()).hexdigest()[:32]
+    memory = os.path.join(copies.folder(), f"{known}.hash")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if _SHA256.fullmatch(remembered := read_text(memory)):
+            return remembered
+    found = _hash_of(paths, named=named)
+    with contextlib.suppress(OSError):  # who has no room for it, or no home, reads it again
+        make_folder(copies.folder())
+        write_text(memory, found)
+    return found
+
+
+def _hash_of(paths: Sequence[str], *, named: bool) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:

@@ -288,10 +288,11 @@ def gather_on_primary(tree: Any) -> Any:
 
     They go there one after another: no other process has more than one at a time.
     """
+    is_primary = jax.process_index() == 0
 
     def take(x: Any) -> np.ndarray | None:
-        whole = _whole(x)
-        return whole if jax.process_index() == 0 else None
+        whole = _whole(x) if is_primary or _is_in_parts(x) else None
+        return whole if is_primary else None
 
     return jax.tree.map(take, tree)
 
@@ -307,6 +308,9 @@ def free(tree: Any, shardings: Any) -> None:
 
 
 def _whole(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True) if _is_in_parts(x) else np.asarray(x)
+
+
+def _is_in_parts(x: Any) -> bool:
+    """Whether no process has the whole array, so that all must take part in gathering it."""
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)

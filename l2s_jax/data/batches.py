@@ -16,7 +16,8 @@ from l2s_jax.data.examples import TokenizedExamples
 
 Buckets = Sequence[tuple[int, int]]
 
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+# So many batches are read before they are asked for, or as many as take so many bytes.
+_AHEAD, _AHEAD_BYTES = 8, 1 << 30
 # Grain asks for a length; no run comes near this many batches.
 _ENDLESS = 1 << 48
 
@@ -121,7 +122,8 @@ def training_batches(
         return data.padded(indices, *buckets[planned.bucket], prompt_name)
 
     plan = _Plan(data, buckets, batch_size, seed)
-    return iter(grain.MapDataset.source(plan).map(collate).to_iter_dataset(_READ_AHEAD))
+    ahead = _read_ahead(data, buckets, batch_size if rows is None else len(rows))
+    return iter(grain.MapDataset.source(plan).map(collate).to_iter_dataset(ahead))
 
 
 def examples_of(
@@ -231,7 +233,17 @@ def validation_batches(
     """
     _check_evaluation(data, buckets, batch_size)
     batches = _EvaluationBatches(data, prompt_name, buckets, batch_size, rows)
-    return grain.MapDataset.source(batches).map(lambda pair: pair[1]).to_iter_dataset(_READ_AHEAD)
+    ahead = _read_ahead(data, buckets, len(rows))
+    return grain.MapDataset.source(batches).map(lambda pair: pair[1]).to_iter_dataset(ahead)
+
+
+def _read_ahead(data: TokenizedExamples, buckets: Buckets, rows: int) -> grain.ReadOptions:
+    """How far batches of so many rows are read ahead: H of long prompts is large."""
+    batches = _AHEAD
+    if data.hidden is not None:
+        largest = 2 * rows * buckets[-1][0] * data.hidden.width
+        batches = max(min(_AHEAD, _AHEAD_BYTES // largest), 1)
+    return grain.ReadOptions(num_threads=1, prefetch_buffer_size=batches)
 
 
 def _check_evaluation(data: TokenizedExamples, buckets: Buckets, batch_size: int) -> None:

@@ -16,7 +16,9 @@ _AT_ONCE = 8192
 
 
 class Hidden(Protocol):
-    """Where an LLM's representations H of the prompts are read from."""
+    """Where an LLM's representations H of the prompts are read from; `width` is D."""
+
+    width: int
 
     def padded(self, indices: np.ndarray, prompt_tokens: int) -> np.ndarray:
         """H of prompts `indices` [B], none where -1: [B, prompt_tokens, D], zeros elsewhere."""

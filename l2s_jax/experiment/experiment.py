@@ -99,8 +99,8 @@ class Experiment:
             self.labels,
             self.vocabulary,
             self.logits,
-            self.slm,
             self.features,
+            self.slm,
             *((self.frozen,) if is_tuned else ()),
             self.l2s,
         )
@@ -140,10 +140,7 @@ class Experiment:
             used = ", ".join(stage.name for stage in self.stages if stage.is_used())
             raise ValueError(f"--until={until}: the config has no such stage, but {used}")
         if until not in ("tokenizer", "slm_tokenizer"):
-            self.vocabulary.check()
-            self.logits.check()
-            self.own_responses.check()
-            self.check_exact()
+            self.check_tokenizers()
         for stage in self.stages:
             # Tokenizers, labels, logits and features are made when a model needs them.
             if stage.is_used() and (stage in self.systems or stage.name == until):
@@ -153,6 +150,17 @@ class Experiment:
                 self.llm.check()
             if stage.name == until:
                 break
+
+    def check_tokenizers(self) -> None:
+        """Finds out what the tokenizers, which may be trained for it, say of the config.
+
+        Raises:
+          ValueError: a setting that they don't fit.
+        """
+        self.vocabulary.check()
+        self.logits.check()
+        self.own_responses.check()
+        self.check_exact()
 
     def evaluation_examples(self) -> Sequence[Example]:
         """The examples that the report is about."""

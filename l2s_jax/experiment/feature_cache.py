@@ -28,7 +28,7 @@ from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment import shards
-from l2s_jax.experiment.feature_files import FeatureFiles, Features
+from l2s_jax.experiment.feature_files import FACTS, FeatureFiles, Features
 from l2s_jax.experiment.record_files import distinct
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import (
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 1 << 26
 # Each stays open once it has been read from.
 _MOST_SHARDS = 512
-_FACTS = "features.json"
 
 Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
 
@@ -88,7 +87,7 @@ def check_folder(folder: str) -> None:
     """Raises a ValueError where `folder` can be no cache: another URL, or a subfolder of one."""
     if "://" in folder and not is_bucket(folder):
         raise ValueError(f"config.features.cache={folder!r}: expected a folder, gs:// or s3://")
-    path = os.path.join(folder, _FACTS)
+    path = os.path.join(folder, FACTS)
     if is_file(path):
         raise ValueError(
             f"config.features.cache={folder!r}: holds what one LLM (content hash "
@@ -163,7 +162,7 @@ def cached(
             yield indices.tolist(), functools.partial(rows, indices, hidden)
 
     def check() -> None:
-        if is_whole(directory, _FACTS):
+        if is_whole(directory, FACTS):
             _check_facts(directory, facts)
 
     distributed.on_primary(check)
@@ -207,13 +206,13 @@ def _check_disk(cache: str, needed: int, tokens: int, split: str) -> None:
 
 def _prepare(directory: str, facts: Mapping[str, Any]) -> None:
     """Makes the folder of shards, or finds the one that another run has made meanwhile."""
-    if is_whole(directory, _FACTS):
+    if is_whole(directory, FACTS):
         return
     try:
-        with atomic_directory(directory, _FACTS) as temporary:
-            write_json(os.path.join(temporary, _FACTS), facts, sort_keys=True)
+        with atomic_directory(directory, FACTS) as temporary:
+            write_json(os.path.join(temporary, FACTS), facts, sort_keys=True)
     except OSError:
-        if not is_whole(directory, _FACTS):
+        if not is_whole(directory, FACTS):
             raise
 
 
@@ -224,7 +223,7 @@ def _tidy(directory: str) -> None:
 
 
 def _check_facts(directory: str, facts: Mapping[str, Any]) -> None:
-    path = os.path.join(directory, _FACTS)
+    path = os.path.join(directory, FACTS)
     found = read_json(path)
     different = [name for name in sorted({**found, **facts}) if found.get(name) != facts.get(name)]
     if different:

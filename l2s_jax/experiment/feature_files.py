@@ -13,6 +13,9 @@ import numpy as np
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.experiment.record_files import RecordFiles, Records
 
+# Beside the shards: what they are of.
+FACTS = "features.json"
+
 
 class FeatureFiles(RecordFiles):
     """Shards features-NUMBER-HASH.array_record: H by the keys of prompts."""
@@ -33,7 +36,7 @@ class Features:
           ValueError: a file that is not a whole shard of as many records as there should be, also
             where it is found out later.
         """
-        self._width, self._lengths = width, data.prompt_lengths
+        self.width, self._lengths = width, data.prompt_lengths
         self._records = Records(store, files, data.prompt_keys, "prompt")
 
     def __len__(self) -> int:
@@ -45,13 +48,13 @@ class Features:
 
     def _read(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         lengths = self._lengths[indices].astype(np.int64)
-        records = self._records.read(indices, 2 * self._width * lengths)
+        records = self._records.read(indices, 2 * self.width * lengths)
         for length, record in zip(lengths, records, strict=True):
-            yield np.frombuffer(record, ml_dtypes.bfloat16).reshape(length, self._width)
+            yield np.frombuffer(record, ml_dtypes.bfloat16).reshape(length, self.width)
 
     def padded(self, indices: np.ndarray, prompt_tokens: int) -> np.ndarray:
         """H of prompts `indices` [B], bfloat16 [B, prompt_tokens, D]; zeros elsewhere."""
-        shape = (len(indices), prompt_tokens, self._width)
+        shape = (len(indices), prompt_tokens, self.width)
         batch, rows = np.zeros(shape, ml_dtypes.bfloat16), np.flatnonzero(indices >= 0)
         for row, hidden in zip(rows, self._read(indices[rows]), strict=True):
             batch[row, : len(hidden)] = hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import Stage
-from l2s_jax.files import is_folder
+from l2s_jax.files import is_file, listed_names, read_json
 
 
 def rows_of(train: ConfigDict, ways: int) -> int:
@@ -44,8 +45,16 @@ class FeatureStage(Stage):
         return {"features": "bfloat16"} if self.is_used() else {}
 
     def state(self) -> tuple[str, str]:
-        """Where it is: only the prompts themselves say what is missing from it."""
-        return "done" if is_folder(self.cache) else "missing", f"kept by prompt in {self.cache}"
+        """Whether the LLM has a folder there: only prompts say what is missing from it."""
+        # Imported here: its libraries take a while.
+        from l2s_jax.experiment.feature_files import FACTS
+
+        is_there = any(
+            read_json(path).get("llm_hash") == self._llm.content
+            for name in listed_names(self.cache)
+            if is_file(path := os.path.join(self.cache, name, FACTS))
+        )
+        return "done" if is_there else "missing", f"kept by prompt in {self.cache}"
 
     def made(self) -> str:
         """The cache, with H of the prompts that are learnt and validated with."""

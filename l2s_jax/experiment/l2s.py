@@ -54,13 +54,24 @@ class BundleStage(TrainedStage):
             weights=weights,
             mesh=mesh,
             scan_layers=self.context.config.scan_layers,
+            llm_hash=self._llm_hash,
         )
+
+    @property
+    def _llm_hash(self) -> str | None:
+        """The content hash of the LLM that is there: one process of a job reads it, once."""
+        from l2s_jax.serving import bundle
+
+        return self.context.checkpoint(bundle.llm_path(self.directory))
 
     def load_without_llm(self) -> tuple[LlmToSlm, Params]:
         """(system, trained parameters), for an LLM that is in memory, layer by layer."""
         from l2s_jax.serving import bundle
 
-        system, trained, _ = bundle.load(self.directory, dtype=self.context.dtypes[0], entries=())
+        dtype, _ = self.context.dtypes
+        system, trained, _ = bundle.load(
+            self.directory, dtype=dtype, entries=(), llm_hash=self._llm_hash
+        )
         return system, trained
 
     @property
@@ -131,9 +142,10 @@ class L2sStage(BundleStage):
         from l2s_jax.serving import bundle
         from l2s_jax.serving.loading import generator_settings
 
+        cached = self._features.is_used()
+        learnt = self.learnt(self._features.put_into if cached else None)
         llm, _ = self._llm.encoder(entries=())
-        found = self._start.load()
-        slm_config, slm = self.started(found, "slm", self._start.where)
+        slm_config, slm = self.started(self._start.load(), "slm", self._start.where)
         system = LlmToSlm(
             llm_config=llm.config,
             slm_config=slm_config,
@@ -147,10 +159,9 @@ class L2sStage(BundleStage):
             slm = self.random(LanguageModel("slm", slm_config))["slm"]
         read = jax.eval_shape(system.init, jax.random.key(0))["slm"]
         params = self.random(system, without=["slm"]) | {"slm": {name: slm[name] for name in read}}
-        cached = self._features.is_used()
+        del slm  # with fusion "cross", an encoder that nobody reads
         _, frozen = self._llm.encoder(entries=system.beside_hidden if cached else None)
-        prepare = self._features.put_into if cached else None
-        trained = self.fit(system, params, frozen, prepare)
+        trained = self.fit(system, params, frozen, learnt)
         # A model and an LLM of the same workdir stay together when the workdir is moved.
         inside = os.path.join(absolute(self.context.workdir), "llm", "model")
         llm_path = self._llm.reference

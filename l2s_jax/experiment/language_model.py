@@ -26,10 +26,11 @@ class LanguageModelStage(TrainedStage):
         from l2s_jax.checkpoints import pretrained
         from l2s_jax.models.systems import LanguageModel
 
+        learnt = self.learnt()
         config, params = self.starting_point()
         system = LanguageModel(self.name, config)
         start = self.random(system) if params is None else {self.name: params}
-        trained = self.fit(system, start, {})
+        trained = self.fit(system, start, {}, learnt)
 
         def save(directory: str) -> None:
             pretrained.save_hf(config, trained[self.name], directory)

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from l2s_jax import models
 from l2s_jax.config import training_seed
@@ -44,6 +44,20 @@ _NO_INPUTS = (
 _PRNG, _FIRST_PRNG = "prng", "rbg"
 
 
+class Learnt(NamedTuple):
+    """What a training learns from.
+
+    data: the examples, with H and the LLM's distributions where these are learnt from.
+    validation: those by which a checkpoint is chosen, with H.
+    samples: the prompts of `answered`, which are answered at each validation, with H.
+    """
+
+    data: TokenizedExamples
+    validation: TokenizedExamples
+    samples: TokenizedExamples
+    answered: Sequence[Example]
+
+
 class TrainedStage(RecordedStage):
     """A model that training makes: NAME/checkpoints while it trains, then NAME/model.
 
@@ -53,7 +67,7 @@ class TrainedStage(RecordedStage):
       own_responses: likewise, those that it may learn on what it writes itself.
     """
 
-    since = (_PRNG,)
+    since = (_PRNG, "truncate", "cut_responses")
     teacher: LogitStage | None = None
     own_responses: OwnResponses | None = None
 
@@ -125,6 +139,8 @@ class TrainedStage(RecordedStage):
             "tokenizer": responses.identity,
             "max_prompt_tokens": config.max_prompt_tokens,
             "max_response_tokens": config.max_response_tokens,
+            "truncate": config.task.truncate.to_dict(),
+            "cut_responses": config.task.cut_responses,
             "seed": self.seed,
             _PRNG: PRNG,
             "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
@@ -209,17 +225,28 @@ class TrainedStage(RecordedStage):
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(init, out_shardings=where, compiler_options=quick)(key)
 
-    def fit(
-        self,
-        system: System | Tuned,
-        params: Params,
-        frozen: Params,
-        prepare: Callable[..., None] | None = None,
-    ) -> Params:
-        """Trains, from the newest checkpoint on; gives the parameters, as `loop.fit` does.
+    def learnt(self, prepare: Callable[..., None] | None = None) -> Learnt:
+        """What the training learns from; where the LLM has to make it, that is done first.
 
-        `prepare(train=..., validation=...)` is called with the tokenized splits before.
+        So it comes before the models to train: the LLM needs their room. `prepare(train=...,
+        validation=...)` is called with the tokenized splits.
         """
+        from l2s_jax.experiment import judging
+
+        examples = self.examples()
+        data = self._tokenized(examples)
+        self._tell_of_losses(data, examples)
+        validation = self._tokenized(self.validation())
+        answered = judging.answered(self.context, self.section.train)
+        samples = self._tokenized([Example(example.prompt, "", ()) for example in answered])
+        if prepare:
+            prepare(train=data, validation=validation, **({"samples": samples} if answered else {}))
+        if self.teacher and self.teacher.is_used():
+            self.teacher.put_into(data)
+        return Learnt(data, validation, samples, answered)
+
+    def fit(self, system: System | Tuned, params: Params, frozen: Params, learnt: Learnt) -> Params:
+        """Trains, from the newest checkpoint on; gives the parameters, as `loop.fit` does."""
         import jax
 
         from l2s_jax.cluster import distributed, sharding
@@ -229,16 +256,14 @@ class TrainedStage(RecordedStage):
         from l2s_jax.training import loop
         from l2s_jax.training.distillation import Distillation
 
-        context, train, examples = self.context, self.section.train, self.examples()
-        data = self._tokenized(examples)
-        self._tell_of_losses(data, examples)
+        context, train = self.context, self.section.train
+        data, validation, samples, answered = learnt
         log.info("%s: training on %d examples, %d steps", self.name, len(data), train.steps)
         adapted = None
         if lora := self._lora():
             adapted = Lora(cast("System", system), **lora)
             params, base = adapted.split(params, jax.random.key(self.seed))
             frozen = {"base": base, "inner": frozen}
-        validation = self._tokenized(self.validation())
         settings = {
             "prompt_name": system.prompt_name,
             "buckets": context.buckets,
@@ -248,13 +273,8 @@ class TrainedStage(RecordedStage):
         batches = training_batches(data, seed=self.seed, **settings)
         order = {"seed": self.seed, "buckets": context.buckets, "batch_size": train.batch_size}
         validations = validation_batches(validation, **settings)
-        answered = judging.answered(context, train)
-        prompts = self._tokenized([Example(example.prompt, "", ()) for example in answered])
-        if prepare:
-            prepare(train=data, validation=validation, **({"samples": prompts} if answered else {}))
         distillation = None
-        if self.teacher and self.teacher.is_used():
-            self.teacher.put_into(data)
+        if data.teacher is not None:
             taught = context.config.distillation
             distillation = Distillation(taught.weight, taught.temperature)
         own, responses = self.own_responses, self.responses.tokenizer
@@ -270,7 +290,7 @@ class TrainedStage(RecordedStage):
             seed=self.seed,
             mesh=context.mesh,
             prng=distributed.on_primary(self._prng),
-            judge=judging.make(context, train, adapted or system, prompts, answered),
+            judge=judging.make(context, train, adapted or system, samples, answered),
             distillation=distillation,
             policy=own.load(responses, self.name) if own else None,
             examples=lambda step: examples_of(data, step, **order),

@@ -55,6 +55,7 @@ class TunedStage(BundleStage):
         from l2s_jax.serving import bundle
         from l2s_jax.serving.loading import generator_settings
 
+        learnt = self.learnt()
         directory, (dtype, encoder_dtype) = self._frozen.directory, self.context.dtypes
         system, params, frozen = bundle.load(
             directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=self.context.mesh
@@ -66,7 +67,7 @@ class TunedStage(BundleStage):
         settings = self.inputs()["tune"]
         tuned = Tuned(system, Adapters(**settings, where="config.llm.tune.pattern"))
         trained, base = tuned.split(params, frozen, jax.random.key(self.seed))
-        trained = self.fit(tuned, trained, base)
+        trained = self.fit(tuned, trained, base, learnt)
         base = sharding.gather_on_primary(base)
 
         def save(directory: str) -> None:

@@ -97,7 +97,7 @@ class Adapters:
         if all(isinstance(x, np.ndarray) for x in (kernel, a, b)):
             # No device need have room for a whole model.
             return kernel + np.float32(self.alpha / self.rank) * np.matmul(a, b)
-        # At this precision it is the same in a training step and after it, on any device.
+        # At this precision it is nearly the same on all devices, and on the host.
         return kernel + self.alpha / self.rank * jnp.matmul(
             a, b, precision=jax.lax.Precision.HIGHEST
         )

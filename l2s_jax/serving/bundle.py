@@ -272,12 +272,13 @@ def load(
     scan_layers: bool = False,
     entries: Sequence[str] | None = None,
     llm_directory: str | None = None,
+    llm_hash: str | None = None,
 ) -> tuple[LlmToSlm, Params, Params]:
     """(system, trained, frozen): what `save` wrote, and the part of the LLM that encodes.
 
     The arguments after `dtype` are about the LLM, as of `pretrained.load_encoder`: its dtype is
     `dtype` where none of its own is given. `llm_directory` is where it lies, if elsewhere than the
-    model says.
+    model says, and `llm_hash` its content hash, where that is known: all of it is read otherwise.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
@@ -304,7 +305,7 @@ def load(
         entries=entries,
         is_known=True,
     )
-    if content_hash(llm_path) != expected:
+    if (llm_hash or content_hash(llm_path)) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "
             "(content hashes differ)"
