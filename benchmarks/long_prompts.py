@@ -27,7 +27,7 @@ from l2s_jax.arguments import Parser, count, integers
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.files import write_json, write_text
-from l2s_jax.models.attention import all_at_once
+from l2s_jax.models.counting import all_at_once
 from l2s_jax.models.families import ModelConfig, make_module
 from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary

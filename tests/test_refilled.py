@@ -80,6 +80,24 @@ def test_many_prompts_are_answered_in_rows_and_few_in_batches(monkeypatch):
         assert bool(rows) == (count == 32 and not mismatched)
 
 
+class Silent(Numbers):
+    """It knows nothing of some texts, and has no tokens around them."""
+
+    def encode_prompts(self, texts):
+        return [super(Silent, self).encode_prompts([text])[0] if text else [] for text in texts]
+
+
+def test_a_prompt_without_tokens_is_answered():
+    prompts = prompts_of(37)
+    prompts[5] = prompts[20] = ""
+    generator = Generator(
+        *system_of("t5"), Silent(), Silent(), prompt_lengths=(3, 6), max_new_tokens=NEW,
+        batch_size=8,
+    )  # fmt: skip
+    check(generator, prompts)
+    assert len(Refilled(generator).generate(prompts)) == 37
+
+
 @pytest.mark.parametrize("other", ["tensor", "sequence"])
 def test_on_a_mesh_of_devices(other):
     mesh = sharding.make_mesh({"data": 2, other: 2}, jax.devices()[:4])

@@ -109,7 +109,8 @@ class Refilled:
         """
         lengths, found = self._programs.lengths, data.prompt_lengths
         waiting: list[int] = []
-        for width, before in zip(lengths, (0, *lengths), strict=False):
+        # A prompt may have no tokens: a tokenizer may know nothing of its text.
+        for width, before in zip(lengths, (-1, *lengths), strict=False):
             own = np.flatnonzero((found > before) & (found <= width))
             own = own[np.argsort(found[own], kind="stable")][part[0] :: part[1]]
             waiting += own.tolist()
