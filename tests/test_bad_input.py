@@ -136,6 +136,18 @@ OVERRIDES = {
     ),
     "bucket smaller than the maximum": ("--config.buckets=((8,8),)", "8.*32"),
     "no new tokens": ("--config.decoding.max_new_tokens=0", "max_new_tokens=0"),
+    "a layer that the llm does not have": (
+        "--config.llm.layer=99",
+        "config.llm.layer=99: expected 0, the encoder of a T5 has one output",
+    ),
+    "a flag of another mode": (
+        "--topology=v5e:4x4",
+        "--topology=v5e:4x4: expected --mode=plan, not train",
+    ),
+    "a flag of another mode, that lists": (
+        "--search=num_beams=4,temperature=1",
+        "--search=num_beams=4,temperature=1: expected --mode=generate, not train",
+    ),
     "no such llm": ("--config.llm.path=/nowhere/t5", "/nowhere/t5"),
     "unknown mode": ("--mode=serve", "serve.*train"),
     "unknown flag": ("--wrokdir=x", "wrokdir"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import small
 import tiny
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from l2s_jax.serving import bundle
 from l2s_jax.settings.cut import Cut
 from l2s_jax.tokenizers import load_tokenizer
 from l2s_jax.tokenizers.cut import CutTokenizer, choose, essential
+from l2s_jax.tokenizers.huggingface import HuggingFaceTokenizer, Special
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 IDS = np.arange(12, dtype=np.int32)[None] * 7 % 64
@@ -150,6 +152,33 @@ def test_a_cut_tokenizer_writes_what_the_whole_one_writes(whole, text, size):
     assert tokenizer.encode_prompts([text]) == whole.encode_prompts([text])
 
 
+ADDED = ("    ", "  ", "\n\t", "é\n", "<x y>")
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A tokenizer of bytes, with tokens that were added to it as text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: id for id, piece in enumerate([*alphabet, "<eos>"])}, [])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken("<eos>", special=True)])
+    made.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ADDED])
+    return HuggingFaceTokenizer(made, Special(eos_id=len(alphabet)), origin="made here")
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.sampled_from([*ADDED, " ", "é", "Ã©", "a", "Ġ", "日"]), max_size=12))
+def test_any_text_is_written_without_tokens_that_were_added(byte_level, parts):
+    text = "".join(parts)
+    tokenizer = CutTokenizer(byte_level, choose(byte_level, []))
+    assert tokenizer.vocab_size == 257
+    (ids,) = tokenizer.encode_responses([text])
+    assert tokenizer.decode(ids) == text == byte_level.decode(*byte_level.encode_responses([text]))
+
+
 def test_what_is_kept_is_written_as_before(whole):
     responses = whole.encode_responses(TEXTS)
     tokenizer = CutTokenizer(whole, choose(whole, responses))
@@ -235,7 +264,7 @@ def test_both_start_from_the_same(job, monkeypatch, tmp_path):
     config, _ = job
     starts = {}
 
-    def fit(self, system, params, frozen, prepare=None):
+    def fit(self, system, params, frozen, learnt):
         starts[self.name] = params["slm"] if "slm" in params else params["llm"]
         return params
 
@@ -282,6 +311,15 @@ def test_the_slm_goes_out_as_a_checkpoint_with_its_vocabulary(job, tmp_path):
     prompts = ["reverse: one two three"]
     (before,) = l2s_jax.load(source).generate(prompts)
     assert l2s_jax.load(str(tmp_path / "own")).generate(prompts) == [before]
+
+
+@pytest.mark.parametrize("kind", ["hf", "l2s_jax"])
+def test_the_slm_alone_takes_its_vocabulary_along(job, tmp_path, kind):
+    _, workdir = job
+    source, target = str(workdir / "slm/model"), tmp_path / "out"
+    assert convert(["--input", source, "--output", str(target), f"--to={kind}"]) == 0
+    assert load_tokenizer(str(target)).identity == load_tokenizer(source).identity
+    assert json.loads((target / "vocabulary.json").read_text())["kept"]
 
 
 def test_the_card_says_what_was_cut(job):
@@ -349,6 +387,8 @@ def test_distributions_over_the_whole_are_learnt_by_the_part(job, tmp_path):
         (["--config.slm.cut.num_layers=4"], ["config.slm.cut", "num_layers=4", "at most 3"]),
         (["--config.slm.cut.num_decoder_layers=1"], ["num_decoder_layers", "expected num_layers"]),
         (["--config.slm.cut.layers=(0,1)"], ["num_layers=2 and layers=(0, 1)"]),
+        (["--config.llm.layer=99"], ["config.llm.layer: layer 99"]),
+        (["--config.l2s.fusion=cross"], ["l2s.fusion='cross'", "config.slm.cut", "'replace'"]),
         (["--config.slm.vocabulary=9"], ["config.slm.vocabulary=9", "expected", "to 30"]),
         (["--config.slm.vocabulary=31"], ["config.slm.vocabulary=31", "to 30"]),
         (["--config.slm.vocabulary=some"], ["slm.vocabulary='some'", "all, task, or a number"]),

@@ -21,6 +21,8 @@ from l2s_jax import convert
 from l2s_jax.checkpoints import gguf as reader
 from l2s_jax.checkpoints.pretrained import content_hash, load, load_encoder, load_hf, read_config
 from l2s_jax.cluster import sharding
+from l2s_jax.config import default
+from l2s_jax.experiment.early import check_models
 from l2s_jax.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +138,14 @@ def test_a_mesh_and_an_encoder_get_what_they_need(llama, tmp_path):
     assert encoder.config == module.config
     with pytest.raises(ValueError, match=r"^\S+model\.gguf: layer 3"):
         load_encoder(path, layer=3)
+
+
+def test_a_cut_of_layers_that_a_file_does_not_have_is_found_at_once(llama, tmp_path):
+    config = default()
+    config.llm.path = ggufs.write(tmp_path / "model.gguf", llama)
+    config.slm.cut.num_layers = 99
+    with pytest.raises(ValueError, match=r"^config\.slm\.cut\.num_layers=99: expected at most"):
+        check_models(config)
 
 
 def test_a_hash_is_of_the_bytes(llama, tmp_path):

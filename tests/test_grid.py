@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from l2s_jax.config import default, settled
-from l2s_jax.experiment import room
+from l2s_jax.experiment import room, toy
 from l2s_jax.experiment.grid import make_grid
 
 
@@ -91,6 +91,8 @@ def test_what_a_value_turns_off_takes_its_own_settings_with_it(config):
         (["seed=0,1", "train_seed=2"], "seed is varied twice"),
         (["seed=-1"], "expected seeds from 0"),
         (["evaluation.split=test,validation"], "all variants are measured alike"),
+        (["decoding.search.exact=false,true"], "all variants are measured alike"),
+        (["labels.batch_size=1,2"], "all variants are measured alike"),
         (["decoding.mesh.tensor=1,2"], "all variants are measured alike, in the same place"),
         (
             ["l2s.fusion=add,sum"],
@@ -138,6 +140,18 @@ def test_what_the_tokenizer_says_of_a_variant_is_found_before_a_model_is_trained
     assert "variant slm.vocabulary=1000000: config.slm.vocabulary" in capfd.readouterr().err
     (made,) = (path.name for path in (tmp_path / "grid/shared").iterdir())
     assert made.startswith("tokenizer-")
+
+
+def test_two_vocabularies_of_a_variant_are_found_before_a_model_is_trained(tmp_path, capfd):
+    path = tiny.write_task(tmp_path / "data")
+    texts = toy.write_task(str(tmp_path / "toy"))
+    other = toy.write_checkpoint(str(tmp_path / "other"), family="gpt2", texts=texts)
+    command = (f"--config={path}", f"--workdir={tmp_path / 'grid'}", "--mode=compare")
+    vary = "--vary=distillation.weight=0.0,0.5"
+    assert tiny.run(*command, f"--config.slm.path={other}", vary) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "variant distillation.weight=0.5: config.distillation.weight=0.5: " in line
+    assert not list((tmp_path / "grid").glob("**/checkpoints"))
 
 
 def test_no_room_on_the_disk_is_said_before_any_work(tmp_path, capfd, monkeypatch):

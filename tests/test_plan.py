@@ -557,6 +557,16 @@ def test_published_geometries_have_their_published_sizes():
         (["--topology=cpu:8", "--price=-1"], "expected dollars per chip-hour"),
         (["--topology=cpu:8", "--batch_sizes=a"], "expected numbers above 0"),
         (
+            ["--topology=cpu:8", "--batch_sizes=6", "--config.l2s.train.accumulation=4"],
+            "--batch_sizes: 6: config.l2s.train",
+        ),
+        (["--topology=cpu:8", "--config.llm.layer=99"], "config.llm.layer"),
+        (
+            ["--topology=cpu:8", "--config.llm.path=gpt2", "--config.max_prompt_tokens=2048",
+             "--config.buckets=((2048,32),)", "--config.llm.train.steps=0"],
+            "gpt2: ",
+        ),
+        (
             ["--topology=cpu:8", "--config.llm.path=nowhere", "--config.llm.train.steps=0"],
             "neither a folder with a config.json nor the name of a published geometry",
         ),
@@ -636,7 +646,9 @@ def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
         "features": (16, {"encode": 8}),
         "l2s": (16, {"train": 11}),
         "l2s tuned": (16, {"train": 3}),
-        **{f"evaluation: {name}": (16, answers) for name in ("llm", "slm", "l2s")},
+        **{
+            f"evaluation: {name}": (16, answers) for name in ("llm", "slm", "l2s", "l2s_mismatched")
+        },
     }
     assert {(stage.mesh.size, stage.groups) for stage in stages} == {(4, 1)}
 
@@ -708,7 +720,7 @@ def test_a_host_that_splits_the_model_between_its_chips_has_a_slice_of_its_own()
     config = small_config(data=16)
     config.decoding.mesh.update(data=-1, tensor=2)
     last = list(run_of(config, "v5e:4x4", 9).stages())[-1]
-    assert (last.name, last.mesh.size, last.groups) == ("evaluation: l2s", 4, 4)
+    assert (last.name, last.mesh.size, last.groups) == ("evaluation: l2s_mismatched", 4, 4)
     # Of the slice's chips, the first host has the numbers 0, 1, 4 and 5.
     assert sorted(device.id for device in last.mesh.devices.flat) == [0, 1, 2, 3]
     programs = last.compile()

@@ -115,7 +115,7 @@ def _check_tokens(grid: Grid, workdir: str) -> None:
     for variant in grid.variants:
         with _named(variant):
             experiment = _experiment(grid, workdir, variant, "make")
-            experiment.vocabulary.check()
+            experiment.check_tokenizers()
             if not experiment.llm.is_used():
                 experiment.llm.check()
 

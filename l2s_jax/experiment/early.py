@@ -5,7 +5,8 @@ Only shapes are computed. What a tokenizer says is not known yet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,47 +16,57 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.config import cut_of, naming_mesh
 from l2s_jax.experiment.checks import Meshes
-from l2s_jax.files import is_folder
 from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
 from l2s_jax.models.lora import Adapters, Lora
 from l2s_jax.models.mix import encoding_layer
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.models.t5 import T5Config
 from l2s_jax.training import optim
 
 # Stands for the number of pieces of a tokenizer that is still to be made.
 _SOME = 64
 
 
-def check_models(config: ConfigDict) -> None:
-    """Checks positions, and patterns over the names of parameters, of all that is to be trained.
+def check_models(config: ConfigDict, models: Mapping[str, ModelConfig] | None = None) -> None:
+    """Checks positions, layers, and patterns over the names of parameters.
+
+    `models` are as of `models_of`, where somebody knows them otherwise.
 
     Raises:
-      ValueError: a model has too few positions, or a pattern matches nothing.
+      ValueError: a model is not there, or has too few positions, or a layer that is not there is
+        asked for, or a pattern matches nothing.
     """
-    models = models_of(config)
+    models = models or models_of(config)
     cut = cut_of(config.slm).is_used
     for name, model in models.items():
-        if model and not config[name].path and not (name == "slm" and cut):
-            check_positions(
-                model,
-                config.max_prompt_tokens,
-                max(config.max_response_tokens, config.decoding.max_new_tokens),
-                where=f"config.{name}.model",
-                lower="config.max_prompt_tokens, config.max_response_tokens or "
-                "config.decoding.max_new_tokens",
-            )
-        if model and config[name].train.steps:
+        made = "cut" if name == "slm" and cut else "model"
+        check_positions(
+            model,
+            config.max_prompt_tokens,
+            max(config.max_response_tokens, config.decoding.max_new_tokens),
+            where=config[name].path or f"config.{name}.{made}",
+            lower="config.max_prompt_tokens, config.max_response_tokens or "
+            "config.decoding.max_new_tokens",
+        )
+        if config[name].train.steps:
             _check_patterns(config[name], f"config.{name}", {"": LanguageModel(name, model)})
     llm, slm = models["llm"], models["slm"]
-    layer = encoding_layer(llm, config.llm.layer, config.l2s.layers) if llm else 0
-    if llm and config.llm.tune.rank:
+    layer = encoding_layer(llm, config.llm.layer, config.l2s.layers)
+    with _naming_layer():
+        encoder, _ = pretrained.family_of(llm).encoder_parameters(llm, layer)
+    if config.llm.tune.rank:
         tune = config.llm.tune
+        _, shapes = pretrained.abstract_encoder(llm, layer)
         adapters = Adapters(tune.rank, tune.alpha, tune.pattern, "config.llm.tune.pattern")
-        _, shapes = _encoder(llm, layer)
         jax.eval_shape(adapters.init, jax.random.key(0), shapes)
-    if llm and slm and _has_patterns(config.l2s):
-        encoder, _ = _encoder(llm, layer)
+    if config.l2s.fusion == "cross" and not isinstance(slm, T5Config):
+        where = "config.slm.path" if config.slm.path else "config.slm.cut" if cut else "the SLM"
+        raise ValueError(
+            f"config.l2s.fusion='cross': the model of {where} has no cross-attention, expected "
+            "'add' or 'replace'"
+        )
+    if _has_patterns(config.l2s):
         _check_patterns(config.l2s, "config.l2s", _joined(config.l2s, encoder, slm))
 
 
@@ -74,20 +85,17 @@ def check_division(config: ConfigDict, meshes: Meshes) -> None:
         return
     models = models_of(config)
     llm, slm = models["llm"], models["slm"]
-    system: LanguageModel | LlmToSlm | None = slm and LanguageModel("slm", slm)
-    held: list[tuple[set[str], Any]] = []
-    if llm:
-        encoder, shapes = _encoder(llm, encoding_layer(llm, config.llm.layer, config.l2s.layers))
-        used = {"decoding", "features" if config.features.cache else ""}
-        if config.llm.train.steps:
-            used.add("")
-        if config.labels.source == "llm" or config.distillation.weight:
-            used.add("labels")
-        held.append((used, shapes))
-        if slm:
-            system = _joined(config.l2s, encoder, slm)["shared"]
-    if system:
-        held.append(({"", "decoding"}, jax.eval_shape(system.init, jax.random.key(0))))
+    layer = encoding_layer(llm, config.llm.layer, config.l2s.layers)
+    with _naming_layer():
+        encoder, shapes = pretrained.abstract_encoder(llm, layer)
+    used = {"decoding", "features" if config.features.cache else ""}
+    if config.llm.train.steps:
+        used.add("")
+    if config.labels.source == "llm" or config.distillation.weight:
+        used.add("labels")
+    system = _joined(config.l2s, encoder, slm)["shared"]
+    trained = jax.eval_shape(system.init, jax.random.key(0))
+    held = ((used, shapes), ({"", "decoding"}, trained))
     for section, mesh in splitting.items():
         for used, shapes in held:
             if section in used:
@@ -112,8 +120,8 @@ def _joined(l2s: ConfigDict, llm: ModelConfig, slm: ModelConfig) -> dict[str, Ll
     }
 
 
-def models_of(config: ConfigDict) -> dict[str, ModelConfig | None]:
-    """{"llm", "slm"}: configs of the models; None of one that lies elsewhere than in a folder.
+def models_of(config: ConfigDict) -> dict[str, ModelConfig]:
+    """{"llm", "slm"}: configs of the models; of a name on the hub, that alone is downloaded.
 
     Those that are made here have a vocabulary of some size: their tokenizer is still to be made.
     """
@@ -121,29 +129,27 @@ def models_of(config: ConfigDict) -> dict[str, ModelConfig | None]:
     return {"llm": llm, "slm": _slm(config, llm)}
 
 
-def _model(section: ConfigDict) -> ModelConfig | None:
-    """The config of a model; None of one that lies elsewhere than in a folder."""
+def _model(section: ConfigDict) -> ModelConfig:
     if section.path:
-        return pretrained.read_config(section.path) if is_folder(section.path) else None
+        return pretrained.read_config(section.path)
     geometry = section.model.to_dict()
     return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
 
 
-def _encoder(llm: ModelConfig, layer: float) -> tuple[ModelConfig, Any]:
-    """(config, shapes) of what encodes of an LLM."""
+@contextlib.contextmanager
+def _naming_layer() -> Iterator[None]:
+    """Has a layer that the LLM does not have be named as it is set."""
     try:
-        return pretrained.abstract_encoder(llm, layer)
+        yield
     except ValueError as error:
         raise ValueError(f"config.llm.layer: {error}") from None
 
 
-def _slm(config: ConfigDict, llm: ModelConfig | None) -> ModelConfig | None:
+def _slm(config: ConfigDict, llm: ModelConfig) -> ModelConfig:
     """The config of the SLM, which may be cut out of its path's model, or out of the LLM."""
     cut = cut_of(config.slm)
-    if not cut.is_used:
-        return _model(config.slm)
-    source = _model(config.slm) if config.slm.path else llm
-    return source and cut_as_set(source, cut)
+    source = llm if cut.is_used and not config.slm.path else _model(config.slm)
+    return cut_as_set(source, cut) if cut.is_used else source
 
 
 def _has_patterns(section: ConfigDict) -> bool:

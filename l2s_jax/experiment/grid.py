@@ -19,8 +19,19 @@ from l2s_jax.config import settled, wrong_key
 FOLDER = "compare"
 # What --vary=seed=0,1,2 sets: the LLM, its labels and the tokenizers are those of config.seed.
 SEED, _SET_BY_SEED = "seed", "train_seed"
-# How all variants are measured alike, and where they run.
-_NOT_VARIED = ("evaluation", "mesh", "features")
+# How all variants are measured alike, and where they run: sections and settings.
+_NOT_VARIED = (
+    "evaluation",
+    "mesh",
+    "features",
+    "trackers",
+    "labels.batch_size",
+    "decoding.batch_size",
+    # L2S answers alone.
+    "decoding.search.exact",
+    "decoding.search.draft_tokens",
+    "decoding.search.draft_tolerance",
+)
 _LONGEST_NAME = 120
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
@@ -166,7 +177,7 @@ def _axis(config: ConfigDict, flag: str) -> Axis:
         raise ValueError(f"{where}: expected KEY=VALUE,VALUE,...")
     if wrong := wrong_key(key):
         raise ValueError(f"{where}: {wrong}")
-    if key.partition(".")[0] in _NOT_VARIED or ".mesh." in key:
+    if {key, key.partition(".")[0]} & {*_NOT_VARIED} or ".mesh." in key:
         raise ValueError(
             f"{where}: all variants are measured alike, in the same place; expected a setting "
             f"outside {', '.join(_NOT_VARIED)}"

@@ -16,6 +16,7 @@ from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid
 from l2s_jax.files import is_bucket
 from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.mix import hidden_width
 from l2s_jax.models.systems import LanguageModel, parameter_count
 from l2s_jax.training.checkpoint import NEWEST
 
@@ -32,8 +33,7 @@ _NOT_OF = {
 def check_room(grid: Grid, workdir: str) -> None:
     """Checks that the disk has room for the models, and their checkpoints, that are to be made.
 
-    It is an estimate. Models of a size that is not known yet, such as those on the hub, count
-    nothing.
+    It is an estimate, of models and checkpoints alone.
 
     Raises:
       ValueError: they need more than is free.
@@ -65,20 +65,19 @@ def _is_done(look: Experiment, name: str) -> bool:
 
 
 def sizes(config: ConfigDict) -> dict[str, int]:
-    """Bytes of the model and the checkpoints of each stage that trains, as far as known."""
+    """Bytes of the model and the checkpoints of each stage that trains."""
     models = models_of(config)
     llm, slm = models["llm"], models["slm"]
     pieces = {"llm": config.tokenizer.train_vocab_size}
     pieces["slm"] = config.slm.tokenizer.train_vocab_size or pieces["llm"]
+    alone = _parameters(slm, pieces["slm"])
+    width = config.l2s.projector_width or slm.width
+    projector = width * (slm.width + hidden_width(llm, config.l2s.layers))
     found = {}
-    if llm and config.llm.train.steps:
+    if config.llm.train.steps:
         found["llm"] = _parameters(llm, pieces["llm"]) * _copies(config.llm)
-    if slm:
-        alone = _parameters(slm, pieces["slm"])
-        found["slm"] = alone * _copies(config.slm)
-        width = config.l2s.projector_width or slm.width
-        projector = width * (slm.width + (llm.width if llm else 0))
-        found["l2s"] = (alone + projector) * _copies(config.l2s)
+    found["slm"] = alone * _copies(config.slm)
+    found["l2s"] = (alone + projector) * _copies(config.l2s)
     return found
 
 

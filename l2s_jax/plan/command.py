@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import mesh_sizes, naming_mesh, typed
+from l2s_jax.experiment.early import check_models
 from l2s_jax.plan import costs, kept, report
-from l2s_jax.plan.models import Plan, make_plan
+from l2s_jax.plan.models import Plan, make_plan, models_of
 from l2s_jax.plan.program import shard_bytes, work_of_l2s
 from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler
 from l2s_jax.plan.slices import Slice, open_slice
@@ -72,12 +73,15 @@ def plan(
             f"config.decoding.weights={config.decoding.weights!r}: expected 'float', for which "
             "plans are made"
         )
+    for size in batch_sizes:
+        with_rows(config, size)
     if compiled:
         kept.check(config)
     where = open_slice(topology)
     mesh = make_mesh(config, where)
     meshes = meshes_of(config, where, mesh, make_mesh)
     models = make_plan(config, where.platform)
+    check_models(config, models_of(config))
     compilers = _compilers(models, config, where, mesh, programs)
     if compiled:
         log.info("plan: %s", kept.write(compiled, config, where, mesh, models))
@@ -177,6 +181,21 @@ def meshes(config: ConfigDict, where: Slice, part: str) -> Iterator[Mesh]:
                 continue
 
 
+def with_rows(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """A config whose batches, of L2S in training and of all that answers, have so many rows.
+
+    Raises:
+      ValueError: no run could have them.
+    """
+    changed = copy.deepcopy(config)
+    changed.l2s.train.batch_size = changed.decoding.batch_size = batch_size
+    try:
+        rules.check(typed(changed))
+    except ValueError as error:
+        raise ValueError(f"--batch_sizes: {batch_size}: {error}") from None
+    return changed
+
+
 def _divisors(number: int) -> list[int]:
     return [i for i in range(1, number + 1) if number % i == 0]
 
@@ -225,8 +244,7 @@ def _sweep(
     for name in parts:
         rows = []
         for batch_size in batch_sizes or (sizes[name],):
-            changed = copy.deepcopy(config)
-            changed.l2s.train.batch_size = changed.decoding.batch_size = batch_size
+            changed = with_rows(config, batch_size)
             for mesh in meshes(config, where, name):
                 try:
                     compiler = _compiler(models, changed, where, mesh, name)

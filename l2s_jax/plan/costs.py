@@ -162,7 +162,7 @@ def run_lines(run: Mapping[str, Any]) -> list[str]:
         "as long as it may be. Of validation and evaluation examples that are not at hand there "
         "are as many as the config's limit. Not counted: validations and checkpoints, the time to "
         "compile, the host's work, measured latencies, responses that the SLM or L2S writes to "
-        "learn from.",
+        "learn from, exact decoding.",
     ]
 
 

@@ -133,6 +133,12 @@ def make_plan(config: ConfigDict, platform: str) -> Plan:
     return Plan(system, trained, frozen, _adapted(system, trained, beside, settings.lora))
 
 
+def models_of(config: ConfigDict) -> dict[str, ModelConfig]:
+    """{"llm", "slm"}: configs of the models; errors as of `make_plan`."""
+    llm = _model(config, "llm")
+    return {"llm": llm, "slm": _slm(config, llm)}
+
+
 def alone(config: ConfigDict, name: str, platform: str) -> Plan:
     """The LLM or the SLM, as `name` says, as it is trained and answers by itself.
 

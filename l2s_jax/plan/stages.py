@@ -182,11 +182,12 @@ class Run:
             yield self._training("l2s tuned", trainings["l2s"])
         else:
             yield self._training("l2s", trainings["l2s"])
-        for name in ("llm", "slm", "l2s"):
+        for name in ("llm", "slm", "l2s", "l2s_mismatched"):
             section = config.decoding
             search = section.search.to_dict()
             work = self._work(section, "decoding", section.max_new_tokens, search)
-            yield self._answering(f"evaluation: {name}", name, work, ("evaluation",))
+            system = name.removesuffix("_mismatched")
+            yield self._answering(f"evaluation: {name}", system, work, ("evaluation",))
 
     @staticmethod
     def _work(section: ConfigDict, where: str, tokens: int, search: Mapping[str, Any]) -> Work:

@@ -88,6 +88,11 @@ def load(
     common, of_encoder = compute_dtypes(dtype, encoder_dtype)
     tokenizers = bundle.load_tokenizers(directory)
     if exact:
+        if common != of_encoder:
+            raise ValueError(
+                f"encoder_dtype={encoder_dtype!r} with exact=True: expected that of all, the LLM "
+                "that encodes is the one that decides"
+            )
         loaded = load_exact(directory, tokenizers[0], dtype=common, **placed)
         tokenizers = tokenizers[0], tokenizers[0]
     else:
