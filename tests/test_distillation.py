@@ -9,6 +9,7 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l2s_jax.evaluation import distilled
 from l2s_jax.models.lora import Lora
 from l2s_jax.training import update
 from l2s_jax.training.distillation import Distillation, divergence
@@ -246,3 +247,20 @@ def test_an_slm_that_is_the_llm_has_nothing_to_learn():
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(change)) < 1e-4
     sideways, _ = one_step(system, trained, {}, batch, Distillation(0.9, 1.0))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(sideways)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({}, []),
+        ({"on_policy": 0.25}, ["for 25% of the batches", "its own responses"]),
+        (
+            {"on_policy": 1.0, "distillation": {"weight": 0.5, "top_k": 8, "temperature": 2,
+             "left_out": None}},
+            ["for 50% of the loss", "for 100% of the batches"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_report_says_what_was_learnt_beside_labels(task, said):
+    clause = distilled.clause(task)
+    assert bool(clause) == bool(said) and all(part in clause for part in said)

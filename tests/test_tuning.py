@@ -107,6 +107,13 @@ def test_the_llm_in_the_bundle_has_changed_in_its_kernels_alone(job):
     assert small.differ(frozen[1]["slm"], tuned[1]["slm"])
 
 
+def test_the_card_says_that_the_llm_is_adapted(job):
+    _, workdir = job
+    card = (workdir / "l2s/model/README.md").read_text()
+    assert "- LLM, adapted by LoRA of rank 2: " in card and "frozen" not in card
+    assert "frozen large model" not in (workdir / "report.md").read_text()
+
+
 def test_the_model_answers_without_the_llm_that_it_came_from(job, tmp_path):
     _, workdir = job
     model = tmp_path / "model"

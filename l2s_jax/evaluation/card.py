@@ -57,10 +57,11 @@ def write_card(
         "",
         "## What",
         "",
-        f"- LLM, frozen: {llm}{layer}; {parameter_count(frozen):,} parameters are needed",
+        f"- LLM, {_state(config.llm.tune)}: {llm}{layer};",
+        f"  {parameter_count(frozen):,} parameters are needed",
         f"- SLM: {slm}; {parameter_count(trained['slm']):,} parameters",
         f"- Projector: {parameter_count(trained['projector']):,} parameters; its output is",
-        f"  {_FUSIONS[system.fusion]}",
+        f"  {_FUSIONS[system.fusion]}{_between(system)}",
         f"- Vocabulary: {_vocabulary(system)}",
         f"- Trained on: the `train` split of {task['name']}, {labels}{distilled.clause(task)}",
         f"- Prompt: `{json.dumps(config.task.chat.user or config.task.prompt, ensure_ascii=False)}`"
@@ -88,6 +89,22 @@ def write_card(
         "",
     ]
     write_text(os.path.join(directory, CARD), "\n".join(lines))
+
+
+def _state(tune: ConfigDict) -> str:
+    """Whether the LLM is as it was."""
+    return f"adapted by LoRA of rank {tune.rank}" if tune.rank else "frozen"
+
+
+def _between(system: LlmToSlm) -> str:
+    """What else H goes through."""
+    groups = " and ".join(", ".join(map(str, group)) for group in system.layers)
+    parts = [
+        f"it reads the LLM's layers {groups}" if groups else "",
+        "H is normalized" if system.normalize else "",
+        f"{system.stack} bidirectional layers lie over it" if system.stack else "",
+    ]
+    return "".join(f"; {part}" for part in parts if part)
 
 
 def _vocabulary(system: LlmToSlm) -> str:

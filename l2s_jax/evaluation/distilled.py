@@ -8,7 +8,17 @@ from typing import Any
 
 def clause(task: Mapping[str, Any]) -> str:
     """The end of a sentence about what the SLM was trained on; "" without distillation."""
-    if not (settings := task.get("distillation")):
+    return _on_labels(task.get("distillation")) + _on_policy(task.get("on_policy"))
+
+
+def _on_policy(share: float | None) -> str:
+    if not share:
+        return ""
+    return f", and for {share:.0%} of the batches on the LLM's distributions over its own responses"
+
+
+def _on_labels(settings: Mapping[str, Any] | None) -> str:
+    if not settings:
         return ""
     kept = f"the {settings['top_k']} likeliest tokens"
     if left_out := settings["left_out"]:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 DESCRIPTIONS = {
     "llm": "the large model on its own",
     "slm": "the small model on its own, trained on the same labels as L2S",
-    "l2s": "the frozen large model encodes, the small model decodes",
+    "l2s": "the large model encodes, the small model decodes",
     "l2s_mismatched": "control: L2S fed the large model's representations of another prompt",
     "exact": "L2S drafts, the large model keeps what it would have written itself",
 }
@@ -240,6 +240,7 @@ def _written(
             ),
             "labels": context.config.labels.source,
             **experiment.logits.report(),
+            **experiment.own_responses.report(),
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from l2s_jax.cluster.sharding import gather
+from l2s_jax.data import fitting
 from l2s_jax.evaluation.latency import block_ms
 from l2s_jax.models.exact import Exact
 from l2s_jax.serving.generator import Generator
@@ -79,8 +80,9 @@ def against_llm(
 ) -> dict[str, Any]:
     """How many texts equal the LLM's, and where and by how much the others part from it.
 
-    `margin` is by how much the LLM's logits of the two tokens differ where two texts part: rounding
-    decides where it is as small as rounding is (a tie). `generator` is what decodes exactly.
+    `margin` is by how much the LLM's logits of the two tokens, before any penalty, differ where two
+    texts part: rounding decides where it is as small as rounding is (a tie). `generator` is what
+    decodes exactly.
     """
     different = [i for i, pair in enumerate(zip(exact, llm, strict=True)) if _part(*pair)]
     named = different[:_NAMED]
@@ -110,7 +112,8 @@ def _margins(
     if not prompts:
         return []
     tokenizer, longest = generator.prompt_tokenizer, generator.prompt_lengths[-1]
-    ids = [one[:longest] for one in tokenizer.encode_prompts(list(prompts))]
+    # Cut as they were where they were answered.
+    cut = fitting.fit(prompts, tokenizer, longest)
     sides = [
         tokenizer.encode_responses([text for text in side]) for side in zip(*pairs, strict=True)
     ]
@@ -119,8 +122,8 @@ def _margins(
     assert isinstance(system, Exact)
     llm: Any = system.llm
     batch: dict[str, Any] = {
-        "llm_ids": np.stack([_padded(one, longest) for one in ids]),
-        "llm_mask": np.stack([np.arange(longest) < len(one) for one in ids]),
+        "llm_ids": np.stack([_padded(one, longest) for one in cut.ids]),
+        "llm_mask": np.stack([np.arange(longest) < len(one) for one in cut.ids]),
         "response_ids": np.stack([_padded(one, length) for one in sides[1]]),
     }
     with jax.set_mesh(generator.mesh):

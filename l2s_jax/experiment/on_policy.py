@@ -34,6 +34,10 @@ class OwnResponses:
             return {}
         return {"on_policy": {"share": self._share, "llm_hash": self._llm.content}}
 
+    def report(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {"on_policy": self._share} if self._share else {}
+
     def check(self) -> None:
         """Checks that the LLM can score what is written, before anything is trained.
 
