@@ -96,7 +96,7 @@ def generate_file(
     if stream:
         records = _read_records(source, task, kind)
     else:
-        records = distributed.on_primary(lambda: list(_read_records(source, task, kind)))
+        records = _records(source, task, kind)
         rendered = [_prompt_of(task, record, where) for where, record in records]
         prompts = [prompt for prompt in rendered if prompt is not None]
         if blank := len(rendered) - len(prompts):
@@ -197,6 +197,19 @@ def _prompt_of(task: Task, record: Mapping[str, Any], where: str) -> str | None:
         if task.skips_blank:
             return None
         raise
+
+
+def _records(source: str, task: Task, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """As of `_read_records`; processes that don't write are given what prompts are made of."""
+    whole: list[tuple[str, dict[str, Any]]] = []
+
+    def read() -> list[tuple[str, dict[str, Any]]]:
+        whole.extend(_read_records(source, task, kind))
+        fields = task.prompt_fields
+        return [(where, {f: one[f] for f in fields if f in one}) for where, one in whole]
+
+    shared = distributed.on_primary(read)
+    return whole or shared
 
 
 def _read_records(source: str, task: Task, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
