@@ -1,4 +1,4 @@
 """Our systems side by side with other libraries, in one run.
 
-Imports evaluation, and what it stands on.
+Imports evaluation and checkpoints, and what they stand on.
 """

@@ -1,4 +1,4 @@
 """Models in folders: Hugging Face's formats and ours, read into shardings and written.
 
-Imports models and cluster.
+Imports models and what it stands on.
 """

@@ -1,4 +1,4 @@
 """Compiled loops that write responses: greedy, sampled and by beams. They know no family.
 
-Imports models and cluster.
+Imports models and what it stands on.
 """

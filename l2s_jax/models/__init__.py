@@ -1,6 +1,6 @@
 """Pure Flax modules: the families, projector and fusion, and the three systems LLM, SLM and L2S.
 
-Imports cluster.
+Imports cluster and settings.
 """
 
 # Of what the modules compute. It is higher where the same parameters give other results than before

@@ -1,6 +1,6 @@
 """State, step and loop; optimizers, losses, Orbax checkpoints, the clock and the progress of a run.
 
-Imports models and cluster.
+Imports decoding, data, checkpoints, and what they stand on.
 """
 
 # JAX's name of what masks of dropout are drawn by. Its numbers do not depend on how devices split
