@@ -39,12 +39,15 @@ def check_models(config: ConfigDict, models: Mapping[str, ModelConfig] | None = 
     """
     models = models or models_of(config)
     cut = cut_of(config.slm).is_used
+    responses = max(config.max_response_tokens, config.decoding.max_new_tokens)
     for name, model in models.items():
         made = "cut" if name == "slm" and cut else "model"
+        # An LLM that is there may be one that only encodes.
+        answers = not config[name].path or config[name].train.steps
         check_positions(
             model,
             config.max_prompt_tokens,
-            max(config.max_response_tokens, config.decoding.max_new_tokens),
+            responses if answers else 0,
             where=config[name].path or f"config.{name}.{made}",
             lower="config.max_prompt_tokens, config.max_response_tokens or "
             "config.decoding.max_new_tokens",
