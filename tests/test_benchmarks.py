@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import xla
 
@@ -272,3 +273,22 @@ def test_a_low_rank_change_beside_kernels_takes_less_memory(monkeypatch, capsys)
     made, beside = (float(line[2]) for line in lines)
     # Three layers of 12 x 256 x 256 numbers, once as they are changed and once as their gradient.
     assert made - beside > 8
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_what_a_script_imports_is_there(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    importlib.import_module(script)
+
+
+def test_an_llm_drafted_for_says_what_it_says_alone(tmp_path):
+    config = tiny.write_task(tmp_path / "task")
+    workdir = tmp_path / "run"
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--until=l2s") == 0
+    path = tmp_path / "assisted.json"
+    finished = run("assisted", f"--workdir={workdir}", "--prompts=3", f"--output={path}")
+    assert finished.returncode == 0, finished.stderr
+    systems = json.loads(path.read_text())["systems"]
+    assert len(systems) == 5 == finished.stdout.count("\n| ")
+    for name, row in systems.items():
+        assert row["ms"] > 0 and (row["equal"] == 3 or name == "L2S"), name

@@ -1,0 +1,136 @@
+"""Requests that a trained LLM answers: alone, drafted for by L2S, and in transformers.
+
+    python benchmarks/assisted.py --workdir=runs/multi30k_en_de --prompts=100
+
+`--workdir` is that of a finished run whose LLM and SLM have one tokenizer. Prompts are the first of
+its evaluation's split; a request is text in, text out. transformers answers them by the same two
+checkpoints: by the LLM alone, and assisted by the SLM alone. Everybody decodes greedily, in
+float32, on CPUs. All prompts are answered once before; then the systems take turns at each prompt.
+Needs the extra `test`, for torch and transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from l2s_jax.arguments import Parser, count
+from l2s_jax.bench.machine import cores, cpu
+from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.workdir import read_config
+from l2s_jax.files import write_json
+from l2s_jax.serving.loading import load_generator
+from l2s_jax.settings.search import Search
+from l2s_jax.tokenizers import Tokenizer
+
+Answer = Callable[[str], str]
+
+
+def ours(config: Any, workdir: str, name: str, search: Search) -> Answer:
+    """A system of a run."""
+    generator = load_generator(config, workdir, name, batch_size=1, search=search)
+    return lambda prompt: generator.generate([prompt])[0].text
+
+
+class Transformers:
+    """A folder's model in transformers, with the same tokenizer."""
+
+    def __init__(self, directory: str, tokenizer: Tokenizer, most: int):
+        transformers.utils.logging.set_verbosity_error()
+        config = transformers.AutoConfig.from_pretrained(directory)
+        kind: Any = (
+            transformers.AutoModelForSeq2SeqLM
+            if config.is_encoder_decoder
+            else transformers.AutoModelForCausalLM
+        )
+        self.model = kind.from_pretrained(directory, dtype=torch.float32).eval()
+        self._tokenizer, self._most = tokenizer, most
+        self._continues = not config.is_encoder_decoder
+
+    def answer(self, prompt: str, assistant: Any = None) -> str:
+        """What it says, drafted for by an assistant."""
+        ids = torch.tensor(self._tokenizer.encode_prompts([prompt]))
+        with torch.inference_mode():
+            (found,) = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self._most,
+                do_sample=False,
+                eos_token_id=list(self._tokenizer.end_ids),
+                pad_token_id=self._tokenizer.pad_id,
+                assistant_model=assistant,
+            )
+        return self._tokenizer.decode(found[ids.shape[1] if self._continues else 1 :].tolist())
+
+
+def measured(
+    answers: dict[str, Answer], prompts: Sequence[str]
+) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """(milliseconds, texts) of each system and prompt."""
+    times: dict[str, list[float]] = {name: [] for name in answers}
+    texts: dict[str, list[str]] = {name: [] for name in answers}
+    for name, answer in answers.items():
+        texts[name] = [answer(prompt) for prompt in tqdm(prompts, desc=name, file=sys.stderr)]
+    for prompt in tqdm(prompts, desc="measuring", file=sys.stderr):
+        for name, answer in answers.items():
+            began = time.perf_counter()
+            answer(prompt)
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return times, texts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, and writes --output."""
+    parser = Parser(description="An LLM alone and drafted for.", allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, help="of a finished run")
+    parser.add_argument("--prompts", type=count, default=100)
+    parser.add_argument("--draft_tokens", type=count, default=Search().draft_tokens)
+    parser.add_argument("--output", default="assisted.json")
+    flags = parser.parse_args(argv)
+    torch.set_num_threads(cores())
+    config = read_config(flags.workdir)
+    config.dtype = config.llm.encoder_dtype = "float32"
+    experiment = Experiment(config, flags.workdir, "find")
+    tokenizer = experiment.llm.responses.tokenizer
+    prompts = [example.prompt for example in experiment.evaluation_examples()][: flags.prompts]
+    most = config.decoding.max_new_tokens
+    llm = Transformers(experiment.llm.directory, tokenizer, most)
+    slm = Transformers(os.path.join(flags.workdir, "slm", "model"), tokenizer, most)
+    exact = dataclasses.replace(Search(), exact=True, draft_tokens=flags.draft_tokens)
+    answers: dict[str, Answer] = {
+        "LLM": ours(config, flags.workdir, "llm", Search()),
+        "LLM, drafted for by L2S": ours(config, flags.workdir, "exact", exact),
+        "L2S": ours(config, flags.workdir, "l2s", Search()),
+        "LLM, transformers": llm.answer,
+        "LLM, transformers, assisted by the SLM": lambda prompt: llm.answer(prompt, slm.model),
+    }
+    times, texts = measured(answers, prompts)
+    rows = {
+        name: {
+            "ms": statistics.median(times[name]),
+            "equal": sum(map(str.__eq__, texts[name], texts["LLM"])),
+        }
+        for name in answers
+    }
+    base = rows["LLM"]["ms"]
+    print("| system | ms a request | times as fast as the LLM | its texts |\n|---|---:|---:|---:|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['ms']:.1f} | {base / row['ms']:.2f} | {row['equal']} |")
+    write_json(
+        flags.output,
+        {"prompts": len(prompts), "machine": {**cpu(), "cores": cores()}, "systems": rows},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
