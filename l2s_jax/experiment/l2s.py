@@ -128,6 +128,7 @@ class L2sStage(BundleStage):
             "fusion": self.section.fusion,
             "projector_width": self.section.projector_width,
             **{name: value for name, value in self._joined().items() if value},
+            **({"zero_start": True} if self.section.zero_start else {}),
         }
 
     def _joined(self) -> dict[str, Any]:
@@ -159,6 +160,9 @@ class L2sStage(BundleStage):
             slm = self.random(LanguageModel("slm", slm_config))["slm"]
         read = jax.eval_shape(system.init, jax.random.key(0))["slm"]
         params = self.random(system, without=["slm"]) | {"slm": {name: slm[name] for name in read}}
+        if self.section.zero_start:
+            projector = params["projector"]
+            projector["outward"] = jax.tree.map(lambda x: 0 * x, projector["outward"])
         del slm  # with fusion "cross", an encoder that nobody reads
         _, frozen = self._llm.encoder(entries=system.beside_hidden if cached else None)
         trained = self.fit(system, params, frozen, learnt)

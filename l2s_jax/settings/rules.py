@@ -119,6 +119,12 @@ IDLE = (
         lambda metrics: "comet" not in metrics,
         "there is no COMET",
     ),
+    Idle(
+        "l2s.zero_start",
+        "l2s.fusion",
+        lambda fusion: fusion != "add",
+        "the SLM would be given nothing but zeros",
+    ),
     Idle("features.*", "features.cache", _is_off, "no features are kept"),
     Idle(
         "labels.*",

@@ -173,6 +173,12 @@ class L2s(_LikeSlm):
         expected="a tuple of tuples of numbers of layers, from 1",
     )
     normalize: bool = setting(False, "A norm with a learnt scale, over H before the projector.")
+    zero_start: bool = setting(
+        False,
+        "Z is zero before training, so that the SLM starts as it is: for one that has been trained "
+        "before.",
+        added=True,
+    )
     stack: int = setting(
         0,
         "Layers in which the prompt's tokens see each other in both directions, over Z before the "
