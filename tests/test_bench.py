@@ -183,7 +183,7 @@ def test_checkpoints_are_measured_compiled_and_assisted_too(tmp_path):
     assert report["not_measured"] == {} and report["weights"] == "of the checkpoint"
     compile_s = {record["system"]: record["compile_s"] for record in report["rows"]}
     assert list(compile_s) == ["llm", "hf-slm-compiled", "hf-llm-assisted"]
-    assert compile_s["hf-slm-compiled"] > 1 > compile_s["hf-llm-assisted"], compile_s
+    assert compile_s["hf-slm-compiled"] > compile_s["hf-llm-assisted"], compile_s
 
 
 class Stand:

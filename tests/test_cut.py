@@ -266,6 +266,8 @@ def test_both_start_from_the_same(job, monkeypatch, tmp_path):
 
     def fit(self, system, params, frozen, learnt):
         starts[self.name] = params["slm"] if "slm" in params else params["llm"]
+        if self.name == "l2s":
+            starts["projector"] = params["projector"]
         return params
 
     monkeypatch.setattr("l2s_jax.experiment.training.TrainedStage.fit", fit)
@@ -276,7 +278,13 @@ def test_both_start_from_the_same(job, monkeypatch, tmp_path):
         run = [f"--config={config}", f"--workdir={tmp_path / name}", "--config.labels.source=data"]
         assert tiny.run(*run, *flags, "--until=l2s") == 0
         assert not small.differ(starts["slm"], starts["l2s"])
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(starts["projector"]["outward"]))
     assert small.differ(starts["slm"], starts["llm"])
+    run = [f"--config={config}", f"--workdir={tmp_path / 'cut'}", "--config.labels.source=data"]
+    inward = starts["projector"]["inward"]
+    assert tiny.run(*run, "--config.l2s.zero_start=True", "--until=l2s") == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(starts["projector"]["outward"]))
+    assert small.differ(starts["slm"], starts["llm"]) and np.any(inward["kernel"])
 
 
 def test_the_model_answers_by_its_directory_alone(job):

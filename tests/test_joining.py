@@ -22,7 +22,7 @@ from l2s_jax.experiment.workdir import read_config
 from l2s_jax.models.mix import Mix, layers_of
 from l2s_jax.models.representation import represent
 from l2s_jax.models.stack import Stack
-from l2s_jax.models.systems import LlmToSlm
+from l2s_jax.models.systems import LanguageModel, LlmToSlm
 
 IDS = np.arange(12, dtype=np.int32)[None] * 7 % 64
 MASK = np.ones(IDS.shape, bool)
@@ -78,6 +78,23 @@ def joined(**changes):
     llm = small.t5_config(width=24, num_encoder_layers=3, head_width=8)
     system = LlmToSlm(llm, small.t5_config(), projector_width=20, **changes)
     return system, *small.make_params(system)
+
+
+def test_with_a_zero_projector_l2s_is_the_slm():
+    system = small.make_system("add")
+    params, frozen = small.make_params(system)
+    params = {**params, "projector": {**params["projector"]}}
+    params["projector"]["outward"] = jax.tree.map(lambda x: 0 * x, params["projector"]["outward"])
+    batch = small.make_batch(system)
+    alone = LanguageModel("slm", system.slm_config)
+    as_alone = {
+        name.replace("llm_", f"{alone.prompt_name}_"): value for name, value in batch.items()
+    }
+    np.testing.assert_allclose(
+        system.scored(params, frozen, batch).logits(),
+        alone.scored({"slm": params["slm"]}, {}, as_alone).logits(),
+        atol=1e-5,
+    )
 
 
 EVERYTHING = {"layers": GROUPS, "normalize": True, "stack": 2}

@@ -385,6 +385,7 @@ WITHOUT_EFFECT = [
     ("evaluation.metrics", ("chrf",), "evaluation.bleu_tokenizer", "char", "there is no BLEU"),
     ("evaluation.metrics", ("bleu",), "evaluation.comet", "x", "there is no COMET"),
     ("task.chat.user", "", "task.chat.system", "be kind", "there is no chat"),
+    ("l2s.fusion", "cross", "l2s.zero_start", True, "nothing but zeros"),
     ("features.cache", "", "features.mesh.tensor", 2, "no features are kept"),
     ("labels.source", "data", "labels.batch_size", 8, "the LLM does not answer"),
     ("labels.source", "data", "labels.search.num_beams", 4, "the LLM does not answer"),
