@@ -23,23 +23,23 @@ def get_config() -> ConfigDict:
     config.task.response = "subject"
     config.task.references = "references"
     # A longer body loses its end: what a mail is about mostly stands at its beginning.
-    config.max_prompt_tokens = 128
+    config.max_prompt_tokens = 64
     config.max_response_tokens = 32
-    config.buckets = ((32, 16), (64, 16), (128, 16), (128, 32))
+    config.buckets = ((32, 16), (64, 16), (64, 32))
     config.scan_layers = True
 
     config.llm.path = "checkpoints/smollm2"
     config.llm.train.update(
-        steps=900,
+        steps=400,
         batch_size=16,
-        learning_rate=2e-4,
+        learning_rate=3e-4,
         parameter_scale=False,
         schedule="constant",
         warmup_steps=50,
         ema_decay=0.99,
         label_smoothing=0.1,
         dropout_rate=0.0,
-        evaluate_every=75,
+        evaluate_every=200,
         log_every=5,
     )
     config.llm.layer = 0.5
@@ -50,17 +50,19 @@ def get_config() -> ConfigDict:
     config.slm.vocabulary = "8192"
     for section in (config.slm, config.l2s):
         section.train.update(
-            steps=1800,
+            steps=700,
             batch_size=32,
             learning_rate=5e-4,
             parameter_scale=False,
             warmup_steps=100,
             label_smoothing=0.1,
             dropout_rate=0.0,
-            evaluate_every=300,
+            evaluate_every=350,
             log_every=10,
         )
+    # What is left of the LLM would be lost under the Z of a random projector.
+    config.l2s.zero_start = True
     config.decoding.max_new_tokens = 32
     config.evaluation.metrics = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    config.evaluation.latency.update(prompt_tokens=128, new_tokens=8)
+    config.evaluation.latency.update(prompt_tokens=64, new_tokens=8)
     return config

@@ -68,6 +68,8 @@ def get_config() -> ConfigDict:
             evaluate_every=300,
             log_every=10,
         )
+    # What is left of the LLM would be lost under the Z of a random projector.
+    config.l2s.zero_start = True
     config.decoding.update(max_new_tokens=96, batch_size=64)
     config.evaluation.latency.update(prompt_tokens=16, new_tokens=32)
     return config
