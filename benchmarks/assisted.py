@@ -3,15 +3,16 @@
     python benchmarks/assisted.py --workdir=runs/multi30k_en_de --prompts=100
 
 `--workdir` is that of a finished run whose LLM and SLM have one tokenizer. Prompts are the first of
-its evaluation's split; a request is text in, text out. transformers answers them by the same two
-checkpoints: by the LLM alone, and assisted by the SLM alone. Everybody decodes greedily, in
-float32, on CPUs. All prompts are answered once before; then the systems take turns at each prompt.
-Needs the extra `test`, for torch and transformers.
+its evaluation's split, cut as the run cuts them; a request is text in, text out. transformers
+answers them by the same two checkpoints: by the LLM alone, and assisted by the SLM alone. Everybody
+decodes greedily, in float32, on CPUs. All prompts are answered once before; then the systems take
+turns at each prompt. Needs the extra `test`, for torch and transformers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import statistics
 import sys
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.machine import cores, cpu
+from l2s_jax.data.fitting import fit
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
 from l2s_jax.files import write_json
@@ -44,7 +46,7 @@ def ours(config: Any, workdir: str, name: str, search: Search) -> Answer:
 class Transformers:
     """A folder's model in transformers, with the same tokenizer."""
 
-    def __init__(self, directory: str, tokenizer: Tokenizer, most: int):
+    def __init__(self, directory: str, tokenizer: Tokenizer, longest: int, most: int):
         transformers.utils.logging.set_verbosity_error()
         config = transformers.AutoConfig.from_pretrained(directory)
         kind: Any = (
@@ -53,12 +55,12 @@ class Transformers:
             else transformers.AutoModelForCausalLM
         )
         self.model = kind.from_pretrained(directory, dtype=torch.float32).eval()
-        self._tokenizer, self._most = tokenizer, most
+        self._tokenizer, self._longest, self._most = tokenizer, longest, most
         self._continues = not config.is_encoder_decoder
 
     def answer(self, prompt: str, assistant: Any = None) -> str:
         """What it says, drafted for by an assistant."""
-        ids = torch.tensor(self._tokenizer.encode_prompts([prompt]))
+        ids = torch.tensor(fit([prompt], self._tokenizer, self._longest).ids)
         with torch.inference_mode():
             (found,) = self.model.generate(
                 ids,
@@ -97,14 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="assisted.json")
     flags = parser.parse_args(argv)
     torch.set_num_threads(cores())
+    # That a prompt is cut would be said at each request.
+    logging.getLogger("l2s_jax.serving").setLevel(logging.ERROR)
     config = read_config(flags.workdir)
     config.dtype = config.llm.encoder_dtype = "float32"
     experiment = Experiment(config, flags.workdir, "find")
     tokenizer = experiment.llm.responses.tokenizer
     prompts = [example.prompt for example in experiment.evaluation_examples()][: flags.prompts]
-    most = config.decoding.max_new_tokens
-    llm = Transformers(experiment.llm.directory, tokenizer, most)
-    slm = Transformers(os.path.join(flags.workdir, "slm", "model"), tokenizer, most)
+    limits = config.max_prompt_tokens, config.decoding.max_new_tokens
+    llm = Transformers(experiment.llm.directory, tokenizer, *limits)
+    slm = Transformers(os.path.join(flags.workdir, "slm", "model"), tokenizer, *limits)
     exact = dataclasses.replace(Search(), exact=True, draft_tokens=flags.draft_tokens)
     answers: dict[str, Answer] = {
         "LLM": ours(config, flags.workdir, "llm", Search()),
