@@ -158,7 +158,8 @@ class HuggingFaceTokenizer:
         if self._is_byte_level:
             by_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             return "".join(piece for piece, _ in by_bytes.pre_tokenize_str(text))
-        return text.replace(" ", _SPACE) if self._tokenizer.token_to_id(_SPACE) else text
+        has_space = self._tokenizer.token_to_id(_SPACE) is not None
+        return text.replace(" ", _SPACE) if has_space else text
 
     @functools.cached_property
     def _is_byte_level(self) -> bool:
