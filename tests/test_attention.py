@@ -286,10 +286,11 @@ def test_no_array_has_the_square_of_the_length():
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * length * length * 4
 
 
-def check_kernel(mesh, groups, length):
+def check_kernel(mesh, groups, length, window=None):
     mask = jnp.arange(length)[None] >= jnp.asarray([[0], [100]])
     query, key_value = parts(2, 4, groups, length, length, 128)
-    bias = CausalBias(mask, token_positions(mask), None)
+    bias = CausalBias(mask, token_positions(mask), window)
+    assert bias.is_gapless()
     weights = normal(2, length, 4 * 128, seed=6) * mask[:, :, None]
 
     def loss(of):
@@ -318,3 +319,30 @@ def check_kernel(mesh, groups, length):
 @pytest.mark.parametrize("groups", [4, 2])
 def test_the_kernel_is_attention_at_what_is_real(mesh, groups):
     check_kernel(small.mesh_of(*mesh), groups, length=256)
+
+
+@pytest.mark.parametrize("window", [1, 40, 300])
+def test_the_kernel_has_windows(window):
+    check_kernel(small.mesh_of(1, 1, 1), groups=2, length=256, window=window)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_padding_between_real_positions_is_found(rows):
+    mask = jnp.asarray(rows)
+    texts = ["".join(" x"[real] for real in row).strip() for row in rows]
+    bias = CausalBias(mask, token_positions(mask), 3)
+    assert bias.is_gapless() == (not any(" " in text for text in texts))
+
+
+def test_on_a_tpu_the_kernel_takes_windows_that_no_padding_interrupts(few_scores):
+    """Both ways are in the program: what padding there is, only the data say."""
+    query, key_value = parts(1, 2, 1, 128, 128, 128)
+
+    def run(query, key_value, mask):
+        return attend(query, key_value, CausalBias(mask, token_positions(mask), 5), SCALE)
+
+    traced = jax.jit(run).trace(query, key_value, jnp.ones((1, 128), bool))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+    assert "stablehlo.case" in text
+    assert "stablehlo.while" in text

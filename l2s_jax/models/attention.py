@@ -6,8 +6,8 @@ for a block at a time too, with a softmax that goes on from block to block (Mila
 2018, arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682). Memory then grows as the length.
 The gradient makes each block's scores again.
 
-On TPUs, causal attention over a long prompt is by JAX's kernel, splash attention. Letters as in
-layers.py.
+On TPUs, causal attention over a long prompt is by JAX's kernel, splash attention, with a window
+too. T5's bias by distance has no kernel there. Letters as in layers.py.
 """
 
 from __future__ import annotations
@@ -87,8 +87,17 @@ def attend(
             kept = dropout(jnp.ones((*query.shape[:2], 1, keys), query.dtype))
         return blocks(query, key_value, bias, kept)
     _say(f"attention to {keys:,} keys: on a TPU by splash attention, elsewhere in blocks")
-    kernel = functools.partial(by_kernel, scale=scale)
-    return jax.lax.platform_dependent(query, key_value, bias, tpu=kernel, default=blocks)
+
+    window = bias.window  # A condition makes an array of its operand's; the kernel wants a number.
+
+    def kernel(query: jax.Array, key_value: KeyValue, bias: CausalBias) -> jax.Array:
+        return by_kernel(query, key_value, bias.replace(window=window), scale)
+
+    def where_gapless(query: jax.Array, key_value: KeyValue, bias: CausalBias) -> jax.Array:
+        return jax.lax.cond(bias.is_gapless(), kernel, blocks, query, key_value, bias)
+
+    of_tpu = kernel if window is None else where_gapless
+    return jax.lax.platform_dependent(query, key_value, bias, tpu=of_tpu, default=blocks)
 
 
 @functools.cache
@@ -194,8 +203,8 @@ def _pieces(x: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 def _has_kernel(query: jax.Array, key_value: KeyValue, bias: Bias) -> bool:
-    """Whether `by_kernel` can do it: a window counts positions, of which padding has none."""
-    if not isinstance(bias, CausalBias) or bias.window is not None:
+    """Whether `by_kernel` can do it, where a bias with a window is gapless."""
+    if not isinstance(bias, CausalBias) or not isinstance(bias.window, int | None):
         return False
     rows, heads, length, _ = query.shape
     mesh = program_mesh()
@@ -216,7 +225,8 @@ def by_kernel(
 ) -> Float[Array, "B T N*H"]:
     """As `attend`, by the kernel for TPUs; `interpret`: elsewhere, slowly, for tests.
 
-    What padding sees is other padding, so its results are others than those of `attend`.
+    A window is one of slots here: with a window, the bias has to be gapless. What padding sees is
+    other padding, so its results are others than those of `attend`.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -233,11 +243,12 @@ def by_kernel(
         block_q_dq=piece,
         block_kv_dq=piece,
     )
-    causal = masks.CausalMask((length, length))
+    before = None if bias.window is None else bias.window - 1
+    visible = masks.LocalMask((length, length), (before, 0), offset=0)
     if ways > 1:
-        causal.q_sequence = sequence.attended(length, ways)
+        visible.q_sequence = sequence.attended(length, ways)
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([causal] * heads),
+        masks.MultiHeadMask([visible] * heads),
         block_sizes=sizes,
         head_shards=mesh.shape["tensor"] if mesh else 1,
         q_seq_shards=ways,

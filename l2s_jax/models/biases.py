@@ -55,6 +55,13 @@ class CausalBias(struct.PyTreeNode):
         """Of its arrays, by the axes of a mesh that split rows and heads."""
         return [P(rows), P(rows)] if self.window is None else [P(rows), P(rows), P()]
 
+    def is_gapless(self) -> Bool[Array, ""]:
+        """Whether no row has padding between real positions, so that slots count like them."""
+        before = jnp.arange(self.mask.shape[1])[None] - self.positions  # padding before each slot
+        most = jnp.where(self.mask, before, 0).max(axis=1)
+        least = jnp.where(self.mask, before, self.mask.shape[1]).min(axis=1)
+        return jnp.all(most <= least)
+
     def block(
         self, start: int | jax.Array, queries: int, first: int | jax.Array, keys: int
     ) -> Float32[Array, "B 1 {queries} {keys}"]:
