@@ -10,6 +10,9 @@ run has eight CPU devices, mesh fsdp=8. Said are, for all devices together:
 - program: arguments and results of the stage's largest program, an array that it is given and gives
   back once;
 - with temporaries: that program's, which the compiler plans.
+
+A checkpoint that is being written is waited for: on a CPU it is the arrays themselves, which an
+accelerator copies to its host first.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -37,6 +41,8 @@ from l2s_jax.config import default, settled
 from l2s_jax.evaluation.evaluate import evaluate
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import write_json
+from l2s_jax.training import loop
+from l2s_jax.training.checkpoint import Checkpoints
 
 EVERY_S = 0.003
 
@@ -126,8 +132,18 @@ def watched() -> Iterator[Most]:
         found.look()
 
 
+class Written(Checkpoints):
+    """Checkpoints, of which none is being written while training goes on."""
+
+    def save(self, step: int, **items: Any) -> None:
+        """Saves, and waits for it."""
+        super().save(step, **items)
+        self.wait()
+
+
 def measure(workdir: str, width: int, layers: int) -> dict[str, dict[str, float | str]]:
     """By stage: megabytes of arrays and of the largest program, and its name."""
+    loop.Checkpoints = Written
     experiment = Experiment(config_of(workdir, width, layers), workdir)
     stages = {}
     work = {

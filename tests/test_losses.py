@@ -72,3 +72,26 @@ def test_correct_tokens_counts_where_the_target_is_likeliest():
     expected = ((logits.argmax(-1) == targets) & mask).sum()
     assert 0 < expected < mask.sum()
     assert correct_tokens(logits, targets, mask) == expected
+
+
+def test_accuracy_costs_no_pass_over_the_logits():
+    """It needs the largest logit and the true one, as the loss does."""
+
+    def costs(*, counted):
+        def read(table, states, targets, mask):
+            logits = (states @ table).reshape(*targets.shape, -1)
+            loss, number = cross_entropy(logits, targets, mask, 0.1)
+            return loss, correct_tokens(logits, targets, mask) if counted else number
+
+        shapes = (
+            jax.ShapeDtypeStruct((16, 32_000), np.float32),
+            jax.ShapeDtypeStruct((64, 16), np.float32),
+            jax.ShapeDtypeStruct((8, 8), np.int32),
+            jax.ShapeDtypeStruct((8, 8), np.bool_),
+        )
+        step = jax.jit(jax.value_and_grad(read, has_aux=True)).lower(*shapes).compile()
+        found = step.cost_analysis()
+        return found["flops"], found["bytes accessed"], step.memory_analysis().temp_size_in_bytes
+
+    without, with_it = costs(counted=False), costs(counted=True)
+    np.testing.assert_allclose(with_it, without, rtol=1e-3)
