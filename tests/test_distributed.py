@@ -416,6 +416,28 @@ def test_what_one_process_finds_wrong_ends_all_with_its_words():
             assert re.fullmatch(f"error: (process [012]: )?{re.escape(words)}", line)
 
 
+def test_what_a_job_cannot_use_ends_all_processes_before_any_work(tmp_path):
+    config, steps = tiny.write_task(tmp_path / "data"), tmp_path / "steps"
+    steps.mkdir()
+    (steps / "compiled.json").write_text('{"kind": "other"}')
+    cases = {
+        "config.buckets: prompts of ": ["--config.mesh.data=1", "--config.mesh.sequence=2"],
+        "config.decoding.mesh: ": ["--config.decoding.mesh.data=3"],
+        f"{steps}/compiled.json: not ours: ": [f"--compiled={steps}"],
+    }
+    odd = "--config.buckets=((9, 16), (16, 16), (32, 32))"
+    jobs = {}
+    for i, (words, flags) in enumerate(cases.items()):
+        where = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+        command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", *where, *flags, odd]
+        command.append(f"--workdir={tmp_path / f'run{i}'}")
+        jobs[words] = [start([*command, f"--process_id={process}"]) for process in (0, 1)]
+    for i, (words, processes) in enumerate(jobs.items()):
+        for status, line in ended(processes):
+            assert (status, words in line) == (2, True), line
+        assert not list((tmp_path / f"run{i}").glob("*"))
+
+
 def test_processes_with_other_flags_end_before_any_work(tmp_path):
     config, workdir = tiny.write_task(tmp_path / "data"), tmp_path / "run"
     command = [sys.executable, "-m", "l2s_jax.main", f"--config={config}", f"--workdir={workdir}"]
