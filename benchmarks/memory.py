@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from l2s_jax.files import write_json
 from l2s_jax.training import loop
 from l2s_jax.training.checkpoint import Checkpoints
 
-EVERY_S = 0.003
+EVERY_S = 0.02
 
 
 def config_of(workdir: str, width: int, layers: int) -> ConfigDict:
@@ -95,7 +94,11 @@ class Most:
 
     def look(self) -> None:
         """Counts what is there now."""
-        self.arrays = max(self.arrays, sum(map(_held, jax.live_arrays())))
+        held: dict[int, int] = {}
+        for array in jax.live_arrays():
+            with contextlib.suppress(RuntimeError):  # given away meanwhile
+                held |= _buffers(array)
+        self.arrays = max(self.arrays, sum(held.values()))
         for executable in jax.devices()[0].client.live_executables():
             one, devices = executable.get_compiled_memory_stats(), len(executable.local_devices())
             program = devices * (
@@ -107,9 +110,11 @@ class Most:
                 self.name = executable.hlo_modules()[0].name
 
 
-def _held(array: jax.Array) -> int:
-    shape = array.sharding.shard_shape(array.shape)
-    return math.prod(shape) * array.dtype.itemsize * len(array.sharding.device_set)
+def _buffers(array: jax.Array) -> dict[int, int]:
+    """Bytes of an array's buffers by where they lie: others may be views of them."""
+    return {
+        shard.data.unsafe_buffer_pointer(): shard.data.nbytes for shard in array.addressable_shards
+    }
 
 
 @contextlib.contextmanager

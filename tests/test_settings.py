@@ -380,6 +380,8 @@ WITHOUT_EFFECT = [
     ("llm.train.select", "best", "llm.train.selection_examples", 9, "no checkpoint is chosen"),
     ("slm.train.select", "last", "slm.train.selection_examples", 9, "no checkpoint is chosen"),
     ("l2s.train.select", "best", "l2s.train.selection_examples", 9, "no checkpoint is chosen"),
+    ("llm.train.steps", 0, "llm.lora.rank", 4, "the LLM is not trained"),
+    ("llm.lora.rank", 0, "llm.lora.alpha", 8.0, "there is no LoRA"),
     ("slm.lora.rank", 0, "slm.lora.alpha", 8.0, "there is no LoRA"),
     ("l2s.lora.rank", 0, "l2s.lora.pattern", ".*query/kernel", "there is no LoRA"),
     ("evaluation.metrics", ("chrf",), "evaluation.bleu_tokenizer", "char", "there is no BLEU"),

@@ -43,6 +43,7 @@ class LlmStage(LanguageModelStage):
         return {
             "path_hash": self.context.checkpoint(path) if path else "",
             "model": None if path else self.section.model.to_dict(),
+            **self.lora_inputs(),
             **self.training_inputs({"train": self.context.content("train")}),
         }
 

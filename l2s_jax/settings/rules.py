@@ -75,7 +75,10 @@ IDLE = (
         for name in flat(Cut())
     ),
     Idle("llm.tune.*", "llm.tune.rank", _is_off, "the LLM stays frozen"),
-    Idle("llm.train.*", "llm.train.steps", _is_off, "the LLM is not trained"),
+    *(
+        Idle(f"llm.{one}.*", "llm.train.steps", _is_off, "the LLM is not trained")
+        for one in ("train", "lora")
+    ),
     *(
         Idle(
             f"{name}.train.adam_b2",
@@ -103,10 +106,7 @@ IDLE = (
         )
         for name in SYSTEMS
     ),
-    *(
-        Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA")
-        for name in ("slm", "l2s")
-    ),
+    *(Idle(f"{name}.lora.*", f"{name}.lora.rank", _is_off, "there is no LoRA") for name in SYSTEMS),
     Idle(
         "evaluation.bleu_tokenizer",
         "evaluation.metrics",

@@ -88,14 +88,15 @@ class Llm(Section):
         "is used with the other too.",
         allowed=DTYPE,
     )
+    lora: Lora = Lora()
     train: Train = Train()
     tune: Tune = Tune()
 
     def conflict(self) -> str:
-        """A layer of a model that has none to choose."""
+        """A layer of a model that has none to choose; LoRA with updates of nothing."""
         if self.layer and not self.path and self.model.family == "t5":
             return f"layer={self.layer:g}: expected 0, the encoder of a T5 has one output"
-        return ""
+        return self.lora.conflict_with(self.train) if self.train.steps else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +108,7 @@ class _LikeSlm(Section):
 
     def conflict(self) -> str:
         """LoRA with updates of nothing."""
-        if self.lora.rank and self.train.parameter_scale:
-            return (
-                f"lora.rank={self.lora.rank} with train.parameter_scale=True: expected False, "
-                "LoRA's matrices start at zero and updates relative to their size would be none"
-            )
-        return ""
+        return self.lora.conflict_with(self.train)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Tune(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Section):
-    """LoRA on the SLM's kernels (Hu et al. 2021, arXiv 2106.09685)."""
+    """LoRA: kernels stay as they are, and get a change of low rank (Hu et al. 2021, 2106.09685)."""
 
     rank: int = setting(0, "Rank of the change of a kernel; 0: kernels are trained.", at_least=0)
     alpha: float = setting(16.0, "The change is multiplied by alpha / rank.", above=0)
@@ -178,3 +178,12 @@ class Lora(Section):
         fits=lambda pattern: _are_patterns((pattern,)),
         expected="a pattern",
     )
+
+    def conflict_with(self, train: Train) -> str:
+        """A training that would change nothing."""
+        if self.rank and train.parameter_scale:
+            return (
+                f"lora.rank={self.rank} with train.parameter_scale=True: expected False, "
+                "LoRA's matrices start at zero and updates relative to their size would be none"
+            )
+        return ""
