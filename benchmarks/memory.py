@@ -1,6 +1,6 @@
 """What a whole run holds in memory, stage by stage, beside what its largest program needs.
 
-    python benchmarks/memory.py [--width=512] [--layers=4] [--workdir=DIR]
+    python benchmarks/memory.py [--width=256] [--layers=2] [--workdir=DIR]
 
 A random T5 is the LLM, and one an eighth as wide the SLM. The LLM answers the train split, gives
 its distributions and its features; both and L2S are trained for a few steps, and evaluated. The
@@ -9,7 +9,7 @@ run has eight CPU devices, mesh fsdp=8. Said are, for all devices together:
 - arrays: the most bytes of arrays at once, looked at every few milliseconds;
 - program: arguments and results of the stage's largest program, an array that it is given and gives
   back once;
-- with temporaries: that program's, which the compiler plans.
+- its temporaries: what the compiler plans for that program beside them.
 
 A checkpoint that is being written is waited for: on a CPU it is the arrays themselves, which an
 accelerator copies to its host first.
@@ -171,8 +171,8 @@ def measure(workdir: str, width: int, layers: int) -> dict[str, dict[str, float 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints a table and writes --output."""
     parser = Parser(description="What a run holds in memory.", allow_abbrev=False)
-    parser.add_argument("--width", type=count, default=512)
-    parser.add_argument("--layers", type=count, default=4)
+    parser.add_argument("--width", type=count, default=256)
+    parser.add_argument("--layers", type=count, default=2)
     parser.add_argument("--workdir")
     parser.add_argument("--output", default="memory.json")
     flags = parser.parse_args(argv)
@@ -180,13 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir = flags.workdir or stack.enter_context(tempfile.TemporaryDirectory())
         stages = measure(workdir, flags.width, flags.layers)
     write_json(flags.output, {"machine": {**cpu(), "cores": cores()}, "stages": stages})
-    print("| stage | arrays, MB | largest program, MB | with temporaries, MB | arrays / program |")
+    print("| stage | arrays, MB | largest program, MB | its temporaries, MB | arrays / program |")
     print("|---|---:|---:|---:|---:|")
     for name, one in stages.items():
-        whole = one["program_mb"] + one["temporaries_mb"]
         print(
-            f"| {name} | {one['arrays_mb']:.1f} | {one['program_mb']:.1f} ({one['program']}) | "
-            f"{whole:.1f} | {one['arrays_mb'] / whole:.2f} |"
+            f"| {name} | {one['arrays_mb']:.1f} | {one['program_mb']:.1f} | "
+            f"{one['temporaries_mb']:.1f} | {one['arrays_mb'] / one['program_mb']:.2f} |"
         )
     return 0
 
