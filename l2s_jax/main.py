@@ -56,7 +56,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         jax.config.update("jax_compilation_cache_dir", flags.COMPILATION_CACHE.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = config or workdirs.read_config(workdir)
-    distributed.check_same({"config": config.to_dict(), **flags.given()}, "")
+    distributed.check_same({"config": config.to_dict(), **flags.given()})
     if mode == "generate":
         generate_file(
             config,
@@ -134,9 +134,7 @@ def _job() -> contextlib.AbstractContextManager[None]:
         flags.NUM_PROCESSES.value,
         flags.PROCESS_ID.value,
         detect=flags.DISTRIBUTED.value,
-        timeout_s=flags.JOIN_TIMEOUT.value,
-        heartbeat_s=flags.HEARTBEAT_TIMEOUT.value,
-        barrier_s=flags.BARRIER_TIMEOUT.value,
+        limits=flags.limits(),
     )
 
 
