@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import tokenizers
+import transformers
 from safetensors.numpy import load_file
 
 from l2s_jax import flags, models
@@ -324,6 +326,46 @@ def test_the_status_is_printed_without_jax(job):
     config = read_config(str(job / "run"))
     config.llm.tune.rank = 2  # which alone adds a stage to the graph
     assert tuple(stage.name for stage in Experiment(config, "nowhere").stages) == flags.STAGES
+
+
+def test_the_status_of_a_checkpoint_of_others_needs_no_transformers(tmp_path):
+    """Its tokenizer is one that only transformers can read."""
+    llm, workdir = tmp_path / "llm", tmp_path / "run"
+    path = tiny.write_task(tmp_path / "data")
+    texts = toy.write_task(str(tmp_path / "toy"))
+    toy.write_checkpoint(str(llm), family="t5", texts=texts)
+    for name in ("spiece.model", "SHA256SUMS"):
+        (llm / name).unlink()
+    pieces = {piece: id for id, piece in enumerate(["<pad>", "</s>", "<unk>", *tiny.WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    fast.save_pretrained(str(llm))
+    arguments = (
+        *(f"--config={path}", f"--config.llm.path={llm}", "--config.llm.train.steps=0"),
+        *("--config.tokenizer.train_vocab_size=0", "--config.labels.source=llm"),
+        *("--config.labels.max_new_tokens=4", f"--workdir={workdir}", "--until=labels"),
+    )
+    assert tiny.run(*arguments) == 0
+
+    def status():
+        code = (
+            "import sys; from l2s_jax import main; status = main.main(sys.argv);"
+            "print({'jax', 'transformers'} & sys.modules.keys()); sys.exit(status)"
+        )
+        command = [sys.executable, "-c", code, "--mode=status", f"--workdir={workdir}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        labels, *_, imported = result.stdout.splitlines()
+        return labels.split(maxsplit=2)[:2], imported
+
+    assert status() == (["labels", "done"], "set()")
+    # It is the content that counts: where files are new, they are read.
+    settings = llm / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    assert status() == (["labels", "done"], "{'transformers'}")
+    settings.write_text(settings.read_text().replace("<unk>", "</s>"))
+    assert status() == (["labels", "stale"], "{'transformers'}")
 
 
 def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, capfd):
