@@ -92,7 +92,9 @@ def dial(config: ConfigDict, workdir: str) -> dict[str, Any]:
             {
                 "system": point.system,
                 "tolerance": point.tolerance,
-                "quality": metrics.evaluate(names, said, references, sources=sources, **scoring),
+                "quality": metrics.measure(
+                    names, said, references, sources=sources, **scoring
+                ).quality,
                 "against_llm": _likeness(said, texts[0]),
                 "cut_share": float(np.mean([output.cut for output in outputs])),
                 "new_tokens": float(np.mean([output.tokens for output in outputs])),
@@ -146,7 +148,8 @@ def _likeness(said: Sequence[str], by_llm: Sequence[str]) -> dict[str, float]:
     """How far texts are the LLM's: the share that equals it, and chrF with it as reference."""
     same = [one == other for one, other in zip(said, by_llm, strict=True)]
     references = [(text,) for text in by_llm]
-    return {"equal_share": float(np.mean(same)), **metrics.evaluate(["chrf"], said, references)}
+    chrf = metrics.measure(["chrf"], said, references).quality
+    return {"equal_share": float(np.mean(same)), **chrf}
 
 
 def _times(

@@ -197,14 +197,14 @@ def primary_score(
 ) -> float:
     """The score of responses to examples on the primary metric, 0 to 100."""
     name = config.evaluation.metrics[0]
-    scores = metrics.evaluate(
+    scores = metrics.measure(
         [name],
         responses,
         [example.references for example in examples],
         sources=sources_of(config, [example.prompt for example in examples]),
         **scoring_of(config),
     )
-    return scores[name]
+    return scores.quality[name]
 
 
 def sources_of(config: ConfigDict, prompts: Sequence[str]) -> Sequence[str]:
