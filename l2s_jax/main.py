@@ -26,10 +26,9 @@ from absl.flags import adopt_module_key_flags
 from ml_collections import ConfigDict
 
 from l2s_jax import flags
-from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.files import exit_status, read_text
-from l2s_jax.messages import one_line
+from l2s_jax.messages import errors_once, one_line
 
 # So that --help shows them as this command's.
 adopt_module_key_flags(flags)
@@ -142,7 +141,7 @@ def _status(config: ConfigDict | None, workdir: str) -> None:
     from l2s_jax.evaluation.stage import EvaluationStage
     from l2s_jax.experiment import workdir as workdirs
     from l2s_jax.experiment.experiment import Experiment
-    from l2s_jax.experiment.status import status
+    from l2s_jax.experiment.stage import status
 
     experiment = Experiment(config or workdirs.read_config(workdir), workdir, "look")
     print(status([*experiment.stages, EvaluationStage(experiment)]))

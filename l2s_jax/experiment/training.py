@@ -110,10 +110,6 @@ class TrainedStage(RecordedStage):
         """Whether the model is there."""
         return is_whole(os.path.join(self.record.directory, "model"))
 
-    def sources(self) -> dict[str, str]:
-        """The checkpoints' commits on the hub."""
-        return self.context.sources()
-
     def progress(self) -> str:
         """The step of the newest checkpoint."""
         folder = os.path.join(self.record.directory, "checkpoints")
