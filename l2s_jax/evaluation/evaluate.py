@@ -239,8 +239,7 @@ def _written(
                 settings.metrics, references, **scoring_of(context.config)
             ),
             "labels": context.config.labels.source,
-            **experiment.logits.report(),
-            **experiment.own_responses.report(),
+            **experiment.lessons.report(),
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),

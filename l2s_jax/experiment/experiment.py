@@ -23,6 +23,7 @@ from l2s_jax.experiment.context import Context, Score
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage
 from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.lessons import Lessons
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.on_policy import OwnResponses
@@ -76,10 +77,10 @@ class Experiment:
             context, self.llm, self.labels, self.slm_tokenizer, self.vocabulary
         )
         self.features = FeatureStage(context, self.llm)
-        self.own_responses = OwnResponses(context, self.llm, self.slm_tokenizer)
+        own_responses = OwnResponses(context, self.llm, self.slm_tokenizer)
+        self.lessons = Lessons(self.labels, self.vocabulary, self.logits, own_responses)
         start = SlmStart(context, self.llm)
-        learnt = (self.labels, self.vocabulary, self.logits, self.own_responses)
-        self.slm = SlmStage(context, start, self.slm_tokenizer, *learnt)
+        self.slm = SlmStage(context, start, self.slm_tokenizer, self.lessons)
         is_tuned = bool(config.llm.tune.rank)
         self.frozen = L2sStage(
             context,
@@ -87,7 +88,7 @@ class Experiment:
             self.llm,
             start,
             self.slm_tokenizer,
-            *learnt,
+            self.lessons,
             self.features,
         )
         self.l2s = TunedStage(context, self.frozen) if is_tuned else self.frozen
@@ -157,9 +158,7 @@ class Experiment:
         Raises:
           ValueError: a setting that they don't fit.
         """
-        self.vocabulary.check()
-        self.logits.check()
-        self.own_responses.check()
+        self.lessons.check()
         self.check_exact()
 
     def evaluation_examples(self) -> Sequence[Example]:

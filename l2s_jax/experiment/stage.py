@@ -39,7 +39,8 @@ class Stage(abc.ABC):
     """
 
     def __init__(self, context: Context, name: str, *needs: Stage):
-        self.context, self.name, self.needs = context, name, needs
+        self.context, self.name = context, name
+        self.needs = tuple(dict.fromkeys(needs))
 
     def is_used(self) -> bool:
         """Whether the experiment has this stage."""
