@@ -15,10 +15,6 @@ from l2s_jax.cluster.limits import Limits
 from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.settings.moved import MOVED
 
-STAGES = (
-    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "features", "slm",
-    "l2s_frozen", "l2s",
-)  # fmt: skip
 MODES = ("train", "evaluate", "generate", "plan", "status", "compare", "dial")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,8 +27,10 @@ MODE = flags.DEFINE_enum(
     MODES,
     "train (and evaluate), evaluate, generate, plan, status, compare, or dial.",
 )
-UNTIL = flags.DEFINE_enum(
-    "until", None, STAGES, "train: the stage after which to stop, without an evaluation."
+UNTIL = flags.DEFINE_string(
+    "until",
+    None,
+    "train: the stage after which to stop, without an evaluation; --mode=status names them.",
 )
 VARY = flags.DEFINE_multi_string(
     "vary", [], "compare: a setting and its values, as in l2s.fusion=add,cross; repeatable."

@@ -99,7 +99,7 @@ def _work(config: ConfigDict, workdir: str, mode: str) -> None:
         return
     score = functools.partial(primary_score, config)
     experiment = Experiment(config, workdir, "make" if mode == "train" else "find", score)
-    experiment.check()
+    experiment.check(flags.UNTIL.value or "")
     distributed.on_primary(lambda: check_selection(config))
     if mode == "train":
         if flags.COMPILED.value:

@@ -12,7 +12,8 @@ import tokenizers
 import transformers
 from safetensors.numpy import load_file
 
-from l2s_jax import flags, models
+from l2s_jax import models
+from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import toy
 from l2s_jax.experiment.experiment import Experiment
@@ -255,7 +256,7 @@ def test_one_length_cuts_prompts_everywhere(copy):
     experiment = Experiment(config, str(copy / "run"))
     experiment.make(until="l2s")
     for stage in experiment.systems:
-        assert experiment.generator(stage).prompt_lengths == (6,)
+        assert generator_of(experiment, stage).prompt_lengths == (6,)
     assert experiment.labels._generator().prompt_lengths == (6,)
     fields = json.loads((copy / "run/l2s/model/config.json").read_text())
     assert fields["generation"]["prompt_lengths"] == [6]
@@ -323,9 +324,6 @@ def test_the_status_is_printed_without_jax(job):
         ["evaluation", "done"],
     ]
     assert lines[1][2:] == ["<-", "labels"]
-    config = read_config(str(job / "run"))
-    config.llm.tune.rank = 2  # which alone adds a stage to the graph
-    assert tuple(stage.name for stage in Experiment(config, "nowhere").stages) == flags.STAGES
 
 
 def test_the_status_of_a_checkpoint_of_others_needs_no_transformers(tmp_path):
@@ -368,8 +366,13 @@ def test_the_status_of_a_checkpoint_of_others_needs_no_transformers(tmp_path):
     assert status() == (["labels", "stale"], "{'transformers'}")
 
 
-def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, capfd):
+def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, tmp_path, capfd):
     assert tiny.run(f"--workdir={job / 'run'}", "--until=features") == 2
     assert "--until=features: the config has no such stage, but labels" in capfd.readouterr().err
     assert tiny.run("--workdir=nowhere", "--mode=evaluate", "--until=slm") == 2
     assert "--until=slm: expected --mode=train, not evaluate" in capfd.readouterr().err
+    config = f"--config={job / 'data/tiny.py'}"
+    assert tiny.run(config, f"--workdir={tmp_path / 'run'}", "--until=slmm") == 2
+    words = "--until=slmm: the config has no such stage, but tokenizer, llm, slm, l2s"
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

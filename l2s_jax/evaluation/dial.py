@@ -19,6 +19,7 @@ from tqdm import tqdm
 from l2s_jax.cluster import distributed
 from l2s_jax.config import typed
 from l2s_jax.evaluation import dial_report, evaluate, exactness, metrics, report
+from l2s_jax.evaluation.generators import side_by_side
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import is_file, read_json
@@ -131,7 +132,7 @@ def _points(experiment: Experiment) -> list[_Point]:
     """The LLM alone, the tolerances from the least to the most, L2S alone."""
     config = experiment.context.config
     search = dataclasses.replace(Search(**config.decoding.search.to_dict()), exact=True)
-    generators = experiment.side_by_side(exact=search)
+    generators = side_by_side(experiment, exact=search)
     llm, l2s, exact = (generators[name] for name in ("llm", "l2s", "exact"))
     tolerances = sorted({float(tolerance) for tolerance in config.evaluation.dial})
     return [
