@@ -159,7 +159,7 @@ def load_part(directory: str, coordinator: str, processes: int, process: int) ->
     from l2s_jax.cluster.job import job
 
     found: dict[str, float] = {}
-    with job(coordinator, processes, process, detect=None, timeout_s=300):
+    with job(coordinator, processes, process):
         mesh = sharding.make_mesh({"data": 1, "fsdp": processes, "tensor": 1})
 
         def run() -> object:

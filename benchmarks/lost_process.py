@@ -32,9 +32,9 @@ def work(situation: str, coordinator: str, process: int, heartbeat_s: int) -> No
 
     from l2s_jax.cluster import distributed
     from l2s_jax.cluster.job import job
+    from l2s_jax.cluster.limits import Limits
 
-    limits = {"timeout_s": 300, "heartbeat_s": heartbeat_s}
-    with job(coordinator, PROCESSES, process, detect=None, **limits):
+    with job(coordinator, PROCESSES, process, limits=Limits(heartbeat_s=heartbeat_s)):
         multihost_utils.process_allgather(np.ones(1))
         print("working", flush=True)
         if situation == "waiting" and process:

@@ -25,9 +25,7 @@ from l2s_jax.settings.declare import Section, nearest, read
 from l2s_jax.settings.describe import describe
 from l2s_jax.settings.geometry import Model
 from l2s_jax.settings.moved import MOVED
-from l2s_jax.settings.search import Search
-from l2s_jax.settings.sections import DTYPE, Settings, Tokenizer
-from l2s_jax.settings.training import Lora, Train
+from l2s_jax.settings.sections import DTYPE, Settings
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -41,26 +39,6 @@ def default() -> ConfigDict:
 def model_config(family: str = "t5") -> ConfigDict:
     """Geometry of a model that is made here; the names are those of its family's config class."""
     return _locked(read(Model, {"family": family}, "model"))
-
-
-def tokenizer_config() -> ConfigDict:
-    """Where a tokenizer comes from."""
-    return _locked(Tokenizer())
-
-
-def train_config(steps: int = 0) -> ConfigDict:
-    """How one system is trained; `steps` 0 leaves an LLM from a directory as it is."""
-    return _locked(Train(steps=steps))
-
-
-def lora_config() -> ConfigDict:
-    """LoRA on the SLM's kernels (arXiv 2106.09685); rank 0: the SLM itself is trained."""
-    return _locked(Lora())
-
-
-def search_config() -> ConfigDict:
-    """How tokens are chosen, greedily by default; settings/search.py explains each setting."""
-    return _locked(Search())
 
 
 def _locked(section: Section) -> ConfigDict:

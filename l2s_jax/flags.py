@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +11,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.cluster.limits import Limits
 from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.settings.moved import MOVED
 
-STAGES = (
-    "tokenizer", "slm_tokenizer", "llm", "labels", "vocabulary", "logits", "features", "slm",
-    "l2s_frozen", "l2s",
-)  # fmt: skip
 MODES = ("train", "evaluate", "generate", "plan", "status", "compare", "dial")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -29,8 +27,10 @@ MODE = flags.DEFINE_enum(
     MODES,
     "train (and evaluate), evaluate, generate, plan, status, compare, or dial.",
 )
-UNTIL = flags.DEFINE_enum(
-    "until", None, STAGES, "train: the stage after which to stop, without an evaluation."
+UNTIL = flags.DEFINE_string(
+    "until",
+    None,
+    "train: the stage after which to stop, without an evaluation; --mode=status names them.",
 )
 VARY = flags.DEFINE_multi_string(
     "vary", [], "compare: a setting and its values, as in l2s.fusion=add,cross; repeatable."
@@ -113,19 +113,19 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout",
-    300,
+    Limits.join_s,
     "Seconds that process 0 waits for the others; they wait twice as long for it.",
     lower_bound=1,
 )
 HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout",
-    40,
+    Limits.heartbeat_s,
     "Seconds without a sign of life after which a process counts as lost, and the others end.",
     lower_bound=2,
 )
 BARRIER_TIMEOUT = flags.DEFINE_integer(
     "barrier_timeout",
-    7 * 24 * 3600,
+    Limits.barrier_s,
     "Seconds that processes wait for one that is late; process 0 may work alone for hours.",
     lower_bound=1,
 )
@@ -165,6 +165,7 @@ def parse(argv: Sequence[str]) -> None:
         raise ValueError(
             f"--config: get_config() gave no config but a {kind}, expected the config that it made"
         )
+    _check_job()
     if not WORKDIR.value:
         raise ValueError("--workdir: expected a folder for results, as in --workdir=runs/NAME")
     for modes, own in _OF_MODES.items():
@@ -177,6 +178,29 @@ def parse(argv: Sequence[str]) -> None:
                 )
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+
+
+def _check_job() -> None:
+    """The three flags of a job's place fit each other, or none is there."""
+    where, count, number = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    if where is count is number is None:
+        return
+    if where is None or count is None or number is None:
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id: expected all three, or none"
+        )
+    if not re.fullmatch(r".+:\d{1,5}", where):
+        raise ValueError(f"--coordinator={where}: expected HOST:PORT")
+    if not 0 <= number < count:
+        raise ValueError(
+            f"--process_id={number}, --num_processes={count}: expected a number from 0 to one less "
+            "than that of the processes"
+        )
+
+
+def limits() -> Limits:
+    """How long processes of a job wait for each other."""
+    return Limits(JOIN_TIMEOUT.value, HEARTBEAT_TIMEOUT.value, BARRIER_TIMEOUT.value)
 
 
 def _config_path(argv: Sequence[str]) -> str:

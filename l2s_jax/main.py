@@ -26,10 +26,9 @@ from absl.flags import adopt_module_key_flags
 from ml_collections import ConfigDict
 
 from l2s_jax import flags
-from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.files import exit_status, read_text
-from l2s_jax.messages import one_line
+from l2s_jax.messages import errors_once, one_line
 
 # So that --help shows them as this command's.
 adopt_module_key_flags(flags)
@@ -56,7 +55,7 @@ def run(config: ConfigDict | None, workdir: str, mode: str) -> None:
         jax.config.update("jax_compilation_cache_dir", flags.COMPILATION_CACHE.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = config or workdirs.read_config(workdir)
-    distributed.check_same({"config": config.to_dict(), **flags.given()}, "")
+    distributed.check_same({"config": config.to_dict(), **flags.given()})
     if mode == "generate":
         generate_file(
             config,
@@ -100,7 +99,7 @@ def _work(config: ConfigDict, workdir: str, mode: str) -> None:
         return
     score = functools.partial(primary_score, config)
     experiment = Experiment(config, workdir, "make" if mode == "train" else "find", score)
-    experiment.check()
+    experiment.check(flags.UNTIL.value or "")
     distributed.on_primary(lambda: check_selection(config))
     if mode == "train":
         if flags.COMPILED.value:
@@ -134,9 +133,7 @@ def _job() -> contextlib.AbstractContextManager[None]:
         flags.NUM_PROCESSES.value,
         flags.PROCESS_ID.value,
         detect=flags.DISTRIBUTED.value,
-        timeout_s=flags.JOIN_TIMEOUT.value,
-        heartbeat_s=flags.HEARTBEAT_TIMEOUT.value,
-        barrier_s=flags.BARRIER_TIMEOUT.value,
+        limits=flags.limits(),
     )
 
 
@@ -144,7 +141,7 @@ def _status(config: ConfigDict | None, workdir: str) -> None:
     from l2s_jax.evaluation.stage import EvaluationStage
     from l2s_jax.experiment import workdir as workdirs
     from l2s_jax.experiment.experiment import Experiment
-    from l2s_jax.experiment.status import status
+    from l2s_jax.experiment.stage import status
 
     experiment = Experiment(config or workdirs.read_config(workdir), workdir, "look")
     print(status([*experiment.stages, EvaluationStage(experiment)]))

@@ -11,5 +11,5 @@ from l2s_jax.cluster.job import job
 
 if __name__ == "__main__":
     directory, seconds, coordinator, process = sys.argv[1:]
-    with job(coordinator, 2, int(process), detect=False, timeout_s=300):
+    with job(coordinator, 2, int(process)):
         train_child.run(directory, float(seconds), mesh=(1, 2, 1))

@@ -18,6 +18,7 @@ from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.files import TensorFiles
 from l2s_jax.cluster import distributed
 from l2s_jax.cluster.job import job
+from l2s_jax.cluster.limits import Limits
 from l2s_jax.cluster.paths import path_name
 from l2s_jax.experiment import feature_cache, feature_files, label_files
 
@@ -83,17 +84,16 @@ def label(directory, asked, **settings):
 
 
 def main(directory, seconds, coordinator, processes, process):
-    limits = {"timeout_s": 300, "heartbeat_s": 10}
-    with job(coordinator, processes, process, detect=None, **limits):
+    with job(coordinator, processes, process, limits=Limits(heartbeat_s=10)):
         labelled = label(f"{directory}/labels", f"{directory}/labels")
         own = f"{directory}/together/{process}"
         assert list(labelled) == list(label(f"{directory}/together", own, together=True))
         facts = read_encoder(directory, process, MESHES[processes])
         facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
         kept = encode(directory, MESHES[processes])
-        distributed.check_same([float(h.astype(float).sum()) for h in kept], "features")
+        distributed.check_same({"features": [float(h.astype(float).sum()) for h in kept]})
         weights = train_child.run(directory, seconds, mesh=MESHES[processes])
-        distributed.check_same([example.response for example in labelled], "labels")
+        distributed.check_same({"labels": [example.response for example in labelled]})
         np.savez(f"{directory}/weights-{process}.npz", *jax.tree.leaves(weights))
         with open(f"{directory}/facts-{process}.json", "w", encoding="utf-8") as file:
             json.dump(facts, file)

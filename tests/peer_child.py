@@ -10,18 +10,19 @@ import time
 
 from l2s_jax.cluster import distributed
 from l2s_jax.cluster.job import job
+from l2s_jax.cluster.limits import Limits
 
 
 def meet(process):
     """Everything that processes tell each other, without a device."""
     told = distributed.exchange(["from", process]), distributed.on_primary(lambda: {"by": process})
-    distributed.check_same({"same": True}, "")
+    distributed.check_same({"same": True})
     distributed.barrier("all are here")
     print(json.dumps(told))
 
 
 def differ(process):
-    distributed.check_same({"config": {"steps": 7, "seed": process // 2}}, "")
+    distributed.check_same({"config": {"steps": 7, "seed": process // 2}})
 
 
 def refuse(process):
@@ -48,9 +49,9 @@ ACTIONS = {action.__name__: action for action in (meet, differ, refuse, fail, wa
 
 
 def main(coordinator, processes, process, action, join_s="60", barrier_s="600"):
-    limits = {"timeout_s": int(join_s), "heartbeat_s": 6, "barrier_s": int(barrier_s)}
+    limits = Limits(join_s=int(join_s), heartbeat_s=6, barrier_s=int(barrier_s))
     try:
-        with job(coordinator, int(processes), int(process), detect=None, **limits):
+        with job(coordinator, int(processes), int(process), limits=limits):
             ACTIONS[action](int(process))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

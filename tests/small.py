@@ -13,12 +13,12 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster.sharding import AXES
-from l2s_jax.config import train_config
 from l2s_jax.data.batches import training_batches
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, System
 from l2s_jax.models.t5 import T5, T5Config
+from l2s_jax.settings.training import Train
 
 VOCABULARY = 48
 FUSIONS = ("add", "replace", "cross")
@@ -169,7 +169,7 @@ def make_batches(
 
 
 def make_train_config(steps: int, **changes: Any) -> ConfigDict:
-    config = train_config(steps)
+    config = ConfigDict(dataclasses.asdict(Train(steps=steps)))
     config.update(batch_size=8, dropout_rate=0.0, log_every=1, schedule="constant")
     config.update(**changes)
     return config

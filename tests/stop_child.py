@@ -19,6 +19,7 @@ import jax
 import train_child
 
 from l2s_jax.cluster.job import job
+from l2s_jax.cluster.limits import Limits
 from l2s_jax.cluster.stopping import Stopped, handled
 
 CHANGES = {"name": "slm", "accumulation": 1, "evaluate_every": 1000, "log_every": 2}
@@ -69,7 +70,7 @@ def main(directory, seconds, rate, when, coordinator=None, processes=None, proce
     place = (coordinator, processes and int(processes), process and int(process))
     joined = contextlib.nullcontext()
     if coordinator:
-        joined = job(*place, detect=None, timeout_s=300, heartbeat_s=10)
+        joined = job(*place, limits=Limits(heartbeat_s=10))
     changes = {}
     if when in VALIDATION:
         # Whoever runs the tests in the background has them ignore it.

@@ -92,7 +92,7 @@ def test_one_job_at_a_time_works_in_a_bucket(store, monkeypatch, capsys):
         assert buckets.create(f"{workdir}/.lock-3", b"{}")
         assert ended.wait(60)
     assert buckets.names(workdir) == [".lock-3"]
-    assert job.before_end == []
+    assert not job.before_end._exit_callbacks
 
 
 def test_of_those_who_try_at_once_one_gets_the_lock(store):

@@ -77,3 +77,10 @@ def test_metadata_name_what_is_there() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == __version__
     assert cited["references"][0]["url"] == project["urls"]["Paper"]
+
+
+def test_a_module_is_read_in_one_sitting() -> None:
+    modules = (ROOT / "l2s_jax").rglob("*.py")
+    lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert len(lines) > 100
+    assert {name: count for name, count in lines.items() if count > 350} == {}

@@ -15,7 +15,6 @@ from corpus import Trial
 from test_damaged_models import check
 
 from l2s_jax import sealed
-from l2s_jax.cluster.quiet import errors_once
 from l2s_jax.config import default
 from l2s_jax.evaluation.answers import read_answers
 from l2s_jax.experiment import workdir
@@ -24,6 +23,7 @@ from l2s_jax.experiment.hashes import Hashes
 from l2s_jax.experiment.label_files import Label, LabelFiles, keys_of
 from l2s_jax.experiment.logit_files import LogitFiles, Logits, encoded
 from l2s_jax.files import write_json_lines
+from l2s_jax.messages import errors_once
 from l2s_jax.training import checksums, optim, update
 from l2s_jax.training.checkpoint import Checkpoints
 from l2s_jax.training.progress import MetricWriter

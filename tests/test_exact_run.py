@@ -13,6 +13,7 @@ import tiny
 
 import l2s_jax
 from l2s_jax.convert import main as convert
+from l2s_jax.evaluation.generators import generator_of, side_by_side
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
 from l2s_jax.serving import bundle
@@ -60,7 +61,7 @@ def test_side_by_side_the_llm_is_in_memory_once(run, weights):
     config = read_config(str(workdir))
     config.decoding.weights = weights
     experiment = Experiment(config, str(workdir), "find")
-    found = experiment.side_by_side(exact=Search(exact=True))
+    found = side_by_side(experiment, exact=Search(exact=True))
     llm, encoder, of_exact = (
         {id(leaf) for leaf in jax.tree.leaves(params)}
         for params in (found["llm"].trained, found["l2s"].frozen, found["exact"].frozen)
@@ -69,7 +70,7 @@ def test_side_by_side_the_llm_is_in_memory_once(run, weights):
     trained = (jax.tree.leaves(found[name].trained) for name in ("l2s", "exact"))
     assert all(one is other for one, other in zip(*trained, strict=True))
     # As it is by itself.
-    alone, shared = experiment.generator(experiment.l2s).frozen, found["l2s"].frozen
+    alone, shared = generator_of(experiment, experiment.l2s).frozen, found["l2s"].frozen
     assert jax.tree.structure(alone) == jax.tree.structure(shared)
     for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
         assert one.dtype == other.dtype and np.array_equal(one, other)

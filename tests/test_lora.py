@@ -12,15 +12,14 @@ import small
 from flax.traverse_util import flatten_dict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import lora_config
+from l2s_jax.config import default
 from l2s_jax.models.families import GPT2Config, GPTNeoXConfig, LlamaConfig
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
 from l2s_jax.training import loop, update
 
-PATTERN = lora_config().pattern
-PATTERN = lora_config().pattern
+PATTERN = default().slm.lora.pattern
 GEOMETRY = {"vocab_size": small.VOCABULARY, "width": 16, "feed_forward_width": 32, "num_layers": 2}
 CAUSAL = {
     "gpt2": GPT2Config(**GEOMETRY, num_heads=2, max_positions=32, dropout_rate=0.0),

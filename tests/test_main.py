@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from l2s_jax.cluster import sharding
+from l2s_jax.evaluation.generators import load
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
@@ -228,7 +229,7 @@ def test_a_model_alone_is_read_to_where_it_runs(job, name):
         return params[name]
 
     experiment = Experiment(config, str(workdir), "find")
-    _, of_report, _ = experiment.loaded(getattr(experiment, name))
+    _, of_report, _ = load(experiment, getattr(experiment, name))
     quantized = read_for(weights="int8")
     for params in (read_for(), of_report[name], quantized):
         expected = sharding.parameter_shardings(params, mesh)

@@ -68,8 +68,8 @@ def test_what_is_on_policy_makes_the_models_stale_and_nothing_else(job):
     experiment = Experiment(config, str(run), "look")
     for stage in (experiment.slm, experiment.l2s):
         assert "on_policy" not in json.dumps(stage.inputs())
-        assert stage.own_responses.load(stage.responses.tokenizer, stage.name) is None
-        assert stage.own_responses.needs == ()
+        assert stage.lessons.own_responses.load(stage.responses.tokenizer, stage.name) is None
+        assert stage.lessons.own_responses.needs == ()
 
 
 def test_an_adapted_decoder_only_llm_stays_the_one_that_scores(job, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Schedules and optimizers against their formulas, and what a config lets them train."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 import small
+from ml_collections import ConfigDict
 
 from l2s_jax.cluster.paths import path_name
 from l2s_jax.cluster.sharding import parameter_shardings
-from l2s_jax.config import train_config
 from l2s_jax.models.systems import parameter_count
 from l2s_jax.settings.declare import read
 from l2s_jax.settings.training import Train
@@ -22,7 +23,7 @@ PEAK, STEPS = 0.01, 100
 
 
 def config_of(**changes):
-    config = train_config(STEPS)
+    config = ConfigDict(dataclasses.asdict(Train(steps=STEPS)))
     config.update(**{"learning_rate": PEAK, "parameter_scale": False, **changes})
     return config
 

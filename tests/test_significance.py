@@ -46,7 +46,7 @@ def test_every_pair_on_every_metric(job):
     predictions, references = job
     found = compare(*job)
     assert list(found) == ["l2s_vs_llm", "l2s_vs_slm", "l2s_mismatched_vs_l2s"]
-    scores = {k: metrics.evaluate(NAMES, v, references) for k, v in predictions.items()}
+    scores = {k: metrics.measure(NAMES, v, references).quality for k, v in predictions.items()}
     for pair, (one, other) in significance.PAIRS.items():
         assert list(found[pair]) == list(NAMES)
         for name, result in found[pair].items():
@@ -84,9 +84,9 @@ def test_the_interval_of_bleu_is_that_of_resampled_corpora(job, monkeypatch):
     for _ in range(40):
         drawn = rng.choice(60, size=60)
         one, other = (
-            metrics.evaluate(
+            metrics.measure(
                 ["bleu"], [predictions[k][i] for i in drawn], [references[i] for i in drawn]
-            )["bleu"]
+            ).quality["bleu"]
             for k in ("l2s", "slm")
         )
         samples.append(one - other)

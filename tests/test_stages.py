@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import tokenizers
+import transformers
 from safetensors.numpy import load_file
 
-from l2s_jax import flags, models
+from l2s_jax import models
+from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import toy
 from l2s_jax.experiment.experiment import Experiment
@@ -253,7 +256,7 @@ def test_one_length_cuts_prompts_everywhere(copy):
     experiment = Experiment(config, str(copy / "run"))
     experiment.make(until="l2s")
     for stage in experiment.systems:
-        assert experiment.generator(stage).prompt_lengths == (6,)
+        assert generator_of(experiment, stage).prompt_lengths == (6,)
     assert experiment.labels._generator().prompt_lengths == (6,)
     fields = json.loads((copy / "run/l2s/model/config.json").read_text())
     assert fields["generation"]["prompt_lengths"] == [6]
@@ -321,13 +324,55 @@ def test_the_status_is_printed_without_jax(job):
         ["evaluation", "done"],
     ]
     assert lines[1][2:] == ["<-", "labels"]
-    config = read_config(str(job / "run"))
-    config.llm.tune.rank = 2  # which alone adds a stage to the graph
-    assert tuple(stage.name for stage in Experiment(config, "nowhere").stages) == flags.STAGES
 
 
-def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, capfd):
+def test_the_status_of_a_checkpoint_of_others_needs_no_transformers(tmp_path):
+    """Its tokenizer is one that only transformers can read."""
+    llm, workdir = tmp_path / "llm", tmp_path / "run"
+    path = tiny.write_task(tmp_path / "data")
+    texts = toy.write_task(str(tmp_path / "toy"))
+    toy.write_checkpoint(str(llm), family="t5", texts=texts)
+    for name in ("spiece.model", "SHA256SUMS"):
+        (llm / name).unlink()
+    pieces = {piece: id for id, piece in enumerate(["<pad>", "</s>", "<unk>", *tiny.WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    fast.save_pretrained(str(llm))
+    arguments = (
+        *(f"--config={path}", f"--config.llm.path={llm}", "--config.llm.train.steps=0"),
+        *("--config.tokenizer.train_vocab_size=0", "--config.labels.source=llm"),
+        *("--config.labels.max_new_tokens=4", f"--workdir={workdir}", "--until=labels"),
+    )
+    assert tiny.run(*arguments) == 0
+
+    def status():
+        code = (
+            "import sys; from l2s_jax import main; status = main.main(sys.argv);"
+            "print({'jax', 'transformers'} & sys.modules.keys()); sys.exit(status)"
+        )
+        command = [sys.executable, "-c", code, "--mode=status", f"--workdir={workdir}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        labels, *_, imported = result.stdout.splitlines()
+        return labels.split(maxsplit=2)[:2], imported
+
+    assert status() == (["labels", "done"], "set()")
+    # It is the content that counts: where files are new, they are read.
+    settings = llm / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    assert status() == (["labels", "done"], "{'transformers'}")
+    settings.write_text(settings.read_text().replace("<unk>", "</s>"))
+    assert status() == (["labels", "stale"], "{'transformers'}")
+
+
+def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, tmp_path, capfd):
     assert tiny.run(f"--workdir={job / 'run'}", "--until=features") == 2
     assert "--until=features: the config has no such stage, but labels" in capfd.readouterr().err
     assert tiny.run("--workdir=nowhere", "--mode=evaluate", "--until=slm") == 2
     assert "--until=slm: expected --mode=train, not evaluate" in capfd.readouterr().err
+    config = f"--config={job / 'data/tiny.py'}"
+    assert tiny.run(config, f"--workdir={tmp_path / 'run'}", "--until=slmm") == 2
+    words = "--until=slmm: the config has no such stage, but tokenizer, llm, slm, l2s"
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -9,12 +9,13 @@ from l2s_jax.checkpoints import gpt2, gpt_neox, llama, t5
 from l2s_jax.checkpoints.engine import Family
 from l2s_jax.checkpoints.files import listed
 from l2s_jax.messages import shown
+from l2s_jax.models.family import FamilyConfig
 from l2s_jax.models.sizes import check_ids
 from l2s_jax.models.vocabulary import without_vocabulary
 
 FORMAT = "l2s_jax"
 # Of a model config: how programs compute, which no file says.
-RUNTIME_FIELDS = ("dtype", "scan_layers", "remat", "vocabulary")
+RUNTIME_FIELDS = tuple(field.name for field in dataclasses.fields(FamilyConfig))
 FAMILIES: tuple[Family, ...] = (t5.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY)
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import reprlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -19,17 +19,14 @@ import jax
 # Its client, with barriers and a store of values, has no public name.
 from jax._src import distributed as runtime
 
+from l2s_jax.cluster.limits import Limits
 from l2s_jax.files import CannotWrite, exit_status
 
 T = TypeVar("T")
 
-# Process 0 may train a tokenizer or measure for hours while the others wait.
-BARRIER_SECONDS = 7 * 24 * 3600
-
 _numbers = itertools.count()
 _exchanges = itertools.count()
-# How long this process waits for one that is late; a job may say otherwise.
-barrier_s = BARRIER_SECONDS
+limits = Limits()  # a job may set others
 
 
 def is_primary() -> bool:
@@ -40,7 +37,7 @@ def is_primary() -> bool:
 def barrier(name: str) -> None:
     """Waits until all processes are here; needs no device."""
     if client := runtime.global_state.client:
-        client.wait_at_barrier(f"l2s_jax/{next(_numbers)} {name}", barrier_s * 1000)
+        client.wait_at_barrier(f"l2s_jax/{next(_numbers)} {name}", limits.barrier_s * 1000)
 
 
 def exchange(value: Any) -> list[Any]:
@@ -81,9 +78,9 @@ def on_primary(action: Callable[[], T]) -> T:
     return outcome["value"]
 
 
-def check_same(value: Any, what: str) -> None:
-    """Raises a ValueError, on all processes, if `value` (JSON-able) is not the same on all."""
-    first, *others = (dict(_leaves(each, what)) for each in exchange(value))
+def check_same(values: dict[str, Any]) -> None:
+    """Raises a ValueError, on all processes, if `values` (JSON-able) are not the same on all."""
+    first, *others = map(_by_path, exchange(values))
     for number, other in enumerate(others, 1):
         for name in first | other:
             ours, theirs = (reprlib.repr(values.get(name)) for values in (first, other))
@@ -94,10 +91,7 @@ def check_same(value: Any, what: str) -> None:
                 )
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(path of keys, what is there) for all that nested dicts hold."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, item in value.items():
-        yield from _leaves(item, f"{name}.{key}" if name else key)
+def _by_path(values: dict[str, Any]) -> dict[str, Any]:
+    """What nested dicts hold, by its keys, as in a.b.c."""
+    leaves = jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda x: not isinstance(x, dict))
+    return {jax.tree_util.keystr(p, simple=True, separator="."): value for p, value in leaves}

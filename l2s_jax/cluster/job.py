@@ -28,13 +28,13 @@ from typing import Any, NoReturn
 import jax
 
 from l2s_jax.cluster import distributed
-from l2s_jax.cluster.distributed import BARRIER_SECONDS, barrier, check_same, runtime
+from l2s_jax.cluster.distributed import barrier, check_same, runtime
+from l2s_jax.cluster.limits import Limits
 from l2s_jax.cluster.stopping import Stopped, handle_in_job
 from l2s_jax.files import exit_status
 
 jaxlib: Any = importlib.import_module("jaxlib._jax")  # has no types
 
-HEARTBEAT_SECONDS = 40
 LOST = 1
 CONTINUES = "the same command on all processes continues from the last checkpoint"
 
@@ -42,15 +42,42 @@ _SERVICE_LOST = f"process 0 of the job, or the way to it, was lost; {CONTINUES}"
 _FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
 _LINGER_SECONDS = 2.0
 _LAST_WORDS = "l2s_jax/last words"
+_PLACE = "--coordinator, --num_processes and --process_id"
+_SEVERAL = r"[2-9]|[1-9]\d+"
+# Who finds a job of several processes, and the variables of the environment that describe it.
+_FINDERS = (
+    # (Before Slurm's, which may be those of mpirun itself.)
+    ("jax", {"OMPI_COMM_WORLD_SIZE": _SEVERAL, "OMPI_MCA_orte_hnp_uri": ".+"}),
+    ("mpi4py", {"OMPI_COMM_WORLD_SIZE": _SEVERAL}),
+    ("jax", {"SLURM_STEP_NUM_TASKS": _SEVERAL}),
+    ("jax", {"MEGASCALE_NUM_SLICES": _SEVERAL}),
+    ("jax", {"TPU_WORKER_HOSTNAMES": ".*,.*"}),
+    ("mpi4py", {"PMI_SIZE": _SEVERAL}),
+)
+# How many came to a barrier, of how many; who did not, of whom JAX names two at most.
+_MISSING = r"barrier: (\d+)/(\d+).*task names: (\d+)(?: (\d+))?"
+# What messages of JAX's have when a process cannot join, and the words for it.
+_NO_JOB = (
+    (r"Errno \d+\] (.+) \(while attempting to bind", "process 0 cannot listen there: {1}"),
+    (_MISSING, "of {2} processes, {who} did not come within {join_s} s"),
+    ("Unexpected task", "{me}: process 0 expects fewer processes"),
+    ("incarnation", "{me}: another process has the same"),
+    ("Deadline Exceeded", "process 0 does not answer within {patience_s} s"),
+    ("coordinator_address should", f"JAX finds none here; expected {_PLACE}"),
+)
 # How errors of collectives and of JAX's service begin, whatever their class.
 _LOST_PEER = re.compile(
     r"(UNKNOWN: Gloo|INTERNAL: (NCCL|Barrier)|(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):)"
 )
-_MISSING = re.compile(r"barrier: (\d+)/(\d+).*task names:\s+([\d\s]+)", re.DOTALL)
-_heartbeat_s = HEARTBEAT_SECONDS
+# What these say of who was lost.
+_LOST = (
+    (_MISSING, "process {3} did not come within {barrier_s} s"),
+    ("RPC to coordination service", _SERVICE_LOST),
+    (r"Task:? (\d+)", f"process {{1}} of the job was lost; {CONTINUES}"),
+)
 _ending, _leaving = threading.Lock(), threading.Event()
 # What is given back before a process ends from within.
-before_end: list[Callable[[], None]] = []
+before_end = contextlib.ExitStack()
 
 
 def described(environment: Mapping[str, str] = os.environ) -> str:
@@ -59,49 +86,28 @@ def described(environment: Mapping[str, str] = os.environ) -> str:
     "jax": JAX by itself, under Slurm, Open MPI 4 and GKE. "mpi4py": JAX through that package, under
     Open MPI 5, MPICH and Intel MPI.
     """
-
-    def several(name: str) -> bool:
-        value = environment.get(name, "")
-        return value.isdigit() and int(value) > 1
-
-    if several("OMPI_COMM_WORLD_SIZE"):  # Slurm's variables may be those of mpirun itself
-        return "jax" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
-    if several("SLURM_STEP_NUM_TASKS") or several("MEGASCALE_NUM_SLICES"):
-        return "jax"
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        return "jax"
-    return "mpi4py" if several("PMI_SIZE") else ""
+    for finder, variables in _FINDERS:
+        if all(re.fullmatch(wanted, environment.get(n, "")) for n, wanted in variables.items()):
+            return finder
+    return ""
 
 
-def _method(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool | None
-) -> str | None:
+def _method(coordinator: str | None, count: int | None, detect: bool | None) -> str | None:
     """How JAX finds the job: its name of a cluster, "": by itself. None: this process is alone."""
-    if coordinator is num_processes is process_id is None:
-        found = described()
-        if not (found if detect is None else detect):
-            return None
-        if found == "mpi4py" and not importlib.util.find_spec(found):
-            raise ValueError(
-                "mpirun started several processes: expected the package mpi4py, from which JAX "
-                "knows the job, or --coordinator, --num_processes and --process_id"
-            )
-        return found.replace("jax", "")
-    if coordinator is None or num_processes is None or process_id is None:
+    if coordinator:
+        return "deactivate" if count != 1 else None
+    found = described()
+    if not (found if detect is None else detect):
+        return None
+    if found == "mpi4py" and not importlib.util.find_spec(found):
         raise ValueError(
-            "--coordinator, --num_processes and --process_id: expected all three, or none"
+            "mpirun started several processes: expected the package mpi4py, from which JAX "
+            f"knows the job, or {_PLACE}"
         )
-    if not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"--process_id={process_id}, --num_processes={num_processes}: expected a number "
-            "from 0 to one less than that of the processes"
-        )
-    return "deactivate" if num_processes > 1 else None
+    return found.replace("jax", "")
 
 
-def _make_outspoken(timeout_s: int) -> None:
+def _make_outspoken(join_s: int) -> None:
     """Has `jax.distributed.initialize` raise an error where it would end the process."""
     serve, attend = jaxlib.get_distributed_runtime_service, jaxlib.get_distributed_runtime_client
 
@@ -110,14 +116,9 @@ def _make_outspoken(timeout_s: int) -> None:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         port = int(address.rpartition(":")[2])
-        try:
-            socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-        except OSError as error:
-            raise ValueError(
-                f"process 0 cannot listen there: {os.strerror(error.errno or 0)}"
-            ) from None
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
         # By default an hour, after which nobody is left to be told who is missing.
-        return serve(address, *arguments, cluster_register_timeout=timeout_s, **settings)
+        return serve(address, *arguments, cluster_register_timeout=join_s, **settings)
 
     def raises(status: Any) -> NoReturn:
         # jaxlib (0.10 to 0.12) raises by itself: it has no Python object for the status.
@@ -129,7 +130,15 @@ def _make_outspoken(timeout_s: int) -> None:
     )
 
 
-def _reason(error: Exception, timeout_s: int) -> str:
+def _words(rows: tuple[tuple[str, str], ...], message: str, **known: Any) -> str:
+    """Those of the first row whose pattern the message has; "" if there is none."""
+    for pattern, words in rows:
+        if found := re.search(pattern, message):
+            return words.format(found[0], *found.groups(), **known)
+    return ""
+
+
+def _reason(error: Exception, join_s: int) -> str:
     """Why `jax.distributed.initialize` failed, in one line."""
     state, message = runtime.global_state, str(error)
     if state.client:
@@ -137,22 +146,15 @@ def _reason(error: Exception, timeout_s: int) -> str:
             state.client.shutdown()
         except RuntimeError as status:  # that with which the client did not connect
             message += f" {status}"
+    message, who = " ".join(message.split()), ""
+    if found := re.search(_MISSING, message):
+        names = sorted(filter(None, found.groups()[2:]), key=int)
+        is_all = int(found[2]) - int(found[1]) == len(names)
+        who = " and ".join(names) if is_all else ", ".join([*names, "..."])
     me = f"--process_id={state.process_id} of --num_processes={state.num_processes}"
-    if found := _MISSING.search(message):
-        came, count, names = int(found[1]), int(found[2]), sorted(found[3].split(), key=int)
-        # JAX names two at most.
-        who = " and ".join(names) if count - came == len(names) else f"{', '.join(names)}, ..."
-        message = f"of {count} processes, {who} did not come within {timeout_s} s"
-    elif "Unexpected task" in message:
-        message = f"{me}: process 0 expects fewer processes"
-    elif "incarnation" in message:
-        message = f"{me}: another process has the same"
-    elif "Deadline Exceeded" in message:
-        message = f"process 0 does not answer within {2 * timeout_s} s"
-    elif not state.coordinator_address and "defined" in message:
-        message = "JAX finds none here; expected --coordinator, --num_processes and --process_id"
+    known = {"me": me, "who": who, "join_s": join_s, "patience_s": 2 * join_s}
     where = f"{state.coordinator_address}: " if state.coordinator_address else ""
-    return where + " ".join(message.split())
+    return where + (_words(_NO_JOB, message, **known) or message)
 
 
 @contextlib.contextmanager
@@ -161,10 +163,8 @@ def job(
     num_processes: int | None,
     process_id: int | None,
     *,
-    detect: bool | None,
-    timeout_s: int,
-    heartbeat_s: int = HEARTBEAT_SECONDS,
-    barrier_s: int = BARRIER_SECONDS,
+    detect: bool | None = None,
+    limits: Limits = Limits(),
 ) -> Iterator[None]:
     """What is within is done by all processes of a job, or ended on all with one line each.
 
@@ -177,17 +177,14 @@ def job(
         process's number in it; all three, or none.
       detect: without them, whether to take them from the cluster, as
         `jax.distributed.initialize()` does; None: if the environment describes several processes.
-      timeout_s: how long process 0 waits for the others; they wait twice as long for it.
-      heartbeat_s: how long a process may give no sign of life.
-      barrier_s: how long processes wait for one that is late.
+      limits: how long the processes wait for each other.
 
     Raises:
-      ValueError: the numbers fit no job, or not all processes come together.
+      ValueError: there is no such job, or not all processes come together.
     """
-    global _heartbeat_s
-    _heartbeat_s, distributed.barrier_s = heartbeat_s, barrier_s
+    distributed.limits = limits
     state = runtime.global_state
-    method = _method(coordinator, num_processes, process_id, detect)
+    method = _method(coordinator, num_processes, detect)
     if method is None:
         if jax.process_count() > 1:
             raise ValueError(f"one of {jax.process_count()} processes: expected --distributed")
@@ -195,16 +192,16 @@ def job(
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", True)
-    _make_outspoken(timeout_s)
+    _make_outspoken(limits.join_s)
     try:
         jax.distributed.initialize(
             *(coordinator, num_processes, process_id),
             cluster_detection_method=method or None,
-            initialization_timeout=2 * timeout_s,
-            heartbeat_timeout_seconds=heartbeat_s,
+            initialization_timeout=2 * limits.join_s,
+            heartbeat_timeout_seconds=limits.heartbeat_s,
         )
     except Exception as error:
-        message = f"cannot join the job: {_reason(error, timeout_s)}"
+        message = f"cannot join the job: {_reason(error, limits.join_s)}"
         if state.client:
             end(message, 2)
         raise ValueError(message) from error
@@ -222,7 +219,7 @@ def job(
     _watch(lambda: client.wait_at_barrier(own, _FOREVER_MS))
     _watch(lambda: client.blocking_key_value_get(_LAST_WORDS, _FOREVER_MS))
     try:
-        check_same({"--num_processes": state.num_processes, "jax": jax.__version__}, "")
+        check_same({"--num_processes": state.num_processes, "jax": jax.__version__})
         yield
         barrier("end")
         client.wait_at_barrier(gates[0], _FOREVER_MS)
@@ -267,14 +264,11 @@ def _described(error: BaseException) -> tuple[str, int]:
             return message, exit_status(error)
         traceback.print_exception(error)
         return f"{type(error).__name__}: {message}", 1
-    if late := _MISSING.search(str(error)):
-        return f"process {late[3].split()[0]} did not come within {distributed.barrier_s} s", LOST
-    if "RPC to coordination service" in message:
-        return _SERVICE_LOST, LOST
-    if found := re.search(r"Task:? (\d+)", message):
-        return f"process {found[1]} of the job was lost; {CONTINUES}", LOST
+    limits = distributed.limits
+    if words := _words(_LOST, message, barrier_s=limits.barrier_s):
+        return words, LOST
     # A collective failed. Who watches will know which process it was, and end this one.
-    time.sleep(_heartbeat_s + 5)
+    time.sleep(limits.heartbeat_s + 5)
     return f"a process of the job, or the way to it, was lost ({message}); {CONTINUES}", LOST
 
 
@@ -290,9 +284,8 @@ def end(message: str, status: int, *, tell: bool = False) -> NoReturn:
     sys.stdout.flush()
     # Whatever hangs, the process ends then.
     threading.Timer(_LINGER_SECONDS, os._exit, (status,)).start()
-    for action in before_end:
-        with contextlib.suppress(Exception):
-            action()
+    with contextlib.suppress(Exception):
+        before_end.close()
     state = runtime.global_state
     if tell and state.client:
         words = json.dumps([f"process {state.process_id}: {message}", status])

@@ -40,9 +40,7 @@ def of_job(workdir: str) -> Iterator[None]:
     Raises:
       ValueError: on all processes, who works there, if somebody does.
     """
-    with contextlib.ExitStack() as held:
-        job.before_end.append(held.close)
-        held.callback(job.before_end.clear)
+    with job.before_end as held:
         distributed.on_primary(lambda: _take(workdir, held))
         yield
 

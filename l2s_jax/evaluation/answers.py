@@ -68,10 +68,11 @@ class AnswerStage(RecordedStage):
         """Has the system answer; the processes of a job share the work."""
         from l2s_jax.cluster import distributed
         from l2s_jax.evaluation.evaluate import write_predictions
+        from l2s_jax.evaluation.generators import generator_of
         from l2s_jax.serving.refilled import Refilled
 
         examples = self._experiment.evaluation_examples()
-        outputs = Refilled(self._experiment.generator(self._system)).generate(
+        outputs = Refilled(generator_of(self._experiment, self._system)).generate(
             [example.prompt for example in examples],
             description=f"evaluating {self._system.name}",
             shared=True,

@@ -24,6 +24,7 @@ from l2s_jax.cluster import distributed
 from l2s_jax.data.table import Example
 from l2s_jax.evaluation import compare_report, evaluate, metrics, significance
 from l2s_jax.evaluation.answers import AnswerStage, read_answers
+from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.experiment import workdir as workdirs
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid, Variant, make_grid
@@ -186,7 +187,7 @@ def _measured(grid: Grid, workdir: str) -> dict[str, Any]:
 
 def _generator(experiment: Experiment, system: str) -> Generator:
     (stage,) = (stage for stage in experiment.systems if stage.name == system)
-    return experiment.generator(stage)
+    return generator_of(experiment, stage)
 
 
 def _with_shared(generator: Generator, held: dict[Any, Any]) -> Generator:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from l2s_jax.cluster import distributed
 from l2s_jax.config import typed
 from l2s_jax.evaluation import dial_report, evaluate, exactness, metrics, report
+from l2s_jax.evaluation.generators import side_by_side
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import is_file, read_json
@@ -92,7 +93,9 @@ def dial(config: ConfigDict, workdir: str) -> dict[str, Any]:
             {
                 "system": point.system,
                 "tolerance": point.tolerance,
-                "quality": metrics.evaluate(names, said, references, sources=sources, **scoring),
+                "quality": metrics.measure(
+                    names, said, references, sources=sources, **scoring
+                ).quality,
                 "against_llm": _likeness(said, texts[0]),
                 "cut_share": float(np.mean([output.cut for output in outputs])),
                 "new_tokens": float(np.mean([output.tokens for output in outputs])),
@@ -129,7 +132,7 @@ def _points(experiment: Experiment) -> list[_Point]:
     """The LLM alone, the tolerances from the least to the most, L2S alone."""
     config = experiment.context.config
     search = dataclasses.replace(Search(**config.decoding.search.to_dict()), exact=True)
-    generators = experiment.side_by_side(exact=search)
+    generators = side_by_side(experiment, exact=search)
     llm, l2s, exact = (generators[name] for name in ("llm", "l2s", "exact"))
     tolerances = sorted({float(tolerance) for tolerance in config.evaluation.dial})
     return [
@@ -146,7 +149,8 @@ def _likeness(said: Sequence[str], by_llm: Sequence[str]) -> dict[str, float]:
     """How far texts are the LLM's: the share that equals it, and chrF with it as reference."""
     same = [one == other for one, other in zip(said, by_llm, strict=True)]
     references = [(text,) for text in by_llm]
-    return {"equal_share": float(np.mean(same)), **metrics.evaluate(["chrf"], said, references)}
+    chrf = metrics.measure(["chrf"], said, references).quality
+    return {"equal_share": float(np.mean(same)), **chrf}
 
 
 def _times(

@@ -27,6 +27,7 @@ from l2s_jax.evaluation import (
     significance,
 )
 from l2s_jax.evaluation.card import write_card
+from l2s_jax.evaluation.generators import exact_generator, generator_of, load, side_by_side
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import make_folder, write_json_lines
@@ -105,15 +106,15 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     # One after the other: no two of them need to be in memory. (A name would keep one there.)
     by_llm: list[Output] = []
     if experiment.llm.answers:
-        by_llm = told("llm", experiment.generator(experiment.llm))
-    told("slm", experiment.generator(experiment.slm))
+        by_llm = told("llm", generator_of(experiment, experiment.llm))
+    told("slm", generator_of(experiment, experiment.slm))
     shapes = _told_of_l2s(experiment, told)
     if is_exact:
         drafts = _told_of_exact(experiment, told, prompts, by_llm)
 
     def latencies() -> dict[str, dict[str, dict[str, float]]]:
         # In turns, so all of them.
-        generators = experiment.side_by_side(exact=search if is_exact else None)
+        generators = side_by_side(experiment, exact=search if is_exact else None)
         measured = _latencies(generators, settings.latency, drafts.get("acceptance"))
         if drafts:
             drafts["times"] = exactness.times(generators["exact"], drafts, measured["latency"])
@@ -137,11 +138,11 @@ def _told_of_l2s(
     experiment: Experiment, told: Callable[[str, Generator], Any]
 ) -> tuple[Any, Params, Params]:
     """Has L2S answer, on its own H and on another's; its system, and shapes of its parameters."""
-    system, *params = loaded = experiment.loaded(experiment.l2s)
+    system, *params = loaded = load(experiment, experiment.l2s)
     trained, frozen = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
     )
-    generator = experiment.generator(experiment.l2s, loaded)
+    generator = generator_of(experiment, experiment.l2s, loaded)
     del params, loaded
     for name in ("l2s", "l2s_mismatched"):
         told(name, generator)
@@ -155,7 +156,7 @@ def _told_of_exact(
     by_llm: Sequence[Output],
 ) -> dict[str, Any]:
     """Has both decode exactly; what became of drafts."""
-    generator = experiment.exact_generator()
+    generator = exact_generator(experiment)
     outputs = told("exact", generator)
     drafts = exactness.drafting(outputs)
     drafts["against_llm"] = exactness.against_llm(prompts, outputs, by_llm, generator)
@@ -197,14 +198,14 @@ def primary_score(
 ) -> float:
     """The score of responses to examples on the primary metric, 0 to 100."""
     name = config.evaluation.metrics[0]
-    scores = metrics.evaluate(
+    scores = metrics.measure(
         [name],
         responses,
         [example.references for example in examples],
         sources=sources_of(config, [example.prompt for example in examples]),
         **scoring_of(config),
     )
-    return scores[name]
+    return scores.quality[name]
 
 
 def sources_of(config: ConfigDict, prompts: Sequence[str]) -> Sequence[str]:
@@ -239,8 +240,7 @@ def _written(
                 settings.metrics, references, **scoring_of(context.config)
             ),
             "labels": context.config.labels.source,
-            **experiment.logits.report(),
-            **experiment.own_responses.report(),
+            **experiment.lessons.report(),
         },
         "systems": systems,
         "l2s_vs_llm": report.compare(systems, settings.metrics[0]),

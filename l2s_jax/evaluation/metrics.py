@@ -57,7 +57,7 @@ def warn_of_spaces(references: Sequence[Sequence[str]], tokenizer: str) -> None:
         )
 
 
-def evaluate(
+def measure(
     names: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -65,8 +65,8 @@ def evaluate(
     tokenizer: str = DEFAULT_TOKENIZER,
     comet_folder: str = "",
     sources: Sequence[str] = (),
-) -> dict[str, float]:
-    """Scores predictions against their references; returns {name: value in [0, 100]}.
+) -> Measured:
+    """Scores predictions against their references.
 
     `references[i]` are the references of `predictions[i]`, one or more, and their number may
     differ from example to example. With several references BLEU and chrF follow sacreBLEU, ROUGE
@@ -92,26 +92,6 @@ def evaluate(
       ValueError: an unknown name, nothing to score, references that do not fit predictions, or
         something is missing that a metric needs.
     """
-    return measure(
-        names,
-        predictions,
-        references,
-        tokenizer=tokenizer,
-        comet_folder=comet_folder,
-        sources=sources,
-    ).quality
-
-
-def measure(
-    names: Sequence[str],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    tokenizer: str = DEFAULT_TOKENIZER,
-    comet_folder: str = "",
-    sources: Sequence[str] = (),
-) -> Measured:
-    """What `evaluate` gives, and the scores of each example; arguments and errors as of that."""
     _check_names(names)
     predictions = text_list(predictions, "predictions")
     _check_texts(predictions, references)

@@ -39,6 +39,7 @@ class Context:
       mode: "make": what is missing is made. "find": it is an error. "look": nothing is asked for.
       score: on the primary metric, for `train.select` "quality".
       shared: the folder of a comparison, of which this is a variant; "" otherwise.
+      hashes: what the workdir remembers of the content of files.
       compiled: training steps that were compiled before; None: a run compiles its own.
     """
 
@@ -55,7 +56,7 @@ class Context:
         self.compiled: CompiledSteps | None = None
         self.task = load_task(config.task)
         self.buckets = buckets_of(config)
-        self._hashes = Hashes(workdir, keep=mode == "make")
+        self.hashes = Hashes(workdir, keep=mode == "make")
         self._said: set[str] = set()
 
     @functools.cached_property
@@ -146,7 +147,7 @@ class Context:
             return None
         what = [self.task.settings(split), split, responses, limit]
         try:
-            return self._hashes.of(
+            return self.hashes.of(
                 what,
                 files,
                 lambda: examples_hash(self.first(split, limit), responses=responses),
@@ -169,7 +170,7 @@ class Context:
         def hashed(path: str) -> str:
             there = find(path)
             files = hashed_files(there)
-            return self._hashes.of(["checkpoint", there], files, lambda: content_hash(there))
+            return self.hashes.of(["checkpoint", there], files, lambda: content_hash(there))
 
         if self.mode == "look":
             there = cached(directory) if is_name(directory) else directory

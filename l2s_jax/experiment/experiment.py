@@ -14,7 +14,6 @@ made from the same inputs, and continues where it was interrupted:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -23,6 +22,7 @@ from l2s_jax.experiment.context import Context, Score
 from l2s_jax.experiment.features import FeatureStage
 from l2s_jax.experiment.l2s import L2sStage
 from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.lessons import Lessons
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.logits import LogitStage
 from l2s_jax.experiment.on_policy import OwnResponses
@@ -33,11 +33,6 @@ from l2s_jax.experiment.tokenizers import TokenizerStage, check_one_tokenizer
 from l2s_jax.experiment.training import TrainedStage
 from l2s_jax.experiment.tuned import TunedStage
 from l2s_jax.experiment.vocabulary import VocabularyStage
-
-if TYPE_CHECKING:
-    from l2s_jax.models.systems import Params, System
-    from l2s_jax.serving.generator import Generator
-    from l2s_jax.settings.search import Search
 
 
 class Experiment:
@@ -76,10 +71,10 @@ class Experiment:
             context, self.llm, self.labels, self.slm_tokenizer, self.vocabulary
         )
         self.features = FeatureStage(context, self.llm)
-        self.own_responses = OwnResponses(context, self.llm, self.slm_tokenizer)
+        own_responses = OwnResponses(context, self.llm, self.slm_tokenizer)
+        self.lessons = Lessons(self.labels, self.vocabulary, self.logits, own_responses)
         start = SlmStart(context, self.llm)
-        learnt = (self.labels, self.vocabulary, self.logits, self.own_responses)
-        self.slm = SlmStage(context, start, self.slm_tokenizer, *learnt)
+        self.slm = SlmStage(context, start, self.slm_tokenizer, self.lessons)
         is_tuned = bool(config.llm.tune.rank)
         self.frozen = L2sStage(
             context,
@@ -87,7 +82,7 @@ class Experiment:
             self.llm,
             start,
             self.slm_tokenizer,
-            *learnt,
+            self.lessons,
             self.features,
         )
         self.l2s = TunedStage(context, self.frozen) if is_tuned else self.frozen
@@ -110,12 +105,17 @@ class Experiment:
         """The stages whose models answer prompts."""
         return self.llm, self.slm, self.l2s
 
-    def check(self) -> None:
+    def check(self, until: str = "") -> None:
         """Finds out what no run could use of the config, before any work is done.
 
         Raises:
-          ValueError: one line about a setting.
+          ValueError: one line about a setting, or there is no stage `until`.
         """
+        names = [stage.name for stage in self.stages if stage.is_used()]
+        if until and until not in names:
+            raise ValueError(
+                f"--until={until}: the config has no such stage, but {', '.join(names)}"
+            )
         # Imported here: a look at a workdir doesn't wait for JAX.
         from l2s_jax.experiment.checks import Meshes, check_config
         from l2s_jax.experiment.early import check_division, check_models
@@ -132,13 +132,7 @@ class Experiment:
         """Makes what is missing of the models and what they need, or of all up to one stage.
 
         No model stays in memory.
-
-        Raises:
-          ValueError: the experiment has no such stage.
         """
-        if any(stage.name == until and not stage.is_used() for stage in self.stages):
-            used = ", ".join(stage.name for stage in self.stages if stage.is_used())
-            raise ValueError(f"--until={until}: the config has no such stage, but {used}")
         if until not in ("tokenizer", "slm_tokenizer"):
             self.check_tokenizers()
         for stage in self.stages:
@@ -157,9 +151,7 @@ class Experiment:
         Raises:
           ValueError: a setting that they don't fit.
         """
-        self.vocabulary.check()
-        self.logits.check()
-        self.own_responses.check()
+        self.lessons.check()
         self.check_exact()
 
     def evaluation_examples(self) -> Sequence[Example]:
@@ -185,73 +177,3 @@ class Experiment:
             )
         tokenizers = (self.llm_tokenizer.tokenizer, self.slm_tokenizer.tokenizer)
         check_one_tokenizer(self.context.config, *tokenizers, what, otherwise)
-
-    def exact_generator(self) -> Generator:
-        """As `generator`, of L2S and the LLM in exact decoding."""
-        llm, parameters, _ = self.loaded(self.llm)
-        # What encodes is a part of the LLM.
-        l2s, trained = self.l2s.load_without_llm()
-        return self._exact_generator(l2s, llm, trained, parameters["llm"])
-
-    def _exact_generator(
-        self, l2s: Any, llm: Any, trained: Params, frozen: Params, **settings: Any
-    ) -> Generator:
-        from l2s_jax.models.exact import Exact
-        from l2s_jax.serving.loading import make_generator
-
-        tokenizer, mesh = self.llm.responses.tokenizer, self.context.decoding_mesh
-        loaded = Exact(l2s, llm), trained, frozen
-        return make_generator(
-            self.context.config, loaded, tokenizer, tokenizer, mesh=mesh, **settings
-        )
-
-    def generator(
-        self, stage: TrainedStage, loaded: tuple[System, Params, Params] | None = None
-    ) -> Generator:
-        """Text in, text out, with the model of a stage, which is read unless it is `loaded`."""
-        from l2s_jax.serving.loading import make_generator
-        from l2s_jax.settings.search import alone
-
-        return make_generator(
-            self.context.config,
-            loaded or self.loaded(stage),
-            stage.prompts.tokenizer,
-            stage.responses.tokenizer,
-            mesh=self.context.decoding_mesh,
-            search=alone(self.context.config.decoding.search.to_dict()),
-        )
-
-    def loaded(self, stage: TrainedStage) -> tuple[System, Params, Params]:
-        """(system, trained, frozen) of a stage, to generate with; read anew by every call."""
-        return stage.load(self.context.decoding_mesh, self.context.config.decoding.weights)
-
-    def side_by_side(self, exact: Search | None = None) -> dict[str, Generator]:
-        """Generators of all that answers, by system; `exact` is the search of exact decoding.
-
-        What several of them read is in memory once: a large LLM is most of all there is.
-        """
-        generators = {}
-        if self.llm.answers:
-            generators["llm"] = self.generator(self.llm)
-        generators["slm"] = self.generator(self.slm)
-        loaded = None
-        if self._encodes_as_llm():
-            from l2s_jax.checkpoints.pretrained import encoder_part
-
-            system, trained = self.l2s.load_without_llm()
-            held = generators["llm"].trained["llm"]
-            loaded = system, trained, encoder_part(system.llm_config, held)
-        l2s = generators["l2s"] = self.generator(self.l2s, loaded)
-        if exact:
-            llm = generators["llm"]
-            generators["exact"] = self._exact_generator(
-                l2s.system, llm.system, l2s.trained, llm.trained["llm"], search=exact, served=True
-            )
-        return generators
-
-    def _encodes_as_llm(self) -> bool:
-        """Whether what encodes for L2S is a part of the LLM that answers, as it is held."""
-        if not self.llm.answers or self.context.config.llm.tune.rank:
-            return False
-        dtype, encoder_dtype = self.context.dtypes
-        return dtype == encoder_dtype and self.l2s.reads_llm == self.llm.content

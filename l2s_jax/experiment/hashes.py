@@ -37,18 +37,27 @@ class Hashes:
 
         Without files, or where one is a URL that is in no bucket, it is computed at every start.
         """
-        name = fingerprint({"of": what})
         facts = _facts(files)
-        known = self._known.get(name)
+        known = self._known.get(fingerprint({"of": what}))
         if known and (facts is None or known["files"] == facts):
             return known["hash"]
         value = compute()
+        self._remember(what, facts, value)
+        return value
+
+    def remember(self, what: Any, files: Sequence[str], value: str) -> None:
+        """Has `of` give this hash of `what`, as long as `files` are as they are."""
+        self._remember(what, _facts(files), value)
+
+    def _remember(self, what: Any, facts: list[list[Any]] | None, value: str) -> None:
+        name = fingerprint({"of": what})
+        if self._known.get(name, {}).get("hash") == value and self._known[name]["files"] == facts:
+            return
         self._known[name] = with_hash({"files": facts, "hash": value})
         workdir = os.path.dirname(self._path)
         if facts and self._keep and (is_bucket(workdir) or is_folder(workdir)):
             lasting = {name: known for name, known in self._known.items() if known["files"]}
             write_json(self._path, lasting, sort_keys=True)
-        return value
 
 
 def _facts(files: Sequence[str]) -> list[list[Any]] | None:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.features import FeatureStage
-from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.lessons import Lessons
 from l2s_jax.experiment.llm import LlmStage
-from l2s_jax.experiment.logits import LogitStage
-from l2s_jax.experiment.on_policy import OwnResponses
 from l2s_jax.experiment.start import SlmStart
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.training import TrainedStage
-from l2s_jax.experiment.vocabulary import VocabularyStage
 from l2s_jax.files import absolute
 
 if TYPE_CHECKING:
@@ -30,17 +25,6 @@ class BundleStage(TrainedStage):
     """A stage of L2S that learns the labels; its model is what `l2s_jax.load` reads."""
 
     since = (*TrainedStage.since, "labels.splits")
-    labels: LabelStage
-    teacher: LogitStage
-    own_responses: OwnResponses
-
-    def examples(self) -> Sequence[Example]:
-        """The labels."""
-        return self.labels.examples()
-
-    def validation(self) -> Sequence[Example]:
-        """Labels too."""
-        return self.labels.validation_of(self.record)
 
     def load(self, mesh: Mesh, weights: str) -> tuple[LlmToSlm, Params, Params]:
         """(system, trained parameters, the LLM's frozen ones), to generate with on a mesh."""
@@ -92,20 +76,20 @@ class L2sStage(BundleStage):
         llm: LlmStage,
         start: SlmStart,
         tokenizer: TokenizerStage,
-        labels: LabelStage,
-        vocabulary: VocabularyStage,
-        logits: LogitStage,
-        own_responses: OwnResponses,
+        lessons: Lessons,
         features: FeatureStage,
     ):
-        needs = (llm, tokenizer.source, labels, vocabulary, logits, features)
-        settings = context.config.l2s
         super().__init__(
-            context, name, *needs, prompts=llm.prompts, responses=vocabulary, section=settings
+            context,
+            name,
+            *(llm, tokenizer.source, *lessons.needs, features),
+            prompts=llm.prompts,
+            responses=lessons.vocabulary,
+            lessons=lessons,
+            section=context.config.l2s,
         )
-        self._llm, self._start, self.labels, self._features = llm, start, labels, features
-        self._tokenizer, self.teacher = tokenizer, logits
-        self.own_responses = own_responses
+        self._llm, self._start, self._tokenizer = llm, start, tokenizer
+        self._features = features
 
     @property
     def shared_vocabulary(self) -> bool:
@@ -116,11 +100,8 @@ class L2sStage(BundleStage):
         """The LLM, what the SLM starts from, what is learnt, how they are joined and trained."""
         return {
             **self._start.inputs(),
-            **self.labels.learnt_inputs(),
-            **self.teacher.learnt_inputs(),
-            **self.own_responses.inputs(),
             **self._features.learnt_inputs(),
-            **self.training_inputs(self.labels.content()),
+            **self.training_inputs(),
             **self.lora_inputs(),
             "llm_hash": self._llm.content,
             "layer": self._llm.section.layer,

@@ -93,10 +93,6 @@ class LabelStage(RecordedStage):
         labelled, prompts = self._labelled()
         return labelled == prompts
 
-    def sources(self) -> dict[str, str]:
-        """The checkpoints' commits on the hub."""
-        return self.context.sources()
-
     def progress(self) -> str:
         """How many prompts have a label."""
         labelled, prompts = self._labelled()

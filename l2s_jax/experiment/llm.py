@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.language_model import LanguageModelStage
 from l2s_jax.experiment.stage import log
@@ -44,7 +43,7 @@ class LlmStage(LanguageModelStage):
             "path_hash": self.context.checkpoint(path) if path else "",
             "model": None if path else self.section.model.to_dict(),
             **self.lora_inputs(),
-            **self.training_inputs({"train": self.context.content("train")}),
+            **self.training_inputs(),
         }
 
     def starting_point(self) -> tuple[ModelConfig, Params | None]:
@@ -56,10 +55,6 @@ class LlmStage(LanguageModelStage):
 
         found = pretrained.load(path, dtype=self.context.dtypes[0], mesh=self.context.mesh)
         return self.started(found, "llm", path)
-
-    def examples(self) -> Sequence[Example]:
-        """The data's own responses."""
-        return self.context.examples("train")
 
     @property
     def directory(self) -> str:

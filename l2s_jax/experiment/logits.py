@@ -101,10 +101,6 @@ class LogitStage(RecordedStage):
         store = LogitFiles(self.record.directory)
         return f"{len(store.keys(store.files()))} responses"
 
-    def sources(self) -> dict[str, str]:
-        """The checkpoints' commits on the hub."""
-        return self.context.sources()
-
     def check(self) -> None:
         """Checks that there is something to learn from, before anything is trained.
 

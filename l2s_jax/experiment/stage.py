@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from l2s_jax.experiment.context import Context
@@ -39,7 +39,8 @@ class Stage(abc.ABC):
     """
 
     def __init__(self, context: Context, name: str, *needs: Stage):
-        self.context, self.name, self.needs = context, name, needs
+        self.context, self.name = context, name
+        self.needs = tuple(dict.fromkeys(needs))
 
     def is_used(self) -> bool:
         """Whether the experiment has this stage."""
@@ -99,8 +100,8 @@ class RecordedStage(Stage):
         """How far it is, where it is begun and not made."""
 
     def sources(self) -> dict[str, str]:
-        """What people want to know of where its inputs came from; not compared."""
-        return {}
+        """The checkpoints' commits on the hub, which people want to know; not compared."""
+        return self.context.sources()
 
     def old_inputs(self) -> dict[str, Any]:
         """Inputs that only version 0.1 recorded: settings of the task, in the place of its data."""
@@ -261,3 +262,18 @@ class RecordedStage(Stage):
                 f"{directory}: made with other settings of {', '.join(changed)}; "
                 "--mode=train makes it anew"
             )
+
+
+def status(stages: Sequence[Stage]) -> str:
+    """A line for each stage that is used: name, state, more about it, and what it is made from."""
+    used = [stage for stage in stages if stage.is_used()]
+    rows = []
+    for stage in used:
+        state, more = stage.state()
+        needs = ", ".join(need.name for need in stage.needs if need.is_used())
+        rows.append((stage.name, state, more, f"<- {needs}" if needs else ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from importlib.metadata import version
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
+from l2s_jax import __version__
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.stage import RecordedStage
-from l2s_jax.files import is_file
+from l2s_jax.files import is_file, is_folder, listed_names
+from l2s_jax.hub import PARTS, cached
 from l2s_jax.tokenizers import Tokenizer, for_chat, load_tokenizer
 from l2s_jax.tokenizers.sentencepiece import MODEL_FILE, train_sentencepiece
 
@@ -83,6 +88,26 @@ class TokenizerStage(RecordedStage):
         """
         if self._otherwise and not self.is_used() and not self._path:
             return self._otherwise.tokenizer
+        if self.is_used():
+            return self._read()
+        files = _files(self._path)
+        if self.context.mode == "look" and files:
+            return cast(Tokenizer, _Known(self._read, lambda *of: self._known(files, *of)))
+        read = self._read()
+        for kind in ("fingerprint", "identity"):
+            self.context.hashes.remember(self._what(kind), files, getattr(read, kind))
+        return read
+
+    def _known(self, files: Sequence[str], kind: str, compute: Callable[[], str]) -> str:
+        return self.context.hashes.of(self._what(kind), files, compute)
+
+    def _what(self, kind: str) -> list[Any]:
+        """What a hash of a checkpoint's tokenizer is remembered by: all that it comes from."""
+        chat = self.context.config.task.chat.to_dict()
+        code = [__version__, *map(version, ("tokenizers", "transformers"))]
+        return ["tokenizer", kind, self._path, chat, code]
+
+    def _read(self) -> Tokenizer:
         plain, chat = self._plain, self.context.config.task.chat
         if not chat.user:
             return plain
@@ -108,6 +133,41 @@ class TokenizerStage(RecordedStage):
                 "expected config.tokenizer.train_vocab_size=0, or the LLM of the same run"
             )
         return trained
+
+
+class _Known:
+    """A checkpoint's tokenizer whose hashes may be remembered; it is read when more is asked of it.
+
+    To read one takes seconds, most of them the import of transformers: a look does without.
+    """
+
+    def __init__(
+        self, read: Callable[[], Tokenizer], known: Callable[[str, Callable[[], str]], str]
+    ):
+        self._read, self._known = functools.cache(read), known
+
+    @property
+    def fingerprint(self) -> str:
+        """As the tokenizer's."""
+        return self._known("fingerprint", lambda: self._read().fingerprint)
+
+    @property
+    def identity(self) -> str:
+        """As the tokenizer's."""
+        return self._known("identity", lambda: self._read().identity)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._read(), name)
+
+
+def _files(path: str) -> list[str]:
+    """What a tokenizer at a path, or of a name on the hub, is read from, as far as it is here."""
+    there = cached(path, "tokenizer") if path else None
+    if not there:
+        return []
+    folder, own = (there, []) if is_folder(there) else (os.path.dirname(there), [there])
+    names = [n for n in listed_names(folder) if any(fnmatch(n, p) for p in PARTS["tokenizer"])]
+    return sorted({*own, *(os.path.join(folder, name) for name in names)})
 
 
 def check_one_tokenizer(

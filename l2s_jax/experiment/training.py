@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
-    from l2s_jax.experiment.logits import LogitStage
-    from l2s_jax.experiment.on_policy import OwnResponses
+    from l2s_jax.experiment.lessons import Lessons
     from l2s_jax.experiment.vocabulary import VocabularyStage
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import Params, System
@@ -63,13 +62,10 @@ class TrainedStage(RecordedStage):
 
     Attributes:
       prompts, responses: whose tokens the prompts and the responses are.
-      teacher: the LLM's distributions, which it may learn from beside labels; None: it can't.
-      own_responses: likewise, those that it may learn on what it writes itself.
+      lessons: what it learns; None: the data's own responses.
     """
 
     since = (_PRNG, "truncate", "cut_responses")
-    teacher: LogitStage | None = None
-    own_responses: OwnResponses | None = None
 
     def __init__(
         self,
@@ -78,10 +74,11 @@ class TrainedStage(RecordedStage):
         *needs: Stage,
         prompts: TokenizerStage,
         responses: TokenizerStage | VocabularyStage,
+        lessons: Lessons | None = None,
         section: ConfigDict | None = None,
     ):
         super().__init__(context, name, *needs)
-        self.prompts, self.responses = prompts, responses
+        self.prompts, self.responses, self.lessons = prompts, responses, lessons
         self.section = context.config[name] if section is None else section
 
     @property
@@ -98,21 +95,17 @@ class TrainedStage(RecordedStage):
     def load(self, mesh: Mesh, weights: str) -> tuple[System, Params, Params]:
         """(system, trained, frozen), to generate with on a mesh; read anew by every call."""
 
-    @abc.abstractmethod
     def examples(self) -> Sequence[Example]:
         """What it learns."""
+        return self.lessons.examples() if self.lessons else self.context.examples("train")
 
     def validation(self) -> Sequence[Example]:
         """By what its checkpoints are compared."""
-        return self.context.validation()
+        return self.lessons.validation(self.record) if self.lessons else self.context.validation()
 
     def is_made(self) -> bool:
         """Whether the model is there."""
         return is_whole(os.path.join(self.record.directory, "model"))
-
-    def sources(self) -> dict[str, str]:
-        """The checkpoints' commits on the hub."""
-        return self.context.sources()
 
     def progress(self) -> str:
         """The step of the newest checkpoint."""
@@ -127,13 +120,15 @@ class TrainedStage(RecordedStage):
         if is_whole(model):
             rename_folder(model, f"{model}.{steps}", MODEL_MARKER)
 
-    def training_inputs(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of any training; `data` are hashes of what it learns."""
-        config = self.context.config
+    def training_inputs(self) -> dict[str, Any]:
+        """Inputs of any training."""
+        config, lessons = self.context.config, self.lessons
+        data = lessons.labels.content() if lessons else {"train": self.context.content("train")}
         prompts, responses = self.prompts.tokenizer, self.responses.tokenizer
         limit = config.evaluation.validation_examples
         settings = recorded(Train, self.section.train.to_dict())
         inputs = {
+            **(lessons.inputs() if lessons else {}),
             "data": {**data, "validation": self.context.content("validation", limit=limit)},
             "models": models.VERSION,
             "tokenizer": responses.identity,
@@ -241,8 +236,8 @@ class TrainedStage(RecordedStage):
         samples = self._tokenized([Example(example.prompt, "", ()) for example in answered])
         if prepare:
             prepare(train=data, validation=validation, **({"samples": samples} if answered else {}))
-        if self.teacher and self.teacher.is_used():
-            self.teacher.put_into(data)
+        if self.lessons and self.lessons.teacher.is_used():
+            self.lessons.teacher.put_into(data)
         return Learnt(data, validation, samples, answered)
 
     def fit(self, system: System | Tuned, params: Params, frozen: Params, learnt: Learnt) -> Params:
@@ -277,7 +272,9 @@ class TrainedStage(RecordedStage):
         if data.teacher is not None:
             taught = context.config.distillation
             distillation = Distillation(taught.weight, taught.temperature)
-        own, responses = self.own_responses, self.responses.tokenizer
+        policy = None
+        if self.lessons:
+            policy = self.lessons.own_responses.load(self.responses.tokenizer, self.name)
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
@@ -292,7 +289,7 @@ class TrainedStage(RecordedStage):
             prng=distributed.on_primary(self._prng),
             judge=judging.make(context, train, adapted or system, samples, answered),
             distillation=distillation,
-            policy=own.load(responses, self.name) if own else None,
+            policy=policy,
             examples=lambda step: examples_of(data, step, **order),
             trackers=context.trackers,
             compiled=context.compiled,

@@ -26,21 +26,17 @@ class TunedStage(BundleStage):
             frozen,
             prompts=frozen.prompts,
             responses=frozen.responses,
+            lessons=frozen.lessons,
             section=tuned_l2s(context.config),
         )
         self._frozen, self._tune = frozen, context.config.llm.tune
-        self.labels, self.teacher = frozen.labels, frozen.teacher
-        self.own_responses = frozen.own_responses
 
     def inputs(self) -> dict[str, Any]:
         """What it goes on from, what is adapted, what it learns, its training."""
         return {
             "frozen": self._frozen.as_input(),
             "tune": {name: self._tune[name] for name in ("rank", "alpha", "pattern")},
-            **self.labels.learnt_inputs(),
-            **self.teacher.learnt_inputs(),
-            **self.own_responses.inputs(),
-            **self.training_inputs(self.labels.content()),
+            **self.training_inputs(),
         }
 
     def make(self) -> None:

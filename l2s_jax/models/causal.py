@@ -21,12 +21,13 @@ from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.attention import at_once, whole_length
 from l2s_jax.models.biases import CausalBias, in_window, mask_bias
 from l2s_jax.models.cache import CausalCache, KeyValue, block, place
+from l2s_jax.models.family import Embeds
 from l2s_jax.models.layers import unit
 from l2s_jax.models.stacking import each_layer, run_layers
 from l2s_jax.models.vocabulary import RESPONSE_TABLE, response_table
 
 
-class CausalModel(nn.Module):
+class CausalModel(Embeds):
     """A decoder-only language model. `apply({"params": p}, ids, mask)` -> logits [B, T, V].
 
     A subclass makes in `setup`: `token_embedding` (layers.Embedding), `layers` (make_layers, each
@@ -35,8 +36,6 @@ class CausalModel(nn.Module):
     `config.vocabulary`. `config` has vocab_size, width, num_layers, tied_head, scan_layers, remat
     and `windows`, how many positions back each layer sees (None: all).
     """
-
-    config: Any
 
     has_encoder: ClassVar[bool] = False
 
@@ -95,14 +94,6 @@ class CausalModel(nn.Module):
         layers = each_layer(self.layers)[:num_layers] if part else self.layers
         x, held = run_layers(run, layers, c, x, which[:num_layers])
         return x, tuple(held) if kept else ()
-
-    def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
-        """Embedded tokens of a prompt."""
-        return self.token_embedding(ids)
-
-    def embed_response(self, ids: Int[AnyArray, " B *S"]) -> Float32[Array, "B *S D"]:
-        """Embedded tokens of a response."""
-        return self.response_embedding(ids) if self.config.vocabulary else self.embed(ids)
 
     def hidden_states(
         self,

@@ -15,8 +15,19 @@ from jaxtyping import Array, Float, Float32, Int32
 from l2s_jax.models.attention import attend
 from l2s_jax.models.biases import Bias
 from l2s_jax.models.cache import KeyValue, write
-from l2s_jax.models.layers import Dropout, Initializer, Linear, RMSNorm
+from l2s_jax.models.layers import ACTIVATIONS, Dropout, Initializer, Linear, RMSNorm
 from l2s_jax.models.rotary import Rotary
+
+
+class SeesAll:
+    """A config of a model without windows."""
+
+    num_layers: int
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """Every layer sees all positions before."""
+        return (None,) * self.num_layers
 
 
 class CausalAttention(nn.Module):
@@ -93,6 +104,22 @@ class CausalAttention(nn.Module):
             self.dropout.unless(deterministic),
         )
         return self.output(mixed), held
+
+
+class FeedForward(nn.Module):
+    """Two products with an activation between them, each with a bias."""
+
+    config: Any
+    output_initializer: Initializer
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.wi = Linear(c.feed_forward_width, normal, c.dtype, use_bias=True)
+        self.wo = Linear(c.width, self.output_initializer, c.dtype, jnp.float32, use_bias=True)
+
+    def __call__(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
+        return self.wo(ACTIVATIONS[self.config.activation](self.wi(x)))
 
 
 class CausalLayer(nn.Module):

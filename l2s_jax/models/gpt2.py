@@ -6,19 +6,19 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
 from l2s_jax.models.causal import CausalModel
-from l2s_jax.models.causal_layers import CausalAttention, CausalLayer
+from l2s_jax.models.causal_layers import CausalAttention, CausalLayer, FeedForward, SeesAll
+from l2s_jax.models.family import FamilyConfig
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.stacking import make_layers
-from l2s_jax.models.vocabulary import Vocabulary, response_size
+from l2s_jax.models.vocabulary import response_size
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(SeesAll, FamilyConfig):
     """Geometry of a GPT-2 model; defaults are those of the 124M one.
 
     There is no position from `max_positions` on: a prompt and its response must fit, as
@@ -37,12 +37,6 @@ class GPT2Config:
     dropout_rate: float = 0.1
     pad_id: int = 50256
     eos_id: int = 50256
-    dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
-    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
-    vocabulary: Vocabulary | None = None
-    # How a program is made of the layers; see models/stacking.py.
-    scan_layers: bool = False
-    remat: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -52,25 +46,6 @@ class GPT2Config:
             raise ValueError(
                 f"GPT-2 activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}"
             )
-
-    @property
-    def windows(self) -> tuple[None, ...]:
-        """Every layer sees all positions before."""
-        return (None,) * self.num_layers
-
-
-class FeedForward(nn.Module):
-    """Two products with an activation between them."""
-
-    config: GPT2Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.wi = Linear(c.feed_forward_width, nn.initializers.normal(0.02), c.dtype, use_bias=True)
-        self.wo = Linear(c.width, _residual(c), c.dtype, jnp.float32, use_bias=True)
-
-    def __call__(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
-        return self.wo(ACTIVATIONS[self.config.activation](self.wi(x)))
 
 
 def _residual(c: GPT2Config) -> nn.initializers.Initializer:
@@ -99,7 +74,7 @@ class Layer(CausalLayer):
             dtype=c.dtype,
         )
         self.feed_forward_norm = LayerNorm(c.norm_epsilon)
-        self.feed_forward = FeedForward(c)
+        self.feed_forward = FeedForward(c, _residual(c))
         self.dropout = Dropout(c.dropout_rate)
 
 

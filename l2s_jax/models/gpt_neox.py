@@ -6,20 +6,19 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float32
 
 from l2s_jax.models.causal import CausalModel
-from l2s_jax.models.causal_layers import CausalAttention, CausalLayer
+from l2s_jax.models.causal_layers import CausalAttention, CausalLayer, FeedForward, SeesAll
+from l2s_jax.models.family import FamilyConfig
 from l2s_jax.models.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.stacking import make_layers
-from l2s_jax.models.vocabulary import Vocabulary, response_size
+from l2s_jax.models.vocabulary import response_size
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTNeoXConfig:
+class GPTNeoXConfig(SeesAll, FamilyConfig):
     """Geometry of a GPT-NeoX model; defaults are those of Pythia-160M."""
 
     vocab_size: int = 50304
@@ -39,12 +38,6 @@ class GPTNeoXConfig:
     # Tokens at once that a checkpoint was trained on, by its config.json; 0: it doesn't say.
     # Nothing here depends on it, but other programs take an exported model's limit from it.
     trained_positions: int = 0
-    dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
-    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
-    vocabulary: Vocabulary | None = None
-    # How a program is made of the layers; see models/stacking.py.
-    scan_layers: bool = False
-    remat: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -59,26 +52,6 @@ class GPTNeoXConfig:
                 f"rotary width {self.rotary.width}: expected at most the head width "
                 f"{self.width // self.num_heads}"
             )
-
-    @property
-    def windows(self) -> tuple[None, ...]:
-        """Every layer sees all positions before."""
-        return (None,) * self.num_layers
-
-
-class FeedForward(nn.Module):
-    """Two products with an activation between them."""
-
-    config: GPTNeoXConfig
-
-    def setup(self) -> None:
-        c = self.config
-        normal = nn.initializers.normal(0.02)
-        self.wi = Linear(c.feed_forward_width, normal, c.dtype, use_bias=True)
-        self.wo = Linear(c.width, normal, c.dtype, jnp.float32, use_bias=True)
-
-    def __call__(self, x: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
-        return self.wo(ACTIVATIONS[self.config.activation](self.wi(x)))
 
 
 class Layer(CausalLayer):
@@ -104,7 +77,7 @@ class Layer(CausalLayer):
             dtype=c.dtype,
         )
         self.feed_forward_norm = LayerNorm(c.norm_epsilon)
-        self.feed_forward = FeedForward(c)
+        self.feed_forward = FeedForward(c, normal)
         self.dropout = Dropout(c.dropout_rate)
 
     @property

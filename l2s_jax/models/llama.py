@@ -10,20 +10,20 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float32
 
 from l2s_jax.models.causal import CausalModel
 from l2s_jax.models.causal_layers import CausalAttention, CausalLayer
+from l2s_jax.models.family import FamilyConfig
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.sizes import check_sizes
 from l2s_jax.models.stacking import make_layers
-from l2s_jax.models.vocabulary import Vocabulary, response_size
+from l2s_jax.models.vocabulary import response_size
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(FamilyConfig):
     """Geometry of a Llama-style model; defaults are those of Llama 2 7B."""
 
     vocab_size: int = 32000
@@ -49,12 +49,6 @@ class LlamaConfig:
     # Tokens at once that a checkpoint was trained on, by its config.json; 0: it doesn't say.
     # Nothing here depends on it, but other programs take an exported model's limit from it.
     trained_positions: int = 0
-    dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
-    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
-    vocabulary: Vocabulary | None = None
-    # How a program is made of the layers; see models/stacking.py.
-    scan_layers: bool = False
-    remat: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Key
 
 from l2s_jax.cluster.paths import matching
 from l2s_jax.models.families import ModelConfig
-from l2s_jax.models.low_rank import LowRank
+from l2s_jax.models.products import LowRank
 from l2s_jax.models.scored import Scored
 from l2s_jax.models.stacking import stacked_path
 from l2s_jax.models.systems import Batch, LanguageModel, LlmToSlm, Params

@@ -6,6 +6,7 @@ there, and G groups of heads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -18,7 +19,6 @@ from jaxtyping import Array, Float, Float32
 
 from l2s_jax.cluster.placement import program_mesh
 from l2s_jax.cluster.sharding import AnyArray
-from l2s_jax.models.low_rank import LowRank
 
 # Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if
 # the axis that is summed over is in blocks of so many, whose products are added up. More rows take
@@ -27,6 +27,20 @@ SPLIT_K = 128
 
 # As many as a step has, or a block of drafted tokens.
 FEW_QUERIES = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The kernel `base + a @ b`, a sum that is never made.
+
+    Those of all layers where there is an axis of layers in front.
+    """
+
+    # The first: flax compares its shape with that of the kernel that it stands for.
+    base: Float[AnyArray, "*L D F"]
+    a: Float[AnyArray, "*L D R"]
+    b: Float[AnyArray, "*L R F"]
 
 
 def product(

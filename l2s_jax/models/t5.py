@@ -19,6 +19,7 @@ from l2s_jax.cluster.placement import split_prompt, split_rows
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.biases import mask_bias
 from l2s_jax.models.cache import DecoderCache, KeyValue, block, empty_key_value, place
+from l2s_jax.models.family import Embeds
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
 from l2s_jax.models.t5_layers import DecoderLayer, EncoderLayer, T5Config, relative_bias
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache
 
 
-class T5(nn.Module):
+class T5(Embeds):
     """The whole model. `apply({"params": p}, prompt_ids, prompt_mask, decoder_ids)` -> logits."""
 
     config: T5Config
@@ -148,14 +149,6 @@ class T5(nn.Module):
         if not c.tied_head:
             initializer = nn.initializers.normal(c.width**-0.5)
             self.head = Linear(response_size(c), initializer, c.dtype, jnp.float32)
-
-    def embed(self, ids: Int[AnyArray, "B T"]) -> Float32[Array, "B T D"]:
-        """Embedded tokens of a prompt."""
-        return self.token_embedding(ids)
-
-    def embed_response(self, ids: Int[AnyArray, "B S"]) -> Float32[Array, "B S D"]:
-        """Embedded tokens of a response."""
-        return self.response_embedding(ids) if self.config.vocabulary else self.embed(ids)
 
     def encode(
         self,

@@ -6,15 +6,14 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
 from l2s_jax.models.biases import Bias
 from l2s_jax.models.cache import KeyValue, write
+from l2s_jax.models.family import FamilyConfig
 from l2s_jax.models.layers import Attention, Dropout, Linear, RMSNorm
 from l2s_jax.models.relative import RelativeBias
 from l2s_jax.models.sizes import check_sizes
-from l2s_jax.models.vocabulary import Vocabulary
 
 ACTIVATIONS = {
     "relu": (nn.relu, False),
@@ -24,7 +23,7 @@ ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(FamilyConfig):
     """Geometry of a T5 model; defaults are T5-small (v1.0)."""
 
     vocab_size: int = 32128
@@ -44,12 +43,6 @@ class T5Config:
     pad_id: int = 0
     eos_id: int = 1
     decoder_start_id: int = 0
-    dtype: DTypeLike = jnp.float32  # of the products; see the dtype policy in layers.py
-    # Rows that responses are written with; None: all. No file says it; see models/vocabulary.py.
-    vocabulary: Vocabulary | None = None
-    # How a program is made of the layers; see models/stacking.py.
-    scan_layers: bool = False
-    remat: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self)
