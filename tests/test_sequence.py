@@ -26,6 +26,9 @@ from l2s_jax.models.layers import Dropout
 from l2s_jax.models.systems import LlmToSlm
 from l2s_jax.training import optim, update
 
+# Sizes that programs are made for change here.
+pytestmark = pytest.mark.usefixtures("programs_of_its_own")
+
 MESHES = {
     "all": {"sequence": 8},
     "mixed": {"data": 2, "sequence": 2, "tensor": 2},
