@@ -1,8 +1,10 @@
 """Eight fake CPU devices for every test, and checks of the shapes that signatures say."""
 
+import atexit
 import collections
 import gc
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -20,9 +22,15 @@ set_there = os.environ.get("XLA_FLAGS", "")
 ours = [flag for flag in xla.flags(devices=8).split() if flag.split("=")[0] not in set_there]
 os.environ["XLA_FLAGS"] = " ".join([*set_there.split(), *ours])
 
-# Many tests compile the same programs; each is compiled once per test run.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l2s_jax_tests_"))
+# Many tests compile the same programs; each is compiled once per test run. A folder that is named
+# in the environment keeps them for the next runs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="l2s_jax_tests_")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Nobody asks a program for the lines that it comes from: to keep them takes a tenth of compiling.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
 
 # Two processes of tests share two cores: PyTorch's threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
