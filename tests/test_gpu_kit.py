@@ -222,18 +222,29 @@ def test_a_part_by_itself_says_that_there_is_no_accelerator(name, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
-def test_the_installed_xla_knows_the_flags_that_are_tried():
-    def start(flags):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        command = [sys.executable, "-c", "import jax; jax.devices()"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+# A process with each value of XLA_FLAGS, all from one that has imported JAX; how each ends.
+FLAGS = """
+import os, sys
+import jax
+for flags in sys.argv[1:]:
+    if not (child := os.fork()):
+        os.environ["XLA_FLAGS"] = flags
+        jax.devices()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
 
+
+def test_the_installed_xla_knows_the_flags_that_are_tried():
     # A flag that stands alone in the environment may take several values: each is tried by itself.
-    for flag in sorted({word for value in CANDIDATES.values() for word in value.split()}):
-        finished = start(flag)
-        assert finished.returncode == 0, f"{flag}: {finished.stderr[-500:]}"
-    # What it does not know ends it, so that the above could have failed.
-    assert start("--xla_gpu_no_such_flag=1").returncode != 0
+    flags = sorted({word for value in CANDIDATES.values() for word in value.split()})
+    # What it does not know ends a process, so that the others could have failed.
+    command = [sys.executable, "-c", FLAGS, *flags, "--xla_gpu_no_such_flag=1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    *known, unknown = map(int, finished.stdout.split())
+    assert known == [0] * len(flags), finished.stderr
+    assert unknown != 0
 
 
 def test_published_figures_stand_beside_the_same_batch():
