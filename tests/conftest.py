@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Each program maps a few pieces of memory. Beyond the 65,530 that Linux allows, XLA crashes.
-MOST_MAPS = 30_000
+MOST_MAPS = 20_000
 
 
 def _maps() -> int:
@@ -84,10 +84,11 @@ def _maps() -> int:
 def _programs_go_in_time() -> Iterator[None]:
     """Lets go of what files have compiled before it is too much; else the next ones use it too."""
     yield
+    gc.collect()
     if _maps() > MOST_MAPS:
         jax.clear_caches()
         gc.unfreeze()
-    gc.collect()
+        gc.collect()
     gc.freeze()  # what is left now stays for long, and need not be looked through again
 
 
