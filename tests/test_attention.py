@@ -26,6 +26,9 @@ from l2s_jax.models.llama import LlamaConfig
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.stacking import stack_layers
 
+# Sizes that programs are made for change here.
+pytestmark = pytest.mark.usefixtures("programs_of_its_own")
+
 SCALE = 0.3
 
 

@@ -22,6 +22,9 @@ from l2s_jax.training.distillation import Distillation
 from l2s_jax.training.on_policy import own_loss
 from l2s_jax.training.update import batch_loss, step_flops
 
+# Sizes that programs are made for change here.
+pytestmark = pytest.mark.usefixtures("programs_of_its_own")
+
 ROWS, PROMPT, LENGTH, K = 8, 6, 11, 3
 LLM = small.t5_config()
 CONFIGS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -187,10 +188,17 @@ def test_time_that_is_over_is_said(tmp_path):
         (["--rehearsal"], "--rehearsal"),
     ],
 )
-def test_bad_input(arguments, message):
-    finished = run(*arguments)
-    assert finished.returncode == 2
-    (line,) = finished.stderr.splitlines()
+def test_bad_input(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if arguments:
+        with pytest.raises(SystemExit) as ended:
+            kit.main(arguments)
+        status, said = ended.value.code, capsys.readouterr().err
+    else:  # as people start it
+        finished = run()
+        status, said = finished.returncode, finished.stderr
+    assert status == 2
+    (line,) = said.splitlines()
     assert line.startswith("error:") and message in line
 
 
@@ -203,26 +211,40 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", kit.LIMITS)
-def test_a_part_by_itself_says_that_there_is_no_accelerator(name, tmp_path):
-    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", f"--output={tmp_path / 'x.json'}"]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1].startswith("error: JAX sees no accelerator here")
+def test_a_part_by_itself_says_that_there_is_no_accelerator(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, f"--output={tmp_path / 'x.json'}"])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # as the part sets it
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: JAX sees no accelerator here")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_installed_xla_knows_the_flags_that_are_tried():
-    def start(flags):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        command = [sys.executable, "-c", "import jax; jax.devices()"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+# A process with each value of XLA_FLAGS, all from one that has imported JAX; how each ends.
+FLAGS = """
+import os, sys
+import jax
+for flags in sys.argv[1:]:
+    if not (child := os.fork()):
+        os.environ["XLA_FLAGS"] = flags
+        jax.devices()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
 
+
+def test_the_installed_xla_knows_the_flags_that_are_tried():
     # A flag that stands alone in the environment may take several values: each is tried by itself.
-    for flag in sorted({word for value in CANDIDATES.values() for word in value.split()}):
-        finished = start(flag)
-        assert finished.returncode == 0, f"{flag}: {finished.stderr[-500:]}"
-    # What it does not know ends it, so that the above could have failed.
-    assert start("--xla_gpu_no_such_flag=1").returncode != 0
+    flags = sorted({word for value in CANDIDATES.values() for word in value.split()})
+    # What it does not know ends a process, so that the others could have failed.
+    command = [sys.executable, "-c", FLAGS, *flags, "--xla_gpu_no_such_flag=1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    *known, unknown = map(int, finished.stdout.split())
+    assert known == [0] * len(flags), finished.stderr
+    assert unknown != 0
 
 
 def test_published_figures_stand_beside_the_same_batch():

@@ -26,6 +26,9 @@ from l2s_jax.models.layers import Dropout
 from l2s_jax.models.systems import LlmToSlm
 from l2s_jax.training import optim, update
 
+# Sizes that programs are made for change here.
+pytestmark = pytest.mark.usefixtures("programs_of_its_own")
+
 MESHES = {
     "all": {"sequence": 8},
     "mixed": {"data": 2, "sequence": 2, "tensor": 2},
@@ -71,16 +74,18 @@ def check_attention(mesh, query, key_value, bias, weights):
     the program.
     """
 
-    def loss(query, key_value):
-        found = attend(query, key_value, bias, SCALE)
-        return jnp.sum(found * weights), found * (weights != 0)
+    def both():
+        """A function of its own each time: JAX has traced it for no other mesh."""
 
-    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    jax.clear_caches()
-    expected = jax.jit(both)(query, key_value)
-    jax.clear_caches()
+        def loss(query, key_value):
+            found = attend(query, key_value, bias, SCALE)
+            return jnp.sum(found * weights), found * (weights != 0)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+    expected = both()(query, key_value)
     with jax.set_mesh(small.mesh_of(**MESHES[mesh])):
-        program = jax.jit(both).lower(query, key_value).compile()
+        program = both().lower(query, key_value).compile()
         found = program(query, key_value)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), found, expected
@@ -123,11 +128,14 @@ def test_what_is_dropped_is_the_same_on_every_mesh(monkeypatch, kind):
     drop = functools.partial(
         Dropout(0.4).apply, {}, deterministic=False, rngs={"dropout": jax.random.key(7)}
     )
-    run = jax.jit(lambda query, key_value: attend(query, key_value, bias, SCALE, drop))
-    expected = run(query, key_value)
-    jax.clear_caches()
+
+    def run():
+        one = lambda query, key_value: attend(query, key_value, bias, SCALE, drop)  # noqa: E731
+        return jax.jit(one)(query, key_value)
+
+    expected = run()
     with jax.set_mesh(small.mesh_of(**MESHES["mixed"])):
-        np.testing.assert_allclose(run(query, key_value), expected, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(run(), expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("mesh", [{"sequence": 2}, {"data": 2, "sequence": 2, "tensor": 2}])

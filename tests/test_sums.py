@@ -22,6 +22,9 @@ from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.training import chunks, update
 
+# Sizes that programs are made for change here.
+pytestmark = pytest.mark.usefixtures("programs_of_its_own")
+
 ROWS = 6  # unlike any size of a parameter
 
 
