@@ -236,7 +236,7 @@ class Experiment:
         generators["slm"] = self.generator(self.slm)
         loaded = None
         if self._encodes_as_llm():
-            from l2s_jax.checkpoints.pretrained import encoder_part
+            from l2s_jax.checkpoints.sharing import encoder_part
 
             system, trained = self.l2s.load_without_llm()
             held = generators["llm"].trained["llm"]
