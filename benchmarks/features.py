@@ -119,15 +119,15 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     data = make_data(arguments, system.llm_config.vocab_size, rows)
     encoder = feature_cache.Encoder(system.llm_config, frozen, mesh)
     # Compiled before the clock starts.
-    jax.block_until_ready(
-        encoder(*data.padded_prompts(np.arange(arguments.batch_size), arguments.prompt_tokens))
-    )
+    ids, mask = data.padded_prompts(np.arange(arguments.batch_size), arguments.prompt_tokens)
+    jax.block_until_ready(encoder(**sharding.put_batch({"ids": ids, "mask": mask}, mesh)))
     start = time.perf_counter()
     kept = feature_cache.cached(
         data,
         folder,
         {"llm_hash": ""},
         lambda: encoder,
+        mesh=mesh,
         split="train",
         width=system.llm_config.width,
         buckets=[arguments.prompt_tokens],

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import small
@@ -27,13 +28,14 @@ class Encoder:
         self.asked, self.seconds = os.path.join(directory, "asked.txt"), seconds
 
     def __call__(self, ids, mask):
+        ids, mask = np.asarray(ids), np.asarray(mask)
         with open(self.asked, "a", encoding="utf-8") as file:
             file.writelines(f"{row[on].tolist()}\n" for row, on in zip(ids, mask, strict=True))
         time.sleep(self.seconds / SHARD)
         sums = np.cumsum(ids * mask, 1)[..., None]
         hidden = np.sin(sums * np.arange(1, WIDTH + 1)).astype(ml_dtypes.bfloat16)
         # What a model makes of padding may be anything.
-        return np.where(mask[..., None], hidden, np.asarray(np.nan, hidden.dtype))
+        return jnp.asarray(np.where(mask[..., None], hidden, np.asarray(np.nan, hidden.dtype)))
 
 
 def cache(directory, seconds=0.0, data=DATA, **facts):
@@ -42,6 +44,7 @@ def cache(directory, seconds=0.0, data=DATA, **facts):
         os.path.join(directory, "features"),
         FACTS | facts,
         lambda: Encoder(directory, seconds),
+        mesh=small.mesh_of(),
         split="train",
         width=WIDTH,
         buckets=[4, 8],

@@ -20,7 +20,7 @@ from l2s_jax.cluster import distributed
 from l2s_jax.cluster.job import job
 from l2s_jax.cluster.limits import Limits
 from l2s_jax.cluster.paths import path_name
-from l2s_jax.experiment import feature_cache, feature_files, label_files
+from l2s_jax.experiment import feature_cache, label_files
 
 # Two of four processes hold the same rows of a batch, and parts of the same parameters.
 MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
@@ -48,23 +48,16 @@ def read_encoder(directory, process, mesh):
 
 
 def encode(directory, mesh):
-    """The LLM's H of prompts in many shards, each of which notes who wrote it."""
+    """The LLM's H of prompts in many shards."""
     features_child.small_shards()
-    system = small.make_system("add")
+    system, mesh = small.make_system("add"), small.mesh_of(*mesh)
     frozen = small.make_params(system)[1]
-    write = feature_files.FeatureFiles.write
-
-    def noted(store, number, *values):
-        with open(f"{directory}/wrote.txt", "a", encoding="utf-8") as file:
-            file.write(f"{jax.process_index()} {number}\n")
-        write(store, number, *values)
-
-    feature_files.FeatureFiles.write = noted
     return feature_cache.cached(
         features_child.DATA,
         f"{directory}/features",
         features_child.FACTS,
-        lambda: feature_cache.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
+        lambda: feature_cache.Encoder(system.llm_config, frozen, mesh),
+        mesh=mesh,
         split="train",
         width=features_child.WIDTH,
         buckets=[8],

@@ -7,6 +7,8 @@ import os
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import small
 
@@ -25,6 +27,7 @@ class Score:
         self.asked, self.seconds = os.path.join(directory, "asked.txt"), seconds
 
     def __call__(self, batch):
+        batch = jax.tree.map(np.asarray, batch)
         on = batch["response_mask"]
         real = on.any(1)
         with open(self.asked, "a", encoding="utf-8") as file:
@@ -36,7 +39,8 @@ class Score:
         shares = 1 + (sums[..., None] + 7 * np.arange(K + 1)) % 11
         log_probs = np.log(shares / shares.sum(-1, keepdims=True)).astype(np.float16)
         # What a model makes of padding may be anything.
-        return ids, np.where(on[..., None], log_probs, np.float16(np.nan))
+        log_probs = np.where(on[..., None], log_probs, np.float16(np.nan))
+        return jnp.asarray(ids, jnp.int32), jnp.asarray(log_probs)
 
 
 def read(directory, seconds=0.0, data=DATA, **changes):
@@ -47,7 +51,7 @@ def read(directory, seconds=0.0, data=DATA, **changes):
         "vocabulary": small.VOCABULARY,
         "buckets": ((4, 4), (8, 8)),
         "batch_size": 1,
-        "together": False,
+        "mesh": small.mesh_of(),
     }
     return scoring.scored(data, folder, lambda: Score(directory, seconds), **(settings | changes))
 

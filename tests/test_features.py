@@ -52,11 +52,13 @@ def make_case(name):
 
 
 def encode_with(system, frozen, data, directory, mesh=(1, 1, 1), llm_hash="a" * 64):
+    mesh = small.mesh_of(*mesh)
     return feature_cache.cached(
         data,
         str(directory),
         features_child.FACTS | {"llm_hash": llm_hash},
-        lambda: feature_cache.Encoder(system.llm_config, frozen, small.mesh_of(*mesh)),
+        lambda: feature_cache.Encoder(system.llm_config, frozen, mesh),
+        mesh=mesh,
         split="train",
         width=system.llm_config.width,
         buckets=[8],

@@ -44,7 +44,7 @@ def read_with(system, params, data, directory, *, k, temperature=1.0, mesh=(1, 1
         vocabulary=small.VOCABULARY,
         buckets=((4, 4), (8, 8)),
         batch_size=8,
-        together=False,
+        mesh=mesh,
     )
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_continues_reads_the_batches_that_are_left(tmp_path, monkeypa
         def __call__(self, batch):
             if len(self.batches) == self.most:
                 raise KeyboardInterrupt
-            self.batches.append([row.tobytes() for row in batch["llm_ids"]])
+            self.batches.append([row.tobytes() for row in np.asarray(batch["llm_ids"])])
             return super().__call__(batch)
 
     def read(score):

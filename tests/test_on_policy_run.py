@@ -2,16 +2,24 @@
 
 import json
 import shutil
+from unittest import mock
 
+import jax
 import pytest
+import small
 import tiny
 from safetensors.numpy import load_file, save_file
 from test_distillation_run import metrics_of
 from test_stages import stale, states
 
+from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster.paths import path_name
 from l2s_jax.experiment import toy
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
+from l2s_jax.models.gpt2 import GPT2Config
+from l2s_jax.models.systems import LanguageModel
+from l2s_jax.training import loop
 from l2s_jax.training.on_policy import is_own
 
 AS_IT_IS = ("--config.llm.train.steps=0", "--config.tokenizer.train_vocab_size=0")
@@ -89,6 +97,72 @@ def test_an_adapted_decoder_only_llm_stays_the_one_that_scores(job, tmp_path, ca
         said = f"{stage}: answers the prompts of 75% of the batches itself, and the LLM reads"
         assert said in caplog.text
     assert not (tmp_path / "run/logits").exists()
+
+
+def names_of(tree, there):
+    """Paths of the leaves of a tree that are the very arrays of another, and of the others."""
+    held = {id(leaf) for leaf in jax.tree.leaves(there)}
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    same = {path_name(path) for path, leaf in found if id(leaf) in held}
+    return same, {path_name(path) for path, _ in found} - same
+
+
+def test_what_encodes_is_in_memory_once_beside_the_llm_that_scores(job, tmp_path):
+    shutil.copytree(job / "run", tmp_path / "run")
+    config = read_config(str(tmp_path / "run"))
+    # So that the stage is made anew.
+    config.l2s.train.steps = 5
+    with mock.patch.object(loop, "fit", side_effect=small.Stop) as fit, pytest.raises(small.Stop):
+        Experiment(config, str(tmp_path / "run")).l2s.make()
+    (_, frozen, *_), policy = fit.call_args.args, fit.call_args.kwargs["policy"]
+    assert set(frozen) == {"token_embedding", "encoder"}
+    assert names_of(frozen, policy.params)[1] == set()
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings", "apart"),
+    [
+        (0, {}, ()),
+        (2, {}, ()),
+        (0, {"scan_layers": True}, ()),
+        # Half of the layers are no part of a stack of all.
+        (2, {"scan_layers": True}, ("layers",)),
+        # The table is the head's too, which has the dtype of products.
+        (2, {"dtype": "bfloat16"}, ("token_embedding",)),
+        (2, {"encoder_dtype": "bfloat16"}, ("layers_0", "layers_1")),
+    ],
+)
+def test_what_lies_in_another_way_is_read_apart(job, layer, settings, apart, tmp_path):
+    sizes = {"vocab_size": 56, "width": 16, "num_heads": 2, "num_layers": 4, "max_positions": 64}
+    llm = GPT2Config(**sizes, pad_id=0, eos_id=1)
+    params = small.random_like(jax.eval_shape(LanguageModel("slm", llm).init, jax.random.key(0)))
+    pretrained.save_native(llm, params["slm"], str(tmp_path / "gpt2"))
+    config = read_config(str(job / "run"))
+    config.llm.update(path=str(tmp_path / "gpt2"), layer=float(layer))
+    config.llm.encoder_dtype = settings.get("encoder_dtype", "auto")
+    config.dtype = settings.get("dtype", "float32")
+    config.scan_layers = settings.get("scan_layers", False)
+    stage = Experiment(config, str(tmp_path / "run")).llm
+    whole = pretrained.load(
+        stage.directory,
+        dtype=stage.context.dtypes[0],
+        weights="float",
+        mesh=stage.context.mesh,
+        scan_layers=config.scan_layers,
+    )[1]
+    module, expected = stage.encoder(entries=None)
+    config_of, found = stage.encoder(entries=None, whole=whole)
+    assert config_of.config == module.config
+    small.assert_same(found, expected)
+    assert jax.tree.map(lambda x: (x.dtype, x.sharding), found) == (
+        jax.tree.map(lambda x: (x.dtype, x.sharding), expected)
+    )
+    same, other = names_of(found, whole)
+    assert {name.split("/")[0] for name in other} == set(apart)
+    assert not {name.split("/")[0] for name in same} & set(apart)
+    # Where H is kept, training reads the table alone.
+    table = stage.encoder(entries=("token_embedding",), whole=whole)[1]
+    small.assert_same(table, {"token_embedding": expected["token_embedding"]})
 
 
 def refused(capfd, *flags):

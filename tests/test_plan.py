@@ -670,6 +670,13 @@ def test_a_stage_of_a_run_has_its_mesh(tmp_path):
             assert weights / 4 < program.arguments - rows < weights / 3
 
 
+def test_what_the_llm_makes_of_rows_stays_with_their_devices(tmp_path):
+    for stage in run_of(everything(tmp_path), "cpu:4", 100).stages():
+        if stage.name in ("features", "logits"):
+            (program,) = stage.compile().values()
+            assert program.costs.flops and not program.costs.collectives
+
+
 def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
     compiled = ("labels", "logits", "slm", "features", "l2s tuned")
     every = Run.stages

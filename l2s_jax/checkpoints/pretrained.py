@@ -61,7 +61,6 @@ __all__ = [
     "config_from_native",
     "config_to_native",
     "content_hash",
-    "encoder_part",
     "encodes_only",
     "family_of",
     "inspect",
@@ -259,17 +258,6 @@ def abstract_encoder(config: Any, layer: float = 0.0) -> tuple[Any, Params]:
     }
     params = unflatten_dict(kept, sep="/")
     return config, stack_layers(params) if config.scan_layers else params
-
-
-def encoder_part(config: Any, params: Params) -> Params:
-    """What encodes of a whole model's parameters, the same arrays, as `load_encoder` reads it.
-
-    `config` is of the encoder, as `load_encoder` gives it.
-    """
-    _, prefixes = family_of(config).encoder_parameters(config, 0)
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    kept = {path: leaf for path, leaf in flat.items() if path.startswith(prefixes)}
-    return unflatten_dict(kept, sep="/")
 
 
 def _load(

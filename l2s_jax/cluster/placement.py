@@ -6,6 +6,7 @@ Nothing here changes a program that is made without `jax.set_mesh`, or for one d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,19 +63,21 @@ def split_prompt(x: jax.Array) -> jax.Array:
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of x [B, ...], in a program for a mesh with each row where it lies.
+    """`jax.lax.top_k` of x [B, ...], as `by_rows` computes."""
+    return by_rows(lambda rows: jax.lax.top_k(rows, k), x)
 
-    By itself the compiler gathers all rows on every device.
+
+def by_rows(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`function` of arrays [B, ...], in a program for a mesh with each row where it lies.
+
+    Of a sort or a scatter the compiler by itself gathers all rows on every device.
     """
     mesh = program_mesh()
-    if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
-        return jax.lax.top_k(x, k)
-    return jax.shard_map(
-        lambda rows: jax.lax.top_k(rows, k),
-        in_specs=P(ROWS),
-        out_specs=P(ROWS),
-        axis_names=set(ROWS),
-    )(x)
+    if mesh is None or batch_ways(mesh) == 1 or arrays[0].shape[0] % batch_ways(mesh):
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=P(ROWS), out_specs=P(ROWS), axis_names=set(ROWS))(
+        *arrays
+    )
 
 
 def split_parameters(params: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from l2s_jax.checkpoints.pretrained import encoder_part
+from l2s_jax.checkpoints.sharing import encoder_part
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.training import TrainedStage
 from l2s_jax.models.exact import Exact

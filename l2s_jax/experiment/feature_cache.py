@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from l2s_jax.cluster import distributed, sharding
+from l2s_jax.cluster import distributed, rows, sharding
 from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.batches import LengthGroups
 from l2s_jax.data.examples import TokenizedExamples
@@ -52,13 +51,13 @@ SHARD_BYTES = 1 << 26
 # Each stays open once it has been read from.
 _MOST_SHARDS = 512
 
-Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
+Encode = Callable[..., jax.Array]
 
 
 class Encoder:
     """The frozen LLM on a mesh: ids int32, mask bool [B, T] -> H bfloat16 [B, T, D].
 
-    All processes of a job call it alike, with whole batches, and all have the whole of H.
+    All processes of a job call it alike. Each row of H lies where that of the batch does.
     """
 
     def __init__(
@@ -67,12 +66,11 @@ class Encoder:
         """The LLM's config, its parameters that encode, and the layers that H is of."""
         self._mesh = mesh
         self._frozen = sharding.put_parameters(frozen, mesh)
-        self._encode = encoding(config, layers, NamedSharding(mesh, P()))
+        self._encode = encoding(config, layers, sharding.batch_sharding(mesh))
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-        batch = sharding.put((ids, mask), sharding.batch_sharding(self._mesh))
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         with jax.set_mesh(self._mesh):
-            return self._encode(self._frozen, *batch)
+            return self._encode(self._frozen, ids, mask)
 
 
 def encoding(config: ModelConfig, layers: tuple[int, ...], result: NamedSharding) -> Any:
@@ -103,6 +101,7 @@ def cached(
     facts: Mapping[str, Any],
     make_encoder: Callable[[], Encode],
     *,
+    mesh: Mesh,
     split: str,
     width: int,
     buckets: Sequence[int],
@@ -110,13 +109,14 @@ def cached(
 ) -> Features:
     """H of the prompts of `data`, from a cache; what is missing is computed first.
 
-    The processes of a job, which share the cache, encode together and take turns in writing.
+    The processes of a job, which share the cache, encode together. Each writes rows that it has.
 
     Args:
       data: the prompts.
       cache: the folder.
       facts: what H depends on besides the prompts; JSON-able, with "llm_hash".
       make_encoder: gives, only where something is missing, what encodes batches (see `Encoder`).
+      mesh: that of the encoder, which splits batches; of all processes.
       split: whose prompts these are, for messages.
       width: D, numbers of H for each token: the LLM's width, times the layers that are joined.
       buckets: lengths that prompts are padded to for the LLM, ascending.
@@ -150,16 +150,16 @@ def cached(
             file=sys.stderr,
         )
 
-    def rows(indices: np.ndarray, hidden: jax.Array) -> list[np.ndarray]:
-        own = zip(lengths[indices], np.asarray(hidden), strict=False)
-        return [row[:tokens] for tokens, row in own]
+    def values(own: np.ndarray, hidden: jax.Array) -> list[np.ndarray]:
+        pairs = zip(own, rows.taken(hidden), strict=True)
+        return [row[: lengths[index]] for index, row in pairs if index >= 0]
 
     def make(places: list[int], _: shards.Part) -> Iterator[shards.Made]:
-        for indices, hidden in _encoded(
-            data, np.array(places), make_encoder(), buckets, batch_size
-        ):
-            bar.update(len(indices))
-            yield indices.tolist(), functools.partial(rows, indices, hidden)
+        groups = LengthGroups(data, np.array(places), buckets, batch_size)
+        for indices, hidden in _encoded(data, groups, make_encoder(), mesh):
+            bar.update(int((indices >= 0).sum()))
+            own = rows.own(indices, hidden)
+            yield own[own >= 0].tolist(), functools.partial(values, own, hidden)
 
     def check() -> None:
         if is_whole(directory, FACTS):
@@ -167,7 +167,7 @@ def cached(
 
     distributed.on_primary(check)
     size = max(SHARD_BYTES // mean_bytes, -(-len(data) // _MOST_SHARDS), 1)
-    files = shards.fill(store, data.prompt_keys, make, size=size, together=True, announce=announce)
+    files = shards.fill(store, data.prompt_keys, make, size=size, together=False, announce=announce)
     bar.close()
     distributed.on_primary(store.tidy)
     distributed.on_primary(lambda: _tidy(directory))
@@ -175,17 +175,16 @@ def cached(
 
 
 def _encoded(
-    data: TokenizedExamples,
-    prompts: np.ndarray,
-    encode: Encode,
-    buckets: Sequence[int],
-    batch_size: int,
+    data: TokenizedExamples, groups: LengthGroups, encode: Encode, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
-    """(indices, H of them in the first rows) of all `prompts`, in order of their lengths."""
+    """(indices, H) of each of the groups."""
 
     def dispatched() -> Iterator[tuple[np.ndarray, jax.Array]]:
-        for indices, width in LengthGroups(data, prompts, buckets, batch_size):
-            yield indices[indices >= 0], encode(*data.padded_prompts(indices, width))
+        for indices, width in groups:
+            brought = indices[sharding.batch_rows(mesh, len(indices))]
+            ids, mask = data.padded_prompts(brought, width)
+            batch = sharding.put_batch({"ids": ids, "mask": mask}, mesh, len(indices))
+            yield indices, encode(**batch)
 
     for indices, hidden in one_ahead(dispatched()):
         yield indices, jax.block_until_ready(hidden)

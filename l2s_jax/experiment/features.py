@@ -94,6 +94,7 @@ class FeatureStage(Stage):
                     "dtype": str(context.dtypes[1]),
                 },
                 encoder,
+                mesh=mesh,
                 split=split,
                 width=hidden_width(llm.config, self._llm.layers),
                 buckets=[prompt_tokens for prompt_tokens, _ in context.buckets],

@@ -145,8 +145,13 @@ class L2sStage(BundleStage):
             projector = params["projector"]
             projector["outward"] = jax.tree.map(lambda x: 0 * x, projector["outward"])
         del slm  # with fusion "cross", an encoder that nobody reads
-        _, frozen = self._llm.encoder(entries=system.beside_hidden if cached else None)
-        trained = self.fit(system, params, frozen, learnt)
+        policy = self.policy()
+        _, frozen = self._llm.encoder(
+            entries=system.beside_hidden if cached else None,
+            whole=policy.params if policy else None,
+        )
+        trained = self.fit(system, params, frozen, learnt, policy)
+        del policy, frozen
         # A model and an LLM of the same workdir stay together when the workdir is moved.
         inside = os.path.join(absolute(self.context.workdir), "llm", "model")
         llm_path = self._llm.reference

@@ -30,7 +30,7 @@ class LanguageModelStage(TrainedStage):
         config, params = self.starting_point()
         system = LanguageModel(self.name, config)
         start = self.random(system) if params is None else {self.name: params}
-        trained = self.fit(system, start, {}, learnt)
+        trained = self.fit(system, start, {}, learnt, self.policy())
 
         def save(directory: str) -> None:
             pretrained.save_hf(config, trained[self.name], directory)

@@ -123,19 +123,34 @@ class LlmStage(LanguageModelStage):
         elif self.context.is_first("answers"):
             log.info("llm: has no head or decoder, so it only encodes and is not measured itself")
 
-    def encoder(self, entries: Sequence[str] | None, mesh: Mesh | None = None) -> tuple[Any, Any]:
+    def encoder(
+        self,
+        entries: Sequence[str] | None,
+        mesh: Mesh | None = None,
+        whole: Params | None = None,
+    ) -> tuple[Any, Any]:
         """(module, parameters) of what encodes a prompt, of which only `entries` are read.
 
-        They lie on a mesh, by default that of training.
+        They lie on a mesh, by default that of training. What is the same in the `whole` LLM, which
+        lies there, is not read again: it is in memory once.
         """
         from l2s_jax.checkpoints import pretrained
+        from l2s_jax.checkpoints.sharing import encoder_held
 
-        return pretrained.load_encoder(
+        read = functools.partial(
+            pretrained.load_encoder,
             self.directory,
             layer=self.layer,
             dtype=self.context.dtypes[1],
             weights="float",
             mesh=mesh or self.context.mesh,
             scan_layers=self.context.config.scan_layers,
-            entries=entries,
         )
+        if whole is None:
+            return read(entries=entries)
+        module, _ = read(entries=())
+        held, left = encoder_held(module.config, whole)
+        if entries is not None:
+            held = {name: held[name] for name in entries if name in held}
+            left = [name for name in entries if name not in held]
+        return module, {**held, **read(entries=left)[1]}

@@ -194,5 +194,5 @@ class LogitStage(RecordedStage):
             vocabulary=vocabulary,
             buckets=context.buckets,
             batch_size=self._settings.batch_size,
-            together=mesh.is_multi_process,
+            mesh=mesh,
         )

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float16, Int32
 from tqdm import tqdm
 
-from l2s_jax.cluster import distributed, placement, sharding
+from l2s_jax.cluster import distributed, placement, rows, sharding
 from l2s_jax.cluster.ahead import one_ahead
 from l2s_jax.data.batches import Buckets
 from l2s_jax.data.examples import TokenizedExamples
@@ -36,25 +35,26 @@ SHARD_BYTES = 1 << 22
 # Each stays open once it has been read from.
 _MOST_SHARDS = 512
 
-Score = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array]]
+Result = tuple[jax.Array, jax.Array]
+Score = Callable[[Mapping[str, jax.Array]], Result]
 
 
 class Scorer:
     """The LLM on a mesh: a batch of whole responses -> (ids, log-probabilities), see `likeliest`.
 
-    Where several processes have one mesh, all call it alike, and all have the whole result.
+    Where several processes have one mesh, all call it alike. Each row of the result lies where that
+    of the batch does.
     """
 
     def __init__(
         self, system: LanguageModel, params: Params, mesh: Mesh, *, top_k: int, temperature: float
     ):
         self._mesh, self._params = mesh, params
-        self._score = scoring(system, top_k, temperature, NamedSharding(mesh, P()))
+        self._score = scoring(system, top_k, temperature, sharding.batch_sharding(mesh))
 
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
-        placed = sharding.put(dict(batch), sharding.batch_sharding(self._mesh))
+    def __call__(self, batch: Mapping[str, jax.Array]) -> Result:
         with jax.set_mesh(self._mesh):
-            return self._score(self._params, placed)
+            return self._score(self._params, dict(batch))
 
 
 def scoring(system: LanguageModel, top_k: int, temperature: float, result: NamedSharding) -> Any:
@@ -76,7 +76,7 @@ def likeliest(
     def read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = logits / temperature
         kept, ids = placement.top_k(logits, top_k)
-        rest = log_sum_of_others(logits, ids)
+        rest = placement.by_rows(log_sum_of_others, logits, ids)
         total = jax.nn.logsumexp(logits, axis=-1)
         log_probs = jnp.concatenate([kept, rest[..., None]], axis=-1) - total[..., None]
         return ids, log_probs.astype(jnp.float16)
@@ -93,7 +93,7 @@ def scored(
     vocabulary: int,
     buckets: Buckets,
     batch_size: int,
-    together: bool,
+    mesh: Mesh,
 ) -> Logits:
     """The LLM's distributions of `data`, from a folder; what is missing is computed first.
 
@@ -105,7 +105,8 @@ def scored(
       vocabulary: of the LLM.
       buckets: lengths (prompt, response) that batches are padded to, ascending.
       batch_size: examples that it reads at a time.
-      together: the processes of a job read every batch together; else each reads its own.
+      mesh: that of the scorer, which splits batches. The processes of a job read every batch
+        together, and write rows that they have, where it is of all; else each reads its own.
 
     Raises:
       ValueError: a shard is damaged, or the disk is too small.
@@ -120,27 +121,28 @@ def scored(
         distributed.on_primary(lambda: _check_disk(directory, size * tokens, tokens))
         log.info("logits: the LLM reads %d of %d responses", len(missing), distinct(data.pair_keys))
         silent = not distributed.is_primary()
-        own = len(missing) // (1 if together else jax.process_count())
+        own = len(missing) // (1 if mesh.is_multi_process else jax.process_count())
         bar = tqdm(total=own, desc="logits", disable=silent, file=sys.stderr)
 
-    def rows(indices: np.ndarray, result: Any) -> list[np.ndarray]:
+    def values(own: np.ndarray, result: Result) -> list[np.ndarray]:
         return [
-            encoded(ids[:tokens], log_probs[:tokens], vocabulary)
-            for tokens, ids, log_probs in zip(
-                lengths[indices], *map(np.asarray, result), strict=False
-            )
+            encoded(ids[: lengths[index]], log_probs[: lengths[index]], vocabulary)
+            for index, ids, log_probs in zip(own, *map(rows.taken, result), strict=True)
+            if index >= 0
         ]
 
     def make(places: list[int], part: shards.Part) -> Iterator[shards.Made]:
-        batches = _batches(data, np.array(places), make_scorer(), buckets, batch_size, part)
+        part = (0, 1) if mesh.is_multi_process else part
+        batches = _batches(data, np.array(places), make_scorer(), buckets, batch_size, part, mesh)
         for indices, result in batches:
-            bar.update(len(indices))
-            yield indices.tolist(), functools.partial(rows, indices, result)
+            bar.update(int((indices >= 0).sum()))
+            own = rows.own(indices, result[0])
+            yield own[own >= 0].tolist(), functools.partial(values, own, result)
 
     mean_bytes = max(size * int(lengths.sum()) // max(len(data), 1), 1)
     in_shard = max(SHARD_BYTES // mean_bytes, -(-len(data) // _MOST_SHARDS), 1)
     files = shards.fill(
-        store, data.pair_keys, make, size=in_shard, together=together, announce=announce
+        store, data.pair_keys, make, size=in_shard, together=False, announce=announce
     )
     bar.close()
     distributed.on_primary(store.tidy)
@@ -154,8 +156,9 @@ def _batches(
     buckets: Buckets,
     batch_size: int,
     part: shards.Part,
-) -> Iterator[tuple[np.ndarray, Any]]:
-    """(indices, what comes of them in the first rows) of a part of `places`, by their buckets.
+    mesh: Mesh,
+) -> Iterator[tuple[np.ndarray, Result]]:
+    """(indices, -1 for none, and what comes of them) of a part of `places`, by their buckets.
 
     Rows that do not fill a batch of their bucket move up to the next one.
     """
@@ -166,14 +169,16 @@ def _batches(
     )
     order = np.argsort(bucket, kind="stable")
 
-    def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
+    def dispatched() -> Iterator[tuple[np.ndarray, Result]]:
         first, each = (batch_size * number for number in part)
         for start in range(first, len(places), each):
             chosen = order[start : start + batch_size]
             indices = np.full(batch_size, -1, np.int64)
             indices[: len(chosen)] = places[chosen]
+            brought = indices[sharding.batch_rows(mesh, batch_size)]
             prompt, response = buckets[bucket[chosen].max()]
-            yield places[chosen], score(data.padded(indices, prompt, response, "llm"))
+            batch = data.padded(brought, prompt, response, "llm")
+            yield indices, score(sharding.put_batch(batch, mesh, batch_size))
 
     for indices, result in one_ahead(dispatched()):
         yield indices, jax.block_until_ready(result)

@@ -2,7 +2,8 @@
 
 What is missing is made and added, so a run that was interrupted continues with what it lacks, and
 data whose order has changed, or that has grown, finds again what is there. All that is missing is
-made in one stream. A shard has whole batches of it, so that a run that continues makes the same.
+made in one stream. A shard has whole batches of it, or one process's rows of whole batches, so that
+a run that continues makes the same, as far as all processes have written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Store(Protocol):
 
 # Which batches, or values, of all a process makes: (i, n), every n-th one from the i-th on.
 Part = tuple[int, int]
-# A batch: its places, and what gives their values, in order.
+# A batch, or a process's rows of it: its places, and what gives their values, in order.
 Made = tuple[Sequence[int], Callable[[], Sequence[Any]]]
 
 
@@ -55,8 +56,8 @@ def fill(
       make: gives the batches of a part of the places in `keys`. Their values are asked for where
         this process writes them.
       size: values that a shard has at least, but for the last.
-      together: whether all processes make every batch, and take turns in writing shards; else each
-        makes those that it writes.
+      together: whether all processes give every value, and take turns in writing shards; else each
+        gives those that it writes, into shards of its own.
       announce: is told, before anything is made, at which places keys are missing, unless none is.
     """
     # Imported here: what is in a store can be seen without.

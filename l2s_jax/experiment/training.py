@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from l2s_jax.models.families import ModelConfig
     from l2s_jax.models.systems import Params, System
     from l2s_jax.models.tuning import Tuned
+    from l2s_jax.training.on_policy import OnPolicy
 
 # How training goes on, which the model does not depend on.
 _NO_INPUTS = (
@@ -240,7 +241,20 @@ class TrainedStage(RecordedStage):
             self.lessons.teacher.put_into(data)
         return Learnt(data, validation, samples, answered)
 
-    def fit(self, system: System | Tuned, params: Params, frozen: Params, learnt: Learnt) -> Params:
+    def policy(self) -> OnPolicy | None:
+        """The LLM that scores what the model writes itself, if it does; read anew by each call."""
+        if not self.lessons:
+            return None
+        return self.lessons.own_responses.load(self.responses.tokenizer, self.name)
+
+    def fit(
+        self,
+        system: System | Tuned,
+        params: Params,
+        frozen: Params,
+        learnt: Learnt,
+        policy: OnPolicy | None,
+    ) -> Params:
         """Trains, from the newest checkpoint on; gives the parameters, as `loop.fit` does."""
         import jax
 
@@ -265,23 +279,18 @@ class TrainedStage(RecordedStage):
             "batch_size": train.batch_size,
             "rows": sharding.batch_rows(context.mesh, train.batch_size),
         }
-        batches = training_batches(data, seed=self.seed, **settings)
         order = {"seed": self.seed, "buckets": context.buckets, "batch_size": train.batch_size}
-        validations = validation_batches(validation, **settings)
         distillation = None
         if data.teacher is not None:
             taught = context.config.distillation
             distillation = Distillation(taught.weight, taught.temperature)
-        policy = None
-        if self.lessons:
-            policy = self.lessons.own_responses.load(self.responses.tokenizer, self.name)
         trained = loop.fit(
             adapted if adapted else system,
             frozen,
             params,
             train,
-            batches=batches,
-            validation=validations,
+            batches=training_batches(data, seed=self.seed, **settings),
+            validation=validation_batches(validation, **settings),
             directory=self.record.directory,
             fingerprint=distributed.on_primary(lambda: self.record.run),
             seed=self.seed,

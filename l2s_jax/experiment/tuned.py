@@ -63,7 +63,7 @@ class TunedStage(BundleStage):
         settings = self.inputs()["tune"]
         tuned = Tuned(system, Adapters(**settings, where="config.llm.tune.pattern"))
         trained, base = tuned.split(params, frozen, jax.random.key(self.seed))
-        trained = self.fit(tuned, trained, base, learnt)
+        trained = self.fit(tuned, trained, base, learnt, self.policy())
         base = sharding.gather_on_primary(base)
 
         def save(directory: str) -> None:

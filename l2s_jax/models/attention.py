@@ -88,6 +88,7 @@ def attend(
         return blocks(query, key_value, bias, kept)
     _say(f"attention to {keys:,} keys: on a TPU by splash attention, elsewhere in blocks")
 
+    assert isinstance(bias, CausalBias)
     window = bias.window  # A condition makes an array of its operand's; the kernel wants a number.
 
     def kernel(query: jax.Array, key_value: KeyValue, bias: CausalBias) -> jax.Array:
@@ -243,6 +244,7 @@ def by_kernel(
         block_q_dq=piece,
         block_kv_dq=piece,
     )
+    assert isinstance(bias.window, int | None)
     before = None if bias.window is None else bias.window - 1
     visible = masks.LocalMask((length, length), (before, 0), offset=0)
     if ways > 1:

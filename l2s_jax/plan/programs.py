@@ -181,7 +181,7 @@ class Compiler:
         rows, width = self.work.batch_size, self.config.max_prompt_tokens
         ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
         programs = [
-            encoding(system.llm_config, layers_of(system.layers), self._replicated)
+            encoding(system.llm_config, layers_of(system.layers), self._rows)
             for system in (self.plan.l2s, self._flat.l2s)
         ]
         whole = (programs[1], (self._flat.frozen, ids, mask))
@@ -194,7 +194,7 @@ class Compiler:
         taught = self.config.distillation
         top_k = min(taught.top_k, self.plan.system.decoder.vocab_size)
         assert isinstance(self.plan.system, LanguageModel)
-        read = scoring(self.plan.system, top_k, taught.temperature, self._replicated)
+        read = scoring(self.plan.system, top_k, taught.temperature, self._rows)
         return self._program(read, (self._trained, batch), rows)[0]
 
     def _decode(self, loop: Any, state: Any, rows: int) -> Program:
