@@ -201,6 +201,10 @@ class _WholeIds:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cut.whole, name)
 
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(f"whole ids of {self._cut.identity}".encode()).hexdigest()
+
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._cut.kept[ids].tolist() for ids in self._cut.encode_responses(texts)]
 
