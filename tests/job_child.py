@@ -20,10 +20,14 @@ from l2s_jax.cluster import distributed
 from l2s_jax.cluster.job import job
 from l2s_jax.cluster.limits import Limits
 from l2s_jax.cluster.paths import path_name
-from l2s_jax.experiment import feature_cache, label_files
+from l2s_jax.data.table import Example
+from l2s_jax.data.tokens import Tokenization
+from l2s_jax.experiment import feature_cache, label_files, token_files
 
 # Two of four processes hold the same rows of a batch, and parts of the same parameters.
 MESHES = {4: (2, 1, 2), 2: (1, 2, 1)}
+
+TEXTS = [Example(prompt, response, ()) for prompt, response in small.random_pairs(50, 8)]
 
 
 def read_encoder(directory, process, mesh):
@@ -68,12 +72,27 @@ def encode(directory, mesh):
 def label(directory, asked, **settings):
     """The examples with labels that lie in a directory; `asked` is where asked.txt is."""
     os.makedirs(asked, exist_ok=True)
-    return label_files.label(
+    return label_child.label(
         label_child.EXAMPLES,
         lambda: label_child.Slow(asked),
         directory,
         **settings,
     )
+
+
+def tokenize(directory, process):
+    """The tokens of the features' prompts, in small files; tokenized.txt has who made how many."""
+    token_files.AT_ONCE = 4
+    tokenizer = small.NumberTokenizer()
+    how = Tokenization(tokenizer, tokenizer, 8, 8)
+
+    def noted(examples):
+        with open(f"{directory}/tokenized.txt", "a", encoding="utf-8") as file:
+            file.write(f"{process} {len(examples)}\n")
+        return how(examples)
+
+    tokens = token_files.kept(f"{directory}/tokens", {}, TEXTS, noted)
+    return [tokens.prompts[i].tolist() for i in range(len(TEXTS))]
 
 
 def main(directory, seconds, coordinator, processes, process):
@@ -84,6 +103,7 @@ def main(directory, seconds, coordinator, processes, process):
         facts = read_encoder(directory, process, MESHES[processes])
         facts |= {"devices": jax.device_count(), "own": jax.local_device_count()}
         kept = encode(directory, MESHES[processes])
+        distributed.check_same({"tokens": tokenize(directory, process)})
         distributed.check_same({"features": [float(h.astype(float).sum()) for h in kept]})
         weights = train_child.run(directory, seconds, mesh=MESHES[processes])
         distributed.check_same({"labels": [example.response for example in labelled]})

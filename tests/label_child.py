@@ -31,8 +31,17 @@ class Slow:
             yield [place], [Output(f"answer to {prompts[place]}", 1, False)]
 
 
+def label(examples, make_generator, directory, **settings):
+    """The examples with labels, of which those that are missing are made."""
+    label_files.fill(examples, make_generator, directory, **settings)
+    prompts = [example.prompt for example in examples]
+    keys = label_files.Keys(prompts, sampled=settings.get("seed") is not None)
+    store = label_files.LabelFiles(directory, settings.get("split", "train"))
+    return label_files.Labelled(examples, keys, store)
+
+
 if __name__ == "__main__":
     label_files.SHARD = SHARD
-    labelled = label_files.label(EXAMPLES, lambda: Slow(sys.argv[1]), sys.argv[1])
+    labelled = label(EXAMPLES, lambda: Slow(sys.argv[1]), sys.argv[1])
     with open(os.path.join(sys.argv[1], "labelled.json"), "w", encoding="utf-8") as file:
         json.dump([example.response for example in labelled], file)

@@ -13,6 +13,7 @@ from grain.experimental import LimitIterDataset, assert_equal_output_after_check
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from l2s_jax.data import examples
 from l2s_jax.data.batches import (
     LengthGroups,
     evaluation_batches,
@@ -366,7 +367,7 @@ def test_a_sequence_without_eos_is_only_cut():
 
 
 def test_examples_are_tokenized_once(monkeypatch):
-    monkeypatch.setattr("l2s_jax.data.examples._AT_ONCE", 4)
+    monkeypatch.setattr(examples, "AT_ONCE", 4)
     tokenizers = NumberTokenizer(0), NumberTokenizer(0)
     lengths = [(2 + i % 5, 2 + i % 3) for i in range(11)]
     data = make_data(lengths, tokenizers=tokenizers)

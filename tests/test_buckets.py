@@ -17,7 +17,7 @@ from safetensors.numpy import load
 from l2s_jax import buckets, copies, files
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.tokenizers import load_tokenizer
-from l2s_jax.tokenizers.cut import CutTokenizer, choose
+from l2s_jax.tokenizers.cut import CutTokenizer, choose, count
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 from l2s_jax.training import meter
 
@@ -132,7 +132,7 @@ def test_a_model_is_saved_to_a_bucket_and_never_over_another(store):
 
 def test_a_cut_vocabulary_comes_out_of_a_bucket(store, tmp_path):
     whole = train_sentencepiece(["one two three"] * 3, vocab_size=13, directory=str(tmp_path))
-    cut = CutTokenizer(whole, choose(whole, whole.encode_responses(["one"])))
+    cut = CutTokenizer(whole, choose(whole, count(whole, whole.encode_responses(["one"]))))
     cut.save(str(tmp_path))
     buckets.send_folder(str(tmp_path), f"{AT}/cut", "spiece.model")
     found = load_tokenizer(f"{AT}/cut")

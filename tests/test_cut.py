@@ -27,7 +27,7 @@ from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.serving import bundle
 from l2s_jax.settings.cut import Cut
 from l2s_jax.tokenizers import load_tokenizer
-from l2s_jax.tokenizers.cut import CutTokenizer, choose, essential
+from l2s_jax.tokenizers.cut import CutTokenizer, choose, count, essential
 from l2s_jax.tokenizers.huggingface import HuggingFaceTokenizer, Special
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
@@ -144,7 +144,7 @@ def whole(tmp_path_factory):
 )
 def test_a_cut_tokenizer_writes_what_the_whole_one_writes(whole, text, size):
     responses = whole.encode_responses(TEXTS[:1])
-    kept = choose(whole, responses, size and len(essential(whole)) + 3)
+    kept = choose(whole, count(whole, responses), size and len(essential(whole)) + 3)
     tokenizer = CutTokenizer(whole, kept)
     (ids,) = tokenizer.encode_responses([text])
     assert all(0 <= id < len(kept) for id in ids) and ids[-1] == tokenizer.eos_id
@@ -173,7 +173,7 @@ def byte_level():
 @given(parts=st.lists(st.sampled_from([*ADDED, " ", "é", "Ã©", "a", "Ġ", "日"]), max_size=12))
 def test_any_text_is_written_without_tokens_that_were_added(byte_level, parts):
     text = "".join(parts)
-    tokenizer = CutTokenizer(byte_level, choose(byte_level, []))
+    tokenizer = CutTokenizer(byte_level, choose(byte_level, count(byte_level, [])))
     assert tokenizer.vocab_size == 257
     (ids,) = tokenizer.encode_responses([text])
     assert tokenizer.decode(ids) == text == byte_level.decode(*byte_level.encode_responses([text]))
@@ -181,7 +181,7 @@ def test_any_text_is_written_without_tokens_that_were_added(byte_level, parts):
 
 def test_what_is_kept_is_written_as_before(whole):
     responses = whole.encode_responses(TEXTS)
-    tokenizer = CutTokenizer(whole, choose(whole, responses))
+    tokenizer = CutTokenizer(whole, choose(whole, count(whole, responses)))
     again = tokenizer.encode_responses(TEXTS)
     assert [tokenizer.kept[ids].tolist() for ids in again] == responses
 
@@ -189,18 +189,18 @@ def test_what_is_kept_is_written_as_before(whole):
 def test_the_most_used_pieces_are_kept(whole):
     responses = whole.encode_responses(TEXTS[:3])
     least = len(essential(whole))
-    kept = choose(whole, responses, least + 4)
+    kept = choose(whole, count(whole, responses), least + 4)
     assert len(kept) == least + 4 and kept == sorted(kept)
     counts = {id: sum(ids.count(id) for ids in responses) for id in range(whole.vocab_size)}
     chosen = set(kept) - set(essential(whole))
     left = set(range(whole.vocab_size)) - set(kept)
     assert min(counts[id] for id in chosen) >= max(counts[id] for id in left)
     with pytest.raises(ValueError, match=f"a vocabulary of 5: expected at least {least}"):
-        choose(whole, responses, 5)
+        choose(whole, count(whole, responses), 5)
 
 
 def test_a_cut_tokenizer_is_kept_on_disk(whole, tmp_path):
-    tokenizer = CutTokenizer(whole, choose(whole, whole.encode_responses(TEXTS[:1])))
+    tokenizer = CutTokenizer(whole, choose(whole, count(whole, whole.encode_responses(TEXTS[:1]))))
     tokenizer.save(str(tmp_path))
     again = load_tokenizer(str(tmp_path))
     assert again.identity == tokenizer.identity != whole.identity
@@ -414,8 +414,10 @@ def test_bad_input_is_one_line_before_anything_is_trained(job, flags, fragments,
     assert not (tmp_path / "run/llm/model").exists()
 
 
-def test_how_much_is_left_out_is_said(job, tmp_path, caplog):
+def test_how_much_is_left_out_is_said(job, tmp_path, caplog, monkeypatch):
     config, _ = job
+    # Pieces are counted a few responses at a time.
+    monkeypatch.setattr("l2s_jax.experiment.vocabulary.AT_ONCE", 7)
     run = [f"--config={config}", f"--workdir={tmp_path}", "--config.labels.source=data"]
     with caplog.at_level(logging.INFO, "l2s_jax"):
         assert tiny.run(*run, "--until=vocabulary") == 0

@@ -20,7 +20,7 @@ from l2s_jax.evaluation.answers import read_answers
 from l2s_jax.experiment import workdir
 from l2s_jax.experiment.feature_files import FeatureFiles, Features
 from l2s_jax.experiment.hashes import Hashes
-from l2s_jax.experiment.label_files import Label, LabelFiles, keys_of
+from l2s_jax.experiment.label_files import Keys, Label, LabelFiles
 from l2s_jax.experiment.logit_files import LogitFiles, Logits, encoded
 from l2s_jax.files import write_json_lines
 from l2s_jax.messages import errors_once
@@ -46,14 +46,14 @@ def lines_of(path, flips=300):
 
 
 def test_damaged_labels(tmp_path):
-    store, keys = LabelFiles(str(tmp_path)), keys_of(["a", "b", "c"], sampled=False)
+    store, keys = LabelFiles(str(tmp_path)), Keys(["a", "b", "c"], sampled=False)
     labels = [Label("one", False), Label('two\n"x', True), Label("drei ü", False)]
     store.write(0, keys, labels)
     (path,) = tmp_path.iterdir()
     expected = dict(zip(keys, labels, strict=True))
 
     def read():
-        return store.read(store.files())
+        return dict(store.read(store.files()))
 
     trial = Trial()
     # A label that is no longer there is made again; none is another one.

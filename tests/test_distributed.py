@@ -267,6 +267,11 @@ def test_killed_the_others_end_and_all_continue_exactly(tmp_path, monkeypatch):
     for files in (alone, together):
         assert sorted(map(len, files))[-20:] == [label_child.SHARD] * 20
 
+    # So were the tokens made, a file by each in turn, and found by the two.
+    sizes = [line.split() for line in (directory / "tokenized.txt").read_text().splitlines()]
+    assert sum(int(size) for _, size in sizes) == len(job_child.TEXTS)
+    assert {process for process, _ in sizes} == set("0123")
+
     # The four encoded together what one process makes alone.
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 0)
     alone = job_child.encode(str(tmp_path), (1, 1, 1))

@@ -21,7 +21,7 @@ import yaml
 
 from l2s_jax.checkpoints.files import content_hash
 from l2s_jax.tokenizers import load_tokenizer
-from l2s_jax.tokenizers.cut import CutTokenizer, choose
+from l2s_jax.tokenizers.cut import CutTokenizer, choose, count
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,9 @@ def test_only_what_is_needed_is_fetched(hub, checkpoint, tmp_path):
 def test_a_cut_vocabulary_comes_along(hub, checkpoint, tmp_path):
     whole = load_tokenizer(str(checkpoint))
     folder = shutil.copytree(checkpoint, tmp_path / "cut")
-    CutTokenizer(whole, choose(whole, whole.encode_responses(["one"]))).save(str(folder))
+    CutTokenizer(whole, choose(whole, count(whole, whole.encode_responses(["one"])))).save(
+        str(folder)
+    )
     cut = load_tokenizer(str(folder))
     assert cut.vocab_size < whole.vocab_size
     hub["org/cut"].add(folder)

@@ -1,5 +1,8 @@
 """The labels that an LLM gives: through interruptions and kills, and by several processes."""
 
+import collections
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -8,12 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from unittest import mock
 
 import label_child
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from l2s_jax.data.table import Example
 from l2s_jax.experiment import label_files
+from l2s_jax.experiment.label_files import Label
 from l2s_jax.serving.generator import Output
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -49,10 +56,10 @@ def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
     monkeypatch.setattr(label_files, "SHARD", 4)
     examples = [Example(f"prompt {i}", "old", ("old",)) for i in range(11)]
     with pytest.raises(KeyboardInterrupt):
-        label_files.label(examples, lambda: Counting(fail_after=6), str(tmp_path))
+        label_child.label(examples, lambda: Counting(fail_after=6), str(tmp_path))
     # What was not in a whole file yet is lost, and nothing else.
     second = Counting()
-    labelled = label_files.label(examples, lambda: second, str(tmp_path))
+    labelled = label_child.label(examples, lambda: second, str(tmp_path))
     assert second.seen == 7
     assert [len(lines) for lines in lines_of_files(tmp_path)] == [4, 4, 3]
     assert [e.prompt for e in labelled] == [e.prompt for e in examples]
@@ -61,7 +68,7 @@ def test_labels_continue_after_an_interruption_without_repeating_or_losing_any(
     def never():
         raise AssertionError("all labels are there")
 
-    assert list(label_files.label(examples, never, str(tmp_path))) == list(labelled)
+    assert list(label_child.label(examples, never, str(tmp_path))) == list(labelled)
 
 
 def test_killed_at_any_moment_it_continues_without_repeating_or_losing_any(tmp_path):
@@ -122,17 +129,17 @@ def examples_of(*prompts):
 
 def test_labels_belong_to_prompts_whatever_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(label_files, "SHARD", 2)
-    label_files.label(examples_of("a", "b", "c", "b"), Counting, str(tmp_path))
+    label_child.label(examples_of("a", "b", "c", "b"), Counting, str(tmp_path))
     grown = Counting()
-    labelled = label_files.label(examples_of("d", "c", "b", "a"), lambda: grown, str(tmp_path))
+    labelled = label_child.label(examples_of("d", "c", "b", "a"), lambda: grown, str(tmp_path))
     assert grown.seen == 1
     assert [e.response for e in labelled] == [f"answer to {prompt}" for prompt in "dcba"]
 
 
 def test_splits_have_files_of_their_own(tmp_path):
-    label_files.label(examples_of("a", "b"), Counting, str(tmp_path))
+    label_child.label(examples_of("a", "b"), Counting, str(tmp_path))
     validation = Counting()
-    labelled = label_files.label(
+    labelled = label_child.label(
         examples_of("b", "c"), lambda: validation, str(tmp_path), split="validation"
     )
     assert validation.seen == 2
@@ -155,7 +162,7 @@ def test_sampled_labels_have_seeds_of_their_places_in_the_split(tmp_path, monkey
     def label(seed, *prompts):
         directory = str(tmp_path / str(seed))
         os.makedirs(directory, exist_ok=True)
-        labelled = label_files.label(examples_of(*prompts), Sampling, directory, seed=seed)
+        labelled = label_child.label(examples_of(*prompts), Sampling, directory, seed=seed)
         return [example.response for example in labelled]
 
     first = label(0, "a", "a", "b", "a", "b")
@@ -170,10 +177,10 @@ def test_sampled_labels_have_seeds_of_their_places_in_the_split(tmp_path, monkey
 def test_a_line_that_is_no_label_is_refused(line, tmp_path):
     (tmp_path / "train-00000.jsonl").write_text(f"{line}\n")
     with pytest.raises(ValueError, match=r"train-00000\.jsonl:1: .*expected"):
-        label_files.label(examples_of("a"), Counting, str(tmp_path))
+        label_child.label(examples_of("a"), Counting, str(tmp_path))
     (tmp_path / "train-00000.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"train-00000\.jsonl:1: not readable as JSON"):
-        label_files.label(examples_of("a"), Counting, str(tmp_path))
+        label_child.label(examples_of("a"), Counting, str(tmp_path))
 
 
 def test_labels_without_prompts_are_given_those_at_their_places(tmp_path):
@@ -183,6 +190,42 @@ def test_labels_without_prompts_are_given_those_at_their_places(tmp_path):
     store = label_files.LabelFiles(str(tmp_path))
     with pytest.raises(ValueError, match=r"train-00001\.jsonl: labels of more than the 2 prompts"):
         store.give_keys(["a", "b"])
-    store.give_keys(label_files.keys_of("abc", sampled=False))
-    labelled = label_files.label(examples_of("c", "b", "a"), None, str(tmp_path))
+    store.give_keys(label_files.Keys("abc", sampled=False))
+    labelled = label_child.label(examples_of("c", "b", "a"), None, str(tmp_path))
     assert [example.response for example in labelled] == ["3", "2", "1"]
+
+
+prompts = st.lists(st.sampled_from(["a", "b", "c", "ä\ud83d"]), max_size=12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(prompts=prompts, there=st.lists(prompts, max_size=3), sampled=st.booleans())
+def test_keys_are_hashes_of_prompts_and_numbers_of_their_likes(prompts, there, sampled):
+    def keys_of(prompts):
+        seen = collections.Counter()
+        for prompt in prompts:
+            key = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()[:32]
+            yield f"{key}-{seen[key]}" if sampled and seen[key] else key
+            seen[key] += 1
+
+    keys, expected = label_files.Keys(prompts, sampled=sampled), list(keys_of(prompts))
+    assert list(keys) == expected and keys[1:-1] == expected[1:-1]
+    lines = [[(key, Label("", False)) for key in keys_of(part)] for part in there]
+    store = label_files.LabelFiles("")
+    with mock.patch.object(store, "read", lambda files: itertools.chain(*lines)):
+        missing = store.missing([], keys)
+    known = {key for line in lines for key, _ in line}
+    first = {key: place for place, key in reversed(list(enumerate(expected)))}
+    assert missing.tolist() == sorted(place for key, place in first.items() if key not in known)
+
+
+def test_of_a_prompt_with_two_labels_the_last_counts_and_one_without_is_named(tmp_path):
+    store, keys = label_files.LabelFiles(str(tmp_path)), label_files.Keys("abab", sampled=False)
+    store.write(0, keys[:2], [Label("first ä", True), Label("second", False)])
+    store.write(1, [*keys[:1], "any text"], [Label("third ü\n", False), Label("", True)])
+    labelled = label_files.Labelled([Example(p, "old", ("x",)) for p in "abab"], keys, store)
+    expected = [Example(p, r, (r,)) for p, r in (("a", "third ü\n"), ("b", "second"))] * 2
+    assert list(labelled) == expected == labelled[:] and labelled[-1] == expected[-1]
+    more = label_files.Keys("abc", sampled=False)
+    with pytest.raises(ValueError, match=f"no label of prompt {more[2]}"):
+        label_files.Labelled([Example(p, "old", ("x",)) for p in "abc"], more, store)

@@ -13,11 +13,12 @@ import transformers
 from safetensors.numpy import load_file
 
 from l2s_jax import models
+from l2s_jax.cluster import distributed
 from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.evaluation.stage import EvaluationStage
-from l2s_jax.experiment import toy
+from l2s_jax.experiment import token_files, toy
 from l2s_jax.experiment.experiment import Experiment
-from l2s_jax.experiment.label_files import LabelFiles, keys_of
+from l2s_jax.experiment.label_files import Keys, LabelFiles
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.workdir import read_config, write_config
 
@@ -160,14 +161,14 @@ def test_labels_of_data_in_another_order_are_those_of_its_prompts(copy, caplog):
     )
     assert len(lines) > 50
     before = LabelFiles(str(copy / "run/labels"))
-    before = before.read(before.files())
+    before = dict(before.read(before.files()))
     rewrite(copy / "data/train.jsonl", lambda records: records[::-1])
     assert states(copy)["labels"] == ("done", "")
     assert states(copy)["slm"] == ("stale", "data.train changed")
     experiment = Experiment(read_config(str(copy / "run")), str(copy / "run"))
     labelled = experiment.labels.examples()
     assert "the LLM answers" not in caplog.text
-    keys = keys_of([example.prompt for example in labelled], sampled=False)
+    keys = Keys([example.prompt for example in labelled], sampled=False)
     assert [example.response for example in labelled] == [before[key].response for key in keys]
 
 
@@ -187,7 +188,7 @@ def test_what_is_validated_with_has_labels_of_its_own(copy, caplog):
     keys = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
     rows = [json.loads(line) for line in (copy / "data/validation.jsonl").read_text().splitlines()]
     prompts = [f"reverse: {row['words']}" for row in rows]
-    assert sorted(keys) == sorted(set(keys_of(prompts, sampled=False)))
+    assert sorted(keys) == sorted(set(Keys(prompts, sampled=False)))
     train = (copy / "run/labels/train-00000.jsonl").read_bytes()
     path.unlink()
     assert states(copy)["labels"][0] == "begun"
@@ -248,6 +249,44 @@ def test_training_can_be_extended_and_goes_on_where_it_was(copy):
     assert new.keys() == old.keys() and (run / "slm/checkpoints/8").exists()
     assert not list(run.glob("*.old*"))
     assert Experiment(config, str(run), "look").slm.state() == ("done", "")
+
+
+def test_stages_and_runs_find_the_tokens_that_are_there(copy, monkeypatch, caplog):
+    """SLM and L2S have one tokenizer here, so that they learn the same tokens."""
+    files = sorted((copy / "run/tokens").glob("*/*"))
+    assert [path.suffix for path in files] == [".json", ".arrow"] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files, "_made", None)
+        config = read_config(str(copy / "run"))
+        for section in (config.slm, config.l2s):
+            section.train.steps = 6
+        Experiment(config, str(copy / "run")).make(until="l2s")
+    assert sorted((copy / "run/tokens").glob("*/*")) == files
+    # Another label is other data, though no setting has changed.
+    path = copy / "run/labels/train-00000.jsonl"
+    rewrite(path, lambda rs: [{"prompt": r["prompt"], "response": "one"} for r in rs])
+    config.slm.train.steps = 7
+    experiment = Experiment(config, str(copy / "run"))
+    data = experiment.slm._tokenized(experiment.slm.examples())
+    assert len({data[i][1].tobytes() for i in range(len(data))}) == 1
+    assert len(sorted((copy / "run/tokens").glob("*/*"))) == len(files) + 2
+
+
+@pytest.mark.parametrize("is_primary", [False, True])
+def test_one_process_hashes_the_data_for_all(copy, is_primary, monkeypatch):
+    told = []
+
+    def on_primary(action):
+        told.append(action() if is_primary else "what process 0 says")
+        return told[-1]
+
+    monkeypatch.setattr(distributed, "on_primary", on_primary)
+    context = Experiment(read_config(str(copy / "run")), str(copy / "run")).context
+    assert context.content("train") == context.content("train") == told[0] and len(told) == 1
+    files = list(map(str, (copy / "run/labels").glob("*.jsonl")))
+    assert context.files_hash("labels", lambda: files) == told[1]
+    assert (copy / "run/hashes.json").exists() == is_primary
+    assert context.examples("train").is_read == is_primary
 
 
 def test_one_length_cuts_prompts_everywhere(copy):

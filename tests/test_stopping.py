@@ -174,11 +174,11 @@ def test_a_stage_that_trains_nothing_ends_at_once_and_keeps_what_is_done(
     before = signal.signal(number, signal.SIG_DFL)
     words = "the same command continues with what is done"
     with pytest.raises(Stopped, match=words) as error, handled():
-        label_files.label(label_child.EXAMPLES, Generator, str(tmp_path))
+        label_child.label(label_child.EXAMPLES, Generator, str(tmp_path))
     assert error.value.status == 128 + number
     assert signal.signal(number, before) == signal.SIG_DFL
     assert len(list(tmp_path.glob("train-*.jsonl"))) == 2
-    label_files.label(label_child.EXAMPLES, Generator, str(tmp_path))
+    label_child.label(label_child.EXAMPLES, Generator, str(tmp_path))
     prompts = [example.prompt for example in label_child.EXAMPLES]
     assert sorted(asked) == sorted([*prompts, *prompts[16:24]])
 

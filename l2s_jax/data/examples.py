@@ -1,18 +1,16 @@
-"""Examples as token ids: tokenized once, cut to length, padded to arrays."""
+"""Examples as token ids, padded to arrays."""
 
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from l2s_jax.data import fitting
-from l2s_jax.data.ragged import Growing, GrowingRagged, Ragged, numbers
+from l2s_jax.data.ragged import Growing
 from l2s_jax.data.table import Example, chunks
+from l2s_jax.data.tokens import AT_ONCE, Loss, Sequences, Tokenization, Tokens, gathered
 from l2s_jax.tokenizers.tokenizer import Tokenizer
-
-_AT_ONCE = 8192
 
 
 class Hidden(Protocol):
@@ -36,57 +34,10 @@ class Teacher(Protocol):
         ...
 
 
-class Loss(NamedTuple):
-    """What texts lost because they were too long.
-
-    prompts, responses: how many were cut, of `examples`.
-    hopeless: prompts that were too long without any text of their fields.
-    fields: of the prompts that were cut, by field: characters lost, and of how many.
-    left_out: examples that are not there because their response was cut.
-    """
-
-    examples: int
-    prompts: int
-    responses: int
-    hopeless: int
-    fields: dict[str, fitting.Loss]
-    left_out: int
-
-    def describe(self, most: int) -> list[str]:
-        """A line about prompts and one about responses, where some were cut; `most`: tokens."""
-        lines = []
-        if self.prompts:
-            shares = {field: lost / of for field, (lost, of) in self.fields.items() if lost}
-            lost = ", ".join(f"{share:.0%} of {field}" for field, share in shares.items())
-            lines.append(
-                f"{self.prompts} of {self.examples} prompts were longer than {most} tokens and "
-                f"lost text: {lost or 'none of a field'}"
-            )
-        if self.hopeless:
-            lines.append(
-                f"{self.hopeless} of {self.examples} prompts are longer than {most} tokens even "
-                "without their fields: the end of the template is lost"
-            )
-        if self.responses:
-            what = "are left out" if self.left_out else "teach no end"
-            lines.append(f"{self.responses} of {self.examples} responses were cut, and {what}")
-        return lines
-
-
-class _Tokens(NamedTuple):
-    prompts: Ragged
-    responses: Ragged
-    places: np.ndarray
-    loss: Loss
-
-
 class TokenizedExamples:
-    """Token ids of examples, computed on first use, all at once, and kept as two flat arrays.
+    """Token ids of examples, cut to length as `Tokenization` says.
 
-    Large arrays lie in files (`ragged.Growing`): ten million examples need no memory for them.
-    A prompt over its maximum loses text of its fields (fitting.py). A response over its maximum
-    is cut, and one that was cut before stays so: no eos follows it. Once `hidden` or `teacher` is
-    set, batches hold what it reads too.
+    Once `hidden` or `teacher` is set, batches hold what it reads too.
 
     Args:
       examples: what to tokenize; references are not used.
@@ -95,6 +46,7 @@ class TokenizedExamples:
       max_prompt_tokens: longest prompt kept, eos included.
       max_response_tokens: longest response kept, eos included.
       keep_cut: whether examples whose response is cut are there.
+      tokens: of the examples, where they are known; None: they are made on first use.
 
     Raises:
       ValueError: a maximum is below 1.
@@ -109,6 +61,7 @@ class TokenizedExamples:
         max_prompt_tokens: int,
         max_response_tokens: int,
         keep_cut: bool = True,
+        tokens: Tokens | None = None,
     ):
         for name, value in (
             ("max_prompt_tokens", max_prompt_tokens),
@@ -116,7 +69,7 @@ class TokenizedExamples:
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        self._examples = examples
+        self._examples, self._given = examples, tokens
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.max_prompt_tokens = max_prompt_tokens
@@ -128,49 +81,65 @@ class TokenizedExamples:
         self._keep_cut = keep_cut
 
     def __len__(self) -> int:
-        return len(self._examples) - (0 if self._keep_cut else self.loss.left_out)
+        return len(self.prompt_lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of prompt and response `index`, int32 [t] and [s]."""
-        index = range(len(self))[index]
-        return self._tokens.prompts[index], self._tokens.responses[index]
+        place = int(self._places_of(np.array([range(len(self))[index]]))[0])
+        return self._tokens.prompts[place], self._tokens.responses[place]
 
-    @property
+    @functools.cached_property
     def loss(self) -> Loss:
         """What was lost because it was too long."""
-        return self._tokens.loss
+        loss = self._tokens.loss
+        return loss._replace(left_out=0 if self._keep_cut else loss.responses)
 
-    @property
+    @functools.cached_property
     def places(self) -> np.ndarray:
         """Where each example is among those given, int64 [len(self)]; some may be left out."""
-        return self._tokens.places
+        cut = self._tokens.cut
+        return np.arange(len(cut)) if self._keep_cut else np.flatnonzero(~cut)
+
+    def _places_of(self, indices: np.ndarray) -> np.ndarray:
+        """Where examples are among those given; -1 stays."""
+        if self._keep_cut:
+            return indices
+        return np.where(indices < 0, -1, self.places[indices])
 
     @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:
         """Tokens of each prompt after the cut, int32 [len(self)]."""
-        return self._tokens.prompts.lengths
+        return self._lengths(self._tokens.prompts)
 
     @functools.cached_property
     def response_lengths(self) -> np.ndarray:
         """Tokens of each response after the cut, int32 [len(self)]."""
-        return self._tokens.responses.lengths
+        return self._lengths(self._tokens.responses)
+
+    def _lengths(self, sequences: Sequences) -> np.ndarray:
+        return sequences.lengths if self._keep_cut else sequences.lengths[self.places]
 
     @functools.cached_property
     def prompt_keys(self) -> np.ndarray:
         """Half of the SHA-256 of the ids of each prompt, as they are after the cut, V16 [N]."""
-        return _array(_key(b"", self._tokens.prompts[i]) for i in range(len(self)))
+        prompts = self._tokens.prompts
+        return key_array(_key(b"", prompts[i]) for i in self._all_places())
 
     @functools.cached_property
     def pair_keys(self) -> np.ndarray:
         """Half of the SHA-256 of the ids of each prompt and response, after the cut, V16 [N]."""
         responses = self._tokens.responses
-        return _array(_key(k.tobytes(), responses[i]) for i, k in enumerate(self.prompt_keys))
+        of_prompts = zip(self.prompt_keys, self._all_places(), strict=True)
+        return key_array(_key(key.tobytes(), responses[i]) for key, i in of_prompts)
+
+    def _all_places(self) -> Iterable[int]:
+        return range(len(self)) if self._keep_cut else map(int, self.places)
 
     def padded_prompts(
         self, indices: np.ndarray, prompt_tokens: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 and mask bool [B, prompt_tokens] of the prompts of `padded`."""
-        ids, mask = _pad(self._tokens.prompts, indices, prompt_tokens, self.prompt_pad_id)
+        ids, mask = self._pad("prompts", indices, prompt_tokens, self.prompt_pad_id)
         mask[indices < 0, 0] = True
         return ids, mask
 
@@ -183,8 +152,8 @@ class TokenizedExamples:
         over the prompt be empty, and its response mask none, lest it count in a loss.
         """
         prompt_ids, prompt_mask = self.padded_prompts(indices, prompt_tokens)
-        response_ids, response_mask = _pad(
-            self._tokens.responses, indices, response_tokens, self.response_pad_id
+        response_ids, response_mask = self._pad(
+            "responses", indices, response_tokens, self.response_pad_id
         )
         batch = {
             f"{prompt_name}_ids": prompt_ids,
@@ -199,61 +168,39 @@ class TokenizedExamples:
             batch |= {"teacher_ids": ids, "teacher_log_probs": log_probs}
         return batch
 
-    @functools.cached_property
-    def _tokens(self) -> _Tokens:
-        prompts, responses = GrowingRagged(np.int32), GrowingRagged(np.int32)
-        places = Growing(np.int64)
-        too_long = cut_responses = hopeless = 0
-        fields: dict[str, fitting.Loss] = {}
-        for start, chunk in enumerate(chunks(self._examples, _AT_ONCE)):
-            fitted = fitting.fit(
-                [example.prompt for example in chunk], self.prompt_tokenizer, self.max_prompt_tokens
-            )
-            too_long, hopeless = too_long + fitted.cut, hopeless + fitted.hopeless
-            for field, (lost, of) in fitted.losses.items():
-                before = fields.get(field, fitting.Loss(0, 0))
-                fields[field] = fitting.Loss(before.lost + lost, before.of + of)
-            whole = self.response_tokenizer.encode_responses([e.response for e in chunk])
-            is_cut = [
-                example.cut or len(ids) > self.max_response_tokens
-                for example, ids in zip(chunk, whole, strict=True)
-            ]
-            cut_responses += sum(is_cut)
-            kept = [i for i, cut in enumerate(is_cut) if self._keep_cut or not cut]
-            places.append(start * _AT_ONCE + np.array(kept, np.int64))
-            for side, ids in (
-                (prompts, [fitted.ids[i] for i in kept]),
-                (responses, [self._cut(whole[i]) if is_cut[i] else whole[i] for i in kept]),
-            ):
-                side.append(numbers(ids, np.int32), [*map(len, ids)])
-        left_out = 0 if self._keep_cut else cut_responses
-        loss = Loss(len(self._examples), too_long, cut_responses, hopeless, fields, left_out)
-        return _Tokens(prompts.done(), responses.done(), places.array(), loss)
+    def _pad(
+        self, side: Literal["prompts", "responses"], indices: np.ndarray, width: int, pad_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        sequences: Sequences = getattr(self._tokens, side)
+        ids = np.full((len(indices), width), pad_id, np.int32)
+        mask = np.zeros((len(indices), width), bool)
+        for row, place in enumerate(self._places_of(indices).tolist()):
+            if place >= 0:
+                sequence = sequences[place]
+                ids[row, : len(sequence)] = sequence
+                mask[row, : len(sequence)] = True
+        return ids, mask
 
-    def _cut(self, response: list[int]) -> list[int]:
-        """A response without its end."""
-        return response[:-1][: self.max_response_tokens]
+    @functools.cached_property
+    def _tokens(self) -> Tokens:
+        if self._given is not None:
+            return self._given
+        how = Tokenization(
+            self.prompt_tokenizer,
+            self.response_tokenizer,
+            self.max_prompt_tokens,
+            self.max_response_tokens,
+        )
+        return gathered(map(how, chunks(self._examples, AT_ONCE)))
 
 
 def _key(start: bytes, ids: np.ndarray) -> bytes:
     return hashlib.sha256(start + ids.astype("<i4").tobytes()).digest()[:16]
 
 
-def _array(keys: Iterable[bytes]) -> np.ndarray:
+def key_array(keys: Iterable[bytes]) -> np.ndarray:
+    """Keys of 16 bytes each as an array, V16 [N]; it lies in a file where they are many."""
     found = Growing("V16")
-    for some in chunks(keys, _AT_ONCE):
+    for some in chunks(keys, AT_ONCE):
         found.append(np.frombuffer(b"".join(some), "V16"))
     return found.array()
-
-
-def _pad(
-    sequences: Ragged, indices: np.ndarray, width: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.full((len(indices), width), pad_id, np.int32)
-    mask = np.zeros((len(indices), width), bool)
-    for row, index in enumerate(indices):
-        if index >= 0:
-            sequence = sequences[index]
-            ids[row, : len(sequence)] = sequence
-            mask[row, : len(sequence)] = True
-    return ids, mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ from l2s_jax.config import buckets_of, compute_dtypes, make_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.tasks import load_task
-from l2s_jax.experiment.hashes import Hashes, examples_hash
+from l2s_jax.data.tokens import Tokenization, Tokens
+from l2s_jax.experiment.hashes import Hashes, examples_hash, hash_of_files
+from l2s_jax.experiment.splits import Split
+from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.hub import cached, find, is_name, reference
 from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.tokenizers import Tokenizer
@@ -57,6 +61,7 @@ class Context:
         self.task = load_task(config.task)
         self.buckets = buckets_of(config)
         self.hashes = Hashes(workdir, keep=mode == "make")
+        self._tokens: dict[str, Tokens] = {}
         self._said: set[str] = set()
 
     @functools.cached_property
@@ -98,31 +103,68 @@ class Context:
         return compute_dtypes(self.config.dtype, self.config.llm.encoder_dtype)
 
     @functools.cache  # noqa: B019  it lives as long as its process
-    def examples(self, split: str) -> Sequence[Example]:
+    def examples(self, split: str) -> Split:
         """All examples of a split."""
-        return self.task.examples(split)
+        return self._split(split, lambda: self.task.examples(split))
+
+    def first(self, split: str, limit: int) -> Split:
+        """The first `limit` examples of a split; all of them where it is 0."""
+        examples = self.examples(split)
+        if not limit:
+            return examples
+        return self._split(split, lambda: list(itertools.islice(examples, limit)), limit)
+
+    def _split(self, split: str, read: Callable[[], Sequence[Example]], limit: int = 0) -> Split:
+        return Split(lambda: self.identity(split, limit=limit), read)
+
+    def identity(self, split: str, *, responses: bool = True, limit: int = 0) -> dict[str, Any]:
+        """What decides a split's examples, or their prompts alone, as `Split.identity` has it."""
+        content = self.content(split, responses=responses, limit=limit)
+        # Beside its text, a prompt has places where it may be cut.
+        return {"data": content, "task": self.task.settings(split)}
+
+    def validation(self) -> Split:
+        """The examples by which checkpoints are compared, with the data's own responses."""
+        return self.first("validation", self.config.evaluation.validation_examples)
 
     def tokenized(
         self, examples: Sequence[Example], prompts: Tokenizer, responses: Tokenizer
     ) -> TokenizedExamples:
-        """Token ids of examples, by the tokenizers of their prompts and responses."""
+        """Token ids of examples, by the tokenizers of their prompts and responses.
+
+        Those of a split are kept in the workdir, where something may be made.
+        """
+        config = self.config
+        how = Tokenization(prompts, responses, config.max_prompt_tokens, config.max_response_tokens)
         return TokenizedExamples(
             examples,
             prompt_tokenizer=prompts,
             response_tokenizer=responses,
-            max_prompt_tokens=self.config.max_prompt_tokens,
-            max_response_tokens=self.config.max_response_tokens,
-            keep_cut=self.config.task.cut_responses == "keep",
+            max_prompt_tokens=how.max_prompt_tokens,
+            max_response_tokens=how.max_response_tokens,
+            keep_cut=config.task.cut_responses == "keep",
+            tokens=self._kept(examples, how) if isinstance(examples, Split) else None,
         )
 
-    def first(self, split: str, limit: int) -> Sequence[Example]:
-        """The first `limit` examples of a split; all of them where it is 0."""
-        examples = self.examples(split)
-        return list(itertools.islice(examples, limit)) if limit else examples
+    def _kept(self, examples: Split, how: Tokenization) -> Tokens | None:
+        if self.mode != "make":
+            return None
+        # Imported here: its libraries take a while.
+        from l2s_jax.experiment import token_files
 
-    def validation(self) -> Sequence[Example]:
-        """The examples by which checkpoints are compared, with the data's own responses."""
-        return self.first("validation", self.config.evaluation.validation_examples)
+        identity = {
+            "version": token_files.VERSION,
+            "examples": examples.identity(),
+            "prompt_tokenizer": how.prompt_tokenizer.identity,
+            "response_tokenizer": how.response_tokenizer.identity,
+            "max_prompt_tokens": how.max_prompt_tokens,
+            "max_response_tokens": how.max_response_tokens,
+        }
+        name = fingerprint(identity)[:16]
+        if name not in self._tokens:
+            folder = os.path.join(self.shared or self.workdir, "tokens", name)
+            self._tokens[name] = token_files.kept(folder, identity, examples, how)
+        return self._tokens[name]
 
     def selection(self, train: ConfigDict) -> dict[str, Any]:
         """Inputs of a training whose checkpoint is chosen by what the system says."""
@@ -135,13 +177,20 @@ class Context:
             how["bleu_tokenizer"] = bleu_tokenizer(setting, config.task.language)
         return {"selection": how}
 
-    @functools.cache  # noqa: B019  every stage asks; TFDS takes a while to say where its files are
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
     def content(self, split: str, *, responses: bool = True, limit: int = 0) -> str | None:
         """Hash of a split's prompts, and responses, as read; None where that is not known.
 
-        Unless something may be made, data is not known that is gone, or that TFDS has, which takes
-        minutes to read.
+        Process 0 reads them for all of a job. Unless something may be made, data is not known that
+        is gone, or that TFDS has, which takes minutes to read.
         """
+        if self.mode == "look":
+            return self._content(split, responses, limit)
+        from l2s_jax.cluster import distributed
+
+        return distributed.on_primary(lambda: self._content(split, responses, limit))
+
+    def _content(self, split: str, responses: bool, limit: int) -> str | None:
         files = self.task.files(split, prepare=self.mode == "make")
         if not files and self.mode != "make":
             return None
@@ -158,6 +207,16 @@ class Context:
             if self.is_first(split):
                 log.warning("the %s split is taken to be the one of the run: %s", split, error)
             return None
+
+    def files_hash(self, what: str, files: Callable[[], Sequence[str]]) -> str:
+        """Hash of the content of files, in their order, which process 0 lists and reads for all."""
+        from l2s_jax.cluster import distributed
+
+        def of_all() -> str:
+            paths = files()
+            return self.hashes.of(what, paths, lambda: hash_of_files(paths))
+
+        return distributed.on_primary(of_all)
 
     @functools.cache  # noqa: B019  one process may ask alone, once all have
     def checkpoint(self, directory: str) -> str | None:

@@ -9,6 +9,8 @@ made from the same inputs, and continues where it was interrupted:
     DIR/tokenizer/spiece.model  DIR/slm_tokenizer/spiece.model  (where the SLM has its own)
     DIR/llm/model/  DIR/labels/train-*.jsonl  DIR/vocabulary/  DIR/logits/logits-*.array_record
     DIR/slm/model/  DIR/l2s/model/
+
+Stages that learn share DIR/tokens/: the token ids of what they learn, each made once.
 """
 
 from __future__ import annotations

@@ -14,7 +14,15 @@ from typing import Any
 
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.workdir import fingerprint
-from l2s_jax.files import is_bucket, is_file, is_folder, read_json, signatures, write_json
+from l2s_jax.files import (
+    is_bucket,
+    is_file,
+    is_folder,
+    read_bytes,
+    read_json,
+    signatures,
+    write_json,
+)
 from l2s_jax.sealed import with_hash, without_hash
 
 
@@ -75,4 +83,12 @@ def examples_hash(examples: Iterable[Example], *, responses: bool) -> str:
             encoded = text.encode(errors="surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
+    return digest.hexdigest()
+
+
+def hash_of_files(paths: Iterable[str]) -> str:
+    """sha256 (hex) over the hashes of files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
     return digest.hexdigest()

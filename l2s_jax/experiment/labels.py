@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from l2s_jax import models
 from l2s_jax.config import label_tokens
-from l2s_jax.data.table import Example
 from l2s_jax.experiment import label_files
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
+from l2s_jax.experiment.splits import Split
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.workdir import Record, holds, is_old
 
@@ -64,13 +63,13 @@ class LabelStage(RecordedStage):
     def _sampled(self) -> bool:
         return self._settings.search.temperature > 0
 
-    def _unlabelled(self, split: str) -> Sequence[Example]:
+    def _unlabelled(self, split: str) -> Split:
         context = self.context
         return context.validation() if split == "validation" else context.examples(split)
 
-    def _keys(self, split: str) -> list[str]:
-        prompts = [example.prompt for example in self._unlabelled(split)]
-        return label_files.keys_of(prompts, sampled=self._sampled)
+    def _keys(self, split: str) -> label_files.Keys:
+        prompts = (example.prompt for example in self._unlabelled(split))
+        return label_files.Keys(prompts, sampled=self._sampled)
 
     def _own_splits(self) -> Sequence[str]:
         """Those that the stage makes: a folder of before has the train split alone."""
@@ -78,14 +77,18 @@ class LabelStage(RecordedStage):
 
     def _labelled(self) -> tuple[int, int]:
         """(prompts that have a label, prompts)."""
+        # Imported here: where the LLM makes no labels, nobody waits for it.
+        from l2s_jax.experiment.record_files import distinct
+
         is_of_version_0_1 = is_old(self.record.read() or {})
         labelled = prompts = 0
         for split in self._own_splits():
             store, keys = label_files.LabelFiles(self.record.directory, split), self._keys(split)
             if is_of_version_0_1:
                 return min(store.count(), len(keys)), len(keys)
-            labelled += len(set(keys) & store.keys(store.files()))
-            prompts += len(set(keys))
+            of_split = distinct(keys.binary)
+            labelled += of_split - len(store.missing(store.files(), keys))
+            prompts += of_split
         return labelled, prompts
 
     def is_made(self) -> bool:
@@ -106,14 +109,14 @@ class LabelStage(RecordedStage):
         """Has the LLM answer what is missing."""
         self.examples()
 
-    def examples(self, split: str = "train") -> Sequence[Example]:
+    def examples(self, split: str = "train") -> Split:
         """The train split, or the first examples of the validation split."""
         if not self.is_used():
             return self._unlabelled(split)
         own = self._labelled_splits
         return own[split] if split in own else self._label(split, self._generator)
 
-    def validation_of(self, record: Record) -> Sequence[Example]:
+    def validation_of(self, record: Record) -> Split:
         """The first examples of the validation split, as a stage with this record knows them."""
         from l2s_jax.cluster import distributed
 
@@ -121,21 +124,22 @@ class LabelStage(RecordedStage):
         return self.examples("validation") if labelled else self._unlabelled("validation")
 
     @functools.cached_property
-    def _labelled_splits(self) -> dict[str, Sequence[Example]]:
+    def _labelled_splits(self) -> dict[str, Split]:
         """Those that the stage makes, by one generator, which does not stay in memory."""
         from l2s_jax.cluster import distributed
 
         self.open()
         generator = functools.cache(lambda: self._generator())
         splits = distributed.on_primary(self._own_splits)
-        is_made = distributed.on_primary(self.is_made)
-        with contextlib.nullcontext() if is_made else self.telling():
+        if distributed.on_primary(self.is_made):
+            return {split: self._split(split) for split in splits}
+        with self.telling():
             return {split: self._label(split, generator) for split in splits}
 
-    def _label(self, split: str, make_generator: Callable[[], Any]) -> Sequence[Example]:
+    def _label(self, split: str, make_generator: Callable[[], Any]) -> Split:
         from l2s_jax.serving.refilled import Refilled
 
-        return label_files.label(
+        label_files.fill(
             self._unlabelled(split),
             lambda: Refilled(make_generator()),
             self.open(),
@@ -143,6 +147,21 @@ class LabelStage(RecordedStage):
             seed=self.context.config.seed if self._sampled else None,
             together=self.context.label_mesh.is_multi_process,
         )
+        return self._split(split)
+
+    def _split(self, split: str) -> Split:
+        """A split all of whose labels are there."""
+        store, context = label_files.LabelFiles(self.open(), split), self.context
+        unlabelled = self._unlabelled(split)
+
+        def identity() -> dict[str, Any]:
+            limit = context.config.evaluation.validation_examples if split == "validation" else 0
+            return {
+                **context.identity(split, responses=False, limit=limit),
+                "labels": context.files_hash(f"labels of {split}", store.files),
+            }
+
+        return Split(identity, lambda: label_files.Labelled(unlabelled, self._keys(split), store))
 
     def _generator(self) -> Any:
         from l2s_jax.serving.loading import make_generator

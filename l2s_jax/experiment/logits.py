@@ -87,6 +87,13 @@ class LogitStage(RecordedStage):
             }
         )
 
+    @functools.cache  # noqa: B019  as that of all stages
+    def made(self) -> str:
+        """As of all; the processes of a job ask together what `is_made` asks."""
+        if self.context.mode != "look":
+            self._examples()
+        return super().made()
+
     def is_made(self) -> bool:
         """Whether there is a distribution for each token that is learnt."""
         if not is_file(self._summary):

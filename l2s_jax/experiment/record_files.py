@@ -50,9 +50,7 @@ class RecordFiles:
 
     def missing(self, files: Sequence[str], keys: np.ndarray) -> np.ndarray:
         """Where `keys`, V16 [N], has one that is in none of the shards, each key once, int64."""
-        wanted, there = _arrow(keys), _arrow(self.keys(files))
-        is_first = _places(wanted, wanted) == np.arange(len(keys))
-        return np.flatnonzero(is_first & (_places(wanted, there) < 0))
+        return lacking(self.keys(files), keys)
 
     def index(self, path: str) -> np.ndarray:
         """The key of each record of a shard, V16 [N].
@@ -155,6 +153,19 @@ class Records:
 
     def _file(self, place: int) -> str:
         return self._files[np.searchsorted(self._starts, place, "right") - 1]
+
+
+def lacking(there: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where `keys`, V16 [N], has one that is not `there`, V16 [M], each key once, int64."""
+    wanted = _arrow(keys)
+    is_first = _places(wanted, wanted) == np.arange(len(keys))
+    return np.flatnonzero(is_first & (_places(wanted, _arrow(there)) < 0))
+
+
+def last_places(there: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where each of `keys`, V16 [N], is last `there`, V16 [M], int64 [N]; -1: nowhere."""
+    found = _places(_arrow(keys), _arrow(there[::-1]))
+    return np.where(found < 0, -1, len(there) - 1 - found)
 
 
 def distinct(keys: np.ndarray) -> int:

@@ -94,9 +94,17 @@ class TokenizerStage(RecordedStage):
         if self.context.mode == "look" and files:
             return cast(Tokenizer, _Known(self._read, lambda *of: self._known(files, *of)))
         read = self._read()
-        for kind in ("fingerprint", "identity"):
-            self.context.hashes.remember(self._what(kind), files, getattr(read, kind))
+        if self.context.mode == "make":
+            self._remember(read, files)
         return read
+
+    def _remember(self, read: Tokenizer, files: Sequence[str]) -> None:
+        """Keeps its hashes for those who look at the workdir."""
+        from l2s_jax.cluster import distributed
+
+        if distributed.is_primary():
+            for kind in ("fingerprint", "identity"):
+                self.context.hashes.remember(self._what(kind), files, getattr(read, kind))
 
     def _known(self, files: Sequence[str], kind: str, compute: Callable[[], str]) -> str:
         return self.context.hashes.of(self._what(kind), files, compute)

@@ -14,6 +14,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
+from l2s_jax.experiment.splits import Split
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.files import MODEL_MARKER, atomic_directory, is_whole, listed_names, rename_folder
@@ -336,8 +337,12 @@ class TrainedStage(RecordedStage):
         return self.context.tokenized(examples, *tokenizers)
 
     def _tell_of_losses(self, data: TokenizedExamples, examples: Sequence[Example]) -> None:
-        """What the text loses on its way to the model."""
-        if self.context.is_first("losses"):
+        """What the text loses on its way to the model.
+
+        What tokenizers change is said where texts are read: not where their tokens are found.
+        """
+        is_read = not isinstance(examples, Split) or examples.is_read
+        if is_read and self.context.is_first("losses"):
             fields = (fields_of(example.prompt) for example in examples)
             warn_if_lossy(data.prompt_tokenizer, fields, "prompts")
             warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")

@@ -7,13 +7,24 @@ import logging
 import os
 from typing import Any
 
+import numpy as np
+
+from l2s_jax.data.table import chunks
+from l2s_jax.data.tokens import AT_ONCE
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.stage import RecordedStage
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.files import is_file
 from l2s_jax.tokenizers import Tokenizer
-from l2s_jax.tokenizers.cut import VOCABULARY_FILE, CutTokenizer, choose, essential, read_kept
+from l2s_jax.tokenizers.cut import (
+    VOCABULARY_FILE,
+    CutTokenizer,
+    choose,
+    count,
+    essential,
+    read_kept,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,23 +82,24 @@ class VocabularyStage(RecordedStage):
 
         examples = self._labels.examples()
 
-        def count() -> None:
+        def make() -> None:
             whole = self._tokenizer.tokenizer
-            responses = whole.encode_responses([example.response for example in examples])
-            kept = choose(whole, responses, self._size)
-            known = set(kept)
-            uses = [id in known for ids in responses for id in ids]
+            uses = np.zeros(whole.vocab_size, np.int64)
+            for some in chunks(examples, AT_ONCE):
+                responses = whole.encode_responses([example.response for example in some])
+                uses += count(whole, responses)
+            kept = choose(whole, uses, self._size)
             log.info(
                 "vocabulary: responses are written with %d of %d pieces, which are %.2f%% of those "
                 "in use",
                 len(kept),
                 whole.vocab_size,
-                100 * sum(uses) / len(uses),
+                100 * uses[kept].sum() / uses.sum(),
             )
             with self.record.filling(VOCABULARY_FILE) as folder:
                 CutTokenizer(whole, kept).save(folder)
 
-        distributed.on_primary(count)
+        distributed.on_primary(make)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -5,9 +5,9 @@ Prompts keep the ids of the whole. This is the one place where the ids of the tw
 
 from __future__ import annotations
 
-import collections
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -160,12 +160,18 @@ def essential(whole: Tokenizer) -> list[int]:
     return sorted(special | single)
 
 
-def choose(whole: Tokenizer, responses: Iterable[Sequence[int]], size: int = 0) -> list[int]:
-    """Ids to keep for responses like these, ascending.
+def count(whole: Tokenizer, responses: Iterable[Sequence[int]]) -> np.ndarray:
+    """How often each id of a tokenizer is in responses, int64 [vocab_size]."""
+    ids = np.fromiter(itertools.chain.from_iterable(responses), np.int64)
+    return np.bincount(ids, minlength=whole.vocab_size)
+
+
+def choose(whole: Tokenizer, uses: np.ndarray, size: int = 0) -> list[int]:
+    """Ids to keep for responses that use them so often, ascending.
 
     Args:
       whole: the tokenizer.
-      responses: their ids.
+      uses: how often each id is used, as of `count`.
       size: how many ids to keep: the essential ones, then those that are used most, then the
         first of the vocabulary. 0: all that are used, and the essential ones.
 
@@ -173,16 +179,15 @@ def choose(whole: Tokenizer, responses: Iterable[Sequence[int]], size: int = 0) 
       ValueError: the essential ones are more than `size`.
     """
     kept = essential(whole)
-    counts = collections.Counter(id for ids in responses for id in ids)
     if not size:
-        return sorted({*kept, *counts})
+        return sorted({*kept, *np.flatnonzero(uses).tolist()})
     if len(kept) > size:
         raise ValueError(
             f"a vocabulary of {size}: expected at least {len(kept)}, the tokenizer has so many "
             "special pieces, single characters and bytes, which any text may need"
         )
-    by_use = sorted(range(whole.vocab_size), key=lambda id: (-counts[id], id))
     there = set(kept)
+    by_use = np.argsort(-uses, kind="stable").tolist()
     more = [id for id in by_use if id not in there and whole.pieces[id]]
     return sorted([*kept, *more[: size - len(kept)]])
 
@@ -200,6 +205,10 @@ class _WholeIds:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cut.whole, name)
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(f"whole ids of {self._cut.identity}".encode()).hexdigest()
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._cut.kept[ids].tolist() for ids in self._cut.encode_responses(texts)]
