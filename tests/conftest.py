@@ -68,8 +68,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -tests[item.path]))
 
 
-# Each program maps a few pieces of memory. Beyond the 65,530 that Linux allows, XLA crashes.
-MOST_MAPS = 20_000
+# Each program maps a few pieces of memory. Beyond the 65,530 that Linux allows, XLA crashes. A file
+# alone may take 20,000, which are 2 GB.
+MOST_MAPS = 10_000
 
 
 def _maps() -> int:
