@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from l2s_jax.copies import local
-from l2s_jax.files import read_text, remove, signature, write_text
+from l2s_jax.files import is_file, read_text, remove, signature, write_text
 from l2s_jax.messages import shown
 
 SUMS = "SHA256SUMS"
@@ -31,7 +31,7 @@ def writing(directory: str, *names: str) -> Iterator[None]:
     """Around the writing of files in a folder: leaves their hashes in it.
 
     Meanwhile it has none of them, so that a write cut short leaves none that is wrong. One that
-    fails, and leaves files as they were, leaves their hashes too.
+    fails, and leaves files as they were, leaves their hashes too. What is gone has none.
     """
     before = _sums(directory)
     others = {name: hash for name, hash in before.items() if name not in names}
@@ -43,7 +43,9 @@ def writing(directory: str, *names: str) -> Iterator[None]:
             same = {n: h for n, h in before.items() if _hash_of(os.path.join(directory, n)) == h}
             _write(directory, others | same)
         raise
-    _write(directory, others | {name: _hash_of(os.path.join(directory, name)) for name in names})
+    paths = {name: os.path.join(directory, name) for name in names}
+    hashes = {name: _hash_of(path) for name, path in paths.items() if is_file(path)}
+    _write(directory, others | hashes)
 
 
 def check(*paths: str) -> None:

@@ -23,7 +23,7 @@ from test_text_hf import SENTENCES, train
 from tokenizers import processors
 
 from l2s_jax import convert
-from l2s_jax.checkpoints import engine, files, reading
+from l2s_jax.checkpoints import engine, files, reading, writing
 from l2s_jax.checkpoints.pretrained import (
     content_hash,
     load,
@@ -467,7 +467,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(directory, tmp_path, monke
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(writing, "save_file", fail)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="disk full"):
             save(module.config, params, str(tmp_path / name))
@@ -595,8 +595,8 @@ def test_one_tensor_may_hold_several_parameters(tmp_path):
         "h.10.ab": (4, 3),
         "out.weight": (5, 3),
     }
-    np.testing.assert_array_equal(written["h.10.ab"][2:], flat["layers_10/b"])
-    files.write_directory(str(tmp_path / "out"), {}, written, "model")
+    np.testing.assert_array_equal(written["h.10.ab"].make()[2:], flat["layers_10/b"])
+    writing.write_directory(str(tmp_path / "out"), {}, written, "model")
     with files.TensorFiles(str(tmp_path / "out"), "model") as tensors:
         assert_same(reading.read_params(tensors, entries, SHAPES), params)
 

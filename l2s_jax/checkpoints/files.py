@@ -1,4 +1,4 @@
-"""Checkpoint directories: a config.json and safetensors files, read lazily and written whole.
+"""Checkpoint directories: a config.json and safetensors files, read lazily.
 
 Nothing is ever unpickled. Errors are ValueErrors of one line that name the file.
 """
@@ -12,28 +12,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
-from l2s_jax import copies, sealed
+from l2s_jax import copies
 from l2s_jax.copies import local
 from l2s_jax.files import (
-    absolute,
-    atomic_directory,
-    is_bucket,
     is_file,
     listed_names,
     make_folder,
     read_json,
     read_text,
-    replacing,
     signatures,
-    write_json,
     write_text,
 )
 from l2s_jax.gguf_file import is_gguf
@@ -283,45 +277,3 @@ def _hash_of(paths: Sequence[str], *, named: bool) -> str:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
     return digest.hexdigest()
-
-
-def write_directory(
-    directory: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], stem: str
-) -> None:
-    """Writes config.json and `stem`.safetensors; a reader never sees half of either.
-
-    A new directory appears at once. In an existing one the old config.json goes first and the new
-    one comes last, so that a write cut short leaves no directory that loads as something mixed. In
-    a bucket nothing is written over.
-
-    Raises:
-      ValueError: there is a file in its place, or it cannot be written.
-      OSError: in a bucket, there is a model in its place.
-    """
-    directory = absolute(directory)
-    if os.path.exists(directory) and not os.path.isdir(directory):
-        raise ValueError(f"{directory}: exists and is not a directory")
-    # safetensors writes from the array's memory, whatever its strides.
-    whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    umask = os.umask(0)
-    os.umask(umask)
-
-    def write_weights(path: str) -> None:
-        try:
-            save_file(whole, path, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{directory}: cannot be written: {error}") from None
-        os.chmod(path, 0o666 & ~umask)
-
-    weights, settings = f"{stem}.safetensors", "config.json"
-    if is_bucket(directory) or not os.path.isdir(directory) or not os.listdir(directory):
-        with atomic_directory(directory) as temporary, sealed.writing(temporary, weights, settings):
-            write_weights(os.path.join(temporary, weights))
-            write_json(os.path.join(temporary, settings), config, sort_keys=True)
-        return
-    with sealed.writing(directory, weights, settings):
-        with replacing(os.path.join(directory, weights)) as temporary:
-            write_weights(temporary)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(directory, settings))
-        write_json(os.path.join(directory, settings), config, sort_keys=True)
