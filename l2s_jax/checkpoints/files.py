@@ -5,38 +5,30 @@ Nothing is ever unpickled. Errors are ValueErrors of one line that name the file
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
 import numpy as np
 import safetensors
 
-from l2s_jax import copies
+from l2s_jax import sealed
+from l2s_jax.cluster import distributed
 from l2s_jax.copies import local
 from l2s_jax.files import (
     is_file,
     listed_names,
-    make_folder,
     read_json,
-    read_text,
     signatures,
-    write_text,
 )
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 
 _MAPPED_BYTES = 1 << 27
-# Bytes of a model from which on its hash is remembered.
-_LARGE = 1 << 30
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Index = tuple[slice, ...]  # of each axis from where to where, without steps
 
@@ -232,36 +224,38 @@ def hashed_files(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
+def check_hashes(directory: str) -> None:
+    """Checks files that `hashed_files` gives against the hashes that they were written with.
+
+    Process 0 reads them for all of a job, which ends where it finds an error; so it may be called
+    by one process alone, too.
+
+    Raises:
+      ValueError: one is not what it was.
+    """
+    if hashes_here():
+        sealed.check(*hashed_files(directory))
+
+
+def hashes_here() -> bool:
+    """Whether this process reads files for their hashes: of a job, process 0 does."""
+    # Alone, a process need not have JAX look for devices.
+    return not jax.distributed.is_initialized() or distributed.is_primary()
+
+
 def content_hash(directory: str) -> str:
     """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads.
 
-    Of a GGUF file, which people name as they like, over its bytes alone. A process reads them once,
-    and again where their size and age, in a bucket their tag, have changed. The hash of a large
-    model is remembered with these, where `copies` are.
+    Of a GGUF file, which people name as they like, over its bytes alone. It is remembered, as
+    sealed.py says.
     """
-    paths = tuple(hashed_files(directory))
+    paths = hashed_files(directory)
     try:
-        facts = tuple(map(tuple, signatures(paths)))
+        facts = signatures(paths)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
-    return _content_hash(paths, facts, named=not is_gguf(directory))
-
-
-@functools.lru_cache(maxsize=64)
-def _content_hash(paths: tuple[str, ...], facts: tuple[Any, ...], *, named: bool) -> str:
-    """`facts` change where the files' content does."""
-    if sum(size for _, size, _ in facts) < _LARGE:
-        return _hash_of(paths, named=named)
-    known = hashlib.sha256(json.dumps([paths, facts, named]).encode()).hexdigest()[:32]
-    memory = os.path.join(copies.folder(), f"{known}.hash")
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if _SHA256.fullmatch(remembered := read_text(memory)):
-            return remembered
-    found = _hash_of(paths, named=named)
-    with contextlib.suppress(OSError):  # who has no room for it, or no home, reads it again
-        make_folder(copies.folder())
-        write_text(memory, found)
-    return found
+    named, size = not is_gguf(directory), sum(size for _, size, _ in facts)
+    return sealed.remembered([paths, facts, named], size, lambda: _hash_of(paths, named=named))
 
 
 def _hash_of(paths: Sequence[str], *, named: bool) -> str:

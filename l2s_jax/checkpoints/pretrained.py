@@ -17,7 +17,6 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from l2s_jax import sealed
 from l2s_jax.checkpoints.configs import (
     FAMILIES,
     FORMAT,
@@ -40,8 +39,8 @@ from l2s_jax.checkpoints.engine import (
 from l2s_jax.checkpoints.files import (
     TensorFiles,
     Tensors,
+    check_hashes,
     content_hash,
-    hashed_files,
 )
 from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
@@ -287,7 +286,7 @@ def _load(
     if weights:
         check_weights(weights)
     if not is_known:
-        sealed.check(*hashed_files(directory))
+        check_hashes(directory)
     with opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
         if layer is not None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from l2s_jax import sealed
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import is_bucket, is_file, is_folder, read_json, signatures, write_json
@@ -31,6 +32,8 @@ class Hashes:
                 if isinstance(known, dict) and {"files", "hash"} <= known.keys():
                     without_hash(known, self._path)
                     self._known[name] = known
+        # Those that are read again before they count.
+        self._doubted = set(self._known) if sealed.is_anew() else set()
 
     def of(self, what: Any, files: Sequence[str], compute: Callable[[], str]) -> str:
         """The hash of `what` (JSON-able), which `compute` makes of `files`.
@@ -40,9 +43,10 @@ class Hashes:
         name = fingerprint({"of": what})
         facts = _facts(files)
         known = self._known.get(name)
-        if known and (facts is None or known["files"] == facts):
+        if known and name not in self._doubted and (facts is None or known["files"] == facts):
             return known["hash"]
         value = compute()
+        self._doubted.discard(name)
         self._known[name] = with_hash({"files": facts, "hash": value})
         workdir = os.path.dirname(self._path)
         if facts and self._keep and (is_bucket(workdir) or is_folder(workdir)):

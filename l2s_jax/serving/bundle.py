@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from l2s_jax import sealed
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, hashed_files
+from l2s_jax.checkpoints.files import TensorFiles, check_hashes, content_hash, hashes_here
 from l2s_jax.checkpoints.reading import read_params
 from l2s_jax.checkpoints.writing import MAX_SHARD_SIZE, write_directory
 from l2s_jax.files import (
@@ -300,13 +300,14 @@ def load(
 
     The arguments after `dtype` are about the LLM, as of `pretrained.load_encoder`: its dtype is
     `dtype` where none of its own is given. `llm_directory` is where it lies, if elsewhere than the
-    model says, and `llm_hash` its content hash, where that is known: all of it is read otherwise.
+    model says, and `llm_hash` its content hash, where that is known: process 0 reads all of it
+    otherwise.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
     """
     fields, path = read_fields(directory)
-    sealed.check(*hashed_files(directory))
+    check_hashes(directory)
     llm_path = llm_directory or _llm_path(directory, fields["llm"]["path"])
     expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
     slm_config = pretrained.config_from_native(fields["slm"], path)
@@ -327,7 +328,7 @@ def load(
         entries=entries,
         is_known=True,
     )
-    if (llm_hash or content_hash(llm_path)) != expected:
+    if (llm_hash or (content_hash(llm_path) if hashes_here() else expected)) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "
             "(content hashes differ)"
