@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -280,15 +280,16 @@ def send_folder(folder: str, path: str, last: str) -> None:
     send(os.path.join(folder, last), f"{path}/{last}")
 
 
-def fetch_folder(path: str, folder: str) -> None:
-    """Writes all objects below to a local folder."""
+def fetch_folder(path: str, folder: str, within: Collection[str]) -> None:
+    """Writes objects below to a local folder: what lies right there, and in folders `within` it."""
 
     def fetch_one(name: str) -> None:
         file = os.path.join(folder, name)
         os.makedirs(os.path.dirname(file), exist_ok=True)
         fetch(f"{path}/{name}", file)
 
-    each(fetch_one, list(objects(path)))
+    found = objects(path)
+    each(fetch_one, [name for name in found if "/" not in name or name.split("/")[0] in within])
 
 
 def move_folder(source: str, target: str, last: str) -> None:

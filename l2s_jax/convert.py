@@ -11,6 +11,7 @@ DIR is a folder, a GGUF file, or a name on the Hugging Face hub.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from l2s_jax import sealed
 from l2s_jax.arguments import Parser
 from l2s_jax.checkpoints.engine import Params
 from l2s_jax.checkpoints.pretrained import (
@@ -80,7 +82,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare the logits with those of transformers (needs torch and transformers)",
+        help="compare the logits with those of transformers (needs torch and transformers), and "
+        "trust no hash of the input that is remembered",
     )
     parser.add_argument(
         "--threshold",
@@ -213,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.inspect:
             _inspect(flags.input)
         else:
-            _convert(flags)
+            with sealed.anew() if flags.verify else contextlib.nullcontext():
+                _convert(flags)
     except BrokenPipeError:
         # Who reads the output, head for one, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

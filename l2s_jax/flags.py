@@ -60,6 +60,12 @@ COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder for compiled programs, which later runs on this machine start from.",
 )
+VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Read all that has a hash, in the workdir and of the checkpoints, and trust none that is "
+    "remembered.",
+)
 JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4 or cpu:8.")
 PROGRAMS = flags.DEFINE_list(
@@ -97,6 +103,7 @@ _OF_MODES: dict[tuple[str, ...], tuple[flags.FlagHolder[Any], ...]] = {
     ),
     ("plan",): (TOPOLOGY, PROGRAMS, MFU, EXAMPLES, PRICE, SWEEP, BATCH_SIZES),
     ("plan", "train"): (COMPILED,),
+    tuple(mode for mode in MODES if mode != "plan"): (VERIFY,),
 }  # fmt: skip
 
 COORDINATOR = flags.DEFINE_string(

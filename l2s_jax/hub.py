@@ -38,7 +38,7 @@ _WEIGHTS = tuple(
     for rest, index in (("", ""), ("-*-of-*", ""), ("", ".index.json"))
 )
 # Of a model of ours: its LLM, and the LLM's tokenizer.
-_FOLDERS = ("llm/*.json", "llm/params.safetensors", "llm/SHA256SUMS", "llm_tokenizer/*")
+_FOLDERS = ("llm/*.json", "llm/params*.safetensors", "llm/SHA256SUMS", "llm_tokenizer/*")
 PARTS = {
     "config": _CONFIGS,
     "tokenizer": (*_CONFIGS, *TOKENIZER_FILES, "llm_tokenizer/*"),

@@ -18,7 +18,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from absl import app
@@ -137,6 +137,20 @@ def _job() -> contextlib.AbstractContextManager[None]:
     )
 
 
+@contextlib.contextmanager
+def _verified() -> Iterator[None]:
+    """With --verify: all of the workdir that has a hash is checked, and hashes are made anew."""
+    if not flags.VERIFY.value:
+        yield
+        return
+    from l2s_jax import sealed
+    from l2s_jax.cluster import distributed
+
+    with sealed.anew():
+        distributed.on_primary(lambda: sealed.check_below(flags.WORKDIR.value))
+        yield
+
+
 def _status(config: ConfigDict | None, workdir: str) -> None:
     from l2s_jax.evaluation.stage import EvaluationStage
     from l2s_jax.experiment import workdir as workdirs
@@ -184,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         flags.parse(argv)
         config = flags.config()
-        with errors_once(), handled(), _job():
+        with errors_once(), handled(), _job(), _verified():
             run(config, flags.WORKDIR.value, flags.MODE.value)
     except (ValueError, OSError, FloatingPointError) as error:
         log.debug("failed", exc_info=True)

@@ -2,28 +2,44 @@
 
 A folder has them in SHA256SUMS, as `sha256sum -c` reads it, a JSON object among its values. What
 has none, such as what older versions wrote, is read as it is.
+
+A process reads a file once for its hash, and again where its size and age, in a bucket its tag,
+have changed. The hash of what is large is remembered with these, where `copies` are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from l2s_jax.copies import local
-from l2s_jax.files import read_text, remove, signature, write_text
+from l2s_jax import buckets, copies
+from l2s_jax.files import (
+    is_bucket,
+    is_file,
+    make_folder,
+    read_text,
+    remove,
+    signature,
+    write_text,
+)
 from l2s_jax.messages import shown
 
 SUMS = "SHA256SUMS"
 _HASH = "sha256"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Bytes from which on a hash is remembered by later processes.
+_LARGE = 1 << 30
 # Of the hash within an object: enough for what time does to a file.
 _DIGITS = 16
+# Hashes that this process knows.
+_known: dict[str, str] = {}
+_trusts_others = True
 
 
 @contextlib.contextmanager
@@ -31,7 +47,7 @@ def writing(directory: str, *names: str) -> Iterator[None]:
     """Around the writing of files in a folder: leaves their hashes in it.
 
     Meanwhile it has none of them, so that a write cut short leaves none that is wrong. One that
-    fails, and leaves files as they were, leaves their hashes too.
+    fails, and leaves files as they were, leaves their hashes too. What is gone has none.
     """
     before = _sums(directory)
     others = {name: hash for name, hash in before.items() if name not in names}
@@ -43,7 +59,9 @@ def writing(directory: str, *names: str) -> Iterator[None]:
             same = {n: h for n, h in before.items() if _hash_of(os.path.join(directory, n)) == h}
             _write(directory, others | same)
         raise
-    _write(directory, others | {name: _hash_of(os.path.join(directory, name)) for name in names})
+    paths = {name: os.path.join(directory, name) for name in names}
+    hashes = {name: _hash_of(path) for name, path in paths.items() if is_file(path)}
+    _write(directory, others | hashes)
 
 
 def check(*paths: str) -> None:
@@ -56,12 +74,60 @@ def check(*paths: str) -> None:
     for path in paths:
         directory, name = os.path.split(path)
         expected = sums[directory].get(name)
-        if expected and _hash_of(path, missing=expected) != expected:
+        if expected and _hash_of(path, expected) != expected:
             raise ValueError(
                 f"{path}: damaged, or changed since it was written: its SHA-256 is not the one in "
                 f"{SUMS} beside it; copy or make it again, or remove its line there if the change "
                 "was meant"
             )
+
+
+def check_below(directory: str) -> None:
+    """As `check`, of all files that have a hash, in a folder and in those below."""
+    below = buckets.objects if is_bucket(directory) else buckets.files_below
+    for name in below(directory):
+        if os.path.basename(name) == SUMS:
+            folder = os.path.dirname(os.path.join(directory, name))
+            check(*(os.path.join(folder, one) for one in _sums(folder)))
+
+
+@contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """Within, no hash counts that is known from before: each file is read again, once."""
+    global _trusts_others
+    _known.clear()
+    _trusts_others = False
+    try:
+        yield
+    finally:
+        _trusts_others = True
+
+
+def is_anew() -> bool:
+    """Whether this is within `anew`."""
+    return not _trusts_others
+
+
+def remembered(facts: Any, size: int, compute: Callable[[], str], expected: str = "") -> str:
+    """The SHA-256 (hex) that `compute` gives of `size` bytes, or gave to the same `facts` before.
+
+    These (JSON-able) say what it is of, and change where the content does. With `expected`, what it
+    gave before counts only if it is that: nothing is called damaged that has not been read.
+    """
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    memory = os.path.join(copies.folder(), f"{name}.hash")
+    if name not in _known and size >= _LARGE and _trusts_others:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if _SHA256.fullmatch(found := read_text(memory)):
+                _known[name] = found
+    if name in _known and expected in ("", _known[name]):
+        return _known[name]
+    _known[name] = compute()
+    if size >= _LARGE:
+        with contextlib.suppress(OSError):  # who has no room for it, or no home, reads it again
+            make_folder(copies.folder())
+            write_text(memory, _known[name])
+    return _known[name]
 
 
 def with_hash(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,18 +188,17 @@ def _sums(directory: str) -> dict[str, str]:
     return sums
 
 
-def _hash_of(path: str, missing: str = "") -> str:
-    """Of a file as it is; `missing`, if given, where there is none."""
+def _hash_of(path: str, expected: str = "") -> str:
+    """Of a file as it is; `expected`, if given, where there is none."""
+
+    def read() -> str:
+        with open(copies.local(path), "rb") as file:
+            return hashlib.file_digest(file, _HASH).hexdigest()
+
     try:
-        return _hash_of_file(path, *signature(path))
+        facts = signature(path)
+        return remembered([_HASH, *facts], facts[1], read, expected)
     except OSError as error:
-        if missing and isinstance(error, FileNotFoundError | NotADirectoryError):
-            return missing
+        if expected and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return expected
         raise ValueError(f"{path}: {error.strerror}") from None
-
-
-@functools.lru_cache(maxsize=1024)
-def _hash_of_file(path: str, *facts: str | int) -> str:
-    """`facts` change where the file's content does."""
-    with open(local(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ import numpy as np
 import small
 import train_child
 
+from l2s_jax import sealed
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.files import TensorFiles
 from l2s_jax.cluster import distributed
@@ -31,7 +32,10 @@ TEXTS = [Example(prompt, response, ()) for prompt, response in small.random_pair
 
 
 def read_encoder(directory, process, mesh):
-    """Keeps this process's part of an encoder; gives how many bytes it is, and how many it read."""
+    """Keeps this process's part of an encoder.
+
+    Gives how many bytes it is, how many were read, and how many files for their hashes.
+    """
     read, whole = [], TensorFiles.read
 
     def counted(self, key, index):
@@ -39,7 +43,9 @@ def read_encoder(directory, process, mesh):
         return read[-1]
 
     TensorFiles.read = counted
+    known = set(sealed._known)
     _, params = pretrained.load_encoder(f"{directory}/llm", mesh=small.mesh_of(*mesh))
+    hashed = len(set(sealed._known) - known)
     kept = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         (shard,) = leaf.addressable_shards
@@ -48,7 +54,7 @@ def read_encoder(directory, process, mesh):
         kept[f"{path_name(path)} from"] = np.array(starts)
     np.savez(f"{directory}/encoder-{process}.npz", **kept)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
-    return {"held": held, "read": sum(part.nbytes for part in read)}
+    return {"held": held, "read": sum(part.nbytes for part in read), "hashed": hashed}
 
 
 def encode(directory, mesh):

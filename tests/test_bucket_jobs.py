@@ -59,6 +59,19 @@ def test_a_killed_job_loses_nothing(store, tmp_path):
     assert kept == {18, 21, 24}
 
 
+def test_of_a_chosen_checkpoint_the_average_alone_is_fetched(store, monkeypatch):
+    directory = f"{AT}/chosen"
+    expected = train_child.run(directory)
+    fetched, fetch = [], buckets.fetch
+    monkeypatch.setattr(
+        buckets, "fetch", lambda path, file: (fetched.append(path), fetch(path, file))
+    )
+    small.assert_same(train_child.run(directory), expected)
+    start = f"{directory}/checkpoints/{train_child.STEPS}/"
+    below = [path.removeprefix(start).split("/") for path in fetched]
+    assert {folder for folder, *names in below if names} == {"average", "config"}
+
+
 HOLD = """
 import sys, time
 from l2s_jax.cluster import lock

@@ -124,6 +124,9 @@ def test_a_model_is_saved_to_a_bucket_and_never_over_another(store):
     params = small.t5_params(config)
     pretrained.save_native(config, params, folder)
     small.assert_same(pretrained.load_native(folder)[1], params)
+    pretrained.save_native(config, params, f"{folder}-in-parts", max_shard_size="5KB")
+    small.assert_same(pretrained.load_native(f"{folder}-in-parts")[1], params)
+    assert len(files.matching_names(f"{folder}-in-parts", "params-*-of-*.safetensors")) > 1
     with pytest.raises(FileExistsError) as raised:
         pretrained.save_native(config, params, folder)
     assert raised.value.filename == folder

@@ -30,11 +30,15 @@ def make_state(sizes, config=CONFIG, seed=0):
     return jax.device_put(state, shardings), abstract
 
 
+def trees_of(state):
+    opt = {"step": state.step, "opt_state": state.opt_state}
+    return {**state.params, "opt": opt, "average": state.average}
+
+
 def save(checkpoints, step, state, metric=0.0):
     checkpoints.save(
         step,
-        params=state.params,
-        opt={"step": state.step, "opt_state": state.opt_state, "average": state.average},
+        trees=trees_of(state),
         data={"next": step},
         config={"fingerprint": "f"},
         metrics=None if metric is None else {"accuracy": metric},
@@ -42,12 +46,9 @@ def save(checkpoints, step, state, metric=0.0):
 
 
 def restore(checkpoints, step, abstract):
-    params, opt, data = checkpoints.restore(
-        step,
-        params=abstract.params,
-        opt={"step": abstract.step, "opt_state": abstract.opt_state, "average": abstract.average},
-    )
-    return update.TrainState(opt["step"], params, opt["opt_state"], opt["average"]), data
+    trees, data = checkpoints.restore(step, trees_of(abstract))
+    opt, average = trees.pop("opt"), trees.pop("average")
+    return update.TrainState(opt["step"], trees, opt["opt_state"], average), data
 
 
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 from test_text_hf import SENTENCES, train
 from tokenizers import processors
 
-from l2s_jax import convert
-from l2s_jax.checkpoints import engine, files, reading
+from l2s_jax import convert, sealed
+from l2s_jax.checkpoints import engine, files, reading, writing
 from l2s_jax.checkpoints.pretrained import (
     content_hash,
     load,
@@ -467,7 +467,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(directory, tmp_path, monke
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(writing, "save_file", fail)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="disk full"):
             save(module.config, params, str(tmp_path / name))
@@ -547,17 +547,22 @@ def test_content_hash(checkpoints, tmp_path, directory):
 
 def test_the_hash_of_a_large_model_is_remembered(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("L2S_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("l2s_jax.checkpoints.files._LARGE", 1)
+    monkeypatch.setattr(sealed, "_LARGE", 1)
     read = []
     whole = files._hash_of
     monkeypatch.setattr(files, "_hash_of", lambda *a, **k: read.append(a) or whole(*a, **k))
 
     def found():
-        files._content_hash.cache_clear()  # as in another process
+        sealed._known.clear()  # as in another process
         return content_hash(str(directory))
 
     first = found()
     assert found() == first and len(read) == 1
+    with sealed.anew():
+        assert found() == first and len(read) == 2
+    assert found() == first and len(read) == 2
+    read.clear()
+    read.append("once")
     weights = directory / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -566,6 +571,24 @@ def test_the_hash_of_a_large_model_is_remembered(directory, tmp_path, monkeypatc
     for path in (tmp_path / "cache").iterdir():
         path.write_text("no hash")
     assert found() != first and len(read) == 3
+
+
+def test_one_process_of_a_job_reads_the_files_for_their_hashes(directory, tmp_path, monkeypatch):
+    module, params = load_hf(str(directory))
+    save_native(module.config, params, str(tmp_path / "ours"))
+    weights = tmp_path / "ours/params.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda: process)  # noqa: B023
+        sealed._known.clear()
+        if process:
+            load(str(tmp_path / "ours"))
+            assert not sealed._known
+        else:
+            with pytest.raises(ValueError, match=r"params\.safetensors: damaged"):
+                load(str(tmp_path / "ours"))
 
 
 # The engine, on a made-up family
@@ -595,8 +618,8 @@ def test_one_tensor_may_hold_several_parameters(tmp_path):
         "h.10.ab": (4, 3),
         "out.weight": (5, 3),
     }
-    np.testing.assert_array_equal(written["h.10.ab"][2:], flat["layers_10/b"])
-    files.write_directory(str(tmp_path / "out"), {}, written, "model")
+    np.testing.assert_array_equal(written["h.10.ab"].make()[2:], flat["layers_10/b"])
+    writing.write_directory(str(tmp_path / "out"), {}, written, "model")
     with files.TensorFiles(str(tmp_path / "out"), "model") as tensors:
         assert_same(reading.read_params(tensors, entries, SHAPES), params)
 

@@ -202,8 +202,7 @@ def checkpoint(tmp_path_factory):
     with Checkpoints(str(directory), best_metric=None) as checkpoints:
         checkpoints.save(
             3,
-            params=state.params,
-            opt={"step": state.step, "opt_state": state.opt_state},
+            trees=trees_of(state),
             data={"next": 3},
             config={"fingerprint": "f"},
             metrics=None,
@@ -214,14 +213,14 @@ def checkpoint(tmp_path_factory):
         yield directory, update.abstract_state(params, optimizer, CONFIG, shardings)
 
 
+def trees_of(state):
+    return {**state.params, "opt": {"step": state.step, "opt_state": state.opt_state}}
+
+
 def restored(directory, abstract):
     with errors_once(), Checkpoints(str(directory), best_metric=None) as checkpoints:
         config = checkpoints.config(3)
-        found = checkpoints.restore(
-            3,
-            params=abstract.params,
-            opt={"step": abstract.step, "opt_state": abstract.opt_state},
-        )
+        found = checkpoints.restore(3, trees_of(abstract))
     return config, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found)]
 
 

@@ -211,6 +211,8 @@ def assert_part_of_encoder(directory, process, facts):
             index = tuple(map(slice, starts, starts + part[name].shape))
             np.testing.assert_array_equal(part[name], leaf[index], err_msg=name)
     assert facts["read"] == facts["held"]
+    # The first hashes config.json and the weights for both.
+    assert facts["hashed"] == (0 if process else 2)
     assert facts["held"] < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
 
 

@@ -30,9 +30,9 @@ def files_of_at_most(size):
 
 
 def save(checkpoints, step, size):
-    params = {"llm": {"a": np.random.default_rng(step).normal(size=size)}}
-    opt = {"step": np.zeros((), np.int32)}
-    checkpoints.save(step, params=params, opt=opt, data={}, config={}, metrics={})
+    trees = {"llm": {"a": np.random.default_rng(step).normal(size=size)}}
+    trees["opt"] = {"step": np.zeros((), np.int32)}
+    checkpoints.save(step, trees=trees, data={}, config={}, metrics={})
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_not_waited_for(tmp_path):

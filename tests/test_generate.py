@@ -11,10 +11,13 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l2s_jax.config import default
+from l2s_jax.data.tasks import load_task
 from l2s_jax.decoding.engine import GREEDY
 from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
+from l2s_jax.serving import generate_file
 from l2s_jax.serving import output as outputs
 from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.search import Search
@@ -272,3 +275,43 @@ def test_a_beam_search_of_one_token_has_no_slots_for_responses():
     (greedy,) = loaded.generate(["3 4 5"])
     (best,) = loaded.generate(["3 4 5"], search=Search(num_beams=3, num_return=2))
     assert (best.text, best.tokens) == (greedy.text, 1) and len(best.others) == 1
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_a_file_that_all_see_each_process_reads_its_own_prompts(process, tmp_path, monkeypatch):
+    path = tmp_path / "in.txt"
+    path.write_text("a\nb\n\nc\nd\n")
+    config = tasks_config()
+    task = load_task(config.task)
+    everything = [({"text": text}, not text) for text in ("a", "b", "", "c", "d")]
+    given = {0: "a", 1: "b", 3: "c", 4: "d"}
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    kept = everything if process == 0 else []
+    for seen in (True, False):
+        exchange = lambda value: [value, value if seen else None]  # noqa: B023, E731
+        monkeypatch.setattr(generate_file.distributed, "exchange", exchange)
+        # What another process gives is what it would give here.
+        read = []
+        monkeypatch.setattr(
+            generate_file.distributed,
+            "on_primary",
+            lambda act: read.append(0) or list(given.items()) if process else act(),  # noqa: B023
+        )
+        for on_mesh in (False, True):
+            mesh = mock.Mock(is_multi_process=on_mesh)
+            monkeypatch.setattr(generate_file, "_decoding_mesh", lambda config: mesh)  # noqa: B023
+            asked = generate_file._asked(str(path), task, "text", config)
+            apart = seen and not on_mesh
+            own = {place: text for place, text in given.items() if place % 2 == process}
+            assert asked == (kept, own if apart else given, apart)
+        assert len(read) == (2 if process and not seen else 0)
+    assert not generate_file._is_seen_by_all(str(tmp_path / "none.txt"))
+    assert not generate_file._is_seen_by_all("-")
+
+
+def tasks_config():
+    config = default()
+    config.task.update(name="toy", source="jsonl", prompt="{text}", response="text")
+    config.task.update(splits={"test": "test.jsonl"}, blank_rows="skip")
+    return config

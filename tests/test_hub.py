@@ -285,8 +285,9 @@ import l2s_jax
 model = l2s_jax.load({str(model)!r})
 before = model.generate(["reverse: one two three"])
 print(model.push_to_hub("me/small", private=True))
+model.push_to_hub("me/parts", include_llm=True, max_shard_size="5KB")
 model.save_pretrained({str(tmp_path / "copy")!r}, include_llm=True)
-for where in ("me/small", {str(tmp_path / "copy")!r}):
+for where in ("me/small", "me/parts", {str(tmp_path / "copy")!r}):
     assert l2s_jax.load(where).generate(["reverse: one two three"]) == before
 try:
     model.save_pretrained({str(tmp_path / "copy")!r})
@@ -299,6 +300,10 @@ except ValueError as error:
     first, second = done.stdout.splitlines()
     assert first == f"me/small@{hub['me/small'].refs['main']}" and "exists already" in second
     assert b'l2s_jax.load("me/small")' in pushed["README.md"]
+    parts = hub["me/parts"].commits[hub["me/parts"].refs["main"]]
+    for folder in ("", "llm/"):
+        assert f"{folder}params.safetensors.index.json" in parts
+        assert len([path for path in parts if path.startswith(f"{folder}params-0")]) > 1
     # The LLM is where it was.
     assert not [path for path in pushed if path.startswith("llm/")]
     assert (tmp_path / "copy/llm/params.safetensors").exists()

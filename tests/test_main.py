@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
+from l2s_jax import sealed
 from l2s_jax.cluster import sharding
 from l2s_jax.evaluation.generators import load
 from l2s_jax.evaluation.latency import Stopwatch
@@ -56,6 +57,37 @@ def test_report_has_every_system_with_quality_and_latency(job):
     assert all(set(found) == {"bleu", "chrf"} for found in report["significance"].values())
     for name in ("report.md", "quality_latency.png", "quality_latency.svg", "config.json"):
         assert (workdir / name).stat().st_size > 0
+
+
+def test_what_is_remembered_of_files_is_doubted_on_request(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("L2S_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sealed, "_LARGE", 1)
+    copy = shutil.copytree(job[1], tmp_path / "run")
+    generate = ("--mode=generate", f"--workdir={copy}", f"--input={tmp_path / 'in.txt'}")
+    (tmp_path / "in.txt").write_text("one two\n")
+
+    def run(*flags):
+        sealed._known.clear()  # as in another process
+        status = tiny.run(*generate, *flags)
+        return status, capsys.readouterr()
+
+    status, (answer, _) = run("--verify")
+    assert status == 0 and answer.count("\n") == 1
+    # A turned bit that left no other trace.
+    for name in ("l2s/model/params.safetensors", "slm/model/model.safetensors"):
+        path = copy / name
+        age, content = path.stat(), path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(path, ns=(age.st_atime_ns, age.st_mtime_ns))
+        assert run()[0] == 0
+        status, (_, error) = run("--verify")
+        assert status == 2 and f"{path}: damaged" in error.splitlines()[-1]
+        assert tiny.run("--mode=status", f"--workdir={copy}", "--verify") == 2
+        path.write_bytes(content)
+        os.utime(path, ns=(age.st_atime_ns, age.st_mtime_ns))
+    assert run("--verify")[0] == 0
+    assert tiny.run("--mode=plan", f"--workdir={copy}", "--verify", "--topology=cpu:1") == 2
+    assert "--verify=True: expected --mode=train or evaluate or" in capsys.readouterr().err
 
 
 def test_parameters_of_l2s_are_encoder_projector_and_slm(job):

@@ -254,7 +254,7 @@ def test_what_is_chosen_is_read_in_the_place_of_what_was_trained(average, tmp_pa
     config = {"steps": 4, "evaluate_every": 2, "ema_decay": average, "judge": judge}
     before = alive()
     chosen = fit(tmp_path / "best", select="quality", **config)
-    trees = {"slm", "opt"} if average else {"slm"}
+    trees = {"average"} if average else {"slm"}
     assert [(step, names) for step, names, _ in found] == [(2, trees)]
     assert found[0][2] < sum(leaf.nbytes for leaf in jax.tree.leaves(chosen)) / 2
     # A run that is finished reads what it chose, and no state.
@@ -264,6 +264,33 @@ def test_what_is_chosen_is_read_in_the_place_of_what_was_trained(average, tmp_pa
     qualities = iter([1.0, 2.0])
     fit(tmp_path / "last", select="quality", **config)
     assert len(found) == 2
+
+
+def test_checkpoints_with_the_average_beside_the_moments_are_read(tmp_path, monkeypatch):
+    """As older versions wrote them."""
+
+    def judge():
+        qualities = iter([9.0, 3.0, 5.0])
+        return lambda params, frozen, until: loop.Judged({"val_quality": next(qualities)}, [])
+
+    def trees(state):
+        opt = {"step": state.step, "opt_state": state.opt_state}
+        return {**state.params, "opt": {**opt, "average": state.average}}
+
+    config = {"steps": 6, "evaluate_every": 2, "ema_decay": 0.5}
+    chosen = fit(tmp_path / "new", select="quality", judge=judge(), **config)
+    last = fit(tmp_path / "whole", select="last", **config)
+    for select, expected in (("quality", chosen), ("last", last)):
+        directory = tmp_path / select
+        with monkeypatch.context() as patch, pytest.raises(small.Stop):
+            patch.setattr(loop, "_trees", trees)
+            stop = {"wrap": lambda b: small.Stopping(b, 5)}
+            fit(directory, select=select, judge=judge(), **stop, **config)
+        old = {path.name for path in (directory / "checkpoints/4").iterdir() if path.is_dir()}
+        assert old - {"metrics"} == {"slm", "opt", "data", "config"}
+        rest = (lambda p, f, u: loop.Judged({"val_quality": 5.0}, [])) if select != "last" else None
+        small.assert_same(fit(directory, select=select, judge=rest, **config), expected)
+    assert small.differ(chosen, last)
 
 
 def test_the_devices_are_given_few_steps_ahead(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from l2s_jax.checkpoints.files import Tensors, listed
+from l2s_jax.checkpoints.writing import Unwritten
 from l2s_jax.models.stacking import unstack_layers
 
 Params = Mapping[str, Any]
@@ -268,8 +269,8 @@ def _held(files: Tensors, entry: Entry, limit: int | None) -> list[str]:
 
 def write_tensors(
     params: Params, entries: Sequence[Entry], shapes: Mapping[str, Shape]
-) -> dict[str, np.ndarray]:
-    """Hugging Face's (or the entries') names -> float32 arrays, from a whole parameter tree.
+) -> dict[str, Unwritten]:
+    """Hugging Face's (or the entries') names -> tensors to write, from a whole parameter tree.
 
     Raises:
       ValueError: parameters that are not the model's.
@@ -284,11 +285,18 @@ def write_tensors(
         if tuple(flat[path].shape) != shape:
             found = list(flat[path].shape)
             raise ValueError(f"parameter {path} has shape {found}, expected {list(shape)}")
-    arrays = {path: np.asarray(jax.device_get(leaf), np.float32) for path, leaf in flat.items()}
-    for path, array in arrays.items():
-        if not np.isfinite(array).all():
+
+    def array(path: str) -> np.ndarray:
+        return np.asarray(jax.device_get(flat[path]), np.float32)
+
+    for path in flat:
+        if not np.isfinite(array(path)).all():
             raise FloatingPointError(f"parameter {path} is not finite; no such model is saved")
-    return {
-        entry.key: entry.transform.to_hf(*(arrays[path] for path in entry.parameters))
-        for entry in entries
-    }
+
+    def tensor(entry: Entry) -> Unwritten:
+        def make() -> np.ndarray:
+            return entry.transform.to_hf(*map(array, entry.parameters))
+
+        return Unwritten(entry.hf_shape(shapes), make)
+
+    return {entry.key: tensor(entry) for entry in entries}

@@ -1,48 +1,34 @@
-"""Checkpoint directories: a config.json and safetensors files, read lazily and written whole.
+"""Checkpoint directories: a config.json and safetensors files, read lazily.
 
 Nothing is ever unpickled. Errors are ValueErrors of one line that name the file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import json
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
-from l2s_jax import copies, sealed
+from l2s_jax import sealed
+from l2s_jax.cluster import distributed
 from l2s_jax.copies import local
 from l2s_jax.files import (
-    absolute,
-    atomic_directory,
-    is_bucket,
     is_file,
     listed_names,
-    make_folder,
     read_json,
-    read_text,
-    replacing,
     signatures,
-    write_json,
-    write_text,
 )
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
 
 _MAPPED_BYTES = 1 << 27
-# Bytes of a model from which on its hash is remembered.
-_LARGE = 1 << 30
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Index = tuple[slice, ...]  # of each axis from where to where, without steps
 
@@ -238,36 +224,38 @@ def hashed_files(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
+def check_hashes(directory: str) -> None:
+    """Checks files that `hashed_files` gives against the hashes that they were written with.
+
+    Process 0 reads them for all of a job, which ends where it finds an error; so it may be called
+    by one process alone, too.
+
+    Raises:
+      ValueError: one is not what it was.
+    """
+    if hashes_here():
+        sealed.check(*hashed_files(directory))
+
+
+def hashes_here() -> bool:
+    """Whether this process reads files for their hashes: of a job, process 0 does."""
+    # Alone, a process need not have JAX look for devices.
+    return not jax.distributed.is_initialized() or distributed.is_primary()
+
+
 def content_hash(directory: str) -> str:
     """sha256 (hex) over the names, sizes and bytes of all files that loading `directory` reads.
 
-    Of a GGUF file, which people name as they like, over its bytes alone. A process reads them once,
-    and again where their size and age, in a bucket their tag, have changed. The hash of a large
-    model is remembered with these, where `copies` are.
+    Of a GGUF file, which people name as they like, over its bytes alone. It is remembered, as
+    sealed.py says.
     """
-    paths = tuple(hashed_files(directory))
+    paths = hashed_files(directory)
     try:
-        facts = tuple(map(tuple, signatures(paths)))
+        facts = signatures(paths)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
-    return _content_hash(paths, facts, named=not is_gguf(directory))
-
-
-@functools.lru_cache(maxsize=64)
-def _content_hash(paths: tuple[str, ...], facts: tuple[Any, ...], *, named: bool) -> str:
-    """`facts` change where the files' content does."""
-    if sum(size for _, size, _ in facts) < _LARGE:
-        return _hash_of(paths, named=named)
-    known = hashlib.sha256(json.dumps([paths, facts, named]).encode()).hexdigest()[:32]
-    memory = os.path.join(copies.folder(), f"{known}.hash")
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if _SHA256.fullmatch(remembered := read_text(memory)):
-            return remembered
-    found = _hash_of(paths, named=named)
-    with contextlib.suppress(OSError):  # who has no room for it, or no home, reads it again
-        make_folder(copies.folder())
-        write_text(memory, found)
-    return found
+    named, size = not is_gguf(directory), sum(size for _, size, _ in facts)
+    return sealed.remembered([paths, facts, named], size, lambda: _hash_of(paths, named=named))
 
 
 def _hash_of(paths: Sequence[str], *, named: bool) -> str:
@@ -283,45 +271,3 @@ def _hash_of(paths: Sequence[str], *, named: bool) -> str:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
     return digest.hexdigest()
-
-
-def write_directory(
-    directory: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], stem: str
-) -> None:
-    """Writes config.json and `stem`.safetensors; a reader never sees half of either.
-
-    A new directory appears at once. In an existing one the old config.json goes first and the new
-    one comes last, so that a write cut short leaves no directory that loads as something mixed. In
-    a bucket nothing is written over.
-
-    Raises:
-      ValueError: there is a file in its place, or it cannot be written.
-      OSError: in a bucket, there is a model in its place.
-    """
-    directory = absolute(directory)
-    if os.path.exists(directory) and not os.path.isdir(directory):
-        raise ValueError(f"{directory}: exists and is not a directory")
-    # safetensors writes from the array's memory, whatever its strides.
-    whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    umask = os.umask(0)
-    os.umask(umask)
-
-    def write_weights(path: str) -> None:
-        try:
-            save_file(whole, path, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{directory}: cannot be written: {error}") from None
-        os.chmod(path, 0o666 & ~umask)
-
-    weights, settings = f"{stem}.safetensors", "config.json"
-    if is_bucket(directory) or not os.path.isdir(directory) or not os.listdir(directory):
-        with atomic_directory(directory) as temporary, sealed.writing(temporary, weights, settings):
-            write_weights(os.path.join(temporary, weights))
-            write_json(os.path.join(temporary, settings), config, sort_keys=True)
-        return
-    with sealed.writing(directory, weights, settings):
-        with replacing(os.path.join(directory, weights)) as temporary:
-            write_weights(temporary)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(directory, settings))
-        write_json(os.path.join(directory, settings), config, sort_keys=True)

@@ -17,7 +17,6 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from l2s_jax import sealed
 from l2s_jax.checkpoints.configs import (
     FAMILIES,
     FORMAT,
@@ -40,12 +39,12 @@ from l2s_jax.checkpoints.engine import (
 from l2s_jax.checkpoints.files import (
     TensorFiles,
     Tensors,
+    check_hashes,
     content_hash,
-    hashed_files,
-    write_directory,
 )
 from l2s_jax.checkpoints.gguf import GgufTensors
 from l2s_jax.checkpoints.reading import read_params
+from l2s_jax.checkpoints.writing import MAX_SHARD_SIZE, write_directory
 from l2s_jax.files import is_folder, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
@@ -275,7 +274,7 @@ def _load(
     if weights:
         check_weights(weights)
     if not is_known:
-        sealed.check(*hashed_files(directory))
+        check_hashes(directory)
     with opened(directory, format) as (family, config, files, entries, shapes, ignored):
         prefixes = None
         if layer is not None:
@@ -303,18 +302,25 @@ def _load(
     return family.make_module(config), params
 
 
-def save_hf(config: Any, params: Params, directory: str) -> None:
-    """Writes config.json and model.safetensors (float32), as transformers reads them."""
+def save_hf(
+    config: Any, params: Params, directory: str, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Writes config.json and model.safetensors (float32), as transformers reads them.
+
+    More than `max_shard_size`, in bytes or as "5GB", is split into several files with an index.
+    """
     family, config = family_of(config), without_vocabulary(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
     entries = make_entries(family.make_rules(config), list(shapes))
     tensors = write_tensors(params, entries, shapes)
-    write_directory(directory, family.config_to_hf(config), tensors, "model")
+    write_directory(directory, family.config_to_hf(config), tensors, "model", max_shard_size)
 
 
-def save_native(config: Any, params: Params, directory: str) -> None:
-    """Writes config.json (`config_to_native`) and params.safetensors (float32)."""
+def save_native(
+    config: Any, params: Params, directory: str, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Writes config.json (`config_to_native`) and params.safetensors (float32); see `save_hf`."""
     family, config = family_of(config), without_vocabulary(config)
     shapes = param_shapes(family.abstract_params(family.make_module(config)))
     tensors = write_tensors(params, own_entries(shapes), shapes)
-    write_directory(directory, config_to_native(config), tensors, "params")
+    write_directory(directory, config_to_native(config), tensors, "params", max_shard_size)

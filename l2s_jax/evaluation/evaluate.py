@@ -79,7 +79,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     drafts: dict[str, Any] = {}
 
     def told(name: str, generator: Generator) -> list[Output]:
-        """What a system answers, which goes into the results."""
+        """What a system answers, as of `Generator.generate`, which goes into the results."""
         outputs = Refilled(generator).generate(
             prompts,
             description=f"evaluating {name}",
@@ -155,9 +155,11 @@ def _told_of_exact(
     prompts: Sequence[str],
     by_llm: Sequence[Output],
 ) -> dict[str, Any]:
-    """Has both decode exactly; what became of drafts."""
+    """Has both decode exactly; what became of drafts, where this process has the outputs."""
     generator = exact_generator(experiment)
     outputs = told("exact", generator)
+    if not outputs:  # process 0 has them
+        return {}
     drafts = exactness.drafting(outputs)
     drafts["against_llm"] = exactness.against_llm(prompts, outputs, by_llm, generator)
     return drafts

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from l2s_jax import sealed
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.files import (
@@ -39,6 +40,8 @@ class Hashes:
                 if isinstance(known, dict) and {"files", "hash"} <= known.keys():
                     without_hash(known, self._path)
                     self._known[name] = known
+        # Those that are read again before they count.
+        self._doubted = set(self._known) if sealed.is_anew() else set()
 
     def of(self, what: Any, files: Sequence[str], compute: Callable[[], str]) -> str:
         """The hash of `what` (JSON-able), which `compute` makes of `files`.
@@ -46,10 +49,12 @@ class Hashes:
         Without files, or where one is a URL that is in no bucket, it is computed at every start.
         """
         facts = _facts(files)
-        known = self._known.get(fingerprint({"of": what}))
-        if known and (facts is None or known["files"] == facts):
+        name = fingerprint({"of": what})
+        known = self._known.get(name)
+        if known and name not in self._doubted and (facts is None or known["files"] == facts):
             return known["hash"]
         value = compute()
+        self._doubted.discard(name)
         self._remember(what, facts, value)
         return value
 

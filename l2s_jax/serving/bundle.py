@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from l2s_jax import sealed
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.checkpoints.engine import own_entries, param_shapes, write_tensors
-from l2s_jax.checkpoints.files import TensorFiles, content_hash, hashed_files, write_directory
+from l2s_jax.checkpoints.files import TensorFiles, check_hashes, content_hash, hashes_here
 from l2s_jax.checkpoints.reading import read_params
+from l2s_jax.checkpoints.writing import MAX_SHARD_SIZE, write_directory
 from l2s_jax.files import (
     absolute,
     exists,
@@ -65,12 +66,13 @@ def save(
     slm_tokenizer: Tokenizer,
     generation: Mapping[str, Any],
     llm_whole: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes projector, SLM and tokenizers.
 
     A relative `llm_path` is relative to the bundle's directory, or a name on the hub; `layer` is
     config.llm.layer; `llm_whole` says that all of the LLM is inside; `generation` are the settings
-    that `l2s_jax.load` starts from.
+    that `l2s_jax.load` starts from; `max_shard_size` is as of `save_hf`.
     """
     fields = {
         "format": pretrained.FORMAT,
@@ -90,7 +92,7 @@ def save(
     }
     shapes = _shapes(system)
     tensors = write_tensors(trained, own_entries(shapes), shapes)
-    write_directory(directory, fields, tensors, "params")
+    write_directory(directory, fields, tensors, "params", max_shard_size)
     with sealed.writing(directory, _GENERATION):
         write_json(os.path.join(directory, _GENERATION), _generation_config(system, generation))
     slm_tokenizer.save(directory)
@@ -99,11 +101,17 @@ def save(
 
 
 def save_whole(
-    system: LlmToSlm, trained: Params, frozen: Params, directory: str, **others: Any
+    system: LlmToSlm,
+    trained: Params,
+    frozen: Params,
+    directory: str,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    **others: Any,
 ) -> None:
     """As `save`, with what encodes of the LLM inside."""
     make_folder(directory)
-    reference = _write_llm(system, frozen, directory)
+    reference = _write_llm(system, frozen, directory, max_shard_size)
     save(
         system,
         trained,
@@ -111,11 +119,14 @@ def save_whole(
         llm_path=reference["path"],
         llm_hash=reference["content_hash"],
         layer=reference["layer"],
+        max_shard_size=max_shard_size,
         **others,
     )
 
 
-def _write_llm(system: LlmToSlm, frozen: Params, directory: str) -> dict[str, Any]:
+def _write_llm(
+    system: LlmToSlm, frozen: Params, directory: str, max_shard_size: int | str
+) -> dict[str, Any]:
     """Writes what encodes of the LLM; the reference to it."""
     inside = os.path.join(directory, _LLM)
     shapes = param_shapes(frozen)
@@ -124,16 +135,19 @@ def _write_llm(system: LlmToSlm, frozen: Params, directory: str) -> dict[str, An
         pretrained.config_to_native(system.llm_config),
         write_tensors(frozen, own_entries(shapes), shapes),
         "params",
+        max_shard_size,
     )
     # Of a decoder-only LLM, the layers above the chosen one are gone: all that are there count.
     return {"path": _LLM, "content_hash": content_hash(inside), "layer": 0.0}
 
 
-def _write_whole_llm(source: str, layer: float, directory: str) -> dict[str, Any]:
+def _write_whole_llm(
+    source: str, layer: float, directory: str, max_shard_size: int | str
+) -> dict[str, Any]:
     """Writes the LLM of a directory; the reference to it, of which `layer` encodes."""
     inside = os.path.join(directory, _LLM)
     module, params = pretrained.load(source)
-    pretrained.save_native(module.config, params, inside)
+    pretrained.save_native(module.config, params, inside, max_shard_size=max_shard_size)
     return {"path": _LLM, "content_hash": content_hash(inside), "layer": layer}
 
 
@@ -157,7 +171,13 @@ def _generation_config(system: LlmToSlm, generation: Mapping[str, Any]) -> dict[
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def copy(source: str, target: str, *, include_llm: bool | str) -> None:
+def copy(
+    source: str,
+    target: str,
+    *,
+    include_llm: bool | str,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
     """Copies an L2S model, with a reference to its LLM or with the LLM inside.
 
     Args:
@@ -165,6 +185,7 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
       target: a directory that there is, or not.
       include_llm: True takes the part of the LLM along that encodes, "whole" all of it, for exact
         decoding. What is inside already stays inside.
+      max_shard_size: as of `save_hf`.
 
     Raises:
       ValueError: as of `load`; "whole" of a model that has no more than what encodes; or another
@@ -179,9 +200,9 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
     system, trained, frozen = load(source, entries=() if whole else None)
     reference = fields["llm"]
     if whole:
-        reference = _write_whole_llm(llm_directory, reference["layer"], target)
+        reference = _write_whole_llm(llm_directory, reference["layer"], target, max_shard_size)
     elif include_llm or reference["path"] == _LLM:
-        reference = _write_llm(system, frozen, target)
+        reference = _write_llm(system, frozen, target, max_shard_size)
     else:
         path = _llm_path(source, reference["path"])
         reference = {**reference, "path": path if is_name(path) else absolute(path)}
@@ -197,6 +218,7 @@ def copy(source: str, target: str, *, include_llm: bool | str) -> None:
         llm_tokenizer=llm_tokenizer,
         slm_tokenizer=slm_tokenizer,
         generation=fields["generation"],
+        max_shard_size=max_shard_size,
     )
     card = os.path.join(source, CARD)
     if is_file(card):
@@ -278,13 +300,14 @@ def load(
 
     The arguments after `dtype` are about the LLM, as of `pretrained.load_encoder`: its dtype is
     `dtype` where none of its own is given. `llm_directory` is where it lies, if elsewhere than the
-    model says, and `llm_hash` its content hash, where that is known: all of it is read otherwise.
+    model says, and `llm_hash` its content hash, where that is known: process 0 reads all of it
+    otherwise.
 
     Raises:
       ValueError: no L2S model is there, or its LLM is gone or no longer the same.
     """
     fields, path = read_fields(directory)
-    sealed.check(*hashed_files(directory))
+    check_hashes(directory)
     llm_path = llm_directory or _llm_path(directory, fields["llm"]["path"])
     expected, layer = fields["llm"]["content_hash"], fields["llm"]["layer"]
     slm_config = pretrained.config_from_native(fields["slm"], path)
@@ -305,7 +328,7 @@ def load(
         entries=entries,
         is_known=True,
     )
-    if (llm_hash or content_hash(llm_path)) != expected:
+    if (llm_hash or (content_hash(llm_path) if hashes_here() else expected)) != expected:
         raise ValueError(
             f"{llm_path}: this LLM is not the one that {directory} was trained with "
             "(content hashes differ)"

@@ -11,19 +11,21 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax import buckets
-from l2s_jax.cluster import distributed
+from l2s_jax.cluster import distributed, sharding
+from l2s_jax.config import make_mesh
 from l2s_jax.data import sources
 from l2s_jax.data.parquet import read_parquet
 from l2s_jax.data.tasks import Blank, Task, load_task
-from l2s_jax.files import is_bucket, replacing
+from l2s_jax.files import is_bucket, is_file, replacing, signature
 from l2s_jax.serving.loading import load_generator
-from l2s_jax.serving.output import Output
+from l2s_jax.serving.output import Output, by_place
 from l2s_jax.serving.refilled import Refilled
 from l2s_jax.settings.search import Search, alone, changed
 
@@ -96,12 +98,7 @@ def generate_file(
     if stream:
         records = _read_records(source, task, kind)
     else:
-        records = _records(source, task, kind)
-        rendered = [_prompt_of(task, record, where) for where, record in records]
-        prompts = [prompt for prompt in rendered if prompt is not None]
-        if blank := len(rendered) - len(prompts):
-            name = sources.name_of(source)
-            log.warning("%s: %d of %d prompts are blank", name, blank, len(rendered))
+        asked = _asked(source, task, kind, config)
     writes = distributed.is_primary()
     with _open_output(target) if writes else contextlib.nullcontext() as file:
         generator = load_generator(
@@ -124,18 +121,21 @@ def generate_file(
         # What is warm are the programs of batches.
         answering = generator if warm_up else Refilled(generator)
         outputs = answering.generate(
-            prompts,
+            list(asked.prompts.values()),
             max_new_tokens=max_new_tokens,
-            seeds=[seed + place for place, prompt in enumerate(rendered) if prompt is not None],
+            seeds=[seed + place for place in asked.prompts],
             description="generating",
-            shared=True,
+            shared=not asked.apart,
         )
+        # Process 0 has all of them, or all have their own.
+        answers = dict(zip(asked.prompts, outputs, strict=bool(outputs)))
+        if asked.apart:
+            answers = by_place(answers)
         if file is None:
             return
-        answers = iter(outputs)
         with _writing(target):
-            for (_, record), prompt in zip(records, rendered, strict=True):
-                output = _NOTHING if prompt is None else next(answers)
+            for place, (record, is_blank) in enumerate(asked.records):
+                output = _NOTHING if is_blank else answers[place]
                 if kind == "text":
                     file.write(_one_line(output.text) + "\n")
                 else:
@@ -199,17 +199,68 @@ def _prompt_of(task: Task, record: Mapping[str, Any], where: str) -> str | None:
         raise
 
 
-def _records(source: str, task: Task, kind: str) -> list[tuple[str, dict[str, Any]]]:
-    """As of `_read_records`; processes that don't write are given what prompts are made of."""
-    whole: list[tuple[str, dict[str, Any]]] = []
+class _Asked(NamedTuple):
+    """What an input asks.
 
-    def read() -> list[tuple[str, dict[str, Any]]]:
-        whole.extend(_read_records(source, task, kind))
-        fields = task.prompt_fields
-        return [(where, {f: one[f] for f in fields if f in one}) for where, one in whole]
+    records: (fields, whether the prompt is blank) of all lines; none where nothing is written.
+    prompts: those that are not blank, by their places among the lines.
+    apart: whether each process of a job has prompts of its own, in the place of all.
+    """
 
-    shared = distributed.on_primary(read)
-    return whole or shared
+    records: list[tuple[dict[str, Any], bool]]
+    prompts: dict[int, str]
+    apart: bool
+
+
+def _asked(source: str, task: Task, kind: str, config: ConfigDict) -> _Asked:
+    """Of a file that all processes of a job see, each reads its own prompts, if it answers alone.
+
+    What one alone sees, such as stdin, process 0 reads for all.
+    """
+    count = jax.process_count()
+    if count == 1 or _is_seen_by_all(source):
+        apart = count > 1 and not _decoding_mesh(config).is_multi_process
+        return _read(source, task, kind, (jax.process_index(), count) if apart else (0, 1))
+    whole: list[_Asked] = []
+
+    def read() -> list[tuple[int, str]]:
+        whole.append(_read(source, task, kind, (0, 1)))
+        return list(whole[0].prompts.items())
+
+    prompts = distributed.on_primary(read)
+    return whole[0] if whole else _Asked([], {place: text for place, text in prompts}, False)
+
+
+def _decoding_mesh(config: ConfigDict) -> Mesh:
+    return sharding.decoding_mesh(make_mesh(config, "decoding"))
+
+
+def _is_seen_by_all(source: str) -> bool:
+    """Whether the processes of a job find the same file under its name."""
+
+    found, path = None, os.path.expanduser(source)
+    with contextlib.suppress(OSError, ValueError):  # who reads it says what is wrong
+        if source != sources.STDIN and is_file(path):
+            found = signature(path)
+    first, *others = distributed.exchange(found)
+    return first is not None and all(other == first for other in others)
+
+
+def _read(source: str, task: Task, kind: str, part: tuple[int, int]) -> _Asked:
+    """All records where they are written, and the prompts of a part (i, n), each n-th line."""
+    asked, writes, blank, place = _Asked([], {}, part[1] > 1), distributed.is_primary(), 0, -1
+    for place, (where, record) in enumerate(_read_records(source, task, kind)):
+        prompt = _prompt_of(task, record, where)
+        if prompt is None:
+            blank += 1
+        elif place % part[1] == part[0]:
+            asked.prompts[place] = prompt
+        if writes:
+            asked.records.append((record, prompt is None))
+    if blank:
+        name = sources.name_of(source)
+        log.warning("%s: %d of %d prompts are blank", name, blank, place + 1)
+    return asked
 
 
 def _read_records(source: str, task: Task, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -136,8 +136,9 @@ class Generator:
             prompts are; without them, the prompts' places 0, 1, 2, ...
           description: names a progress bar on stderr; without it there is none.
           mismatched: every prompt is decoded with the encoded prompt of another.
-          shared: all processes of a job make the same call, and all get all outputs. Each answers
-            its share of the batches; on a mesh of all of them, they answer each batch together.
+          shared: all processes of a job make the same call. Each answers its share of the batches,
+            process 0 gets all outputs, and the others none; on a mesh of all of them, they answer
+            each batch together, and all get all.
 
         Raises:
           TypeError: `prompts` is one string, or holds something else than strings.

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from l2s_jax import sealed
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
 from l2s_jax.config import buckets_of, check_prompts, compute_dtypes, make_mesh, naming_mesh
@@ -60,6 +61,7 @@ def load(
     encoder_dtype: str = "auto",
     mesh: Mesh | Mapping[str, int] | None = None,
     exact: bool = False,
+    verify: bool = False,
     **settings: Any,
 ) -> Model:
     """The L2S model in a directory, ready to answer: `load(DIR).generate(["..."])`.
@@ -73,6 +75,7 @@ def load(
         {} splits batches between all of them, {"tensor": 4} the model between each four. None: one
         device.
       exact: the whole LLM is loaded too, and decides on what L2S drafts: the text is the LLM's.
+      verify: files are read for their hashes, whether or not these are remembered.
       settings: arguments of `Generator` to use instead of the model's own.
 
     Raises:
@@ -80,6 +83,10 @@ def load(
         with `exact`, or the mesh does not fit the devices, the batch size, the prompts' lengths or
         the model.
     """
+    if verify:
+        with sealed.anew():
+            given = {"dtype": dtype, "encoder_dtype": encoder_dtype, "mesh": mesh, "exact": exact}
+            return load(directory, **given, **settings)
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
     mesh = mesh_of(mesh)

@@ -7,6 +7,7 @@ import tempfile
 from typing import Any
 
 from l2s_jax import hub
+from l2s_jax.checkpoints.writing import MAX_SHARD_SIZE
 from l2s_jax.files import atomic_directory, exists, is_folder, listed_names, write_text
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
@@ -26,13 +27,20 @@ class Model(Generator):
         super().__init__(*arguments, **settings)
         self.directory = directory
 
-    def save_pretrained(self, directory: str, *, include_llm: bool | str = False) -> None:
+    def save_pretrained(
+        self,
+        directory: str,
+        *,
+        include_llm: bool | str = False,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> None:
         """Writes a copy of the model that `l2s_jax.load` reads.
 
         Args:
           directory: a new or an empty folder.
           include_llm: with what encodes of the LLM inside, instead of a reference to where it is;
             "whole": with all of the LLM, for exact decoding.
+          max_shard_size: bytes, or as "5GB", from which on weights are in several files.
 
         Raises:
           ValueError: there is something in the folder, or it can't be written.
@@ -41,12 +49,18 @@ class Model(Generator):
             raise ValueError(f"{directory}: exists already; expected a new directory")
         try:
             with atomic_directory(directory) as temporary:
-                bundle.copy(self.directory, temporary, include_llm=include_llm)
+                sizes = {"max_shard_size": max_shard_size}
+                bundle.copy(self.directory, temporary, include_llm=include_llm, **sizes)
         except OSError as error:
             raise ValueError(f"{directory}: cannot be written: {error.strerror}") from None
 
     def push_to_hub(
-        self, name: str, *, private: bool = False, include_llm: bool | str | None = None
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        include_llm: bool | str | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
     ) -> str:
         """Publishes the model, so that `l2s_jax.load(name)` loads it anywhere.
 
@@ -54,6 +68,7 @@ class Model(Generator):
           name: "org/name" of the repository, which is made if need be.
           private: whether a new repository is for its owners only.
           include_llm: as of `save_pretrained`; None: unless the LLM is on the hub itself.
+          max_shard_size: as of `save_pretrained`.
 
         Returns:
           "org/name@commit".
@@ -66,7 +81,8 @@ class Model(Generator):
         hub.check_name(name)
         with tempfile.TemporaryDirectory() as root:
             folder = os.path.join(root, "model")
-            bundle.copy(self.directory, folder, include_llm=include_llm)
+            sizes = {"max_shard_size": max_shard_size}
+            bundle.copy(self.directory, folder, include_llm=include_llm, **sizes)
             card = os.path.join(folder, bundle.CARD)
             if os.path.exists(card):
                 with open(card, encoding="utf-8") as file:

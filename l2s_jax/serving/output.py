@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from l2s_jax.cluster import distributed
+from l2s_jax.cluster.collecting import collected
 from l2s_jax.decoding.beam import Hypotheses
 from l2s_jax.decoding.drafted import Drafted
 from l2s_jax.decoding.loop import Decoded
@@ -75,17 +75,22 @@ def in_order(
 ) -> list[Output]:
     """The outputs of all prompts, of what gives (places, outputs) of a part of them.
 
-    A part is (i, n), the i-th of n. With `shared`, each process of a job answers one, and all get
-    all outputs.
+    A part is (i, n), the i-th of n. With `shared`, each process of a job answers one; process 0
+    gets all outputs, and the others none.
     """
     part = (jax.process_index(), jax.process_count()) if shared else (0, 1)
     outputs: dict[int, Output] = {}
     for places, found in answered(part):
         outputs.update(zip(places, found, strict=True))
     if shared:
-        shares = distributed.exchange(list(outputs.items()))
-        outputs = {place: output_of(fields) for share in shares for place, fields in share}
+        outputs = by_place(outputs)
     return [outputs[place] for place in range(len(outputs))]
+
+
+def by_place(own: Mapping[int, Output]) -> dict[int, Output]:
+    """Outputs that each process of a job has some of: on process 0 all of them, else none."""
+    shares = collected(list(own.items()))
+    return {place: output_of(fields) for share in shares for place, fields in share}
 
 
 def outputs_of(decoded: Decoded | Hypotheses, tokenizer: Tokenizer) -> Iterator[Output]:

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from l2s_jax import buckets, copies
 from l2s_jax.cluster import distributed, sharding
 from l2s_jax.files import CannotWrite, read_json
-from l2s_jax.training.checkpoint import NEWEST, Checkpoints
+from l2s_jax.training.checkpoint import AVERAGE, CONFIG, NEWEST, OPT, Checkpoints
 from l2s_jax.training.checksums import checksums
 
 # Orbax writes it in the folder of a step.
@@ -104,19 +104,20 @@ class BucketCheckpoints(Checkpoints):
         self,
         step: int,
         *,
+        trees: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
         before: Callable[[], None] | None = None,
         again: bool = False,
-        **items: Any,
+        **others: Any,
     ) -> None:
         """As of `Checkpoints`; `before` is called before the checkpoint counts, by a thread."""
         self.wait()
         # All processes make the sums, each of its own part, so they come before the gathering.
-        sums = checksums({**items["params"], "opt": items["opt"]})
+        sums = checksums(trees)
         if jax.process_count() > 1:
-            items |= {name: sharding.gather_on_primary(items[name]) for name in ("params", "opt")}
+            trees = sharding.gather_on_primary(trees)
         if distributed.is_primary():
-            self._write(step, sums, metrics=metrics, **items)
+            self._write(step, sums, trees=trees, metrics=metrics, **others)
         self._values[step] = metrics[self._best_metric] if metrics and self._best_metric else None
         best = self._best() if self._best_metric else None
         kept = {*sorted(self._values)[-NEWEST:], best}
@@ -155,8 +156,10 @@ class BucketCheckpoints(Checkpoints):
         self, step: int, trees: Mapping[str, Any], **others: Any
     ) -> tuple[dict[str, Any], Any]:
         with tempfile.TemporaryDirectory(dir=self._root) as root:
-            folder = os.path.join(root, str(step))
-            buckets.fetch_folder(f"{self._bucket}/{step}", folder)
+            place, items = self._place(step), {*trees, *others, CONFIG}
+            if AVERAGE in items and not buckets.exists(f"{place}/{AVERAGE}"):
+                items.add(OPT)
+            buckets.fetch_folder(place, os.path.join(root, str(step)), items)
             with Checkpoints(root, best_metric=self._best_metric, **_alone()) as fetched:
                 return fetched._restored(step, trees, **others)
 

@@ -1,7 +1,8 @@
 """Training checkpoints: Orbax, one item per part of the state.
 
 Items: each top-level entry of the trained parameters ("projector", "slm" or "llm"), "opt" (step,
-optimizer state, averaged parameters), "data" (the data iterator's state) and "config".
+optimizer state), "average" (averaged parameters, where there are some), "data" (the data iterator's
+state) and "config". Older versions kept the average within "opt", and are read too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from l2s_jax.training.checksums import checksums, different
 NEWEST = 3
 # In the config of a checkpoint: sums of its arrays, and the hash of its data.
 _SUMS, _DATA = "sums", "data"
+# Items; the average is one that older versions kept within the one before.
+CONFIG, OPT, AVERAGE = "config", "opt", "average"
 # How TensorStore says what the system said, and how Python does.
 _SYSTEM_ERROR = re.compile(r"\[(?:os_error_code='|Errno )(\d+)'?\]")
 
@@ -71,7 +74,7 @@ class Checkpoints:
             )
         self._best_metric = best_metric
         self._directory = os.path.abspath(directory)
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             preservation_policy=keep or preservation_policy.AnyPreservationPolicy(policies),
             best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
             best_mode="max",
@@ -82,7 +85,7 @@ class Checkpoints:
         )
         os.makedirs(self._directory, exist_ok=True)
         with _readable(self._directory):
-            self._manager = _Manager(self._directory, options=options)
+            self._manager = _Manager(self._directory, options=self._options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -135,8 +138,7 @@ class Checkpoints:
         self,
         step: int,
         *,
-        params: Mapping[str, Any],
-        opt: Any,
+        trees: Mapping[str, Any],
         data: Mapping[str, Any],
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
@@ -145,39 +147,38 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint in the background; a kill leaves the ones before it whole.
 
-        Without `metrics` it is not the best one, whatever the others are. `before` is for where the
-        bucket's checkpoint must not be there before something else is. With `again`, it is in the
-        place of the newest one, which is of the same step.
+        `trees` are its items of arrays by name. Without `metrics` it is not the best one, whatever
+        the others are. `before` is for where the bucket's checkpoint must not be there before
+        something else is. With `again`, it is in the place of the newest one, which is of the same
+        step.
 
         Raises:
           CannotWrite: this one, or the one before it.
         """
-        sums = checksums({**params, "opt": opt})
+        sums = checksums(trees)
         if again:
             with self._writing():
                 self._manager.delete(step)
-        self._write(step, sums, params=params, opt=opt, data=data, config=config, metrics=metrics)
+        self._write(step, sums, trees=trees, data=data, config=config, metrics=metrics)
 
     def _write(
         self,
         step: int,
         sums: Mapping[str, str],
         *,
-        params: Mapping[str, Any],
-        opt: Any,
+        trees: Mapping[str, Any],
         data: Mapping[str, Any],
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
         """As of `save`, with the sums of the arrays."""
-        items = {name: ocp.args.StandardSave(tree) for name, tree in params.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         sums = {**sums, _DATA: hash_of(data)}
         with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **items,
-                    opt=ocp.args.StandardSave(opt),
                     data=ocp.args.JsonSave(dict(data)),
                     config=ocp.args.JsonSave(with_hash({**config, _SUMS: sums})),
                 ),
@@ -211,40 +212,60 @@ class Checkpoints:
     def _place(self, step: int) -> str:
         return os.path.join(self._directory, str(step))
 
-    def restore(
-        self, step: int, *, params: Mapping[str, Any], opt: Any
-    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """(params, opt, data) of `step`, placed as the abstract arrays given.
+    def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """(trees, data) of `step`: items of arrays by name, placed as the abstract arrays given.
 
         Raises:
           ValueError: it cannot be read, or is not what was saved.
         """
-        trees, data = self._restored(step, {**params, "opt": opt}, data=ocp.args.JsonRestore())
-        return {name: trees[name] for name in params}, trees["opt"], data
+        return self._restored(step, trees, data=ocp.args.JsonRestore())
 
-    def restore_params(self, step: int, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters of `step` alone, as of `restore`."""
-        return self._restored(step, params)[0]
+    def restore_trees(self, step: int, trees: Mapping[str, Any]) -> dict[str, Any]:
+        """As of `restore`, without the data: nothing is read but these trees."""
+        return self._restored(step, trees)[0]
 
     def _restored(
         self, step: int, trees: Mapping[str, Any], **others: Any
     ) -> tuple[dict[str, Any], Any]:
         """(trees, data where `others` say how it is read) of `step`, compared with their sums."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         where, (_, expected) = self._place(step), self._config(step)
-        with _readable(where):
-            restored: Any = self._manager.restore(step, args=ocp.args.Composite(**items, **others))
-            found = {name: restored[name] for name in trees}
+        beside = os.path.isdir(os.path.join(self._directory, str(step), AVERAGE))
+        stored = trees if beside or AVERAGE not in trees else _within_opt(trees)
+        # Of an item that was not asked for, a part is read.
+        items = {
+            name: ocp.args.StandardRestore(tree) if name in trees else _part(tree)
+            for name, tree in stored.items()
+        }
+        with _readable(where), contextlib.ExitStack() as stack:
+            manager = self._manager
+            if stored.keys() - trees:  # a manager reads an item always in the same way
+                manager = stack.enter_context(_Manager(self._directory, options=self._options))
+            restored: Any = manager.restore(step, args=ocp.args.Composite(**items, **others))
+            found = {name: restored[name] for name in stored}
             if expected is not None:
                 sums = checksums(found)
                 if others:
                     sums[_DATA] = hash_of(restored.data)
                 # A path begins with the name of its tree.
-                began = tuple(f"['{name}']" for name in trees)
+                began = tuple(f"['{name}']" for name in stored if name in trees)
                 wanted = {n: s for n, s in expected.items() if n.startswith(began) or n in sums}
                 if names := different(sums, wanted):
                     raise ValueError(f"damaged: other numbers than were saved in {listed(names)}")
-        return found, restored.data if others else None
+        if stored is not trees:
+            found[AVERAGE] = found[OPT].pop(AVERAGE)
+        return {name: found[name] for name in trees}, restored.data if others else None
+
+
+def _within_opt(trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Trees as older versions saved them: what "opt" has is in it, and the average too."""
+    others = {name: tree for name, tree in trees.items() if name != AVERAGE}
+    return {**others, OPT: {**trees.get(OPT, {}), AVERAGE: trees[AVERAGE]}}
+
+
+def _part(tree: Any) -> ocp.args.PyTreeRestore:
+    """How a tree is read that is a part of an item."""
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
 
 
 @contextlib.contextmanager

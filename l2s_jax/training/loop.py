@@ -290,8 +290,7 @@ def fit(
                         if not (is_cut and is_owed):
                             checkpoints.save(
                                 step,
-                                params=state.params,
-                                opt=_optimizer_item(state),
+                                trees=_trees(state),
                                 data=batches.get_state(),
                                 config={
                                     **config.to_dict(),
@@ -316,10 +315,11 @@ def fit(
                     checkpoints.wait()
                     distributed.barrier("saved")
         chosen = checkpoints.best_step or config.steps
-        if state is None or chosen != config.steps:
-            state = None  # so that there are never two of them
-            return sharding.gather_on_primary(_restore_weights(checkpoints, chosen, abstract))
-    return sharding.gather_on_primary(_weights(state))
+        weights = _weights(state) if state is not None and chosen == config.steps else None
+        state = None  # frees what is no longer needed, before others come in its place
+        if weights is None:
+            weights = _restore_weights(checkpoints, chosen, abstract)
+    return sharding.gather_on_primary(weights)
 
 
 def _weights(state: TrainState) -> Params:
@@ -327,23 +327,22 @@ def _weights(state: TrainState) -> Params:
     return state.params if state.average is None else state.average
 
 
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    item = {"step": state.step, "opt_state": state.opt_state}
-    return item if state.average is None else item | {"average": state.average}
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint: what a run may need alone is one of its own."""
+    average = {} if state.average is None else {"average": state.average}
+    return {**state.params, "opt": {"step": state.step, "opt_state": state.opt_state}, **average}
 
 
 def _restore(
     checkpoints: Checkpoints, step: int, abstract: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
-    params, opt, data = checkpoints.restore(
-        step, params=abstract.params, opt=_optimizer_item(abstract)
-    )
-    state = TrainState(opt["step"], params, opt["opt_state"], opt.get("average"))
-    return state, data
+    trees, data = checkpoints.restore(step, _trees(abstract))
+    opt, average = trees.pop("opt"), trees.pop("average", None)
+    return TrainState(opt["step"], trees, opt["opt_state"], average), data
 
 
 def _restore_weights(checkpoints: Checkpoints, step: int, abstract: TrainState) -> Params:
-    """What a run that chose `step` returns; averages lie beside the optimizer's state."""
-    if abstract.average is not None:
-        return _weights(_restore(checkpoints, step, abstract)[0])
-    return checkpoints.restore_params(step, abstract.params)
+    """What a run that chose `step` returns, and no more of it."""
+    if abstract.average is None:
+        return checkpoints.restore_trees(step, abstract.params)
+    return checkpoints.restore_trees(step, {"average": abstract.average})["average"]
