@@ -19,7 +19,7 @@ import numpy as np
 
 from l2s_jax.arguments import Parser, count
 from l2s_jax.bench.geometry import random_like
-from l2s_jax.config import lora_config
+from l2s_jax.config import default
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Lora
 from l2s_jax.models.systems import LanguageModel
@@ -30,11 +30,11 @@ def main() -> None:
     """Prints a table: how, milliseconds, temporaries."""
     parser = Parser(description="A gradient by LoRA.", allow_abbrev=False)
     parser.add_argument("--model", choices=sorted(GEOMETRIES), default="gpt2", help="its geometry")
-    for name, default in (("rank", 16), ("rows", 8), ("tokens", 128), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=count, default=default)
+    for name, value in (("rank", 16), ("rows", 8), ("tokens", 128), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=count, default=value)
     flags = parser.parse_args()
     system = LanguageModel("slm", GEOMETRIES[flags.model])
-    lora = Lora(system, flags.rank, 2.0 * flags.rank, lora_config().pattern)
+    lora = Lora(system, flags.rank, 2.0 * flags.rank, default().l2s.lora.pattern)
     params = random_like(jax.eval_shape(system.init, jax.random.key(0)))
     trained, base = lora.split(params, jax.random.key(1))
     frozen = {"base": base, "inner": {}}

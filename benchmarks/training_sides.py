@@ -54,7 +54,7 @@ def ours(arguments: argparse.Namespace) -> Step:
     from l2s_jax.checkpoints import pretrained
     from l2s_jax.cluster import sharding
     from l2s_jax.cluster.chips import chip_of
-    from l2s_jax.config import compute_dtypes, default, train_config
+    from l2s_jax.config import compute_dtypes, default
     from l2s_jax.models.serving import to_serve
     from l2s_jax.models.systems import LlmToSlm, parameter_count
     from l2s_jax.training import optim, update
@@ -66,11 +66,15 @@ def ours(arguments: argparse.Namespace) -> Step:
     )
     slm = dataclasses.replace(GEOMETRIES[arguments.slm], dtype=dtype, dropout_rate=DROPOUT, **scan)
     system = LlmToSlm(llm, slm, projector_width=slm.width)
-    config = train_config(steps=1_000_000)
+    config = default().l2s.train
     config.update(
-        learning_rate=LEARNING_RATE, clip_norm=CLIP, dropout_rate=DROPOUT, parameter_scale=False
+        steps=1_000_000,
+        learning_rate=LEARNING_RATE,
+        clip_norm=CLIP,
+        dropout_rate=DROPOUT,
+        parameter_scale=False,
+        batch_size=arguments.batch_size,
     )
-    config.batch_size = arguments.batch_size
     mesh = sharding.make_mesh(default().mesh)
 
     held = functools.partial(to_serve, config=llm, weights="float", encodes=True)

@@ -15,6 +15,7 @@ import small
 
 from l2s_jax.cluster import distributed
 from l2s_jax.cluster.job import job
+from l2s_jax.cluster.limits import Limits
 from l2s_jax.experiment import feature_cache, scoring
 from l2s_jax.experiment.record_files import RecordFiles
 
@@ -90,7 +91,7 @@ def noted(directory):
 
 
 def main(directory, coordinator, processes, process):
-    with job(coordinator, processes, process, detect=None, timeout_s=300, heartbeat_s=10):
+    with job(coordinator, processes, process, limits=Limits(heartbeat_s=10)):
         feature_cache.SHARD_BYTES = scoring.SHARD_BYTES = 1000
         for name, sizes in MESHES[processes].items():
             own = os.path.join(directory, name)
@@ -100,7 +101,7 @@ def main(directory, coordinator, processes, process):
                 kept, teacher = features(own, mesh), logits(own, mesh)
             read = [np.concatenate([teacher[i][1], teacher[i][0]], 1) for i in range(len(DATA))]
             for values in ([kept[i] for i in range(len(DATA))], read):
-                distributed.check_same([float(x.astype(float).sum()) for x in values], name)
+                distributed.check_same({name: [float(x.astype(float).sum()) for x in values]})
         if processes == 2:
             mesh = small.mesh_of(2, 1, 1)
             features(os.path.join(directory, "stopped"), mesh, most=STOPPED[process])
