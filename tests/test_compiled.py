@@ -191,7 +191,7 @@ def test_a_step_is_not_loaded_for_another_system_than_the_plan_knew(planned, run
     mesh = make_mesh(config, where)
     found = CompiledSteps(str(steps), mesh)
     training = next(one for one in trainings_of(config) if one.stage == "slm")
-    plan = plan_of(make_plan(config, "cpu"), config, "slm", "cpu")
+    plan = plan_of(make_plan(config, "cpu"), config, "slm")
     compiler = Compiler(plan, config, where, mesh, training.work)
     arguments = compiler.training_step(buckets_of(config)[0]).arguments
     other = dataclasses.replace(plan.system.config, decoder_start_id=3)

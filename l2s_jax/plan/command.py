@@ -80,8 +80,9 @@ def plan(
     where = open_slice(topology)
     mesh = make_mesh(config, where)
     meshes = meshes_of(config, where, mesh, make_mesh)
-    models = make_plan(config, where.platform)
-    check_models(config, models_of(config))
+    known_models = models_of(config)
+    check_models(config, known_models)
+    models = make_plan(config, where.platform, known_models)
     compilers = _compilers(models, config, where, mesh, programs)
     if compiled:
         log.info("plan: %s", kept.write(compiled, config, where, mesh, models))

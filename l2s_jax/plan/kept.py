@@ -104,7 +104,7 @@ def _steps(
 ) -> Iterator[tuple[str, tuple[int, int], TrainingStep]]:
     """(stage, bucket, step) of each that a run compiles."""
     for training in trainings_of(config):
-        system = plan_of(plan, config, training.system, where.platform)
+        system = plan_of(plan, config, training.system)
         compiler = Compiler(system, config, where, mesh, training.work)
         for bucket in buckets_of(config):
             yield training.stage, bucket, compiler.training_step(bucket)

@@ -77,10 +77,10 @@ def _training_work(config: ConfigDict, section: str, train: ConfigDict) -> Work:
     )
 
 
-def plan_of(l2s: Plan, config: ConfigDict, name: str, platform: str) -> Plan:
+def plan_of(l2s: Plan, config: ConfigDict, name: str) -> Plan:
     """That of a system: of the LLM or the SLM alone, of L2S, or of L2S with its LLM "tuned"."""
     if name in ("llm", "slm"):
-        return models.alone(config, name, platform)
+        return models.alone(l2s, config, name)
     return models.tuned(l2s, config) if name == "tuned" else l2s
 
 
@@ -195,7 +195,7 @@ class Run:
 
     @functools.cache  # noqa: B019  a plan lives as long as its process
     def _plan(self, name: str) -> Plan:
-        return plan_of(self._l2s, self._config, name, self._where.platform)
+        return plan_of(self._l2s, self._config, name)
 
     def _compiler(self, name: str, mesh: Mesh, work: Work) -> Compiler:
         return Compiler(self._plan(name), self._config, self._where, mesh, work)
