@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import mesh_sizes, naming_mesh, typed
-from l2s_jax.experiment.early import check_models
+from l2s_jax.experiment.early import check_division, check_models
 from l2s_jax.plan import costs, kept, report
 from l2s_jax.plan.models import Plan, make_plan, models_of
 from l2s_jax.plan.program import shard_bytes, work_of_l2s
@@ -82,6 +82,7 @@ def plan(
     meshes = meshes_of(config, where, mesh, make_mesh)
     known_models = models_of(config)
     check_models(config, known_models)
+    check_division(config, meshes, known_models)
     models = make_plan(config, where.platform, known_models)
     compilers = _compilers(models, config, where, mesh, programs)
     if compiled:
