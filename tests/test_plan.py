@@ -26,7 +26,7 @@ from l2s_jax.plan import command, hlo
 from l2s_jax.plan.command import make_mesh, plan
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.program import Costs
-from l2s_jax.plan.programs import PROGRAMS
+from l2s_jax.plan.programs import PROGRAMS, Compilers
 from l2s_jax.plan.slices import Slice, open_slice, parse_size
 from l2s_jax.plan.stages import Run, examples_of, meshes_of
 from l2s_jax.training import optim, update
@@ -631,7 +631,8 @@ def everything(folder: Path) -> ConfigDict:
 def run_of(config: ConfigDict, topology: str, examples: int) -> Run:
     where = open_slice(topology)
     meshes = meshes_of(config, where, make_mesh(config, where), make_mesh)
-    return Run(make_plan(config, where.platform), config, where, meshes, examples)
+    compilers = Compilers(make_plan(config, where.platform), config, where)
+    return Run(compilers, meshes, examples)
 
 
 def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
@@ -643,7 +644,7 @@ def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
         "labels": (8, {"encode": 15, "prefill": 15, "decode": 60}),
         "logits": (12, {"score": 9}),
         "slm": (8, {"train": 7}),
-        "features": (16, {"encode": 8}),
+        "features": (16, {"encode_for_cache": 8}),
         "l2s": (16, {"train": 11}),
         "l2s tuned": (16, {"train": 3}),
         **{

@@ -159,7 +159,14 @@ def make_plan(
     return Plan(models, system, trained, frozen, adapted)
 
 
-def alone(plan: Plan, config: ConfigDict, name: str) -> Plan:
+def plan_of(l2s: Plan, config: ConfigDict, name: str) -> Plan:
+    """That of a system: of the LLM or the SLM alone, of L2S, or of L2S with its LLM "tuned"."""
+    if name in ("llm", "slm"):
+        return _alone(l2s, config, name)
+    return _tuned(l2s, config) if name == "tuned" else l2s
+
+
+def _alone(plan: Plan, config: ConfigDict, name: str) -> Plan:
     """The LLM or the SLM of that of L2S, as `name` says, as it is trained and answers by itself."""
     section = config[name]
     model = dataclasses.replace(
@@ -175,7 +182,7 @@ def alone(plan: Plan, config: ConfigDict, name: str) -> Plan:
     return Plan(plan.models, system, trained, {}, adapted)
 
 
-def tuned(plan: Plan, config: ConfigDict) -> Plan:
+def _tuned(plan: Plan, config: ConfigDict) -> Plan:
     """That of L2S -> the second stage of its training, in which the LLM is adapted too.
 
     The LLM is held as its checkpoint has it, float32 at the most, and its layers one by one.
