@@ -553,6 +553,13 @@ def test_published_geometries_have_their_published_sizes():
         (["--topology=cpu:8", "--mfu=1.5"], "--mfu=1.5: expected a share of the peak"),
         (["--topology=cpu:8", "--mfu=nan"], "--mfu=nan: expected a share of the peak"),
         (["--topology=cpu:8", "--examples=0"], "--examples=0: expected a number above 0"),
+        *(
+            (
+                ["--topology=cpu:8", f"--response_tokens={mean}"],
+                f"--response_tokens={mean}: expected a mean from 1 to 8, the most that a response",
+            )
+            for mean in ("0.5", "9", "nan")
+        ),
         (["--topology=cpu:8", "--config.decoding.weights=int8"], "expected 'float', for which"),
         (["--topology=cpu:8", "--price=-1"], "expected dollars per chip-hour"),
         (["--topology=cpu:8", "--batch_sizes=a"], "expected numbers above 0"),
@@ -640,8 +647,9 @@ def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
     answers = {"encode": 2, "prefill": 2, "decode": 16}
     assert {stage.name: (stage.rows, stage.times) for stage in stages} == {
         "llm": (8, {"train": 5}),
-        # 13 batches of 100 examples and 2 of 9 to validate with.
-        "labels": (8, {"encode": 15, "prefill": 15, "decode": 60}),
+        # Of the 8 rows, which the mesh has four at least of, those are read for together; all are
+        # filled 13 times by 100 examples and twice by 9 to validate with.
+        "labels": (8, {"read": 28, "insert": 28, "advance": 60}),
         "logits": (12, {"score": 9}),
         "slm": (8, {"train": 7}),
         "features": (16, {"encode_for_cache": 8}),
@@ -684,6 +692,7 @@ def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
         Run, "stages", lambda self: (one for one in every(self) if one.name in compiled)
     )
     settings = {"programs": ["run"], "price": 2.0, "mfu": 0.01, "examples": 100}
+    settings["response_tokens"] = 3.5
     run = planned(everything(tmp_path), tmp_path, "cpu:4", **settings)["run"]
     assert [stage["name"] for stage in run["stages"]] == list(compiled)
     for stage in run["stages"]:
@@ -699,7 +708,8 @@ def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
     for name in ("hours", "dollars", "estimated_hours", "estimated_dollars"):
         assert run["total"][name] == pytest.approx(sum(stage[name] for stage in run["stages"]))
     text = (tmp_path / "plan.md").read_text()
-    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | encode 15 x " in text
+    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | read 28 x " in text
+    assert run["response_tokens"] == 3.5 and "has 3.5 tokens on average" in text
     assert "hours at 1% of the FLOPs" in text and "\n| total |" in text
 
 

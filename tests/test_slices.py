@@ -84,9 +84,12 @@ def test_training_sends_gradients_alone_between_slices(monkeypatch):
     where = open_slice("cpu:8*2")
     mesh = command.make_mesh(config, where)
     texts = []
-    monkeypatch.setattr(
-        target, "collectives", lambda text, n: texts.append(text) or hlo.collectives(text, n)
-    )
+
+    def read(text, per_slice, **settings):
+        texts.append(text)
+        return hlo.collectives(text, per_slice, **settings)
+
+    monkeypatch.setattr(target, "collectives", read)
     models = make_plan(config, "cpu")
     work = next(one.work for one in trainings_of(config) if one.stage == "l2s")
     compiler = programs.Compiler(models, config, where, mesh, work)

@@ -20,7 +20,7 @@ from l2s_jax.plan.models import Plan, make_plan, models_of
 from l2s_jax.plan.program import shard_bytes
 from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler, Compilers
 from l2s_jax.plan.slices import Slice, open_slice
-from l2s_jax.plan.stages import Run, answering_to_evaluate, meshes_of, trainings_of
+from l2s_jax.plan.stages import Run, answering_to_evaluate, longest, meshes_of, trainings_of
 from l2s_jax.settings import rules
 from l2s_jax.training import optim, update
 
@@ -39,6 +39,7 @@ def plan(
     price: float | None = None,
     mfu: float | None = None,
     examples: int | None = None,
+    response_tokens: float | None = None,
     sweep: bool = False,
     batch_sizes: Sequence[int] = (),
     compiled: str = "",
@@ -48,7 +49,8 @@ def plan(
     With `sweep`, also for every mesh over the slice and each of `batch_sizes` (those of the config
     if there are none). `price` is in dollars per chip-hour. `mfu` is the share of the chips' FLOPs
     that estimates of the run reckon with. `examples` are those of the train split, which is counted
-    where it is at hand and this is None. `compiled` is a folder for the training steps of a run.
+    where it is at hand and this is None. `response_tokens` are those of a response of the run, on
+    average; None: as many as it may have. `compiled` is a folder for the training steps of a run.
 
     Raises:
       ValueError: no such slice, a mesh that does not divide it, or a config that no run could use.
@@ -62,6 +64,12 @@ def plan(
         raise ValueError(f"--mfu={mfu:g}: expected a share of the peak, above 0 and at most 1")
     if examples is not None and examples < 1:
         raise ValueError(f"--examples={examples}: expected a number above 0")
+    most = longest(config)
+    if response_tokens is not None and not 1 <= response_tokens <= most:
+        raise ValueError(
+            f"--response_tokens={response_tokens:g}: expected a mean from 1 to {most}, the most "
+            "that a response may have"
+        )
     if any(size < 1 for size in batch_sizes):
         raise ValueError(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
@@ -85,7 +93,7 @@ def plan(
     compilers = Compilers(make_plan(config, where.platform, known), config, where)
     parts = [part for part, names in _PARTS.items() if set(programs) & set(names)]
     own = {part: _compiler(compilers, config, _mesh(config, where, part), part) for part in parts}
-    run = Run(compilers, meshes, examples) if RUN in programs else None
+    run = Run(compilers, meshes, examples, response_tokens) if RUN in programs else None
     stages = list(run.stages()) if run else []
     if compiled:
         log.info("plan: %s", kept.write(compiled, compilers, mesh))
@@ -103,7 +111,7 @@ def plan(
         for stage in stages:
             reports.append(costs.stage_report(stage, where, price, mfu))
             log.info("plan: %s", stage.name)
-        result["run"] = costs.run_report(reports, run.examples, price, mfu)
+        result["run"] = costs.run_report(reports, run, price, mfu)
     too_large = {name for name, program in result["programs"].items() if not program["fits"]}
     if too_large:
         result["meshes_with_room"] = {

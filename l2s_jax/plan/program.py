@@ -42,8 +42,8 @@ class Program:
     """A program compiled for a slice; sizes in bytes on each device.
 
     peak: with what others hold there while it runs. temporaries, peak and costs are None where the
-    compiler gave up, or was not asked, because the program cannot fit. A step of decode is one
-    token of each row, of the others one batch.
+    compiler gave up, or was not asked, because the program cannot fit. A step of decode or advance
+    is one token of each row, of the others one batch.
     """
 
     batch_size: int
@@ -61,7 +61,8 @@ class Work:
 
     batch_size: prompts that it answers, or reads, at a time; 0: none. train_where and
     decoding_where: the sections, which make no other work of it. features: training is given H.
-    distilled: it is given the LLM's distributions. seed: of what is random in it.
+    distilled: it is given the LLM's distributions. seed: of what is random in it. together: of rows
+    that are refilled, those that are read for at a time; 0: prompts are answered in batches.
     """
 
     train: ConfigDict | None = None
@@ -73,6 +74,7 @@ class Work:
     features: bool = False
     distilled: bool = False
     seed: int = 0
+    together: int = 0
 
 
 def shard_bytes(leaf: Any) -> int:

@@ -23,6 +23,7 @@ from l2s_jax.models.systems import LanguageModel
 from l2s_jax.plan.hlo import loop_turns
 from l2s_jax.plan.models import Plan, plan_of
 from l2s_jax.plan.program import Costs, Program, Work
+from l2s_jax.plan.refilled import Refilled
 from l2s_jax.plan.slices import Slice
 from l2s_jax.plan.target import Made, Target
 from l2s_jax.settings.search import alone, changed
@@ -68,6 +69,9 @@ class Compiler:
         self.target.placed(plan.adapted[1])
         served = jax.eval_shape(plan.system.to_serve, plan.trained, plan.frozen)
         self._trained, self._frozen = map(self.target.placed, served)
+        self._refilled = Refilled(
+            self.target, plan, (self._trained, self._frozen), work, config.max_prompt_tokens
+        )
         self._made: dict[str, Program] = {}
 
     def compile(self, names: Iterable[str]) -> Iterator[tuple[str, Program]]:
@@ -79,6 +83,9 @@ class Compiler:
             "decode": self._decode,
             "encode_for_cache": self._encode_for_cache,
             "score": self._score,
+            "read": self._refilled.read,
+            "insert": self._refilled.insert,
+            "advance": self._refilled.advance,
         }
         for name in names:
             if name not in self._made:

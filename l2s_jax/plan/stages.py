@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from l2s_jax.experiment.features import rows_of
 from l2s_jax.plan.program import Program, Work
 from l2s_jax.plan.programs import Compiler, Compilers
 from l2s_jax.plan.slices import Slice, alone
+from l2s_jax.serving.programs import sizes_of
+from l2s_jax.serving.refilled import WORTHWHILE, can_refill, rows_for
+from l2s_jax.settings import search
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,12 @@ def answering_to_evaluate(config: ConfigDict) -> Work:
     return answering(config.decoding, "decoding", config.decoding.max_new_tokens)
 
 
+def longest(config: ConfigDict) -> int:
+    """The most tokens that any response which a model of the run writes may have."""
+    tokens = config.decoding.max_new_tokens
+    return max(tokens, label_tokens(config)) if config.labels.source == "llm" else tokens
+
+
 def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., Mesh]) -> Meshes:
     """The meshes of a run that trains on `mesh`; `make` gives that of a section.
 
@@ -123,6 +133,7 @@ class Run:
     Attributes:
       examples: of the splits train and validation and of those that the report is about
         ("evaluation"); None where that is not known.
+      response_tokens: of a response that a model writes, on average; None: as many as it may have.
     """
 
     def __init__(
@@ -130,8 +141,10 @@ class Run:
         compilers: Compilers,
         meshes: Meshes,
         examples: int | None = None,
+        response_tokens: float | None = None,
     ):
         """`examples` are those of the train split, if it is not to be read."""
+        self.response_tokens = response_tokens
         self._compilers, self._meshes = compilers, meshes
         self._config = config = compilers.config
         settings = config.evaluation
@@ -176,11 +189,10 @@ class Run:
             yield self._training("l2s tuned", trainings["l2s"])
         else:
             yield self._training("l2s", trainings["l2s"])
-        work = answering_to_evaluate(config)
-        for name in ("llm", "slm", "l2s", "l2s_mismatched"):
-            system = name.removesuffix("_mismatched")
-            stage = f"evaluation: {name}"
-            yield self._answering(stage, system, meshes.decoding, work, ("evaluation",))
+        answers = (meshes.decoding, answering_to_evaluate(config), ("evaluation",))
+        for name in ("llm", "slm", "l2s"):
+            yield self._answering(f"evaluation: {name}", name, *answers, WORTHWHILE)
+        yield self._in_batches("evaluation: l2s_mismatched", "l2s", *answers)
 
     def _training(self, stage: str, training: Training) -> Stage:
         work = training.work
@@ -189,13 +201,49 @@ class Run:
         return Stage(stage, compiler, work.train.batch_size, 1, {"train": work.train.steps})
 
     def _answering(
+        self,
+        stage: str,
+        system: str,
+        mesh: Mesh,
+        work: Work,
+        splits: tuple[str, ...],
+        fewest_batches: int = 0,
+    ) -> Stage:
+        """Answers to all of these splits, in rows that are refilled.
+
+        In batches where a run does so: fewer prompts of the first split than so many batches, and
+        some searches.
+        """
+        own = [self._own(split, mesh) for split in splits]
+        first = own[0]
+        few = first is not None and first < fewest_batches * work.batch_size
+        if few or not can_refill(search.alone(work.search)):
+            return self._in_batches(stage, system, mesh, work, splits)
+        sizes = sizes_of(work.batch_size, sharding.batch_ways(mesh))
+        rows, together = rows_for(sizes[-1] if first is None else max(first, 1), sizes)
+        # How tokens are chosen is an argument of these programs.
+        work = dataclasses.replace(work, batch_size=rows, search={}, together=together)
+        compiler, more = self._compilers.of(system, mesh, work), self._more_tokens(work)
+        reads = steps = None
+        known = [count for count in own if count is not None]
+        if len(known) == len(own):
+            reads = sum(-(-count // together) for count in known)
+            steps = sum(math.ceil(-(-count // rows) * more) for count in known)
+        times = {"read": reads, "insert": reads, "advance": steps}
+        return Stage(stage, compiler, rows, self._groups(mesh), times)
+
+    def _in_batches(
         self, stage: str, system: str, mesh: Mesh, work: Work, splits: tuple[str, ...]
     ) -> Stage:
         compiler = self._compilers.of(system, mesh, work)
         batches = self._batches(work, mesh, splits)
-        steps = None if batches is None else batches * (work.max_new_tokens - 1)
+        steps = None if batches is None else math.ceil(batches * self._more_tokens(work))
         times = {"encode": batches, "prefill": batches, "decode": steps}
         return Stage(stage, compiler, work.batch_size, self._groups(mesh), times)
+
+    def _more_tokens(self, work: Work) -> float:
+        """Of a response, after the first: on average, or of one that is as long as it may be."""
+        return min(self.response_tokens or math.inf, work.max_new_tokens) - 1
 
     def _pass(
         self, stage: str, system: str, mesh: Mesh, program: str, work: Work, splits: tuple[str, ...]
