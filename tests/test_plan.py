@@ -193,8 +193,9 @@ def test_other_chips(topology, gib, tmp_path):
     assert chip_of(open_slice(topology).devices[0]) is CHIPS[topology.split(":")[0]]
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monkeypatch):
+def test_a_long_prompt_fits_and_all_its_operations_count(family, topology, tmp_path, monkeypatch):
     """Scores of all pairs of 4,096 tokens of 8 rows a chip would be 4 GiB, of each layer."""
     config = small_config(data=4)
     length, rows = 4096, 32
@@ -208,7 +209,7 @@ def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monke
     config.max_prompt_tokens, config.buckets = length, ((length, 16),)
     config.l2s.train.batch_size = config.decoding.batch_size = rows
     config.dtype = "bfloat16"
-    report = planned(config, tmp_path, "v5e:2x2", programs=["encode"])
+    report = planned(config, tmp_path, topology, programs=["encode"])
     program = report["programs"]["encode"]
     assert program["fits"] and program["bytes_per_chip"]["temporaries"] < GIB
     # Queries by keys, and weights by values, of all heads.
