@@ -79,6 +79,12 @@ MFU = flags.DEFINE_float(
 EXAMPLES = flags.DEFINE_integer(
     "examples", None, "plan: examples of the train split; default: those of the data, if at hand."
 )
+RESPONSE_TOKENS = flags.DEFINE_float(
+    "response_tokens",
+    None,
+    "plan: tokens of a response that a model of the run writes, on average; default: as many as it "
+    "may have.",
+)
 PRICE = flags.DEFINE_float("price", None, "plan: dollars per chip-hour.")
 SWEEP = flags.DEFINE_bool(
     "sweep", False, "plan: try every mesh over the slice, its sequence as it is set."
@@ -101,7 +107,9 @@ _OF_MODES: dict[tuple[str, ...], tuple[flags.FlagHolder[Any], ...]] = {
     ("generate",): (
         SYSTEM, INPUT, OUTPUT, SEARCH, STOP, MAX_NEW_TOKENS, WEIGHTS, SEED, STREAM, WARM_UP, JSONL,
     ),
-    ("plan",): (TOPOLOGY, PROGRAMS, MFU, EXAMPLES, PRICE, SWEEP, BATCH_SIZES),
+    ("plan",): (
+        TOPOLOGY, PROGRAMS, MFU, EXAMPLES, RESPONSE_TOKENS, PRICE, SWEEP, BATCH_SIZES,
+    ),
     ("plan", "train"): (COMPILED,),
     tuple(mode for mode in MODES if mode != "plan"): (VERIFY,),
 }  # fmt: skip

@@ -184,6 +184,7 @@ def _plan(config: ConfigDict | None, workdir: str) -> None:
         price=flags.PRICE.value,
         mfu=flags.MFU.value,
         examples=flags.EXAMPLES.value,
+        response_tokens=flags.RESPONSE_TOKENS.value,
         sweep=flags.SWEEP.value,
         batch_sizes=batch_sizes,
         compiled=flags.COMPILED.value or "",

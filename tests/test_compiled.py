@@ -31,9 +31,9 @@ from l2s_jax.models.systems import LanguageModel
 from l2s_jax.plan import kept
 from l2s_jax.plan.command import make_mesh
 from l2s_jax.plan.models import make_plan
-from l2s_jax.plan.programs import Compiler
+from l2s_jax.plan.programs import Compilers
 from l2s_jax.plan.slices import open_slice
-from l2s_jax.plan.stages import plan_of, trainings_of
+from l2s_jax.plan.stages import trainings_of
 from l2s_jax.training.compiled import INDEX, CompiledSteps, Writer
 from l2s_jax.training.update import batch_loss
 from tests.test_plan import small_config
@@ -170,12 +170,14 @@ def test_every_bucket_of_every_training_is_kept():
     config.train_seed = 7
     where = open_slice("cpu:1")
     mesh = make_mesh(config, where)
-    steps = list(kept._steps(config, where, mesh, make_plan(config, "cpu")))
+    compilers = Compilers(make_plan(config, "cpu"), config, where)
+    steps = list(kept._steps(compilers, mesh))
     stages = ("llm", "slm", "l2s_frozen", "l2s")
     assert [(stage, bucket) for stage, bucket, _ in steps] == [
         (stage, bucket) for stage in stages for bucket in config.buckets
     ]
-    for stage, bucket, step in steps:
+    for stage, bucket, compiler in steps:
+        step = compiler.training_step(bucket)
         batch, facts = step.arguments[2], step.facts
         assert batch["response_ids"].shape == (step.arguments[2]["response_mask"].shape)
         assert batch["response_ids"].shape[1] == bucket[1]
@@ -191,8 +193,9 @@ def test_a_step_is_not_loaded_for_another_system_than_the_plan_knew(planned, run
     mesh = make_mesh(config, where)
     found = CompiledSteps(str(steps), mesh)
     training = next(one for one in trainings_of(config) if one.stage == "slm")
-    plan = plan_of(make_plan(config, "cpu"), config, "slm", "cpu")
-    compiler = Compiler(plan, config, where, mesh, training.work)
+    compilers = Compilers(make_plan(config, "cpu"), config, where)
+    compiler = compilers.of("slm", mesh, training.work)
+    plan = compiler.plan
     arguments = compiler.training_step(buckets_of(config)[0]).arguments
     other = dataclasses.replace(plan.system.config, decoder_start_id=3)
     system = dataclasses.replace(plan.system, config=other)

@@ -26,7 +26,7 @@ from l2s_jax.plan import command, hlo
 from l2s_jax.plan.command import make_mesh, plan
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.program import Costs
-from l2s_jax.plan.programs import PROGRAMS
+from l2s_jax.plan.programs import PROGRAMS, Compilers
 from l2s_jax.plan.slices import Slice, open_slice, parse_size
 from l2s_jax.plan.stages import Run, examples_of, meshes_of
 from l2s_jax.training import optim, update
@@ -193,8 +193,9 @@ def test_other_chips(topology, gib, tmp_path):
     assert chip_of(open_slice(topology).devices[0]) is CHIPS[topology.split(":")[0]]
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monkeypatch):
+def test_a_long_prompt_fits_and_all_its_operations_count(family, topology, tmp_path, monkeypatch):
     """Scores of all pairs of 4,096 tokens of 8 rows a chip would be 4 GiB, of each layer."""
     config = small_config(data=4)
     length, rows = 4096, 32
@@ -208,7 +209,7 @@ def test_a_long_prompt_fits_and_all_its_operations_count(family, tmp_path, monke
     config.max_prompt_tokens, config.buckets = length, ((length, 16),)
     config.l2s.train.batch_size = config.decoding.batch_size = rows
     config.dtype = "bfloat16"
-    report = planned(config, tmp_path, "v5e:2x2", programs=["encode"])
+    report = planned(config, tmp_path, topology, programs=["encode"])
     program = report["programs"]["encode"]
     assert program["fits"] and program["bytes_per_chip"]["temporaries"] < GIB
     # Queries by keys, and weights by values, of all heads.
@@ -553,6 +554,13 @@ def test_published_geometries_have_their_published_sizes():
         (["--topology=cpu:8", "--mfu=1.5"], "--mfu=1.5: expected a share of the peak"),
         (["--topology=cpu:8", "--mfu=nan"], "--mfu=nan: expected a share of the peak"),
         (["--topology=cpu:8", "--examples=0"], "--examples=0: expected a number above 0"),
+        *(
+            (
+                ["--topology=cpu:8", f"--response_tokens={mean}"],
+                f"--response_tokens={mean}: expected a mean from 1 to 8, the most that a response",
+            )
+            for mean in ("0.5", "9", "nan")
+        ),
         (["--topology=cpu:8", "--config.decoding.weights=int8"], "expected 'float', for which"),
         (["--topology=cpu:8", "--price=-1"], "expected dollars per chip-hour"),
         (["--topology=cpu:8", "--batch_sizes=a"], "expected numbers above 0"),
@@ -631,7 +639,8 @@ def everything(folder: Path) -> ConfigDict:
 def run_of(config: ConfigDict, topology: str, examples: int) -> Run:
     where = open_slice(topology)
     meshes = meshes_of(config, where, make_mesh(config, where), make_mesh)
-    return Run(make_plan(config, where.platform), config, where, meshes, examples)
+    compilers = Compilers(make_plan(config, where.platform), config, where)
+    return Run(compilers, meshes, examples)
 
 
 def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
@@ -639,11 +648,12 @@ def test_a_whole_run_has_all_its_stages_as_often_as_they_run(tmp_path):
     answers = {"encode": 2, "prefill": 2, "decode": 16}
     assert {stage.name: (stage.rows, stage.times) for stage in stages} == {
         "llm": (8, {"train": 5}),
-        # 13 batches of 100 examples and 2 of 9 to validate with.
-        "labels": (8, {"encode": 15, "prefill": 15, "decode": 60}),
+        # Of the 8 rows, which the mesh has four at least of, those are read for together; all are
+        # filled 13 times by 100 examples and twice by 9 to validate with.
+        "labels": (8, {"read": 28, "insert": 28, "advance": 60}),
         "logits": (12, {"score": 9}),
         "slm": (8, {"train": 7}),
-        "features": (16, {"encode": 8}),
+        "features": (16, {"encode_for_cache": 8}),
         "l2s": (16, {"train": 11}),
         "l2s tuned": (16, {"train": 3}),
         **{
@@ -690,6 +700,7 @@ def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
         Run, "stages", lambda self: (one for one in every(self) if one.name in compiled)
     )
     settings = {"programs": ["run"], "price": 2.0, "mfu": 0.01, "examples": 100}
+    settings["response_tokens"] = 3.5
     run = planned(everything(tmp_path), tmp_path, "cpu:4", **settings)["run"]
     assert [stage["name"] for stage in run["stages"]] == list(compiled)
     for stage in run["stages"]:
@@ -705,7 +716,8 @@ def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
     for name in ("hours", "dollars", "estimated_hours", "estimated_dollars"):
         assert run["total"][name] == pytest.approx(sum(stage[name] for stage in run["stages"]))
     text = (tmp_path / "plan.md").read_text()
-    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | encode 15 x " in text
+    assert "| labels | data=4, fsdp=1, tensor=1 | 8 | read 28 x " in text
+    assert run["response_tokens"] == 3.5 and "has 3.5 tokens on average" in text
     assert "hours at 1% of the FLOPs" in text and "\n| total |" in text
 
 

@@ -11,11 +11,12 @@ import test_plan
 from l2s_jax.cluster import sharding
 from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.cluster.granules import Numbered
-from l2s_jax.plan import command, costs, hlo, programs
+from l2s_jax.plan import command, costs, hlo, programs, target
 from l2s_jax.plan.groups import groups_of
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.program import shard_bytes
 from l2s_jax.plan.slices import open_slice
+from l2s_jax.plan.stages import trainings_of
 
 SLICES = {"slices": 2, "process_is_granule": False}
 
@@ -83,11 +84,15 @@ def test_training_sends_gradients_alone_between_slices(monkeypatch):
     where = open_slice("cpu:8*2")
     mesh = command.make_mesh(config, where)
     texts = []
-    monkeypatch.setattr(
-        programs, "collectives", lambda text, n: texts.append(text) or hlo.collectives(text, n)
-    )
+
+    def read(text, per_slice, **settings):
+        texts.append(text)
+        return hlo.collectives(text, per_slice, **settings)
+
+    monkeypatch.setattr(target, "collectives", read)
     models = make_plan(config, "cpu")
-    compiler = programs.Compiler(models, config, where, mesh)
+    work = next(one.work for one in trainings_of(config) if one.stage == "l2s")
+    compiler = programs.Compiler(models, config, where, mesh, work)
     ((_, program),) = compiler.compile(("train",))
     assert program.costs
     # Asked of the groups themselves, in another way than a plan does.
@@ -104,7 +109,7 @@ def test_training_sends_gradients_alone_between_slices(monkeypatch):
     # What fsdp splits crosses as the device's part, the rest as a whole. A table's gradient may
     # cross once for each of its three uses, and that of a relative bias before its buckets [N T T]
     # are added up. Losses and counts are some numbers. Activations would be 4096 bytes each.
-    placed = jax.tree.leaves(compiler._placed(models.adapted[1]))
+    placed = jax.tree.leaves(compiler.target.placed(models.adapted[1]))
     gradients = sum(map(shard_bytes, placed))
     tables = max(map(shard_bytes, placed)) * 2
     biases = 2 * 4 * 2 * 16 * 16

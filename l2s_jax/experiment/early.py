@@ -6,7 +6,7 @@ Only shapes are computed. What a tokenizer says is not known yet.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,10 +53,10 @@ def check_models(config: ConfigDict, models: Mapping[str, ModelConfig] | None = 
             "config.decoding.max_new_tokens",
         )
         if config[name].train.steps:
-            _check_patterns(config[name], f"config.{name}", {"": LanguageModel(name, model)})
+            _check_patterns(config[name], f"config.{name}", [LanguageModel(name, model)])
     llm, slm = models["llm"], models["slm"]
     layer = encoding_layer(llm, config.llm.layer, config.l2s.layers)
-    with _naming_layer():
+    with naming_layer():
         encoder, _ = pretrained.family_of(llm).encoder_parameters(llm, layer)
     if config.llm.tune.rank:
         tune = config.llm.tune
@@ -70,11 +70,17 @@ def check_models(config: ConfigDict, models: Mapping[str, ModelConfig] | None = 
             "'add' or 'replace'"
         )
     if _has_patterns(config.l2s):
-        _check_patterns(config.l2s, "config.l2s", _joined(config.l2s, encoder, slm))
+        # Which of both L2S will be is a matter of the tokenizers.
+        both = [joined(config.l2s, encoder, slm, shared_vocabulary=one) for one in (True, False)]
+        _check_patterns(config.l2s, "config.l2s", both)
 
 
-def check_division(config: ConfigDict, meshes: Meshes) -> None:
+def check_division(
+    config: ConfigDict, meshes: Meshes, models: Mapping[str, ModelConfig] | None = None
+) -> None:
     """Checks that each mesh divides the parameters of the models that lie on it.
+
+    `models` are as of `check_models`.
 
     Raises:
       ValueError: one does not.
@@ -86,17 +92,17 @@ def check_division(config: ConfigDict, meshes: Meshes) -> None:
     }
     if not splitting:
         return
-    models = models_of(config)
+    models = models or models_of(config)
     llm, slm = models["llm"], models["slm"]
     layer = encoding_layer(llm, config.llm.layer, config.l2s.layers)
-    with _naming_layer():
+    with naming_layer():
         encoder, shapes = pretrained.abstract_encoder(llm, layer)
     used = {"decoding", "features" if config.features.cache else ""}
     if config.llm.train.steps:
         used.add("")
     if config.labels.source == "llm" or config.distillation.weight:
         used.add("labels")
-    system = _joined(config.l2s, encoder, slm)["shared"]
+    system = joined(config.l2s, encoder, slm, shared_vocabulary=True)
     trained = jax.eval_shape(system.init, jax.random.key(0))
     held = ((used, shapes), ({"", "decoding"}, trained))
     for section, mesh in splitting.items():
@@ -106,53 +112,62 @@ def check_division(config: ConfigDict, meshes: Meshes) -> None:
                     sharding.parameter_shardings(shapes, mesh)
 
 
-def _joined(l2s: ConfigDict, llm: ModelConfig, slm: ModelConfig) -> dict[str, LlmToSlm]:
-    """Both of what L2S may be: which it will be is a matter of the tokenizers."""
-    return {
-        vocabulary: LlmToSlm(
-            llm_config=llm,
-            slm_config=slm,
-            projector_width=l2s.projector_width or slm.width,
-            fusion=l2s.fusion,
-            shared_vocabulary=vocabulary == "shared",
-            layers=l2s.layers,
-            normalize=l2s.normalize,
-            stack=l2s.stack,
-        )
-        for vocabulary in ("shared", "own")
-    }
+def joined(
+    l2s: ConfigDict, llm: ModelConfig, slm: ModelConfig, *, shared_vocabulary: bool
+) -> LlmToSlm:
+    """The system of `config.l2s`, of configs of what encodes and of the SLM."""
+    return LlmToSlm(
+        llm_config=llm,
+        slm_config=slm,
+        projector_width=l2s.projector_width or slm.width,
+        fusion=l2s.fusion,
+        shared_vocabulary=shared_vocabulary,
+        layers=l2s.layers,
+        normalize=l2s.normalize,
+        stack=l2s.stack,
+    )
 
 
-def models_of(config: ConfigDict) -> dict[str, ModelConfig]:
-    """{"llm", "slm"}: configs of the models; of a name on the hub, that alone is downloaded.
+def models_of(
+    config: ConfigDict,
+    read: Callable[[str, str], ModelConfig] = lambda path, _: pretrained.read_config(path),
+    vocabulary: Callable[[str, ModelConfig | None], int] = lambda name, llm: _SOME,
+) -> dict[str, ModelConfig]:
+    """{"llm", "slm"}: configs of the models, the SLM's after a cut.
 
-    Those that are made here have a vocabulary of some size: their tokenizer is still to be made.
+    Args:
+      config: of the experiment.
+      read: (path, the setting that has it) -> the config of the model there; by default, of a name
+        on the hub that alone is downloaded.
+      vocabulary: (name, the LLM's config for that of the SLM) -> pieces of a model that is made
+        here; by default some, since its tokenizer is still to be made.
+
+    Raises:
+      ValueError: a model is not there, or the cut is not one of its model.
     """
-    llm = _model(config.llm)
-    return {"llm": llm, "slm": _slm(config, llm)}
 
+    def model(name: str, llm: ModelConfig | None = None) -> ModelConfig:
+        section = config[name]
+        if section.path:
+            return read(section.path, f"config.{name}.path")
+        geometry = section.model.to_dict()
+        pieces = vocabulary(name, llm)
+        return make_config(
+            geometry.pop("family"), vocab_size=pieces, pad_id=0, eos_id=1, **geometry
+        )
 
-def _model(section: ConfigDict) -> ModelConfig:
-    if section.path:
-        return pretrained.read_config(section.path)
-    geometry = section.model.to_dict()
-    return make_config(geometry.pop("family"), vocab_size=_SOME, pad_id=0, eos_id=1, **geometry)
+    llm, cut = model("llm"), cut_of(config.slm)
+    slm = llm if cut.is_used and not config.slm.path else model("slm", llm)
+    return {"llm": llm, "slm": cut_as_set(slm, cut) if cut.is_used else slm}
 
 
 @contextlib.contextmanager
-def _naming_layer() -> Iterator[None]:
-    """Has a layer that the LLM does not have be named as it is set."""
+def naming_layer() -> Iterator[None]:
+    """Has a ValueError about a layer that the LLM does not have say where it is set."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"config.llm.layer: {error}") from None
-
-
-def _slm(config: ConfigDict, llm: ModelConfig) -> ModelConfig:
-    """The config of the SLM, which may be cut out of its path's model, or out of the LLM."""
-    cut = cut_of(config.slm)
-    source = llm if cut.is_used and not config.slm.path else _model(config.slm)
-    return cut_as_set(source, cut) if cut.is_used else source
 
 
 def _has_patterns(section: ConfigDict) -> bool:
@@ -161,12 +176,12 @@ def _has_patterns(section: ConfigDict) -> bool:
     return bool(train.trainable or train.learning_rate_scales or (lora and lora.rank))
 
 
-def _check_patterns(section: ConfigDict, where: str, systems: Mapping[str, Any]) -> None:
+def _check_patterns(section: ConfigDict, where: str, systems: Sequence[Any]) -> None:
     """Raises the first error if in none of the systems all patterns match something."""
     if not _has_patterns(section):
         return
     problem = None
-    for system in systems.values():
+    for system in systems:
         key = jax.random.key(0)
         params = jax.eval_shape(system.init, key)
         try:

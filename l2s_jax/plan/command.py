@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,13 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import mesh_sizes, naming_mesh, typed
-from l2s_jax.experiment.early import check_models
+from l2s_jax.experiment.early import check_division, check_models
 from l2s_jax.plan import costs, kept, report
 from l2s_jax.plan.models import Plan, make_plan, models_of
-from l2s_jax.plan.program import shard_bytes, work_of_l2s
-from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler
+from l2s_jax.plan.program import shard_bytes
+from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler, Compilers
 from l2s_jax.plan.slices import Slice, open_slice
-from l2s_jax.plan.stages import Run, meshes_of
+from l2s_jax.plan.stages import Run, answering_to_evaluate, longest, meshes_of, trainings_of
 from l2s_jax.settings import rules
 from l2s_jax.training import optim, update
 
@@ -40,6 +39,7 @@ def plan(
     price: float | None = None,
     mfu: float | None = None,
     examples: int | None = None,
+    response_tokens: float | None = None,
     sweep: bool = False,
     batch_sizes: Sequence[int] = (),
     compiled: str = "",
@@ -49,20 +49,27 @@ def plan(
     With `sweep`, also for every mesh over the slice and each of `batch_sizes` (those of the config
     if there are none). `price` is in dollars per chip-hour. `mfu` is the share of the chips' FLOPs
     that estimates of the run reckon with. `examples` are those of the train split, which is counted
-    where it is at hand and this is None. `compiled` is a folder for the training steps of a run.
+    where it is at hand and this is None. `response_tokens` are those of a response of the run, on
+    average; None: as many as it may have. `compiled` is a folder for the training steps of a run.
 
     Raises:
       ValueError: no such slice, a mesh that does not divide it, or a config that no run could use.
     """
-    known = (*PROGRAMS, RUN)
-    if set(programs) - set(known) or not programs:
-        raise ValueError(f"--programs={','.join(programs)}: expected some of {','.join(known)}")
+    every = (*PROGRAMS, RUN)
+    if set(programs) - set(every) or not programs:
+        raise ValueError(f"--programs={','.join(programs)}: expected some of {','.join(every)}")
     if price is not None and not price > 0:
         raise ValueError(f"--price={price:g}: expected dollars per chip-hour, above 0")
     if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"--mfu={mfu:g}: expected a share of the peak, above 0 and at most 1")
     if examples is not None and examples < 1:
         raise ValueError(f"--examples={examples}: expected a number above 0")
+    most = longest(config)
+    if response_tokens is not None and not 1 <= response_tokens <= most:
+        raise ValueError(
+            f"--response_tokens={response_tokens:g}: expected a mean from 1 to {most}, the most "
+            "that a response may have"
+        )
     if any(size < 1 for size in batch_sizes):
         raise ValueError(
             f"--batch_sizes={','.join(map(str, batch_sizes))}: expected numbers above 0"
@@ -80,62 +87,58 @@ def plan(
     where = open_slice(topology)
     mesh = make_mesh(config, where)
     meshes = meshes_of(config, where, mesh, make_mesh)
-    models = make_plan(config, where.platform)
-    check_models(config, models_of(config))
-    compilers = _compilers(models, config, where, mesh, programs)
+    known = models_of(config)
+    check_models(config, known)
+    check_division(config, meshes, known)
+    compilers = Compilers(make_plan(config, where.platform, known), config, where)
+    parts = [part for part, names in _PARTS.items() if set(programs) & set(names)]
+    own = {part: _compiler(compilers, config, _mesh(config, where, part), part) for part in parts}
+    run = Run(compilers, meshes, examples, response_tokens) if RUN in programs else None
+    stages = list(run.stages()) if run else []
     if compiled:
-        log.info("plan: %s", kept.write(compiled, config, where, mesh, models))
-    run = Run(models, config, where, meshes, examples) if RUN in programs else None
-    result = report.describe(where, mesh) | {"model": models.description()}
+        log.info("plan: %s", kept.write(compiled, compilers, mesh))
+    result = report.describe(where, mesh) | {"model": compilers.plan.description()}
     result["programs"] = {}
-    for part, compiler in compilers.items():
+    for part, compiler in own.items():
         of_mesh = {"mesh": dict(compiler.mesh.shape)}
-        names = tuple(name for name in _PARTS[part] if name in programs)
-        for name, program in compiler.compile(names):
+        for name, program in compiler.compile(n for n in _PARTS[part] if n in programs):
             result["programs"][name] = costs.program_report(program, where) | of_mesh
             fits = "fits" if program.fits else "does not fit"
             log.info("plan: %s %s, compiled in %.0f s", name, fits, program.compile_s)
     result["throughput"] = report.throughput(result["programs"], config, where.chips, price)
     if run:
-        stages = []
-        for stage in run.stages():
-            stages.append(costs.stage_report(stage, where, price, mfu))
+        reports = []
+        for stage in stages:
+            reports.append(costs.stage_report(stage, where, price, mfu))
             log.info("plan: %s", stage.name)
-        result["run"] = costs.run_report(stages, run.examples, price, mfu)
+        result["run"] = costs.run_report(reports, run, price, mfu)
     too_large = {name for name, program in result["programs"].items() if not program["fits"]}
     if too_large:
         result["meshes_with_room"] = {
             part: [
                 f"{sharding.mesh_name(other)}: {size / 2**30:.2f} GiB"
-                for size, other in _with_room(models, config, where, part)
+                for size, other in _with_room(compilers, part)
             ]
             for part, names in _PARTS.items()
             if too_large & set(names)
         }
     if sweep:
-        result["sweep"] = _sweep(models, config, where, list(compilers), batch_sizes)
+        result["sweep"] = _sweep(compilers, parts, batch_sizes)
     return report.write(result, workdir)
 
 
-def _compilers(
-    models: Plan, config: ConfigDict, where: Slice, mesh: Mesh, programs: Sequence[str]
-) -> dict[str, Compiler]:
-    """Of each of _PARTS of which a program is asked for; that of training is on `mesh`."""
-    found = {}
-    if "train" in programs:
-        found["train"] = _compiler(models, config, where, mesh, "train")
-    if set(programs) & set(_PARTS["generate"]):
-        mesh = make_mesh(config, where, "decoding")
-        with naming_mesh(config, "decoding"):
-            found["generate"] = _compiler(models, config, where, mesh, "generate")
-    return found
+def _mesh(config: ConfigDict, where: Slice, part: str) -> Mesh:
+    """That of one of _PARTS."""
+    return make_mesh(config, where, "" if part == "train" else "decoding")
 
 
-def _compiler(models: Plan, config: ConfigDict, where: Slice, mesh: Mesh, part: str) -> Compiler:
-    """Of one part of what L2S does."""
-    other = {"batch_size": 0} if part == "train" else {"train": None}
-    work = dataclasses.replace(work_of_l2s(config), **other)
-    return Compiler(models, config, where, mesh, work)
+def _compiler(compilers: Compilers, config: ConfigDict, mesh: Mesh, part: str) -> Compiler:
+    """Of one of _PARTS; `config` may have other batches than that of the plan."""
+    if part == "train":
+        work = next(one.work for one in trainings_of(config) if one.system == "l2s")
+        return compilers.of("l2s", mesh, work)
+    with naming_mesh(config, "decoding"):
+        return compilers.of("l2s", mesh, answering_to_evaluate(config))
 
 
 def make_mesh(config: ConfigDict, where: Slice, section: str = "") -> Mesh:
@@ -217,29 +220,26 @@ def _weights(models: Plan, config: ConfigDict, mesh: Mesh, part: str) -> int:
     return total
 
 
-def _with_room(models: Plan, config: ConfigDict, where: Slice, part: str) -> list[tuple[int, Mesh]]:
+def _with_room(compilers: Compilers, part: str) -> list[tuple[int, Mesh]]:
     """(bytes of weights, mesh) of the meshes where these fit, least first."""
-    found = []
+    found, config, where = [], compilers.config, compilers.slice
     for mesh in meshes(config, where, part):
         try:
-            _compiler(models, config, where, mesh, part)
+            _compiler(compilers, config, mesh, part)
         except ValueError:
             continue  # it does not divide
-        size = _weights(models, config, mesh, part)
+        size = _weights(compilers.plan, config, mesh, part)
         if size < where.capacity:
             found.append((size, mesh))
     return sorted(found, key=lambda pair: pair[0])
 
 
 def _sweep(
-    models: Plan,
-    config: ConfigDict,
-    where: Slice,
-    parts: Sequence[str],
-    batch_sizes: Sequence[int],
+    compilers: Compilers, parts: Sequence[str], batch_sizes: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """For training and for generation, the meshes and batches that fit, fastest first."""
     ranked: dict[str, list[dict[str, Any]]] = {}
+    config, where = compilers.config, compilers.slice
     sizes = {"train": config.l2s.train.batch_size, "generate": config.decoding.batch_size}
     for name in parts:
         rows = []
@@ -247,7 +247,7 @@ def _sweep(
             changed = with_rows(config, batch_size)
             for mesh in meshes(config, where, name):
                 try:
-                    compiler = _compiler(models, changed, where, mesh, name)
+                    compiler = _compiler(compilers, changed, mesh, name)
                 except ValueError:
                     continue  # it does not divide
                 compiled = dict(compiler.compile(_PARTS[name]))

@@ -10,7 +10,7 @@ from l2s_jax.cluster import sharding
 from l2s_jax.plan.hlo import Collective
 from l2s_jax.plan.program import Program
 from l2s_jax.plan.slices import Slice
-from l2s_jax.plan.stages import Stage
+from l2s_jax.plan.stages import Run, Stage
 
 
 def program_report(program: Program, where: Slice) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _dollars(report: Mapping[str, Any], chips: int, price: float | None) -> dict
 
 def run_report(
     stages: Sequence[Mapping[str, Any]],
-    examples: Mapping[str, int | None],
+    run: Run,
     price: float | None,
     mfu: float | None,
 ) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def run_report(
         if known and all(name in stage for stage in known):
             total[name] = sum(stage[name] for stage in known)
     return {
-        "examples": dict(examples),
+        "examples": dict(run.examples),
+        "response_tokens": run.response_tokens,
         "price": price,
         "mfu": mfu,
         "stages": list(stages),
@@ -155,14 +156,22 @@ def run_lines(run: Mapping[str, Any]) -> list[str]:
         f"{split} {'not known' if count is None else f'{count:,}'}"
         for split, count in run["examples"].items()
     )
+    mean = run["response_tokens"]
+    written = (
+        "every response that a model writes is as long as it may be"
+        if mean is None
+        else f"a response that a model writes has {mean:g} tokens on average, or as many as it may "
+        "have if those are fewer"
+    )
     return [
         *lines,
         "",
-        f"Examples: {counted}. Batches are full and in the largest bucket, and every response is "
-        "as long as it may be. Of validation and evaluation examples that are not at hand there "
-        "are as many as the config's limit. Not counted: validations and checkpoints, the time to "
-        "compile, the host's work, measured latencies, responses that the SLM or L2S writes to "
-        "learn from, exact decoding.",
+        f"Examples: {counted}. Batches are full and in the largest bucket, and {written}. Where "
+        "rows are read for and advance, each takes the next prompt when its response has ended; "
+        "the responses of a batch that is decoded are taken to be of one length. Of validation and "
+        "evaluation examples that are not at hand there are as many as the config's limit. Not "
+        "counted: validations and checkpoints, the time to compile, the host's work, measured "
+        "latencies, responses that the SLM or L2S writes to learn from, exact decoding.",
     ]
 
 

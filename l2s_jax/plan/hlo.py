@@ -12,6 +12,7 @@ from l2s_jax.plan.hlo_text import (
     Instruction,
     how_often,
     in_main_memory,
+    one_turn,
     parsed,
     parts_of,
     result,
@@ -23,6 +24,8 @@ from l2s_jax.plan.hlo_text import (
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _SLICES = ("dynamic-slice", "slice", "gather")
+# Which operand is written in the place of a part of the first.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # They move nothing, or what they call does and is counted there.
 _FREE = {
     "after-all",
@@ -77,14 +80,14 @@ class Collective(NamedTuple):
         return (members - 1) / members * (1 + (self.kind == "all-reduce"))
 
 
-def collectives(text: str, per_slice: int = 0) -> list[Collective]:
+def collectives(text: str, per_slice: int = 0, *, turn: bool = False) -> list[Collective]:
     """The collectives in a compiled program's text, those in loops as often as the loop turns.
 
     Of a loop those of its body: what its condition adds up are a few bytes. `per_slice` devices in
     a row are a slice; 0: all are one. Between slices, the TPU's compiler has the host send and
-    receive what a collective moves.
+    receive what a collective moves. With `turn`, those of `one_turn`.
     """
-    program, entry = parsed(text)
+    program, entry = one_turn(*parsed(text)) if turn else parsed(text)
     times = how_often(program, entry)
     conditions = set(re.findall(r"\bcondition=%?([\w.\-]+)", text))
     found: dict[str, Collective] = {}
@@ -145,14 +148,14 @@ def loop_turns(text: str) -> list[int]:
     return [turns_of(one, program) for one in program[entry] if one.kind == "while"]
 
 
-def memory_bytes(text: str, *, only_loops: bool = False) -> int:
+def memory_bytes(text: str, *, only_loops: bool = False, turn: bool = False) -> int:
     """Bytes that a program's instructions read from main memory and write to it, in loops as often
-    as they turn; with `only_loops`, those in loops.
+    as they turn; with `only_loops`, those in loops; with `turn`, those of `one_turn`.
 
-    Of what is sliced or gathered, the part counts. Arrays take up whole tiles. What the compiler
-    keeps in a memory of its own (TPU: on the chip, memory space 1) is not in main memory.
+    Of what is sliced, gathered or scattered, the part counts. Arrays take up whole tiles. What the
+    compiler keeps in a memory of its own (TPU: on the chip, memory space 1) is not in main memory.
     """
-    program, entry = parsed(text)
+    program, entry = one_turn(*parsed(text)) if turn else parsed(text)
     times = how_often(program, entry, ("while", "conditional", "call"))
     total = 0
     carried: set[str] = set()
@@ -179,8 +182,9 @@ def _moved(one: Instruction, shapes: Mapping[str, str], program: Computations) -
     kind, shape = one.kind.removesuffix("-start"), result(one)
     if kind in _SLICES:
         return _copied(shape, operands[0], shape)
-    if kind == "dynamic-update-slice":
-        return _copied(operands[1], operands[1], operands[0])
+    if kind in _UPDATES:
+        update = operands[_UPDATES[kind]]
+        return _copied(update, update, operands[0])
     if kind in ("send", "recv"):  # the other side is no memory of this device
         return in_main_memory(parts_of(one.shape)[0])
     if kind == "copy":
@@ -214,7 +218,7 @@ def _used(source: Instruction, inside: list[Instruction], program: Computations)
             continue
         if one.kind in _SLICES and one.operands[0] == source.name:
             read += stored(one.shape)
-        elif one.kind == "dynamic-update-slice" and one.operands[0] == source.name:
+        elif one.kind in _UPDATES and one.operands[0] == source.name:
             continue  # written in place
         elif _carries_on(one, inside) or (one.kind == "tuple" and one.is_root):
             continue
@@ -243,8 +247,8 @@ def _written(computation: str, shape: str, program: Computations) -> int:
             return 0
         if _carries_on(one, program[computation]):
             return 0
-        if one.kind == "dynamic-update-slice":
-            update = inside.get(one.operands[1])
+        if one.kind in _UPDATES:
+            update = inside.get(one.operands[_UPDATES[one.kind]])
             return stored(update.shape) if update else 0
         if one.kind == "bitcast":
             return min(stored(shape), written(inside.get(one.operands[0]), shape))

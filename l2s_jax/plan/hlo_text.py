@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -80,6 +81,28 @@ def how_often(
 
     visit(entry, 1)
     return times
+
+
+def one_turn(program: Computations, entry: str) -> tuple[Computations, str]:
+    """One turn of the longest loop that a program begins, as a program and where that begins.
+
+    Of branches, of which a turn takes one, there is the shortest alone.
+    """
+
+    @functools.cache
+    def length(name: str) -> int:
+        """Instructions that a computation runs, those that it calls included."""
+        return sum(1 + sum(map(length, one.called)) for one in program[name])
+
+    def shortest(one: Instruction) -> Instruction:
+        if one.kind != "conditional":
+            return one
+        return one._replace(called=(min(one.called, key=length),))
+
+    loops = [one for one in program[entry] if one.kind == "while"]
+    longest = max(loops, key=lambda one: sum(map(length, one.called)))
+    body = max(longest.called, key=length)
+    return {name: list(map(shortest, inside)) for name, inside in program.items()}, body
 
 
 def turns_of(loop: Instruction, program: Computations) -> int:

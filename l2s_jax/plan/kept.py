@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,10 +14,10 @@ from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
 from l2s_jax.config import buckets_of
-from l2s_jax.plan.models import Plan, make_plan
-from l2s_jax.plan.programs import Compiler, TrainingStep, is_too_large
+from l2s_jax.plan.models import make_plan
+from l2s_jax.plan.programs import Compiler, Compilers
 from l2s_jax.plan.slices import Slice
-from l2s_jax.plan.stages import plan_of, trainings_of
+from l2s_jax.plan.stages import trainings_of
 from l2s_jax.training.compiled import CompiledSteps, Writer, bucket_name
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def write(directory: str, config: ConfigDict, where: Slice, mesh: Mesh, plan: Plan) -> str:
+def write(directory: str, compilers: Compilers, mesh: Mesh) -> str:
     """Compiles every step, one after another, and writes it; gives a line about them.
 
     Raises:
@@ -45,23 +44,19 @@ def write(directory: str, config: ConfigDict, where: Slice, mesh: Mesh, plan: Pl
     """
     count = size = 0
     with Writer(directory, mesh) as writer:
-        for stage, bucket, step in _steps(config, where, mesh, plan):
+        for stage, bucket, compiler in _steps(compilers, mesh):
             name = bucket_name(bucket)
-            began = time.perf_counter()
-            try:
-                with jax.set_mesh(mesh), _without_cache():
-                    compiled = step.function.lower(*step.arguments).compile()
-            except jax.errors.JaxRuntimeError as error:
-                if not is_too_large(error):
-                    raise
+            with _without_cache():
+                step, made = compiler.compiled_step(bucket)
+            if made.compiled is None:
                 raise ValueError(
                     f"--compiled={directory}: the step of {stage} for the bucket {name} does not "
-                    f"fit on {where.topology}; plan.md of a plan without --compiled says where it "
-                    "would"
-                ) from None
-            size += writer.add(stage, step.facts, name, step.arguments[2], compiled)
+                    f"fit on {compilers.slice.topology}; plan.md of a plan without --compiled says "
+                    "where it would"
+                )
+            size += writer.add(stage, step.facts, name, step.arguments[2], made.compiled)
             count += 1
-            log.info("plan: kept %s %s, %.0f s", stage, name, time.perf_counter() - began)
+            log.info("plan: kept %s %s, %.0f s", stage, name, made.seconds)
     return f"{count} training steps in {directory}, {size / 1e6:.1f} MB"
 
 
@@ -77,8 +72,9 @@ def find(directory: str, config: ConfigDict, devices: Sequence[Any] | None = Non
     found = CompiledSteps(directory, mesh)
     # Nothing is compiled, so nothing has to fit.
     where = Slice("", devices, 1 << 62, None, config.mesh.slices)
-    plan = make_plan(config, where.platform)
-    for stage, bucket, step in _steps(config, where, mesh, plan):
+    compilers = Compilers(make_plan(config, where.platform), config, where)
+    for stage, bucket, compiler in _steps(compilers, mesh):
+        step = compiler.training_step(bucket)
         found.check(stage, step.facts, bucket_name(bucket), step.arguments[2])
     return found
 
@@ -99,12 +95,9 @@ def _without_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _steps(
-    config: ConfigDict, where: Slice, mesh: Mesh, plan: Plan
-) -> Iterator[tuple[str, tuple[int, int], TrainingStep]]:
-    """(stage, bucket, step) of each that a run compiles."""
-    for training in trainings_of(config):
-        system = plan_of(plan, config, training.system, where.platform)
-        compiler = Compiler(system, config, where, mesh, training.work)
-        for bucket in buckets_of(config):
-            yield training.stage, bucket, compiler.training_step(bucket)
+def _steps(compilers: Compilers, mesh: Mesh) -> Iterator[tuple[str, tuple[int, int], Compiler]]:
+    """(stage, bucket, what compiles its step) of each that a run compiles."""
+    for training in trainings_of(compilers.config):
+        compiler = compilers.of(training.system, mesh, training.work)
+        for bucket in buckets_of(compilers.config):
+            yield training.stage, bucket, compiler

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.config import compute_dtypes, cut_of
+from l2s_jax.config import compute_dtypes
+from l2s_jax.experiment import early
 from l2s_jax.files import exists
 from l2s_jax.hub import cached, is_name
-from l2s_jax.models.cutting import cut_as_set
-from l2s_jax.models.families import ModelConfig, make_config
+from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Adapted, Adapters, Lora
 from l2s_jax.models.mix import encoding_layer
@@ -39,10 +40,12 @@ log = logging.getLogger(__name__)
 class Plan:
     """What is compiled: a system, and ShapeDtypeStructs of its parameters.
 
-    trained and frozen: as decoding takes them. adapted: (system, trained, frozen) as training does,
-    which differ with LoRA, and where H comes from a cache.
+    models: the LLM's and the SLM's configs, as of `models_of`. trained and frozen: as decoding
+    takes them. adapted: (system, trained, frozen) as training does, which differ with LoRA, and
+    where H comes from a cache.
     """
 
+    models: Mapping[str, ModelConfig]
     system: System
     trained: Params
     frozen: Params
@@ -68,11 +71,11 @@ class Plan:
         )
         own = isinstance(system, Adapted)
         adapted = dataclasses.replace(system, system=plain) if own else plain  # pyright: ignore
-        return Plan(
-            plain,
-            self.trained,
-            unstack_layers(self.frozen),
-            (adapted, trained, unstack_layers(frozen)),
+        return dataclasses.replace(
+            self,
+            system=plain,
+            frozen=unstack_layers(self.frozen),
+            adapted=(adapted, trained, unstack_layers(frozen)),
         )
 
     def description(self) -> dict[str, Any]:
@@ -87,79 +90,99 @@ class Plan:
         }
 
 
-def make_plan(config: ConfigDict, platform: str) -> Plan:
-    """The L2S system that training this config would build on devices of `platform`.
+def models_of(config: ConfigDict) -> dict[str, ModelConfig]:
+    """{"llm", "slm"}: configs of the models, without a tokenizer or a checkpoint at hand.
 
     Of a model on the hub that is no published geometry, its config is downloaded.
 
     Raises:
       ValueError: a model that is neither a folder, nor a published geometry, nor described.
     """
+
+    def vocabulary(name: str, llm: ModelConfig | None) -> int:
+        given = config.tokenizer.train_vocab_size
+        if size := config[name].get("tokenizer", config.tokenizer).train_vocab_size or given:
+            return size
+        if llm and config.llm.path:
+            return llm.vocab_size
+        raise ValueError(
+            f"config.{name}: expected a path (a folder, or a published geometry), or "
+            "config.tokenizer.train_vocab_size above 0"
+        )
+
+    found = early.models_of(config, _read, vocabulary)
+    if config.slm.vocabulary.isdecimal():
+        size, slm = int(config.slm.vocabulary), found["slm"]
+        if size > slm.vocab_size:
+            raise ValueError(f"config.slm.vocabulary={size}: expected at most {slm.vocab_size}")
+        found["slm"] = with_vocabulary(slm, of_size(slm, size))
+    elif config.slm.vocabulary != "all":
+        log.info("slm: planned with its whole vocabulary, since no text is read")
+    return found
+
+
+def make_plan(
+    config: ConfigDict, platform: str, models: Mapping[str, ModelConfig] | None = None
+) -> Plan:
+    """The L2S system that training this config would build on devices of `platform`.
+
+    `models` are as of `models_of`, whose errors are this function's too.
+
+    Raises:
+      ValueError: the LLM has no such layer.
+    """
+    models = models or models_of(config)
+    llm, slm = models["llm"], models["slm"]
     dtype, encoder_dtype = compute_dtypes(config.dtype, config.llm.encoder_dtype, platform)
     settings = config.l2s
-    llm = _model(config, "llm")
+    shared_vocabulary = _shared_vocabulary(config, llm, slm)
     slm = dataclasses.replace(
-        _slm(config, llm),
+        slm,
         dtype=dtype,
         dropout_rate=settings.train.dropout_rate,
         scan_layers=config.scan_layers,
         remat=settings.train.remat,
     )
     layer = encoding_layer(llm, config.llm.layer, settings.layers)
-    try:
-        encoder, frozen = pretrained.abstract_encoder(
-            dataclasses.replace(llm, dtype=encoder_dtype, scan_layers=config.scan_layers),
-            layer,
-        )
-    except ValueError as error:
-        raise ValueError(f"config.llm.layer: {error}") from None
+    llm = dataclasses.replace(llm, dtype=encoder_dtype, scan_layers=config.scan_layers)
+    with early.naming_layer():
+        encoder, frozen = pretrained.abstract_encoder(llm, layer)
     frozen = jax.eval_shape(lambda params: to_serve(params, encoder, "float", encodes=True), frozen)
-    system = LlmToSlm(
-        llm_config=encoder,
-        slm_config=slm,
-        projector_width=settings.projector_width or slm.width,
-        fusion=settings.fusion,
-        shared_vocabulary=_shared_vocabulary(config, llm, slm),
-        layers=settings.layers,
-        normalize=settings.normalize,
-        stack=settings.stack,
-    )
+    system = early.joined(settings, encoder, slm, shared_vocabulary=shared_vocabulary)
     if config.distillation.on_policy:
         log.info("batches that L2S writes itself, and the whole LLM that scores them: not planned")
     trained = jax.eval_shape(system.init, jax.random.key(0))
     beside = frozen
     if config.features.cache:
         beside = {name: frozen[name] for name in system.beside_hidden}
-    return Plan(system, trained, frozen, _adapted(system, trained, beside, settings.lora))
+    adapted = _adapted(system, trained, beside, settings.lora)
+    return Plan(models, system, trained, frozen, adapted)
 
 
-def models_of(config: ConfigDict) -> dict[str, ModelConfig]:
-    """{"llm", "slm"}: configs of the models; errors as of `make_plan`."""
-    llm = _model(config, "llm")
-    return {"llm": llm, "slm": _slm(config, llm)}
+def plan_of(l2s: Plan, config: ConfigDict, name: str) -> Plan:
+    """That of a system: of the LLM or the SLM alone, of L2S, or of L2S with its LLM "tuned"."""
+    if name in ("llm", "slm"):
+        return _alone(l2s, config, name)
+    return _tuned(l2s, config) if name == "tuned" else l2s
 
 
-def alone(config: ConfigDict, name: str, platform: str) -> Plan:
-    """The LLM or the SLM, as `name` says, as it is trained and answers by itself.
-
-    Raises:
-      ValueError: as of `make_plan`.
-    """
-    dtype, _ = compute_dtypes(config.dtype, config.llm.encoder_dtype, platform)
-    section, model = config[name], _model(config, "llm")
+def _alone(plan: Plan, config: ConfigDict, name: str) -> Plan:
+    """The LLM or the SLM of that of L2S, as `name` says, as it is trained and answers by itself."""
+    section = config[name]
     model = dataclasses.replace(
-        _slm(config, model) if name == "slm" else model,
-        dtype=dtype,
+        plan.models[name],
+        dtype=plan.l2s.slm_config.dtype,
         dropout_rate=section.train.dropout_rate,
         scan_layers=config.scan_layers,
         remat=section.train.remat,
     )
     system = LanguageModel(name, model)
     trained = jax.eval_shape(system.init, jax.random.key(0))
-    return Plan(system, trained, {}, _adapted(system, trained, {}, section.get("lora")))
+    adapted = _adapted(system, trained, {}, section.get("lora"))
+    return Plan(plan.models, system, trained, {}, adapted)
 
 
-def tuned(plan: Plan, config: ConfigDict) -> Plan:
+def _tuned(plan: Plan, config: ConfigDict) -> Plan:
     """That of L2S -> the second stage of its training, in which the LLM is adapted too.
 
     The LLM is held as its checkpoint has it, float32 at the most, and its layers one by one.
@@ -172,7 +195,8 @@ def tuned(plan: Plan, config: ConfigDict) -> Plan:
     adapters = Adapters(tune.rank, tune.alpha, tune.pattern, "config.llm.tune.pattern")
     both = Tuned(system, adapters)
     trained, base = jax.eval_shape(both.split, plan.trained, frozen, jax.random.key(0))
-    return Plan(system, plan.trained, plain.frozen, (both, trained, base))
+    adapted = both, trained, base
+    return dataclasses.replace(plain, system=system, trained=plan.trained, adapted=adapted)
 
 
 def _adapted(
@@ -186,51 +210,21 @@ def _adapted(
     return both, adapters, {"base": base, "inner": frozen}
 
 
-def _slm(config: ConfigDict, llm: ModelConfig) -> ModelConfig:
-    """The config of the SLM, with what is cut out of a model or left out of its vocabulary."""
-    section, cut = config.slm, cut_of(config.slm)
-    if cut.is_used:
-        slm = cut_as_set(_model(config, "slm") if section.path else llm, cut)
-    else:
-        slm = _model(config, "slm")
-    if not section.vocabulary.isdecimal():
-        if section.vocabulary != "all":
-            log.info("slm: planned with its whole vocabulary, since no text is read")
-        return slm
-    size = int(section.vocabulary)
-    if size > slm.vocab_size:
-        raise ValueError(f"config.slm.vocabulary={size}: expected at most {slm.vocab_size}")
-    return with_vocabulary(slm, of_size(slm, size))
-
-
-def _model(config: ConfigDict, name: str) -> ModelConfig:
-    section = config[name]
-    if section.path:
-        # What a published name stands for is known without asking the hub.
-        if exists(section.path) or cached(section.path, "config"):
-            return pretrained.read_config(section.path)
-        known = os.path.basename(os.path.normpath(section.path)).lower()
-        if known not in GEOMETRIES and is_name(section.path):
-            return pretrained.read_config(section.path)
-        if known not in GEOMETRIES:
-            raise ValueError(
-                f"config.{name}.path={section.path!r}: neither a folder with a config.json nor the "
-                f"name of a published geometry, expected one of {', '.join(GEOMETRIES)}"
-            )
-        log.info("%s: no folder %s, planned with the published geometry", name, section.path)
-        return GEOMETRIES[known]
-    vocabulary = section.get("tokenizer", config.tokenizer).train_vocab_size
-    vocabulary = vocabulary or config.tokenizer.train_vocab_size
-    if not vocabulary:
-        vocabulary = 0 if name == "llm" or not config.llm.path else _model(config, "llm").vocab_size
-    if not vocabulary:
+def _read(path: str, setting: str) -> ModelConfig:
+    """The config of the model in a folder, or that is published or on the hub by that name."""
+    # What a published name stands for is known without asking the hub.
+    if exists(path) or cached(path, "config"):
+        return pretrained.read_config(path)
+    known = os.path.basename(os.path.normpath(path)).lower()
+    if known not in GEOMETRIES and is_name(path):
+        return pretrained.read_config(path)
+    if known not in GEOMETRIES:
         raise ValueError(
-            f"config.{name}: expected a path (a folder, or a published geometry), or "
-            "config.tokenizer.train_vocab_size above 0"
+            f"{setting}={path!r}: neither a folder with a config.json nor the name of a published "
+            f"geometry, expected one of {', '.join(GEOMETRIES)}"
         )
-    geometry = section.model.to_dict()
-    family = geometry.pop("family")
-    return make_config(family, vocab_size=vocabulary, pad_id=0, eos_id=1, **geometry)
+    log.info("%s: no folder %s, planned with the published geometry", setting, path)
+    return GEOMETRIES[known]
 
 
 def _shared_vocabulary(config: ConfigDict, llm: ModelConfig, slm: ModelConfig) -> bool:

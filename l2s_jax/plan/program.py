@@ -10,7 +10,6 @@ import jax
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster.chips import COLLECTIVE_S, Chip
-from l2s_jax.config import training_seed
 from l2s_jax.plan.hlo import Collective
 
 
@@ -42,8 +41,9 @@ class Costs:
 class Program:
     """A program compiled for a slice; sizes in bytes on each device.
 
-    temporaries, peak and costs are None where the compiler gave up, or was not asked, because the
-    program cannot fit. A step of decode is one token of each row, of the others one batch.
+    peak: with what others hold there while it runs. temporaries, peak and costs are None where the
+    compiler gave up, or was not asked, because the program cannot fit. A step of decode or advance
+    is one token of each row, of the others one batch.
     """
 
     batch_size: int
@@ -60,36 +60,29 @@ class Work:
     """How a system is trained (None: not at all) and answers, of all that a config says.
 
     batch_size: prompts that it answers, or reads, at a time; 0: none. train_where and
-    decoding_where: the sections. features: training is given H. distilled: it is given the LLM's
-    distributions. seed: of what is random in it.
+    decoding_where: the sections, which make no other work of it. features: training is given H.
+    distilled: it is given the LLM's distributions. seed: of what is random in it. together: of rows
+    that are refilled, those that are read for at a time; 0: prompts are answered in batches.
     """
 
     train: ConfigDict | None = None
     batch_size: int = 0
     max_new_tokens: int = 1
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    train_where: str = "l2s.train"
-    decoding_where: str = "decoding"
+    train_where: str = dataclasses.field(default="l2s.train", compare=False)
+    decoding_where: str = dataclasses.field(default="decoding", compare=False)
     features: bool = False
     distilled: bool = False
     seed: int = 0
-
-
-def work_of_l2s(config: ConfigDict) -> Work:
-    """That of L2S, with its LLM frozen."""
-    decoding = config.decoding
-    return Work(
-        config.l2s.train,
-        decoding.batch_size,
-        decoding.max_new_tokens,
-        decoding.search.to_dict(),
-        features=bool(config.features.cache),
-        distilled=bool(config.distillation.weight),
-        seed=training_seed(config),
-    )
+    together: int = 0
 
 
 def shard_bytes(leaf: Any) -> int:
     """Bytes of an abstract array on each device that holds a part of it."""
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on each device."""
+    return sum(map(shard_bytes, jax.tree.leaves(tree)))

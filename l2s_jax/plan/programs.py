@@ -1,17 +1,15 @@
-"""The programs that training and generation run, compiled for a slice, and what they cost."""
+"""The programs that training and generation run, compiled for a slice, each of them once."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import time
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
@@ -20,13 +18,14 @@ from l2s_jax.decoding import engine
 from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.experiment.feature_cache import encoding
 from l2s_jax.experiment.scoring import scoring
-from l2s_jax.models.counting import all_at_once
 from l2s_jax.models.mix import layers_of
 from l2s_jax.models.systems import LanguageModel
-from l2s_jax.plan.hlo import collectives, loop_turns, memory_bytes
-from l2s_jax.plan.models import Plan
-from l2s_jax.plan.program import Costs, Program, Work, shard_bytes, work_of_l2s
-from l2s_jax.plan.slices import Slice, parse_size
+from l2s_jax.plan.hlo import loop_turns
+from l2s_jax.plan.models import Plan, plan_of
+from l2s_jax.plan.program import Costs, Program, Work
+from l2s_jax.plan.refilled import Refilled
+from l2s_jax.plan.slices import Slice
+from l2s_jax.plan.target import Made, Target
 from l2s_jax.settings.search import alone, changed
 from l2s_jax.training import optim, update
 from l2s_jax.training.compiled import step_facts
@@ -50,46 +49,48 @@ class TrainingStep(NamedTuple):
 
 
 class Compiler:
-    """Compiles the programs of one system for one mesh over a slice."""
+    """Compiles the programs of one system for one mesh over a slice, each when it is asked for."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        config: ConfigDict,
-        where: Slice,
-        mesh: Mesh,
-        work: Work | None = None,
-    ):
-        """Checks that all divides; `work` is that of L2S, if it is no other.
+    def __init__(self, plan: Plan, config: ConfigDict, where: Slice, mesh: Mesh, work: Work):
+        """Checks that all divides.
 
         Raises:
           ValueError: a parameter, a batch or a length that does not divide into the mesh's axes.
         """
-        self.plan, self.config, self.slice, self.mesh = plan, config, where, mesh
-        self.work = work = work or work_of_l2s(config)
+        self.plan, self.config, self.mesh, self.work = plan, config, mesh, work
+        self.target = Target(where, mesh)
         if work.train:
             rows = work.train.batch_size
             sharding.check_rows(rows, mesh, f"config.{work.train_where}.batch_size")
         if work.batch_size:
             sharding.check_rows(work.batch_size, mesh, f"config.{work.decoding_where}.batch_size")
         check_prompts(config, mesh)
-        # A mesh of one process's devices is in one slice.
-        self._per_slice = where.per_slice if mesh.size > where.per_slice else 0
-        self._rows = sharding.batch_sharding(mesh)
-        self._replicated = NamedSharding(mesh, P())
         self._flat = plan.unscanned()
-        self._placed(plan.adapted[1])
+        self.target.placed(plan.adapted[1])
         served = jax.eval_shape(plan.system.to_serve, plan.trained, plan.frozen)
-        self._trained, self._frozen = map(self._placed, served)
+        self._trained, self._frozen = map(self.target.placed, served)
+        self._refilled = Refilled(
+            self.target, plan, (self._trained, self._frozen), work, config.max_prompt_tokens
+        )
+        self._made: dict[str, Program] = {}
 
-    def compile(self, names: tuple[str, ...] = PROGRAMS) -> Iterator[tuple[str, Program]]:
-        """(name, program) of each of `names`, in the order of PROGRAMS."""
-        if "train" in names:
-            yield "train", self._train()
-        if set(names) - {"train"}:
-            for name, program in self._generation(names):
-                if name in names:
-                    yield name, program
+    def compile(self, names: Iterable[str]) -> Iterator[tuple[str, Program]]:
+        """(name, program) of each of `names`, which are keys of `makers`."""
+        makers: dict[str, Callable[[], Program]] = {
+            "train": self._train,
+            "encode": lambda: self._encode[0],
+            "prefill": lambda: self._prefill[0],
+            "decode": self._decode,
+            "encode_for_cache": self._encode_for_cache,
+            "score": self._score,
+            "read": self._refilled.read,
+            "insert": self._refilled.insert,
+            "advance": self._refilled.advance,
+        }
+        for name in names:
+            if name not in self._made:
+                self._made[name] = makers[name]()
+            yield name, self._made[name]
 
     def training_step(self, bucket: tuple[int, int]) -> TrainingStep:
         """The step of a batch of that bucket."""
@@ -111,13 +112,13 @@ class Compiler:
         batch = self._batch(rows, bucket)
         if self.work.features:
             shape = (rows, prompt, self.plan.l2s.hidden_width)
-            batch["llm_hidden"] = self._array(shape, jnp.bfloat16)
+            batch["llm_hidden"] = self.target.array(shape, jnp.bfloat16)
         if distillation:
             shape = (rows, response, min(taught.top_k, self.plan.system.decoder.vocab_size))
-            batch["teacher_ids"] = self._array(shape, jnp.int32)
-            batch["teacher_log_probs"] = self._array(shape, jnp.float32)
+            batch["teacher_ids"] = self.target.array(shape, jnp.int32)
+            batch["teacher_log_probs"] = self.target.array(shape, jnp.float32)
         flat, _, flat_frozen = self._flat.adapted
-        frozen = self._placed(frozen)
+        frozen = self.target.placed(frozen)
         return TrainingStep(
             make_step(system),
             (state, frozen, batch),
@@ -125,11 +126,21 @@ class Compiler:
             step_facts(system, settings, seed, distillation, state, frozen),
         )
 
+    def compiled_step(self, bucket: tuple[int, int]) -> tuple[TrainingStep, Made]:
+        """The step of a batch of that bucket, compiled; that of the largest is "train"."""
+        step = self.training_step(bucket)
+        made = self.target.compile(step.function, step.arguments)
+        if bucket == buckets_of(self.config)[-1]:
+            self._made["train"] = self._measured_step(step, made)
+        return step, made
+
     def _train(self) -> Program:
-        step = self.training_step(buckets_of(self.config)[-1])
+        return self._measured_step(*self.compiled_step(buckets_of(self.config)[-1]))
+
+    def _measured_step(self, step: TrainingStep, made: Made) -> Program:
         settings = self.work.train
         assert settings is not None
-        program, _ = self._program(step.function, step.arguments, settings.batch_size, step.whole)
+        program = self.target.measured(made, settings.batch_size, step.whole)
         if program.costs and settings.accumulation > 1:
             # A loop's body is counted once. The rest of a step is small beside it.
             costs = dataclasses.replace(
@@ -138,71 +149,48 @@ class Compiler:
             program = dataclasses.replace(program, costs=costs)
         return program
 
-    def _generation(self, names: tuple[str, ...]) -> Iterator[tuple[str, Program]]:
-        system = self.plan.system
-        work = self.work
-        rows, width = work.batch_size, self.config.max_prompt_tokens
-        ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
-        weights = (self._trained, self._frozen)
-        choices = changed(dataclasses.asdict(alone(work.search)), {"num_beams": 1})
-        static = {"max_new_tokens": work.max_new_tokens, "search": choices}
+    @property
+    def _prompts(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        shape = self.work.batch_size, self.config.max_prompt_tokens
+        return self.target.array(shape, jnp.int32), self.target.array(shape, bool)
 
-        encode = jax.jit(system.encode)
-        inputs = (*weights, ids, mask)
-        hidden = jax.eval_shape(encode, *inputs)
-        if "encode" in names:
-            flat = self._flat
-            whole = (jax.jit(flat.system.encode), (self._trained, flat.frozen, ids, mask))
-            program, compiled = self._program(encode, inputs, rows, whole)
-            yield "encode", program
-            hidden = self._outputs(hidden, compiled)
-        else:
-            hidden = self._outputs(hidden, None)
-        if not {"prefill", "decode"} & set(names):
-            return
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of decoding, static in its programs."""
+        search = changed(dataclasses.asdict(alone(self.work.search)), {"num_beams": 1})
+        return {"max_new_tokens": self.work.max_new_tokens, "search": search}
 
-        start = jax.jit(lambda *arguments: engine.prefill(system, *arguments, **static))
-        inputs = (*inputs, hidden)
-        first = jax.eval_shape(start, *inputs)
-        program, compiled = self._program(start, inputs, rows)
-        yield "prefill", program
-        if "decode" not in names:
-            return
-        logits, cache, history = self._outputs(first, compiled)
-        loop = engine.make_loop(system, **static)
-        limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32)
-        state = jax.eval_shape(loop.start, logits, cache, limits, seeds, history)
-        state = self._outputs(state, None).replace(cache=cache)
-        yield "decode", self._decode(loop, state, rows)
+    @functools.cached_property
+    def _encode(self) -> tuple[Program, Any]:
+        """(the program, what it gives), as of `_prefill`."""
+        encode, rows = jax.jit(self.plan.system.encode), self.work.batch_size
+        inputs = (self._trained, self._frozen, *self._prompts)
+        flat = self._flat
+        whole = (jax.jit(flat.system.encode), (self._trained, flat.frozen, *self._prompts))
+        made = self.target.compile(encode, inputs)
+        hidden = self.target.outputs(jax.eval_shape(encode, *inputs), made.compiled, rows)
+        return self.target.measured(made, rows, whole), hidden
 
-    def encode_for_cache(self) -> Program:
-        """The LLM's encoding of a batch into the cache of features."""
-        rows, width = self.work.batch_size, self.config.max_prompt_tokens
-        ids, mask = self._array((rows, width), jnp.int32), self._array((rows, width), bool)
-        programs = [
-            encoding(system.llm_config, layers_of(system.layers), self._rows)
-            for system in (self.plan.l2s, self._flat.l2s)
-        ]
-        whole = (programs[1], (self._flat.frozen, ids, mask))
-        return self._program(programs[0], (self._frozen, ids, mask), rows, whole)[0]
+    @functools.cached_property
+    def _prefill(self) -> tuple[Program, tuple[Any, Any, Any]]:
+        system, rows, settings = self.plan.system, self.work.batch_size, self._settings
+        start = jax.jit(lambda *arguments: engine.prefill(system, *arguments, **settings))
+        inputs = (self._trained, self._frozen, *self._prompts, self._encode[1])
+        program, compiled = self.target.program(start, inputs, rows)
+        return program, self.target.outputs(jax.eval_shape(start, *inputs), compiled, rows)
 
-    def score(self) -> Program:
-        """The LLM's reading of a batch of responses, for its distributions over their tokens."""
-        rows = self.work.batch_size
-        batch = self._batch(rows, buckets_of(self.config)[-1])
-        taught = self.config.distillation
-        top_k = min(taught.top_k, self.plan.system.decoder.vocab_size)
-        assert isinstance(self.plan.system, LanguageModel)
-        read = scoring(self.plan.system, top_k, taught.temperature, self._rows)
-        return self._program(read, (self._trained, batch), rows)[0]
-
-    def _decode(self, loop: Any, state: Any, rows: int) -> Program:
+    def _decode(self) -> Program:
         """One chunk; its costs are those of one token.
 
         The compiler counts the operations of a loop's body once, along with those that it moved out
         of the loop. Two bodies in a turn, less one, are one body.
         """
+        rows, (logits, cache, history) = self.work.batch_size, self._prefill[1]
+        loop = engine.make_loop(self.plan.system, **self._settings)
+        limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+        state = jax.eval_shape(loop.start, logits, cache, limits, seeds, history)
+        state = self.target.outputs(state, None, rows).replace(cache=cache)
 
         def chunk(unroll: int) -> Callable[..., Any]:
             return jax.jit(
@@ -210,11 +198,11 @@ class Compiler:
             )
 
         arguments = (self._trained, state)
-        program, compiled = self._program(chunk(1), arguments, rows, steps=CHUNK)
+        program, compiled = self.target.program(chunk(1), arguments, rows, steps=CHUNK)
         once = program.costs
         if compiled is None or once is None:
             return program
-        twice, _ = self._program(chunk(2), arguments, rows)
+        twice, _ = self.target.program(chunk(2), arguments, rows)
         more = twice.costs
         if more is None:
             return program
@@ -234,117 +222,52 @@ class Compiler:
         )
         return dataclasses.replace(program, costs=costs)
 
-    def _program(
-        self,
-        function: Any,
-        arguments: tuple,
-        rows: int,
-        whole: tuple[Any, tuple] | None = None,
-        steps: int = 1,
-    ) -> tuple[Program, jax.stages.Compiled | None]:
-        """The program, and what it costs.
-
-        FLOPs are the compiler's count, which takes a loop's body once, and at least those of
-        `whole`, a function and arguments that compute the same without loops over layers. Bytes of
-        memory are those of one of the `steps` that it makes in a loop, without what is before it.
-        """
-        size = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
-        if size > self.slice.capacity:
-            return Program(rows, size, None, None, False, None, 0.0), None
-        began = time.perf_counter()
-        try:
-            with jax.set_mesh(self.mesh):
-                compiled = function.lower(*arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_too_large(error):
-                raise
-            seconds = time.perf_counter() - began
-            peak = _peak_in(str(error))
-            return Program(rows, size, None, peak, False, None, seconds), None
-        seconds = time.perf_counter() - began
-        memory = compiled.memory_analysis()
-        temporaries = memory.temp_size_in_bytes
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + temporaries
-            + memory.generated_code_size_in_bytes
+    def _encode_for_cache(self) -> Program:
+        """The LLM's encoding of a batch into the cache of features."""
+        program, whole = (
+            encoding(system.llm_config, layers_of(system.layers), self.target.rows)
+            for system in (self.plan.l2s, self._flat.l2s)
         )
-        counted, text = compiled.cost_analysis(), compiled.as_text()
-        least = self._least_flops(*(whole or (function, arguments)))
-        costs = Costs(
-            flops=max(counted.get("flops", 0.0), least),
-            memory_bytes=memory_bytes(text, only_loops=steps > 1) / steps,
-            collectives=tuple(collectives(text, self._per_slice)),
-        )
-        arguments_bytes = memory.argument_size_in_bytes
-        fits = peak <= self.slice.capacity
-        return (
-            Program(rows, arguments_bytes, temporaries, peak, fits, costs, seconds),
-            compiled,
+        made = self.target.compile(program, (self._frozen, *self._prompts))
+        return self.target.measured(
+            made, self.work.batch_size, (whole, (self._flat.frozen, *self._prompts))
         )
 
-    def _least_flops(self, function: Any, arguments: tuple) -> float:
-        """A device's part of the program before it is split.
-
-        The compiler may turn a product whose factors it gathers into a loop over their parts, of
-        which it counts one; so it does of attention in blocks.
-        """
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-        with all_at_once():
-            # A function of its own, which JAX has not traced yet.
-            whole = jax.jit(lambda *inputs: function.__wrapped__(*inputs))
-            counted = whole.lower(*shapes).cost_analysis() or {}
-        return counted.get("flops", 0.0) / self.mesh.size
-
-    def _placed(self, params: Any) -> Any:
-        """Parameters with the shardings of the rules."""
-        return jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            params,
-            sharding.parameter_shardings(params, self.mesh),
-        )
+    def _score(self) -> Program:
+        """The LLM's reading of a batch of responses, for its distributions over their tokens."""
+        rows = self.work.batch_size
+        batch = self._batch(rows, buckets_of(self.config)[-1])
+        taught = self.config.distillation
+        top_k = min(taught.top_k, self.plan.system.decoder.vocab_size)
+        assert isinstance(self.plan.system, LanguageModel)
+        read = scoring(self.plan.system, top_k, taught.temperature, self.target.rows)
+        return self.target.program(read, (self._trained, batch), rows)[0]
 
     def _batch(self, rows: int, bucket: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
         """Prompts and responses."""
         batch = {}
         for name, width in zip((self.plan.system.prompt_name, "response"), bucket, strict=True):
-            batch[f"{name}_ids"] = self._array((rows, width), jnp.int32)
-            batch[f"{name}_mask"] = self._array((rows, width), bool)
+            batch[f"{name}_ids"] = self.target.array((rows, width), jnp.int32)
+            batch[f"{name}_mask"] = self.target.array((rows, width), bool)
         return batch
 
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
 
-    def _outputs(self, tree: Any, compiled: jax.stages.Compiled | None) -> Any:
-        """What a program gives as the next one takes it: where the compiler leaves it.
+class Compilers:
+    """Those of a plan: whoever asks for the same system, mesh and work gets the same one."""
 
-        Without a program, rows lie where those of its batch do.
-        """
-        rows = self.work.batch_size
+    def __init__(self, plan: Plan, config: ConfigDict, where: Slice):
+        """`plan` is that of L2S."""
+        self.plan, self.config, self.slice = plan, config, where
+        self._known: list[tuple[str, Compiler]] = []
+        self._plans: dict[str, Plan] = {}
 
-        def where(leaf: Any) -> NamedSharding:
-            if rows in leaf.shape:
-                axes = [None] * leaf.shape.index(rows)
-                return NamedSharding(self.mesh, P(*axes, sharding.ROWS))
-            return self._replicated
-
-        shardings = compiled.output_shardings if compiled else jax.tree.map(where, tree)
-        return jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            tree,
-            shardings,
-        )
-
-
-def is_too_large(error: Exception) -> bool:
-    """Whether the compiler says that a program does not fit."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _peak_in(message: str) -> int | None:
-    """Bytes that the compiler found a program to need, from its refusal."""
-    if found := re.search(r"(?:Used|\() ?([\d.]+[KMGT]) ?(?:of|\))", message):
-        return parse_size(found[1])
-    return None
+    def of(self, system: str, mesh: Mesh, work: Work) -> Compiler:
+        """That of a system of `plan_of`; errors as of `Compiler`."""
+        for name, one in self._known:
+            if (name, one.mesh, one.work) == (system, mesh, work):
+                return one
+        if system not in self._plans:
+            self._plans[system] = plan_of(self.plan, self.config, system)
+        compiler = Compiler(self._plans[system], self.config, self.slice, mesh, work)
+        self._known.append((system, compiler))
+        return compiler

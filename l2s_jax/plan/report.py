@@ -22,11 +22,11 @@ NOTES = """\
   that are not written over arguments, and code; *capacity* is what the compiler may fill.
 - FLOPs are the compiler's own count (`cost_analysis`), which takes a loop's body once, and at least
   those of the whole program, without loops over layers and before it is split, over the number of
-  devices; those of training are multiplied by its accumulation. Decode is one step of its loop, one
-  token of each row.
+  devices; those of training are multiplied by its accumulation. Decode and advance are one step of
+  their loops, one token of each row.
 - Bytes are what the compiled program's instructions read from main memory and write to it, of what
-  is sliced or gathered the part, with the padding of tiles; what stays on the chip in between does
-  not count. They, and collectives, count in a loop as often as it turns.
+  is sliced, gathered or scattered the part, with the padding of tiles; what stays on the chip in
+  between does not count. They, and collectives, count in a loop as often as it turns.
 - The roofline is the longest of four times: FLOPs, bytes of memory, and bytes sent, each at the
   chip's published rate, and latency. A real step takes longer.
 - Bytes are sent in one direction over all links at once of the chip that has the fewest: a
@@ -37,6 +37,11 @@ NOTES = """\
   the chip's page says of a chip or a whole Pod: an assumption, since hosts share network cards, and
   the network has no published latency. Devices of a slice first add up what all of them have.
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
+- A run answers many prompts in rows, of which each takes the next prompt when its response has
+  ended. *Read* is of the prompts that are read together, an eighth of the rows as a rule, and its
+  peak counts all rows that are held meanwhile; *insert* puts them there, beside the weights. What a
+  step of *advance* does for sampling and penalties is not in its bytes. Few prompts, beams and stop
+  texts have batches, by *encode*, *prefill* and *decode*.
 - What is trained is float32 in memory; the frozen LLM and generation hold the weights of products
   in the products' dtype.
 """

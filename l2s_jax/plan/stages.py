@@ -6,28 +6,27 @@ As the stages of experiment/ make them, from the same sections of the config.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.cluster import sharding
-from l2s_jax.config import label_tokens, naming_mesh, training_seed, tuned_l2s
+from l2s_jax.config import label_tokens, training_seed, tuned_l2s
 from l2s_jax.data.tasks import load_task
 from l2s_jax.experiment.checks import Meshes, check_batches
 from l2s_jax.experiment.features import rows_of
-from l2s_jax.plan import models
-from l2s_jax.plan.models import Plan
 from l2s_jax.plan.program import Program, Work
-from l2s_jax.plan.programs import Compiler
+from l2s_jax.plan.programs import Compiler, Compilers
 from l2s_jax.plan.slices import Slice, alone
+from l2s_jax.serving.programs import sizes_of
+from l2s_jax.serving.refilled import WORTHWHILE, can_refill, rows_for
+from l2s_jax.settings import search
 
 log = logging.getLogger(__name__)
-
-_ANSWERING = ("encode", "prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +34,24 @@ class Stage:
     """A stage of a run.
 
     rows: examples at a time, of each of `groups` of devices that do different ones at once. times:
-    how often each group runs each program; None where the number of examples is not known.
+    how often each group runs each program of `compiler`; None where the number of examples is not
+    known.
     """
 
     name: str
-    mesh: Mesh
+    compiler: Compiler
     rows: int
     groups: int
     times: Mapping[str, int | None]
-    compile: Callable[[], dict[str, Program]]
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of one of the groups."""
+        return self.compiler.mesh
+
+    def compile(self) -> dict[str, Program]:
+        """The programs, by name."""
+        return dict(self.compiler.compile(self.times))
 
 
 class Training(NamedTuple):
@@ -77,11 +85,20 @@ def _training_work(config: ConfigDict, section: str, train: ConfigDict) -> Work:
     )
 
 
-def plan_of(l2s: Plan, config: ConfigDict, name: str, platform: str) -> Plan:
-    """That of a system: of the LLM or the SLM alone, of L2S, or of L2S with its LLM "tuned"."""
-    if name in ("llm", "slm"):
-        return models.alone(config, name, platform)
-    return models.tuned(l2s, config) if name == "tuned" else l2s
+def answering(section: ConfigDict, where: str, tokens: int) -> Work:
+    """Of a system that answers as a section, config.`where`, says: with so many tokens at most."""
+    return Work(None, section.batch_size, tokens, section.search.to_dict(), decoding_where=where)
+
+
+def answering_to_evaluate(config: ConfigDict) -> Work:
+    """Likewise, of each system for the report."""
+    return answering(config.decoding, "decoding", config.decoding.max_new_tokens)
+
+
+def longest(config: ConfigDict) -> int:
+    """The most tokens that any response which a model of the run writes may have."""
+    tokens = config.decoding.max_new_tokens
+    return max(tokens, label_tokens(config)) if config.labels.source == "llm" else tokens
 
 
 def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., Mesh]) -> Meshes:
@@ -116,23 +133,20 @@ class Run:
     Attributes:
       examples: of the splits train and validation and of those that the report is about
         ("evaluation"); None where that is not known.
+      response_tokens: of a response that a model writes, on average; None: as many as it may have.
     """
 
     def __init__(
-        self, plan: Plan, config: ConfigDict, where: Slice, meshes: Meshes, examples: int | None
+        self,
+        compilers: Compilers,
+        meshes: Meshes,
+        examples: int | None = None,
+        response_tokens: float | None = None,
     ):
-        """`examples` are those of the train split, if it is not to be read.
-
-        Raises:
-          ValueError: a mesh that does not divide the LLM.
-        """
-        holding = {"features": meshes.features, "decoding": meshes.decoding}
-        if config.labels.source == "llm" or config.distillation.weight:
-            holding["labels"] = meshes.labels
-        for section, mesh in holding.items():
-            with naming_mesh(config, section):
-                sharding.parameter_shardings(plan.frozen, mesh)
-        self._l2s, self._config, self._where, self._meshes = plan, config, where, meshes
+        """`examples` are those of the train split, if it is not to be read."""
+        self.response_tokens = response_tokens
+        self._compilers, self._meshes = compilers, meshes
+        self._config = config = compilers.config
         settings = config.evaluation
         train = examples if examples is not None else examples_of(config, "train")
         self.examples = {
@@ -149,124 +163,107 @@ class Run:
         return min(limit, known) if limit else known
 
     def stages(self) -> Iterator[Stage]:
-        """Those that the config has, in the order in which they are made."""
-        config = self._config
+        """Those that the config has, in the order in which they are made.
+
+        Raises:
+          ValueError: a model, a batch or a length that a mesh does not divide.
+        """
+        config, meshes = self._config, self._meshes
         trainings = {one.stage: one for one in trainings_of(config)}
+        learnt = ("train", "validation")
         if "llm" in trainings:
             yield self._training("llm", trainings["llm"])
         if config.labels.source == "llm":
-            section = config.labels
-            search = section.search.to_dict()
-            work = self._work(section, "labels", label_tokens(config), search)
-            yield self._answering("labels", "llm", work, ("train", "validation"))
+            work = answering(config.labels, "labels", label_tokens(config))
+            yield self._answering("labels", "llm", meshes.labels, work, learnt)
         if config.distillation.weight:
             work = Work(batch_size=config.distillation.batch_size, decoding_where="distillation")
-            compiler = functools.partial(self._compiler, "llm", self._meshes.labels, work)
-            yield self._pass("logits", "score", work, ("train",), lambda: compiler().score())
+            yield self._pass("logits", "llm", meshes.labels, "score", work, learnt[:1])
         yield self._training("slm", trainings["slm"])
         if config.features.cache:
-            mesh = self._meshes.features
-            rows = rows_of(config.l2s.train, sharding.batch_ways(mesh))
+            rows = rows_of(config.l2s.train, sharding.batch_ways(meshes.features))
             work = Work(batch_size=rows, decoding_where="l2s.train")
-            compiler = functools.partial(self._compiler, "l2s", mesh, work)
-            yield self._pass(
-                "features",
-                "encode",
-                work,
-                ("train", "validation"),
-                lambda: compiler().encode_for_cache(),
-                mesh,
-            )
+            yield self._pass("features", "l2s", meshes.features, "encode_for_cache", work, learnt)
         if config.llm.tune.rank:
             yield self._training("l2s", trainings["l2s_frozen"])
             yield self._training("l2s tuned", trainings["l2s"])
         else:
             yield self._training("l2s", trainings["l2s"])
-        for name in ("llm", "slm", "l2s", "l2s_mismatched"):
-            section = config.decoding
-            search = section.search.to_dict()
-            work = self._work(section, "decoding", section.max_new_tokens, search)
-            system = name.removesuffix("_mismatched")
-            yield self._answering(f"evaluation: {name}", system, work, ("evaluation",))
-
-    @staticmethod
-    def _work(section: ConfigDict, where: str, tokens: int, search: Mapping[str, Any]) -> Work:
-        return Work(None, section.batch_size, tokens, search, decoding_where=where)
-
-    @functools.cache  # noqa: B019  a plan lives as long as its process
-    def _plan(self, name: str) -> Plan:
-        return plan_of(self._l2s, self._config, name, self._where.platform)
-
-    def _compiler(self, name: str, mesh: Mesh, work: Work) -> Compiler:
-        return Compiler(self._plan(name), self._config, self._where, mesh, work)
+        answers = (meshes.decoding, answering_to_evaluate(config), ("evaluation",))
+        for name in ("llm", "slm", "l2s"):
+            yield self._answering(f"evaluation: {name}", name, *answers, WORTHWHILE)
+        yield self._in_batches("evaluation: l2s_mismatched", "l2s", *answers)
 
     def _training(self, stage: str, training: Training) -> Stage:
-        mesh, work = self._meshes.train, training.work
+        work = training.work
         assert work.train is not None
-        return Stage(
-            stage,
-            mesh,
-            work.train.batch_size,
-            1,
-            {"train": work.train.steps},
-            lambda: dict(self._compiler(training.system, mesh, work).compile(("train",))),
-        )
+        compiler = self._compilers.of(training.system, self._meshes.train, work)
+        return Stage(stage, compiler, work.train.batch_size, 1, {"train": work.train.steps})
 
-    def _answering(self, stage: str, name: str, work: Work, splits: tuple[str, ...]) -> Stage:
-        mesh = self._meshes.labels if stage == "labels" else self._meshes.decoding
-        times = self._batches(work, mesh, splits)
-        more = None if times is None else times * (work.max_new_tokens - 1)
-        return Stage(
-            stage,
-            mesh,
-            work.batch_size,
-            self._groups(mesh),
-            {"encode": times, "prefill": times, "decode": more},
-            lambda: self._answers(name, mesh, work),
-        )
-
-    def _answers(self, name: str, mesh: Mesh, work: Work) -> dict[str, Program]:
-        """The programs that answer; those that another stage has too are compiled once."""
-        search = tuple(sorted(work.search.items()))
-        key = (name, mesh, work.batch_size, work.max_new_tokens, search)
-        if key not in self._compiled:
-            self._compiled[key] = dict(self._compiler(name, mesh, work).compile(_ANSWERING))
-        return self._compiled[key]
-
-    @functools.cached_property
-    def _compiled(self) -> dict[Any, dict[str, Program]]:
-        return {}
-
-    def _pass(
+    def _answering(
         self,
         stage: str,
-        program: str,
+        system: str,
+        mesh: Mesh,
         work: Work,
         splits: tuple[str, ...],
-        compile_it: Callable[[], Program],
-        mesh: Mesh | None = None,
+        fewest_batches: int = 0,
     ) -> Stage:
-        """Once over the examples, on the mesh of labels if on no other."""
-        mesh = mesh or self._meshes.labels
-        times = self._batches(work, mesh, splits)
-        return Stage(
-            stage,
-            mesh,
-            work.batch_size,
-            self._groups(mesh),
-            {program: times},
-            lambda: {program: compile_it()},
-        )
+        """Answers to all of these splits, in rows that are refilled.
+
+        In batches where a run does so: fewer prompts of the first split than so many batches, and
+        some searches.
+        """
+        own = [self._own(split, mesh) for split in splits]
+        first = own[0]
+        few = first is not None and first < fewest_batches * work.batch_size
+        if few or not can_refill(search.alone(work.search)):
+            return self._in_batches(stage, system, mesh, work, splits)
+        sizes = sizes_of(work.batch_size, sharding.batch_ways(mesh))
+        rows, together = rows_for(sizes[-1] if first is None else max(first, 1), sizes)
+        # How tokens are chosen is an argument of these programs.
+        work = dataclasses.replace(work, batch_size=rows, search={}, together=together)
+        compiler, more = self._compilers.of(system, mesh, work), self._more_tokens(work)
+        reads = steps = None
+        known = [count for count in own if count is not None]
+        if len(known) == len(own):
+            reads = sum(-(-count // together) for count in known)
+            steps = sum(math.ceil(-(-count // rows) * more) for count in known)
+        times = {"read": reads, "insert": reads, "advance": steps}
+        return Stage(stage, compiler, rows, self._groups(mesh), times)
+
+    def _in_batches(
+        self, stage: str, system: str, mesh: Mesh, work: Work, splits: tuple[str, ...]
+    ) -> Stage:
+        compiler = self._compilers.of(system, mesh, work)
+        batches = self._batches(work, mesh, splits)
+        steps = None if batches is None else math.ceil(batches * self._more_tokens(work))
+        times = {"encode": batches, "prefill": batches, "decode": steps}
+        return Stage(stage, compiler, work.batch_size, self._groups(mesh), times)
+
+    def _more_tokens(self, work: Work) -> float:
+        """Of a response, after the first: on average, or of one that is as long as it may be."""
+        return min(self.response_tokens or math.inf, work.max_new_tokens) - 1
+
+    def _pass(
+        self, stage: str, system: str, mesh: Mesh, program: str, work: Work, splits: tuple[str, ...]
+    ) -> Stage:
+        """Once over the examples."""
+        compiler = self._compilers.of(system, mesh, work)
+        times = {program: self._batches(work, mesh, splits)}
+        return Stage(stage, compiler, work.batch_size, self._groups(mesh), times)
 
     def _groups(self, mesh: Mesh) -> int:
-        return len(self._where.devices) // mesh.size
+        return len(self._compilers.slice.devices) // mesh.size
+
+    def _own(self, split: str, mesh: Mesh) -> int | None:
+        """Examples of a split that each group of devices has."""
+        count = self.examples[split]
+        return None if count is None else -(-count // self._groups(mesh))
 
     def _batches(self, work: Work, mesh: Mesh, splits: tuple[str, ...]) -> int | None:
         """Batches of each group of devices, over all examples of these splits."""
-        total = 0
-        for split in splits:
-            examples = self.examples[split]
-            if examples is None:
-                return None
-            total += -(-examples // (work.batch_size * self._groups(mesh)))
-        return total
+        own = [self._own(split, mesh) for split in splits]
+        if None in own:
+            return None
+        return sum(-(-count // work.batch_size) for count in own if count is not None)

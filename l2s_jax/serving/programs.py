@@ -33,6 +33,20 @@ _NOBODY = Request((0,), Search(), 0)
 _STEPS = 32
 
 
+def sizes_of(max_slots: int, ways: int) -> tuple[int, ...]:
+    """Numbers of slots, ascending, that a mesh splits in so many ways."""
+    sizes = buckets(ways, max_slots, 2)
+    if max_slots % (16 * ways) == 0:
+        # Under load some slots are always empty, between two requests.
+        sizes = tuple(sorted({*sizes, max_slots // 4 * 3}))
+    return sizes
+
+
+def fewest(sizes: Sequence[int], rows: int) -> int:
+    """The smallest of ascending sizes that is at least `rows`."""
+    return next(size for size in sizes if size >= rows)
+
+
 class Programs:
     """What `decoding.slots` does, for the shapes of one Generator.
 
@@ -53,18 +67,14 @@ class Programs:
             if isinstance(system, Exact)
             else SlotLoop(system, generator.end_ids, capacity)
         )
-        ways = sharding.batch_ways(generator.mesh)
-        self.sizes = buckets(ways, max_slots, 2)
-        if max_slots % (16 * ways) == 0:
-            # Under load some slots are always empty, between two requests.
-            self.sizes = tuple(sorted({*self.sizes, max_slots // 4 * 3}))
+        self.sizes = sizes_of(max_slots, sharding.batch_ways(generator.mesh))
         self.lengths = tuple(generator.prompt_lengths)
         self.read_s: dict[tuple[int, int], float] = {}
         self.step_s: dict[int, float] = {}
 
     def size_for(self, rows: int) -> int:
         """The fewest slots that hold so many."""
-        return next(size for size in self.sizes if size >= rows)
+        return fewest(self.sizes, rows)
 
     def length_for(self, request: Request) -> int:
         """The shortest length that a prompt is read in."""

@@ -23,14 +23,29 @@ from l2s_jax.models.exact import Exact
 from l2s_jax.serving.batching import tokenized
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.output import Output, in_order, outputs_of
-from l2s_jax.serving.programs import Programs
+from l2s_jax.serving.programs import Programs, fewest
 from l2s_jax.serving.request import Request
+from l2s_jax.settings.search import Search
 
 # With fewer prompts than so many batches, it takes longer to compile the programs of rows than they
 # save.
 WORTHWHILE = 4
 # Of the rows, those that are read for together: fewer wait for others, more are read sooner.
 _SHARE = 8
+
+
+def can_refill(search: Search) -> bool:
+    """Whether rows can stand at places of their own with that search."""
+    return search.num_beams == 1 and not search.stop
+
+
+def rows_for(prompts: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """(rows that answer so many prompts, those of them that are read for together).
+
+    `sizes` are those of `programs.sizes_of`.
+    """
+    rows = fewest(sizes, min(prompts, sizes[-1]))
+    return rows, fewest(sizes, max(1, rows // _SHARE))
 
 
 class Refilled:
@@ -78,7 +93,7 @@ class Refilled:
         decoding are left. A part is that of the prompts of each length.
         """
         generator, search = self._generator, self._generator.search
-        if search.num_beams > 1 or search.stop or isinstance(generator.system, Exact):
+        if not can_refill(search) or isinstance(generator.system, Exact):
             yield from generator.answered(
                 prompts,
                 max_new_tokens=max_new_tokens,
@@ -128,8 +143,7 @@ class Refilled:
     ) -> Iterator[tuple[list[int], Decoded]]:
         """(places, responses) of what has ended since it was last asked for, until all has."""
         generator, programs = self._generator, self._programs
-        size = programs.size_for(min(len(places), generator.batch_size))
-        together = programs.size_for(max(1, size // _SHARE))
+        size, together = rows_for(len(places), programs.sizes)
         waiting = deque(places)
         rows: list[int | None] = [None] * size  # whose place each is
         slots: Any = None
