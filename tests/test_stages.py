@@ -254,7 +254,7 @@ def test_training_can_be_extended_and_goes_on_where_it_was(copy):
 def test_stages_and_runs_find_the_tokens_that_are_there(copy, monkeypatch, caplog):
     """SLM and L2S have one tokenizer here, so that they learn the same tokens."""
     files = sorted((copy / "run/tokens").glob("*/*"))
-    assert [path.suffix for path in files] == [".json", ".arrow"] * 2
+    assert [path.suffix for path in files] == [".arrow", ".json"] * 2
     with monkeypatch.context() as patch:
         patch.setattr(token_files, "_made", None)
         config = read_config(str(copy / "run"))
