@@ -14,6 +14,7 @@ from test_distributed import TESTS, ended, free_port, start
 from l2s_jax.cluster import sharding
 from l2s_jax.experiment import feature_cache, scoring
 from l2s_jax.experiment.feature_files import FeatureFiles
+from l2s_jax.training.distillation import divergence
 
 DATA = rows_child.DATA
 # How much of the data another run made before.
@@ -48,6 +49,24 @@ def test_nothing_of_a_batch_is_gathered_on_a_mesh(sizes):
     assert not [shape for shape in shapes if len(shape) > 2 and shape[0] == rows]
     if mesh.shape["data"] == mesh.size:
         assert shapes == []
+
+
+def test_of_a_divergence_and_its_gradient_nothing_is_gathered():
+    mesh, rows = small.mesh_of(8, 1, 1), 16
+    shapes = {
+        "logits": (rows, 6, 40),
+        "mask": (rows, 6),
+        "ids": (rows, 6, 5),
+        "probs": (rows, 6, 5),
+    }
+    dtypes = {"mask": bool, "ids": np.int32}
+    arrays = [
+        sharding.put(np.ones(shape, dtypes.get(name, np.float32)), sharding.batch_sharding(mesh))
+        for name, shape in shapes.items()
+    ]
+    gradient = jax.jit(jax.value_and_grad(lambda *of: divergence(*of, 1.0)))
+    with jax.set_mesh(mesh):
+        assert gathered(gradient, *arrays) == []
 
 
 def first(count):

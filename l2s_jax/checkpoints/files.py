@@ -11,13 +11,11 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
 import numpy as np
 import safetensors
 
 from l2s_jax import sealed
-from l2s_jax.cluster import distributed
 from l2s_jax.copies import local
 from l2s_jax.files import (
     is_file,
@@ -239,6 +237,11 @@ def check_hashes(directory: str) -> None:
 
 def hashes_here() -> bool:
     """Whether this process reads files for their hashes: of a job, process 0 does."""
+    # Imported here: a look at a workdir doesn't wait for JAX.
+    import jax
+
+    from l2s_jax.cluster import distributed
+
     # Alone, a process need not have JAX look for devices.
     return not jax.distributed.is_initialized() or distributed.is_primary()
 

@@ -76,7 +76,7 @@ def likeliest(
     def read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = logits / temperature
         kept, ids = placement.top_k(logits, top_k)
-        rest = placement.by_rows(log_sum_of_others, logits, ids)
+        rest = log_sum_of_others(logits, ids)
         total = jax.nn.logsumexp(logits, axis=-1)
         log_probs = jnp.concatenate([kept, rest[..., None]], axis=-1) - total[..., None]
         return ids, log_probs.astype(jnp.float16)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int
 
+from l2s_jax.cluster.placement import by_rows
 from l2s_jax.cluster.sharding import AnyArray
 
 # In the place of a logit that does not count: of minus infinity, gradients would be no numbers.
@@ -103,8 +104,12 @@ _divergence.defvjp(_forward, _backward)
 
 def _put(x: jax.Array, ids: AnyArray, values: AnyArray | float) -> jax.Array:
     """x [B, S, V] with values [B, S, k] at ids [B, S, k], none at V."""
-    rows, steps = jnp.indices(ids.shape[:2], sparse=True)
-    return x.at[rows[..., None], steps[..., None], ids].set(values, mode="drop")
+
+    def put(x: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
+        rows, steps = jnp.indices(ids.shape[:2], sparse=True)
+        return x.at[rows[..., None], steps[..., None], ids].set(values, mode="drop")
+
+    return by_rows(put, x, jnp.asarray(ids), jnp.broadcast_to(values, ids.shape))
 
 
 def _relative(probs: jax.Array, log_others: jax.Array) -> jax.Array:
