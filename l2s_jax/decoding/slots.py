@@ -1,8 +1,9 @@
 """Requests that come and go, decoded side by side: each row of a state is a slot for one of them.
 
 Rows stand at places of their own and have settings of their own (`Choices`), so that a few programs
-serve any mix of requests: one reads prompts, one puts what they left into slots, one decodes a
-chunk, and one brings the requests that are left into fewer slots, or makes room for more.
+serve any mix of requests; where all have one `Search`, programs are of that search alone. One reads
+prompts, one puts what they left into slots, one decodes a chunk, and one brings the requests that
+are left into fewer slots, or makes room for more.
 
 What a slot says does not depend on the others: it is what the ordinary loops say of that prompt
 with that search and seed.
@@ -30,6 +31,7 @@ from l2s_jax.decoding.loop import repeat_while, until
 from l2s_jax.decoding.scores import Scores, no_scores
 from l2s_jax.models.cache import place
 from l2s_jax.models.systems import Params, System
+from l2s_jax.settings.search import Search
 
 
 class SlotState(struct.PyTreeNode):
@@ -74,12 +76,14 @@ class Slots(struct.PyTreeNode):
 class SlotLoop:
     """The loop of a system's step, with rows at places of their own.
 
-    `capacity` is the most tokens that any row may have.
+    `capacity` is the most tokens that any row may have. `search` is that of all rows; None: each
+    row has its own in the state, and a program has what any of them may need.
     """
 
     system: System
     end_ids: tuple[int, ...]
     capacity: int
+    search: Search | None = None
 
     def read(
         self,
@@ -138,9 +142,9 @@ class SlotLoop:
         return repeat_while(until(state.done, enough), one_step, state, most)
 
     def _choose(self, state: SlotState, logits: Float32[Array, "B V"]) -> SlotState:
-        choices, lengths = state.choices, state.lengths
-        chosen = constrain(choices, logits, state.history, lengths, self.end_ids)
-        token = pick(choices, chosen, lengths, keys_of(choices, state.seeds))
+        search, lengths = self.search or state.choices, state.lengths
+        chosen = constrain(search, logits, state.history, lengths, self.end_ids)
+        token = pick(search, chosen, lengths, keys_of(search, state.seeds))
         live = ~state.done
         ended = live & among(token, self.end_ids)
         history = state.history.write(token[None])

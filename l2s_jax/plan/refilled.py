@@ -14,7 +14,7 @@ from l2s_jax.decoding.slots import SlotLoop
 from l2s_jax.plan.models import Plan
 from l2s_jax.plan.program import Program, Work, held_bytes
 from l2s_jax.plan.target import Target
-from l2s_jax.settings.search import Search
+from l2s_jax.settings.search import Search, alone
 
 
 class Refilled:
@@ -26,7 +26,7 @@ class Refilled:
         """`weights` are those that decoding takes, where they lie on the mesh."""
         self._target, self._plan, self._weights = target, plan, weights
         self._rows, self._together, self._width = work.batch_size, work.together, width
-        self._capacity = work.max_new_tokens
+        self._capacity, self._search = work.max_new_tokens, alone(work.search)
 
     @functools.cached_property
     def _read(self) -> tuple[Program, Any, Any]:
@@ -95,4 +95,4 @@ class Refilled:
 
     def _loop(self, plan: Plan) -> SlotLoop:
         system = plan.system
-        return SlotLoop(system, (system.decoder.eos_id,), self._capacity)
+        return SlotLoop(system, (system.decoder.eos_id,), self._capacity, self._search)

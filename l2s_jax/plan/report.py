@@ -39,9 +39,8 @@ NOTES = """\
 - Decoding is planned greedily or by sampling; a beam search is planned as if it had one beam.
 - A run answers many prompts in rows, of which each takes the next prompt when its response has
   ended. *Read* is of the prompts that are read together, an eighth of the rows as a rule, and its
-  peak counts all rows that are held meanwhile; *insert* puts them there, beside the weights. What a
-  step of *advance* does for sampling and penalties is not in its bytes. Few prompts, beams and stop
-  texts have batches, by *encode*, *prefill* and *decode*.
+  peak counts all rows that are held meanwhile; *insert* puts them there, beside the weights. Few
+  prompts, beams and stop texts have batches, by *encode*, *prefill* and *decode*.
 - What is trained is float32 in memory; the frozen LLM and generation hold the weights of products
   in the products' dtype.
 """

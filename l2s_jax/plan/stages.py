@@ -221,8 +221,7 @@ class Run:
             return self._in_batches(stage, system, mesh, work, splits)
         sizes = sizes_of(work.batch_size, sharding.batch_ways(mesh))
         rows, together = rows_for(sizes[-1] if first is None else max(first, 1), sizes)
-        # How tokens are chosen is an argument of these programs.
-        work = dataclasses.replace(work, batch_size=rows, search={}, together=together)
+        work = dataclasses.replace(work, batch_size=rows, together=together)
         compiler, more = self._compilers.of(system, mesh, work), self._more_tokens(work)
         reads = steps = None
         known = [count for count in own if count is not None]

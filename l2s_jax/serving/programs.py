@@ -57,15 +57,19 @@ class Programs:
       step_s: what a step of so many slots takes, in seconds; of exact decoding, a block.
     """
 
-    def __init__(self, generator: Generator, max_slots: int):
-        """Raises a ValueError if the mesh does not split so many slots."""
+    def __init__(self, generator: Generator, max_slots: int, search: Search | None = None):
+        """`search` is that of all requests, if they have the same.
+
+        Raises:
+          ValueError: the mesh does not split so many slots.
+        """
         sharding.check_rows(max_slots, generator.mesh, "slots")
         system, capacity = generator.system, generator.max_new_tokens
         self._generator = generator
         self._loop: SlotLoop | ExactLoop = (
             ExactLoop(system, generator.end_ids, capacity, generator.search)
             if isinstance(system, Exact)
-            else SlotLoop(system, generator.end_ids, capacity)
+            else SlotLoop(system, generator.end_ids, capacity, search)
         )
         self.sizes = sizes_of(max_slots, sharding.batch_ways(generator.mesh))
         self.lengths = tuple(generator.prompt_lengths)

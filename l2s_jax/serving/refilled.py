@@ -53,7 +53,7 @@ class Refilled:
 
     def __init__(self, generator: Generator):
         self._generator = generator
-        self._programs = Programs(generator, generator.batch_size)
+        self._programs = Programs(generator, generator.batch_size, generator.search)
 
     def generate(
         self,
