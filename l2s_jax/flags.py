@@ -63,8 +63,8 @@ COMPILATION_CACHE = flags.DEFINE_string(
 VERIFY = flags.DEFINE_bool(
     "verify",
     False,
-    "Read all that has a hash, in the workdir and of the checkpoints, and trust none that is "
-    "remembered.",
+    "Read all files that a SHA256SUMS of the workdir names, and the checkpoints, for their hashes, "
+    "and trust none that is remembered.",
 )
 JSONL = flags.DEFINE_bool("jsonl", False, "generate: input is JSON Lines, whatever its name.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4 or cpu:8.")

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -43,9 +44,31 @@ import emulator  # noqa: E402
 import jax  # noqa: E402
 import shapes  # noqa: E402
 
+from l2s_jax.cluster import distributed  # noqa: E402
+
 store = emulator.store
 shapes.check(["l2s_jax.models", "l2s_jax.decoding", "l2s_jax.training"])
 
+
+# In a job, what process 0 does for all must not ask the others for anything: they wait for it.
+alone, acting = distributed.on_primary, threading.local()
+
+
+def on_primary(action):
+    if getattr(acting, "now", False):
+        raise AssertionError("on_primary within on_primary: a job would wait for ever")
+
+    def act():
+        acting.now = True
+        try:
+            return action()
+        finally:
+            acting.now = False
+
+    return alone(act)
+
+
+distributed.on_primary = on_primary
 
 # Tracing makes many objects and hardly any cycles: to look for those took a tenth of its time.
 gc.freeze()

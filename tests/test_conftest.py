@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import conftest
 import jax
 import jax.numpy as jnp
+import pytest
+
+from l2s_jax.cluster import distributed
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -46,3 +49,14 @@ def test_programs_are_kept_until_they_take_many_pieces_of_memory(monkeypatch):
     monkeypatch.setattr(conftest, "MOST_MAPS", 1)
     next_file()
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize("on_primary", [conftest.on_primary, conftest.alone])
+def test_what_process_0_does_for_all_asks_the_others_for_nothing(on_primary, monkeypatch):
+    """By its tests, and in a job, where it would wait for ever."""
+    state = SimpleNamespace(global_state=SimpleNamespace(client=object()))
+    monkeypatch.setattr(distributed, "runtime", state)
+    monkeypatch.setattr(distributed, "exchange", lambda value: [value])
+    with pytest.raises((AssertionError, RuntimeError), match="^on_primary within on_primary: "):
+        on_primary(lambda: on_primary(lambda: 1))
+    assert on_primary(lambda: 1) == 1

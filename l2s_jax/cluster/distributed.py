@@ -27,6 +27,7 @@ T = TypeVar("T")
 _numbers = itertools.count()
 _exchanges = itertools.count()
 limits = Limits()  # a job may set others
+_is_acting = False  # whether this process is at what others wait for
 
 
 def is_primary() -> bool:
@@ -62,15 +63,22 @@ def on_primary(action: Callable[[], T]) -> T:
     Raises:
       ValueError: on all processes, what `action` raised as ValueError or OSError.
       CannotWrite: likewise, where that is no mistake of whoever started the run.
+      RuntimeError: `action` calls it too, while the others wait for what `action` gives.
     """
+    global _is_acting
     if not runtime.global_state.client:
         return action()
+    if _is_acting:
+        raise RuntimeError("on_primary within on_primary: the other processes are not there")
     outcome: dict[str, Any] = {}
     if is_primary():
+        _is_acting = True
         try:
             outcome["value"] = action()
         except (ValueError, OSError) as error:
             outcome["error"], outcome["status"] = str(error), exit_status(error)
+        finally:
+            _is_acting = False
     (outcome,) = filter(None, exchange(outcome))
     if "error" in outcome:
         kind = CannotWrite if outcome["status"] == 1 else ValueError

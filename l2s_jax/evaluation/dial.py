@@ -71,6 +71,7 @@ def dial(config: ConfigDict, workdir: str) -> dict[str, Any]:
     references = [example.references for example in examples]
     sources = evaluate.sources_of(config, prompts)
     experiment.make()
+    models = dial_report.models_of(experiment)
     points = _points(experiment)
 
     def times() -> list[dict[str, float]]:
@@ -115,7 +116,7 @@ def dial(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 "metric_signatures": metrics.signatures(names, references, **scoring),
                 "likeness_signature": metrics.signatures(["chrf"], [("",)])["chrf"],
             },
-            "models": dial_report.models_of(experiment),
+            "models": models,
             "search": dataclasses.asdict(points[1].search),
             "points": found,
             "environment": evaluate.environment(*experiment.context.dtypes),

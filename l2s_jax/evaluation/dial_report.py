@@ -87,7 +87,7 @@ def check(dial: Mapping[str, Any]) -> None:
 
 
 def models_of(experiment: Experiment) -> dict[str, Any]:
-    """Hashes of the models that a dial is about."""
+    """Hashes of the models that a dial is about; one process may ask alone once all have."""
     return {
         stage.name: experiment.context.checkpoint(stage.directory)
         for stage in (experiment.llm, experiment.l2s)

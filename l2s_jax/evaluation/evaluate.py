@@ -67,6 +67,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
     sources = sources_of(context.config, prompts)
     # All of them before the first is read, which would take up memory while others train.
     experiment.make()
+    dial_report.models_of(experiment)  # by all processes, before one of them writes the report
     search = Search(**context.config.decoding.search.to_dict())
     is_exact = search.exact
     references = [example.references for example in examples]

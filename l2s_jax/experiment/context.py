@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 import logging
 import os
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from l2s_jax.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
+
+# Other versions of these may make other ids of the same files.
+_TOKENIZING = ("sentencepiece", "tokenizers", "transformers")
 
 # Of examples and responses to them: what these are worth, the more the better.
 Score = Callable[[Sequence[Example], Sequence[str]], float]
@@ -154,6 +158,7 @@ class Context:
 
         identity = {
             "version": token_files.VERSION,
+            "libraries": {name: importlib.metadata.version(name) for name in _TOKENIZING},
             "examples": examples.identity(),
             "prompt_tokenizer": how.prompt_tokenizer.identity,
             "response_tokenizer": how.response_tokenizer.identity,
