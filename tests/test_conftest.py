@@ -57,6 +57,6 @@ def test_what_process_0_does_for_all_asks_the_others_for_nothing(on_primary, mon
     state = SimpleNamespace(global_state=SimpleNamespace(client=object()))
     monkeypatch.setattr(distributed, "runtime", state)
     monkeypatch.setattr(distributed, "exchange", lambda value: [value])
-    with pytest.raises((AssertionError, RuntimeError), match="^on_primary within on_primary: "):
+    with pytest.raises((AssertionError, RuntimeError), match=r"^on_primary within on_primary: "):
         on_primary(lambda: on_primary(lambda: 1))
     assert on_primary(lambda: 1) == 1
