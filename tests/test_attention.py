@@ -329,6 +329,7 @@ def test_the_kernel_has_windows(window):
     check_kernel(small.mesh_of(1, 1, 1), groups=2, length=256, window=window)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
 def test_padding_between_real_positions_is_found(rows):
     mask = jnp.asarray(rows)

@@ -264,7 +264,7 @@ def test_both_start_from_the_same(job, monkeypatch, tmp_path):
     config, _ = job
     starts = {}
 
-    def fit(self, system, params, frozen, learnt):
+    def fit(self, system, params, frozen, learnt, policy):
         starts[self.name] = params["slm"] if "slm" in params else params["llm"]
         if self.name == "l2s":
             starts["projector"] = params["projector"]

@@ -292,7 +292,7 @@ def test_a_line_has_the_last_of_both_kinds_of_batches(uninterrupted):
 
 def test_no_parameter_of_the_llm_is_in_a_checkpoint(uninterrupted):
     saved = [path.name for path in (uninterrupted[1] / "checkpoints/6").iterdir() if path.is_dir()]
-    assert set(saved) - {"metrics"} == {"projector", "slm", "opt", "data", "config"}
+    assert set(saved) - {"metrics"} == {"projector", "slm", "opt", "average", "data", "config"}
 
 
 @pytest.fixture(scope="module")

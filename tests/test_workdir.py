@@ -22,7 +22,12 @@ class Made(RecordedStage):
         models = {name: SimpleNamespace(path="") for name in ("llm", "slm")}
         followed = Trackers((), str(directory), {})
         context = SimpleNamespace(
-            workdir=str(directory), mode=mode, config=models, shared="", trackers=followed
+            workdir=str(directory),
+            mode=mode,
+            config=models,
+            shared="",
+            trackers=followed,
+            sources=dict,
         )
         super().__init__(context, "llm")
         self.given, self.asked_to_go_on = inputs, []
