@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar, overload
@@ -30,7 +31,23 @@ class Example(NamedTuple):
     cut: bool = False
 
 
-class ExampleTable(Sequence[Example]):
+class Indexed(Sequence[T]):
+    """A sequence of what is `at` each place; a slice of it is a list."""
+
+    @abc.abstractmethod
+    def at(self, place: int) -> T:
+        """What is at a place from 0 on."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return [self.at(i) for i in places] if isinstance(places, range) else self.at(places)
+
+
+class ExampleTable(Indexed[Example]):
     """Examples as bytes, which lie in files where they are many; as objects each takes a kilobyte.
 
     Prompts come back with their spans.
@@ -63,20 +80,13 @@ class ExampleTable(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._flags)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        places = range(len(self))[index]
-        return [self._at(i) for i in places] if isinstance(places, range) else self._at(places)
-
     def __iter__(self) -> Iterator[Example]:
         for start in range(0, len(self), _AT_ONCE):
             yield from self._some(start, min(start + _AT_ONCE, len(self)))
 
-    def _at(self, index: int) -> Example:
-        return next(self._some(index, index + 1))
+    def at(self, place: int) -> Example:
+        """An example, made of its bytes."""
+        return next(self._some(place, place + 1))
 
     def _some(self, start: int, stop: int) -> Iterator[Example]:
         """Examples `start` to `stop`, whose bytes are read at once."""

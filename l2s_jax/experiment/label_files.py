@@ -8,13 +8,13 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from l2s_jax.data.examples import key_array
 from l2s_jax.data.ragged import Growing, GrowingRagged
-from l2s_jax.data.table import Example, chunks
+from l2s_jax.data.table import Example, Indexed, chunks
 from l2s_jax.data.tokens import AT_ONCE
 from l2s_jax.experiment import shards
 from l2s_jax.files import json_object, matching_names, read_bytes, write_json_lines
@@ -34,7 +34,7 @@ class Label(NamedTuple):
     cut: bool
 
 
-class Keys(Sequence[str]):
+class Keys(Indexed[str]):
     """What labels are kept by: a hash of the prompt, and which of its likes it is if sampled.
 
     Attributes:
@@ -55,15 +55,8 @@ class Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._hashes)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        places = range(len(self))[index]
-        return [self[i] for i in places] if isinstance(places, range) else self._text(places)
-
-    def _text(self, place: int) -> str:
+    def at(self, place: int) -> str:
+        """A key as the lines of files have it."""
         number = 0 if self._numbers is None else self._numbers[place]
         return f"{self._hashes[place].tobytes().hex()}{f'-{number}' if number else ''}"
 
@@ -208,7 +201,7 @@ def fill(
     shards.fill(store, keys, make, size=SHARD, together=together, announce=announce)
 
 
-class Labelled(Sequence[Example]):
+class Labelled(Indexed[Example]):
     """Examples with the responses of labels, whose text lies in files where it is much."""
 
     def __init__(self, examples: Sequence[Example], keys: Keys, store: LabelFiles):
@@ -234,15 +227,9 @@ class Labelled(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[i] for i in places]
-        return self._labelled(self._examples[places], self._places[places])
+    def at(self, place: int) -> Example:
+        """An example with the response of its label."""
+        return self._labelled(self._examples[place], self._places[place])
 
     def __iter__(self) -> Iterator[Example]:
         return map(self._labelled, self._examples, self._places)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
-from l2s_jax.data.table import Example
+from l2s_jax.data.table import Example, Indexed
 
 
-class Split(Sequence[Example]):
+class Split(Indexed[Example]):
     """Examples, and what they are without a look at them.
 
     Whoever needs only what was made from them, such as their tokens, need not read them.
@@ -33,12 +33,9 @@ class Split(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        return self._examples[index]
+    def at(self, place: int) -> Example:
+        """An example; the first one that is asked for has all read."""
+        return self._examples[place]
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self._examples)
