@@ -26,6 +26,7 @@ from absl.flags import adopt_module_key_flags
 from ml_collections import ConfigDict
 
 from l2s_jax import flags
+from l2s_jax.cluster import libtpu
 from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.files import exit_status, read_text
 from l2s_jax.messages import errors_once, one_line
@@ -199,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         flags.parse(argv)
         config = flags.config()
+        libtpu.prepare()
         with errors_once(), handled(), _job(), _verified():
             run(config, flags.WORKDIR.value, flags.MODE.value)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from l2s_jax.cluster import sharding
+from l2s_jax.cluster import libtpu, sharding
 from l2s_jax.cluster.chips import CHIPS, chip_of
 from l2s_jax.config import default
 from l2s_jax.models.geometries import GEOMETRIES
@@ -191,6 +192,44 @@ def test_other_chips(topology, gib, tmp_path):
     assert report["programs"]["encode"]["bytes_per_chip"]["capacity"] == int(gib * GIB)
     assert report["chip"]["source"].startswith("https://docs.cloud.google.com/tpu/docs/v")
     assert chip_of(open_slice(topology).devices[0]) is CHIPS[topology.split(":")[0]]
+
+
+@pytest.mark.parametrize("given", ["", "--xla_tpu_enable_latency_hiding_scheduler=true"])
+def test_libtpu_is_told_once_of_larger_stacks(given):
+    environment = {"LIBTPU_INIT_ARGS": given} if given else {}
+    libtpu.prepare(environment)
+    told = environment["LIBTPU_INIT_ARGS"].split()
+    assert told[: len(told) - 2] == given.split()
+    assert told[-2] == "--fibers_default_thread_stack_size=16777216"
+    libtpu.prepare(environment)
+    assert environment["LIBTPU_INIT_ARGS"].split() == told
+
+
+def test_flags_that_the_user_lets_libtpu_ignore_stay_ignored():
+    environment = {"LIBTPU_INIT_ARGS": "--undefok=mine --mine=1"}
+    libtpu.prepare(environment)
+    told = environment["LIBTPU_INIT_ARGS"].split()
+    assert told[0] == "--mine=1"
+    assert told[2:] == ["--undefok=mine,fibers_default_thread_stack_size"]
+
+
+def test_another_size_of_stacks_is_left_to_the_user():
+    environment = {"LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=1048576"}
+    libtpu.prepare(environment)
+    assert environment == {"LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=1048576"}
+
+
+def test_libtpu_ignores_what_it_does_not_know(monkeypatch):
+    """As `prepare` takes for granted of another libtpu; without `undefok` it ends the process."""
+    opening = "from l2s_jax.plan.slices import open_slice; print(open_slice('v5e:2x2').chips)"
+
+    def opened(flags: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "LIBTPU_INIT_ARGS": flags}
+        command = [sys.executable, "-c", opening]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert opened("--no_such_flag=1 --undefok=no_such_flag").stdout == "4\n"
+    assert "no_such_flag" in opened("--no_such_flag=1").stderr
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2s_jax.cluster import sharding
+from l2s_jax.cluster import libtpu, sharding
 from l2s_jax.cluster.chips import CHIPS, Chip
 from l2s_jax.cluster.granules import Numbered
 
@@ -129,6 +129,7 @@ def _tpus(kind: str, shape: str, slices: int = 1) -> Sequence[Any]:
     """The devices of so many slices, as libtpu has them."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    libtpu.prepare()
     settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         settings["chip_config_name"] = "megacore"  # one device per chip, as JAX has it on a v4
