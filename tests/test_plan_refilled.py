@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_lane import Numbers
-from test_plan import devices, everything, run_of, small_config
+from test_plan import devices, everything, planned, run_of, small_config
 
+from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.decoding import slots
-from l2s_jax.plan import hlo
+from l2s_jax.plan import command, costs, hlo
 from l2s_jax.plan.command import make_mesh
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Compilers
-from l2s_jax.plan.slices import open_slice
+from l2s_jax.plan.slices import Slice, open_slice
 from l2s_jax.plan.stages import Run, meshes_of
 from l2s_jax.plan.target import Target
 from l2s_jax.serving.generator import Generator
@@ -188,3 +190,38 @@ ENTRY %main (rows: f32[64,128], places: s32[2,1], new: f32[2,128]) -> f32[64,128
 }
 """
     assert hlo.memory_bytes(text) == 2 * 2 * 128 * 4
+
+
+def test_a_sweep_ranks_the_meshes_of_labels_by_their_tokens_per_second(tmp_path, monkeypatch):
+    config = small_config(data=2)
+    config.labels.source, config.labels.batch_size = "llm", 8
+    config.labels.mesh.update(data=2, fsdp=1, tensor=1)
+
+    def rated(topology: str) -> Slice:
+        return dataclasses.replace(open_slice(topology), chip=CHIPS["v5e"])
+
+    monkeypatch.setattr(command, "open_slice", rated)
+    monkeypatch.setattr(Run, "stages", lambda self: iter(()))
+    settings = {"programs": ["run"], "examples": 100, "sweep": True, "response_tokens": 5.0}
+    sweep = planned(config, tmp_path, "cpu:2", **settings)["sweep"]
+    assert list(sweep) == ["labels"]
+    rows = sweep["labels"]
+    shapes = {tuple(row["mesh"].values()) for row in rows}
+    assert shapes == {(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 2)}
+    rates = [row["tokens_per_s"] for row in rows]
+    assert rates == sorted(rates, reverse=True) and rates[-1] > 0
+    assert all(0 < row["peak"] < 1 << 20 for row in rows)
+    # Of 8 rows one is read for at a time on either device; of 5 tokens the first comes of reading.
+    where = rated("cpu:2")
+    meshes = command.meshes_of(config, where, make_mesh(config, where), make_mesh)
+    run = Run(Compilers(make_plan(config, "cpu"), config, where), meshes, 100, 5.0)
+    stage, tokens = run.labels_of_all_rows(meshes.labels, 8)
+    assert tokens == 8 * 5
+    assert stage.times == {"read": 4, "insert": 4, "advance": 4}
+    programs = costs.stage_report(stage, where, None, None)["programs"]
+    seconds = (
+        sum(programs[name]["roofline_ms"] * times for name, times in stage.times.items()) / 1e3
+    )
+    (rate,) = [row["tokens_per_s"] for row in rows if row["mesh"]["data"] == 2]
+    assert rate == pytest.approx(40 / seconds)
+    assert "\n| labels | 2 | 1 | 1 | 1 | 8 | " in (tmp_path / "plan.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,17 @@ from l2s_jax.config import mesh_sizes, naming_mesh, typed
 from l2s_jax.experiment.early import check_division, check_models
 from l2s_jax.plan import costs, kept, report
 from l2s_jax.plan.models import Plan, make_plan, models_of
-from l2s_jax.plan.program import shard_bytes
+from l2s_jax.plan.program import Program, shard_bytes
 from l2s_jax.plan.programs import PROGRAMS, RUN, Compiler, Compilers
 from l2s_jax.plan.slices import Slice, open_slice
-from l2s_jax.plan.stages import Run, answering_to_evaluate, longest, meshes_of, trainings_of
+from l2s_jax.plan.stages import (
+    Run,
+    answering_mesh,
+    answering_to_evaluate,
+    longest,
+    meshes_of,
+    trainings_of,
+)
 from l2s_jax.settings import rules
 from l2s_jax.training import optim, update
 
@@ -123,7 +131,7 @@ def plan(
             if too_large & set(names)
         }
     if sweep:
-        result["sweep"] = _sweep(compilers, parts, batch_sizes)
+        result["sweep"] = _sweep(compilers, parts, run, batch_sizes)
     return report.write(result, workdir)
 
 
@@ -167,9 +175,9 @@ def make_mesh(config: ConfigDict, where: Slice, section: str = "") -> Mesh:
 def meshes(config: ConfigDict, where: Slice, part: str) -> Iterator[Mesh]:
     """Every mesh over the slice whose axes lie along the slice's own.
 
-    `sequence` is as the part of what L2S does, train or generate, has it.
+    `sequence` is as the part of what a run does, train, generate or labels, has it.
     """
-    section = "" if part == "train" else "decoding"
+    section = {"train": "", "generate": "decoding"}.get(part, part)
     sequence = mesh_sizes(config, section)["sequence"]
     if sequence == -1:
         sequence = make_mesh(config, where, section).shape["sequence"]
@@ -235,34 +243,55 @@ def _with_room(compilers: Compilers, part: str) -> list[tuple[int, Mesh]]:
 
 
 def _sweep(
-    compilers: Compilers, parts: Sequence[str], batch_sizes: Sequence[int]
+    compilers: Compilers, parts: Sequence[str], run: Run | None, batch_sizes: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """For training and for generation, the meshes and batches that fit, fastest first."""
-    ranked: dict[str, list[dict[str, Any]]] = {}
+    """For training, generation and labels, the meshes and batches that fit, fastest first."""
     config, where = compilers.config, compilers.slice
+    tries = {part: functools.partial(_tried, compilers, part) for part in parts}
     sizes = {"train": config.l2s.train.batch_size, "generate": config.decoding.batch_size}
-    for name in parts:
+    if run and config.labels.source == "llm":
+        tries["labels"] = functools.partial(_tried_labels, run, where)
+        sizes["labels"] = config.labels.batch_size
+    ranked: dict[str, list[dict[str, Any]]] = {}
+    for name, tried in tries.items():
         rows = []
         for batch_size in batch_sizes or (sizes[name],):
-            changed = with_rows(config, batch_size)
             for mesh in meshes(config, where, name):
                 try:
-                    compiler = _compiler(compilers, changed, mesh, name)
+                    compiled, tokens_per_s = tried(mesh, batch_size)
                 except ValueError:
                     continue  # it does not divide
-                compiled = dict(compiler.compile(_PARTS[name]))
-                reports = {n: costs.program_report(p, where) for n, p in compiled.items()}
                 log.info("plan: %s with %d rows on %s", name, batch_size, sharding.mesh_name(mesh))
                 if not all(program.fits for program in compiled.values()):
                     continue
-                rate = report.throughput(reports, changed, where.chips, None).get(name)
                 rows.append(
                     {
                         "mesh": dict(mesh.shape),
                         "batch_size": batch_size,
-                        "tokens_per_s": rate and rate["tokens_per_s"],
+                        "tokens_per_s": tokens_per_s,
                         "peak": max(program.peak or 0 for program in compiled.values()),
                     }
                 )
         ranked[name] = sorted(rows, key=lambda row: (-(row["tokens_per_s"] or 0), row["peak"]))
     return ranked
+
+
+# The programs of some work on a mesh with batches of some size, and tokens per second.
+Tried = tuple[dict[str, Program], float | None]
+
+
+def _tried(compilers: Compilers, part: str, mesh: Mesh, batch_size: int) -> Tried:
+    """One of _PARTS."""
+    config, where = with_rows(compilers.config, batch_size), compilers.slice
+    compiled = dict(_compiler(compilers, config, mesh, part).compile(_PARTS[part]))
+    reports = {name: costs.program_report(one, where) for name, one in compiled.items()}
+    rate = report.throughput(reports, config, where.chips, None).get(part)
+    return compiled, rate and rate["tokens_per_s"]
+
+
+def _tried_labels(run: Run, where: Slice, mesh: Mesh, batch_size: int) -> Tried:
+    """The LLM's labels."""
+    stage, tokens = run.labels_of_all_rows(answering_mesh(where, mesh), batch_size)
+    compiled = stage.compile()
+    hours = costs.stage_report(stage, where, None, None)["hours"]
+    return compiled, hours and tokens / hours / 3600

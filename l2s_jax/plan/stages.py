@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -90,6 +90,11 @@ def answering(section: ConfigDict, where: str, tokens: int) -> Work:
     return Work(None, section.batch_size, tokens, section.search.to_dict(), decoding_where=where)
 
 
+def labelling(config: ConfigDict) -> Work:
+    """Likewise, of the LLM for the labels."""
+    return answering(config.labels, "labels", label_tokens(config))
+
+
 def answering_to_evaluate(config: ConfigDict) -> Work:
     """Likewise, of each system for the report."""
     return answering(config.decoding, "decoding", config.decoding.max_new_tokens)
@@ -107,14 +112,17 @@ def meshes_of(config: ConfigDict, where: Slice, mesh: Mesh, make: Callable[..., 
     Raises:
       ValueError: one that does not fit the slice, or that does not split a batch of the run.
     """
-    # Of the processes all have as many devices; what the first one has is what each has.
     decoding, labels = (
-        alone(where, sharding.decoding_mesh(make(config, where, section)))
-        for section in ("decoding", "labels")
+        answering_mesh(where, make(config, where, section)) for section in ("decoding", "labels")
     )
     found = Meshes(mesh, make(config, where, "features"), decoding, labels)
     check_batches(config, found)
     return found
+
+
+def answering_mesh(where: Slice, mesh: Mesh) -> Mesh:
+    """Of a process of a job that answers on `mesh`: all have as many devices as the first."""
+    return alone(where, sharding.decoding_mesh(mesh))
 
 
 def examples_of(config: ConfigDict, split: str) -> int | None:
@@ -174,8 +182,8 @@ class Run:
         if "llm" in trainings:
             yield self._training("llm", trainings["llm"])
         if config.labels.source == "llm":
-            work = answering(config.labels, "labels", label_tokens(config))
-            yield self._answering("labels", "llm", meshes.labels, work, learnt)
+            own = self._own(learnt, meshes.labels)
+            yield self._answering("labels", "llm", meshes.labels, labelling(config), own)
         if config.distillation.weight:
             work = Work(batch_size=config.distillation.batch_size, decoding_where="distillation")
             yield self._pass("logits", "llm", meshes.labels, "score", work, learnt[:1])
@@ -189,10 +197,17 @@ class Run:
             yield self._training("l2s tuned", trainings["l2s"])
         else:
             yield self._training("l2s", trainings["l2s"])
-        answers = (meshes.decoding, answering_to_evaluate(config), ("evaluation",))
+        own = self._own(["evaluation"], meshes.decoding)
+        answers = (meshes.decoding, answering_to_evaluate(config), own)
         for name in ("llm", "slm", "l2s"):
             yield self._answering(f"evaluation: {name}", name, *answers, WORTHWHILE)
         yield self._in_batches("evaluation: l2s_mismatched", "l2s", *answers)
+
+    def labels_of_all_rows(self, mesh: Mesh, rows: int) -> tuple[Stage, float]:
+        """Labels on a mesh, of as many prompts as it has rows; how many tokens they have."""
+        work = dataclasses.replace(labelling(self._config), batch_size=rows)
+        stage = self._answering("labels", "llm", mesh, work, [rows])
+        return stage, stage.groups * rows * self.tokens_of(work)
 
     def _training(self, stage: str, training: Training) -> Stage:
         work = training.work
@@ -206,23 +221,22 @@ class Run:
         system: str,
         mesh: Mesh,
         work: Work,
-        splits: tuple[str, ...],
+        own: Sequence[int | None],
         fewest_batches: int = 0,
     ) -> Stage:
-        """Answers to all of these splits, in rows that are refilled.
+        """Answers to prompts of several splits, of which each group has `own`.
 
-        In batches where a run does so: fewer prompts of the first split than so many batches, and
-        some searches.
+        In rows that are refilled. In batches where a run does so: fewer prompts of the first split
+        than so many batches, and some searches.
         """
-        own = [self._own(split, mesh) for split in splits]
         first = own[0]
         few = first is not None and first < fewest_batches * work.batch_size
         if few or not can_refill(search.alone(work.search)):
-            return self._in_batches(stage, system, mesh, work, splits)
+            return self._in_batches(stage, system, mesh, work, own)
         sizes = sizes_of(work.batch_size, sharding.batch_ways(mesh))
         rows, together = rows_for(sizes[-1] if first is None else max(first, 1), sizes)
         work = dataclasses.replace(work, batch_size=rows, together=together)
-        compiler, more = self._compilers.of(system, mesh, work), self._more_tokens(work)
+        compiler, more = self._compilers.of(system, mesh, work), self.tokens_of(work) - 1
         reads = steps = None
         known = [count for count in own if count is not None]
         if len(known) == len(own):
@@ -232,37 +246,38 @@ class Run:
         return Stage(stage, compiler, rows, self._groups(mesh), times)
 
     def _in_batches(
-        self, stage: str, system: str, mesh: Mesh, work: Work, splits: tuple[str, ...]
+        self, stage: str, system: str, mesh: Mesh, work: Work, own: Sequence[int | None]
     ) -> Stage:
         compiler = self._compilers.of(system, mesh, work)
-        batches = self._batches(work, mesh, splits)
-        steps = None if batches is None else math.ceil(batches * self._more_tokens(work))
+        batches = _batches(work, own)
+        steps = None if batches is None else math.ceil(batches * (self.tokens_of(work) - 1))
         times = {"encode": batches, "prefill": batches, "decode": steps}
         return Stage(stage, compiler, work.batch_size, self._groups(mesh), times)
 
-    def _more_tokens(self, work: Work) -> float:
-        """Of a response, after the first: on average, or of one that is as long as it may be."""
-        return min(self.response_tokens or math.inf, work.max_new_tokens) - 1
+    def tokens_of(self, work: Work) -> float:
+        """Of a response: on average, or of one that is as long as it may be."""
+        return min(self.response_tokens or math.inf, work.max_new_tokens)
 
     def _pass(
         self, stage: str, system: str, mesh: Mesh, program: str, work: Work, splits: tuple[str, ...]
     ) -> Stage:
         """Once over the examples."""
         compiler = self._compilers.of(system, mesh, work)
-        times = {program: self._batches(work, mesh, splits)}
+        times = {program: _batches(work, self._own(splits, mesh))}
         return Stage(stage, compiler, work.batch_size, self._groups(mesh), times)
 
     def _groups(self, mesh: Mesh) -> int:
         return len(self._compilers.slice.devices) // mesh.size
 
-    def _own(self, split: str, mesh: Mesh) -> int | None:
-        """Examples of a split that each group of devices has."""
-        count = self.examples[split]
-        return None if count is None else -(-count // self._groups(mesh))
+    def _own(self, splits: Iterable[str], mesh: Mesh) -> list[int | None]:
+        """Examples of each split that each group of devices has."""
+        counts = (self.examples[split] for split in splits)
+        return [None if count is None else -(-count // self._groups(mesh)) for count in counts]
 
-    def _batches(self, work: Work, mesh: Mesh, splits: tuple[str, ...]) -> int | None:
-        """Batches of each group of devices, over all examples of these splits."""
-        own = [self._own(split, mesh) for split in splits]
-        if None in own:
-            return None
-        return sum(-(-count // work.batch_size) for count in own if count is not None)
+
+def _batches(work: Work, own: Sequence[int | None]) -> int | None:
+    """Batches of a group of devices that has so many examples of each split."""
+    known = [count for count in own if count is not None]
+    if len(known) < len(own):
+        return None
+    return sum(-(-count // work.batch_size) for count in known)
