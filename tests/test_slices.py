@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 import test_plan
 
@@ -157,3 +158,15 @@ def test_a_plan_for_two_tpu_slices_has_the_time_between_them(tmp_path):
     encode = report["programs"]["encode"]
     assert encode["dcn"] == {"collectives": {}, "bytes_sent": 0} and encode["dcn_ms"] == 0
     assert "Between its 2 slices a chip sends 3.125 GB/s" in (tmp_path / "plan.md").read_text()
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v5p:4x4x4", "v5p:4x4x4*2"])
+def test_an_axis_may_lie_along_a_part_of_the_slices_own(topology):
+    """8 is not a product of 4s."""
+    where = open_slice(topology)
+    mesh = sharding.make_mesh({"data": -1, "tensor": 8, "slices": where.slices}, where.devices)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in where.devices}
+    for row in mesh.devices.reshape(-1, 8):
+        places = np.array([device.coords for device in row])
+        assert len({getattr(device, "slice_index", 0) for device in row}) == 1
+        assert sorted(np.ptp(places, axis=0) + 1)[-2:] == [2, 4]  # neighbours

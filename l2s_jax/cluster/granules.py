@@ -58,10 +58,19 @@ def check(slices: int, devices: Sequence[Any], process_is_granule: bool) -> None
 def arranged(
     shape: Sequence[int], slices: int, devices: Sequence[Any], process_is_granule: bool
 ) -> np.ndarray:
-    """The devices in this shape; the first axis goes slice by slice, and each slice is whole."""
+    """The devices in this shape; the first axis goes slice by slice, and each slice is whole.
+
+    Axes lie along those of a slice where they can, else along parts of them.
+    """
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     inner, outer = [shape[0] // slices, *shape[1:]], [slices] + [1] * (len(shape) - 1)
     found = mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices, process_is_granule=process_is_granule
+        inner,
+        outer,
+        devices,
+        process_is_granule=process_is_granule,
+        allow_split_physical_axes=True,
     )
     real = np.empty(found.shape, object)
     for place, device in np.ndenumerate(found):

@@ -77,8 +77,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     slices, by_process = sizes.get("slices", 1), bool(sizes.get("process_is_granule"))
     devices = jax.devices() if devices is None else devices
     granules.check(slices, devices, by_process)
-    if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=axis_types, devices=devices)
     if shape[0] % slices:
         within = [math.gcd(size, count // slices) for size in shape[1:]]
         raise ValueError(

@@ -160,20 +160,12 @@ def make_mesh(config: ConfigDict, where: Slice, section: str = "") -> Mesh:
             f"config.mesh.slices={config.mesh.slices}: --topology={where.topology} has "
             f"{where.slices}; expected the same"
         )
-    sizes = mesh_sizes(config, section)
     with naming_mesh(config, section):
-        try:
-            return sharding.make_mesh(sizes, where.devices)
-        except NotImplementedError:
-            asked = sharding.axes_name([sizes[axis] for axis in sharding.AXES])
-            raise ValueError(
-                f"mesh {asked}: its axes cannot be laid along those of {where.topology}; expected "
-                "axes whose sizes are products of the slice's"
-            ) from None
+        return sharding.make_mesh(mesh_sizes(config, section), where.devices)
 
 
 def meshes(config: ConfigDict, where: Slice, part: str) -> Iterator[Mesh]:
-    """Every mesh over the slice whose axes lie along the slice's own.
+    """Every mesh over the slice, or over several, of which data goes from one to the next.
 
     `sequence` is as the part of what a run does, train, generate or labels, has it.
     """
@@ -189,7 +181,7 @@ def meshes(config: ConfigDict, where: Slice, part: str) -> Iterator[Mesh]:
             try:
                 yield make_mesh(other, where)
             except ValueError:
-                continue
+                continue  # data that the slices do not divide
 
 
 def with_rows(config: ConfigDict, batch_size: int) -> ConfigDict:
