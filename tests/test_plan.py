@@ -414,6 +414,8 @@ def test_what_a_program_without_loops_reads_and_writes_is_what_the_compiler_coun
         ("%b = f32[8]{0} fusion(%main, %own), kind=kLoop, calls=%sum", 64),
         ("%b = f32[8]{0:S(1)} fusion(%own, %own), kind=kLoop, calls=%sum", 0),
         ("%b = (f32[8]{0}, f32[8]{0:S(1)}) fusion(%own, %own), kind=kLoop, calls=%both", 32),
+        # A fusion within it only gives the argument another shape.
+        ("%b = f32[8]{0:S(1)} fusion(%main, %own), kind=kOutput, calls=%reshaped_sum", 32),
         # Two of the fusions that carry a collective on: its result, and their sums.
         (
             "%b = (f32[8]{0}, f32[2]{0}, f32[8]{0}) fusion(%part, %main), kind=kOutput, "
@@ -436,6 +438,18 @@ def test_what_stays_on_the_chip_is_not_counted(line, moved):
   %p0 = f32[8]{{0}} parameter(0)
   %p1 = f32[8]{{0}} parameter(1)
   ROOT %s = f32[8]{{0}} add(%p0, %p1)
+}}
+
+%reshaped (u0: f32[8]) -> f32[8] {{
+  %u0 = f32[8]{{0}} parameter(0)
+  ROOT %u = f32[8]{{0}} bitcast(%u0)
+}}
+
+%reshaped_sum (v0: f32[8], v1: f32[8]) -> f32[8] {{
+  %v0 = f32[8]{{0}} parameter(0)
+  %v1 = f32[8]{{0}} parameter(1)
+  %v2 = f32[8]{{0}} fusion(%v0), kind=kLoop, calls=%reshaped
+  ROOT %v = f32[8]{{0:S(1)}} add(%v2, %v1)
 }}
 
 %both (q0: f32[8], q1: f32[8]) -> (f32[8], f32[8]) {{

@@ -29,7 +29,7 @@ from l2s_jax.decoding.exact import ExactLoop
 from l2s_jax.decoding.logits import History, among, history_of
 from l2s_jax.decoding.loop import repeat_while, until
 from l2s_jax.decoding.scores import Scores, no_scores
-from l2s_jax.models.cache import place
+from l2s_jax.models.cache import place, taking_turns, turned_to
 from l2s_jax.models.systems import Params, System
 from l2s_jax.settings.search import Search
 
@@ -113,7 +113,7 @@ class SlotLoop:
             seeds=jnp.asarray(seeds),
             choices=choices,
             scores=no_scores(wanted, room),
-            cache=cache.replace(index=cache.index + every),
+            cache=taking_turns(cache),
             room=room,
         )
         return state, (logits,)
@@ -135,7 +135,7 @@ class SlotLoop:
         def one_step(state: SlotState) -> SlotState:
             last = jnp.take_along_axis(state.history.tokens, state.history.end[None] - 1, axis=0)
             logits, cache = self.system.step(trained, last[0], state.cache)
-            # A row that is done stays where it is, and writes over what no one reads.
+            # A row that is done stays where it is, and writes what no one reads.
             index = jnp.where(state.done, state.cache.index, cache.index)
             return self._choose(state.replace(cache=cache.replace(index=index)), logits)
 
@@ -283,6 +283,9 @@ def insert(slots: Slots, new: Slots, places: Int[AnyArray, " R"]) -> Slots:
         where = (slice(None),) * axis + (places,)
         return old.at[where].set(rows, mode="drop")
 
+    if isinstance(slots.rows, SlotState) and isinstance(new.rows, SlotState):
+        cache = turned_to(new.rows.cache, slots.rows.cache.turn)
+        new = new.replace(rows=new.rows.replace(cache=cache))
     joined = _each(put, slots, new)
     if isinstance(slots.rows, ExactState) and isinstance(new.rows, ExactState):
         # A share that passed is remembered as long as somebody is there.
@@ -326,6 +329,8 @@ def _each(change: Callable[..., jax.Array], slots: Slots, *others: Slots) -> Slo
     )
     if isinstance(slots.rows, ExactState):
         rows = rows.replace(origin=(-1, -1), rate=-1)
+    elif rows.cache is not None:
+        rows = rows.replace(cache=rows.cache.replace(turn=-1))
     return jax.tree.map(
         lambda axis, leaf, *leaves: leaf if axis < 0 else change(axis, leaf, *leaves),
         axes.replace(rows=rows), slots, *others,

@@ -32,7 +32,7 @@ def mask_bias(mask: Bool[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
     return jnp.where(mask, 0.0, MASKED)
 
 
-def in_window(
+def _in_window(
     window: int | Int32[Array, ""], positions: Int32[Array, "B Q"], of_keys: Int32[Array, "B K"]
 ) -> Bool[Array, "B Q K"]:
     """Whether a key is fewer than so many positions before a query."""
@@ -69,7 +69,7 @@ class CausalBias(struct.PyTreeNode):
         own, other = start + jnp.arange(queries), first + jnp.arange(keys)
         visible = _at(self.mask, other)[:, None, :] & (other[None, :] <= own[:, None])[None]
         if self.window is not None:
-            near = in_window(self.window, _at(self.positions, own), _at(self.positions, other))
+            near = _in_window(self.window, _at(self.positions, own), _at(self.positions, other))
             visible = visible & near
         return mask_bias(visible)[:, None]
 
@@ -82,7 +82,7 @@ class CausalBias(struct.PyTreeNode):
         if self.window is None or program_mesh() is not None:
             return before
         own, other = start + jnp.arange(queries), first + jnp.arange(keys)
-        near = in_window(self.window, _at(self.positions, own), _at(self.positions, other))
+        near = _in_window(self.window, _at(self.positions, own), _at(self.positions, other))
         return before & jnp.any(near)
 
 

@@ -6,6 +6,11 @@ where these divide: see `place`.
 
 `index` says how many tokens of the response are held: one number where all rows stand together, or
 one per row. A row goes back by a smaller number, what is held beyond it is not seen.
+
+A token of the response lies in the slot of its place. Where rows stand at places of their own, each
+then has its own slot to write to, which TPUs do one row after the other. Rows that all go on by one
+token at a time have a `turn` instead: the slot that all write to next, the first one again after
+the last. What a row holds is in the `index` slots before that.
 """
 
 from __future__ import annotations
@@ -36,12 +41,19 @@ class DecoderCache(struct.PyTreeNode):
     self_attention: one KeyValue [B, N, S, H] per layer; positions >= index hold nothing.
     cross_attention: one KeyValue [B, N, T, H] per layer, computed once from the encoder's output.
     prompt_mask: true at real prompt positions.
+    turn: see above; None: tokens lie at their places.
     """
 
     index: Int32[Array, "*rows"]
     self_attention: tuple[KeyValue, ...]
     cross_attention: tuple[KeyValue, ...]
     prompt_mask: Bool[AnyArray, "B T"]
+    turn: Int32[Array, ""] | None = None
+
+    @property
+    def slots(self) -> int:
+        """S: for how many tokens of the response there is room."""
+        return self.self_attention[0].key.shape[2]
 
 
 class CausalCache(struct.PyTreeNode):
@@ -52,6 +64,7 @@ class CausalCache(struct.PyTreeNode):
     prompt_positions: of the token in each slot of the prompt, padding not counted.
     prompt_lengths: real tokens of each prompt: the position of the response's first.
     layers: one KeyValue [B, G, T + S, H] per layer; slots >= T + index hold nothing.
+    turn: see above, not counting the prompt's slots; None: tokens lie at their places.
     """
 
     index: Int32[Array, "*rows"]
@@ -59,6 +72,12 @@ class CausalCache(struct.PyTreeNode):
     prompt_positions: Int32[Array, "B T"]
     prompt_lengths: Int32[Array, " B"]
     layers: tuple[KeyValue, ...]
+    turn: Int32[Array, ""] | None = None
+
+    @property
+    def slots(self) -> int:
+        """S: for how many tokens of the response there is room."""
+        return self.layers[0].key.shape[2] - self.prompt_slots
 
     @property
     def prompt_slots(self) -> int:
@@ -80,6 +99,63 @@ def place(cache: Cache) -> Cache:
 def block(index: Int32[Array, "*rows"], size: int) -> Int32[Array, "#B {size}"]:
     """The places of the `size` tokens after the first `index`, of all rows or of each."""
     return index.reshape(-1, 1) + jnp.arange(size, dtype=jnp.int32)[None]
+
+
+def ages(cache: DecoderCache | CausalCache, count: int) -> Int32[Array, "#B {count} S"]:
+    """By how many tokens what a slot holds, or will hold, comes before each of the next `count`.
+
+    Below 0: it comes after it. More than the token's place: it is no part of the row.
+    """
+    slots = jnp.arange(cache.slots, dtype=jnp.int32)
+    if cache.turn is None:
+        return block(cache.index, count)[:, :, None] - slots[None, None, :]
+    _one_at_a_time(count)
+    return ((cache.turn - slots) % cache.slots)[None, None]
+
+
+def next_slot(cache: DecoderCache | CausalCache) -> Int32[Array, "*rows"]:
+    """The response's slot that is written next, of all rows or of each."""
+    return cache.index if cache.turn is None else cache.turn
+
+
+def gone_on(cache: Cache, count: int) -> Cache:
+    """The cache, when it has so many tokens more."""
+    cache = cache.replace(index=cache.index + count)
+    if cache.turn is None:
+        return cache
+    _one_at_a_time(count)
+    return cache.replace(turn=(cache.turn + 1) % cache.slots)
+
+
+def _one_at_a_time(count: int) -> None:
+    if count != 1:
+        raise ValueError(f"{count} tokens at once: expected 1 where rows have a common turn")
+
+
+def taking_turns(cache: Cache) -> Cache:
+    """The cache of rows that stand together, as one of rows at places of their own with a turn."""
+    rows = cache.prompt_mask.shape[0]
+    return cache.replace(index=jnp.broadcast_to(cache.index, (rows,)), turn=cache.index)
+
+
+def turned_to(cache: Cache, turn: Int32[Array, ""]) -> Cache:
+    """The cache of rows that have a turn, with what they hold in the slots before another one."""
+    name, first = _of_response(cache)
+    assert cache.turn is not None
+    by = turn - cache.turn
+
+    def move(leaf: jax.Array) -> jax.Array:
+        moved = jnp.roll(leaf[:, :, first:], by, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, moved, first, axis=2)
+
+    return cache.replace(turn=turn, **{name: jax.tree.map(move, getattr(cache, name))})
+
+
+def _of_response(cache: DecoderCache | CausalCache) -> tuple[str, int]:
+    """The keys and values of the response: where they are, and in which slot the first is."""
+    if isinstance(cache, DecoderCache):
+        return "self_attention", 0
+    return "layers", cache.prompt_slots
 
 
 def empty_key_value(
@@ -116,10 +192,7 @@ def take_hypotheses(cache: Cache, parents: Int32[Array, "prompts beams"]) -> Cac
 
     What the prompt left stays where it is: it is the same for all hypotheses of a prompt.
     """
-    if isinstance(cache, DecoderCache):
-        name, first = "self_attention", 0
-    else:
-        name, first = "layers", cache.prompt_slots
+    name, first = _of_response(cache)
 
     def take(leaf: jax.Array) -> jax.Array:
         decoded = leaf[:, :, first:]

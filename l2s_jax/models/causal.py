@@ -19,8 +19,16 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 from l2s_jax.cluster.placement import split_prompt, split_rows
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.attention import at_once, whole_length
-from l2s_jax.models.biases import CausalBias, in_window, mask_bias
-from l2s_jax.models.cache import CausalCache, KeyValue, block, place
+from l2s_jax.models.biases import CausalBias, mask_bias
+from l2s_jax.models.cache import (
+    CausalCache,
+    KeyValue,
+    ages,
+    block,
+    gone_on,
+    next_slot,
+    place,
+)
 from l2s_jax.models.family import Embeds
 from l2s_jax.models.layers import unit
 from l2s_jax.models.stacking import each_layer, run_layers
@@ -214,29 +222,29 @@ class CausalModel(Embeds):
         them in); as K times `step`.
         """
         rows, count = x.shape[:2]
-        length = cache.layers[0].key.shape[2] - cache.prompt_slots
         own = jnp.broadcast_to(block(cache.index, count), (rows, count))
-        slots = jnp.arange(length, dtype=jnp.int32)
-        of_prompt = jnp.broadcast_to(
-            cache.prompt_mask[:, None, :], (rows, count, cache.prompt_slots)
-        )
-        own_slots = slots[None, None, :] <= own[:, :, None]
-        visible = jnp.concatenate([of_prompt, own_slots], axis=2)
         positions = cache.prompt_lengths[:, None] + own
-        key_positions = jnp.concatenate(
-            [cache.prompt_positions, cache.prompt_lengths[:, None] + slots[None]], axis=1
-        )
+
+        def of_all(prompt: AnyArray, response: jax.Array) -> jax.Array:
+            both = ((prompt, cache.prompt_slots), (response, cache.slots))
+            return jnp.concatenate(
+                [jnp.broadcast_to(part, (rows, count, slots)) for part, slots in both], axis=2
+            )
+
+        before = ages(cache, count)
+        held = (before >= 0) & (before <= own[:, :, None])
+        visible = of_all(cache.prompt_mask[:, None], held)
+        before = of_all(positions[:, :, None] - cache.prompt_positions[:, None], before)
         windows, which = _distinct(self.config.windows)
-        biases = [_bias(window, visible, positions, key_positions) for window in windows]
+        biases = [_bias(window, visible, before) for window in windows]
         x = split_rows(self.enter(x, positions))
         written = []
-        layers = each_layer(self.layers)
+        layers, slot = each_layer(self.layers), cache.prompt_slots + next_slot(cache)
         for layer, i, held in zip(layers, which, cache.layers, strict=True):
-            x, key_value = layer(x, positions, biases[i], held, cache.prompt_slots + cache.index)
+            x, key_value = layer(x, positions, biases[i], held, slot)
             x = split_rows(x)
             written.append(key_value)
-        cache = cache.replace(index=cache.index + count, layers=tuple(written))
-        return self.logits(x), cache
+        return self.logits(x), gone_on(cache.replace(layers=tuple(written)), count)
 
     def step(
         self, token: Int[AnyArray, " B"], cache: CausalCache
@@ -286,12 +294,9 @@ def _distinct(windows: Sequence[int | None]) -> tuple[list[int | None], list[int
 
 
 def _bias(
-    window: int | None,
-    visible: Bool[AnyArray, "B Q K"],
-    query_positions: Int32[Array, "B Q"],
-    key_positions: Int32[Array, "B K"],
+    window: int | None, visible: Bool[AnyArray, "B Q K"], before: Int32[Array, "B Q K"]
 ) -> Float32[Array, "B 1 Q K"]:
-    """Of what is visible, what lies in the window."""
+    """Of the keys that are visible, those of the window: fewer positions before a query."""
     if window is not None:
-        visible = visible & in_window(window, query_positions, key_positions)
+        visible = visible & (before < window)
     return mask_bias(visible)[:, None]

@@ -39,13 +39,10 @@ class RelativeBias(nn.Module):
     initializer: Initializer
 
     @nn.compact
-    def __call__(
-        self, query_positions: Int[Array, "#B Q"], key_positions: Int[Array, " K"]
-    ) -> Float32[Array, "#B N Q K"]:
-        """The bias of all rows, or of each where queries have a place per row."""
+    def __call__(self, ahead: Int[Array, "#B Q K"]) -> Float32[Array, "#B N Q K"]:
+        """The bias of keys that are so many positions after a query, of all rows or of each."""
         shape = (self.num_buckets, self.num_heads)
         embedding = parameter(self, "embedding", self.initializer, shape)
-        ahead = key_positions[None, None, :] - query_positions[:, :, None]
         one_sided = self.num_buckets // 2 if self.bidirectional else self.num_buckets
         distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
         table = jnp.asarray(bucket_table(one_sided, self.max_distance))
@@ -59,7 +56,9 @@ class RelativeBias(nn.Module):
         length = mask.shape[1]
         if at_once(length, length):
             slots = jnp.arange(length)
-            return self(slots[None], slots) + mask_bias(mask)[:, None, None, :]
-        distances = jnp.arange(1 - length, length)
-        by_distance = self(jnp.zeros((1, 1), jnp.int32), distances)[0, :, 0]
+            return (
+                self(slots[None, None, :] - slots[None, :, None])
+                + mask_bias(mask)[:, None, None, :]
+            )
+        by_distance = self(jnp.arange(1 - length, length)[None, None])[0, :, 0]
         return DistanceBias(mask, by_distance, self.max_distance)

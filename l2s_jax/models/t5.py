@@ -18,7 +18,16 @@ from jaxtyping import Array, Bool, Float32, Int
 from l2s_jax.cluster.placement import split_prompt, split_rows
 from l2s_jax.cluster.sharding import AnyArray
 from l2s_jax.models.biases import mask_bias
-from l2s_jax.models.cache import DecoderCache, KeyValue, block, empty_key_value, place
+from l2s_jax.models.cache import (
+    DecoderCache,
+    KeyValue,
+    ages,
+    block,
+    empty_key_value,
+    gone_on,
+    next_slot,
+    place,
+)
 from l2s_jax.models.family import Embeds
 from l2s_jax.models.layers import Dropout, Embedding, Linear, RMSNorm, unit
 from l2s_jax.models.stacking import each_layer, make_layers, run_layers
@@ -94,8 +103,8 @@ class Decoder(nn.Module):
     ) -> Float32[Array, "B S D"]:
         """A whole response x, after the encoder's output under the prompt's mask."""
         positions = jnp.arange(x.shape[1])
-        causal = positions[None, :] <= positions[:, None]
-        bias = self.relative_bias(positions[None], positions) + mask_bias(causal)[None, None]
+        before = positions[None, :, None] - positions[None, None, :]
+        bias = self.relative_bias(-before) + mask_bias(before >= 0)[:, None]
         cross_bias = mask_bias(mask)[:, None, None, :]
 
         def run(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
@@ -111,20 +120,19 @@ class Decoder(nn.Module):
         self, x: Float32[Array, "B K D"], cache: DecoderCache
     ) -> tuple[Float32[Array, "B K D"], DecoderCache]:
         """K positions x that follow what the cache holds -> (their states, the cache with them)."""
-        keys = jnp.arange(cache.self_attention[0].key.shape[2], dtype=jnp.int32)
-        own = block(cache.index, x.shape[1])
-        visible = keys[None, None, :] <= own[:, :, None]
-        bias = self.relative_bias(own, keys) + mask_bias(visible)[:, None]
+        count, before = x.shape[1], ages(cache, x.shape[1])
+        visible = (before >= 0) & (before <= block(cache.index, count)[:, :, None])
+        bias = self.relative_bias(-before) + mask_bias(visible)[:, None]
         cross_bias = mask_bias(cache.prompt_mask)[:, None, None, :]
         x = split_rows(x)
         written = []
         for layer, own, cross in zip(
             each_layer(self.layers), cache.self_attention, cache.cross_attention, strict=True
         ):
-            x, key_value = layer(x, bias, cross, cross_bias, own, cache.index)
+            x, key_value = layer(x, bias, cross, cross_bias, own, next_slot(cache))
             x = split_rows(x)
             written.append(key_value)
-        cache = cache.replace(index=cache.index + x.shape[1], self_attention=tuple(written))
+        cache = gone_on(cache.replace(self_attention=tuple(written)), count)
         return self.final_norm(x), cache
 
 

@@ -225,10 +225,22 @@ def _used(source: Instruction, inside: list[Instruction], program: Computations)
         elif one.kind == "bitcast":
             read += _used(one, inside, program)
         elif one.kind == "fusion" and one.called:
-            read += _read(one.called[0], one.operands.index(source.name), program)
+            index = one.operands.index(source.name)
+            read += _read(one.called[0], index, program)
+            if _gives_back(one.called[0], index, program):
+                read += _used(one, inside, program)
         else:
             return whole
     return min(read, whole)
+
+
+def _gives_back(computation: str, index: int, program: Computations) -> bool:
+    """Whether a fused computation does nothing but give its argument `index` another shape."""
+    inside = {one.name: one for one in program[computation]}
+    one = next(one for one in inside.values() if one.is_root)
+    while one.kind == "bitcast":
+        one = inside[one.operands[0]]
+    return one.kind == "parameter" and one.operands == (str(index),)
 
 
 def _carries_on(one: Instruction, inside: list[Instruction]) -> bool:
