@@ -47,7 +47,7 @@ def test_whatever_the_slot_the_logits_are_those_of_a_tokens_place(name, begun):
     for token in tokens[:begun]:
         _, cache = step(trained, token, cache)
     for turn in range(cache.slots):
-        plain, turning = cache, turned_to(taking_turns(cache), jnp.int32(turn))
+        plain, turning = cache, turned_to(taking_turns(cache, cache.slots), jnp.int32(turn))
         for token in tokens[begun:]:
             expected, plain = step(trained, token, plain)
             found, turning = step(trained, token, turning)
@@ -57,7 +57,8 @@ def test_whatever_the_slot_the_logits_are_those_of_a_tokens_place(name, begun):
 
 def test_what_a_row_of_before_left_is_not_seen():
     system, trained, cache = prefilled("slm", steps=4)
-    turning = taking_turns(cache)
+    turning = taking_turns(cache, 4)
+    assert turning.slots == 4
     step = jax.jit(system.step)
     for token in range(2, 2 + 3 * turning.slots):  # a new row after each 4 tokens
         again = token % 4 == 2
@@ -74,7 +75,7 @@ def test_what_a_row_of_before_left_is_not_seen():
 def test_several_tokens_at_once_are_refused():
     system, trained, cache = prefilled("slm", steps=4)
     with pytest.raises(ValueError, match="2 tokens at once: expected 1"):
-        system.extend(trained, jnp.zeros((ROWS, 2), jnp.int32), taking_turns(cache))
+        system.extend(trained, jnp.zeros((ROWS, 2), jnp.int32), taking_turns(cache, 4))
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])

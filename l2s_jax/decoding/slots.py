@@ -113,7 +113,8 @@ class SlotLoop:
             seeds=jnp.asarray(seeds),
             choices=choices,
             scores=no_scores(wanted, room),
-            cache=taking_turns(cache),
+            # Its last token goes to no slot: there is one for what a decoder starts with.
+            cache=taking_turns(cache, self.capacity),
             room=room,
         )
         return state, (logits,)

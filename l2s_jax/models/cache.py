@@ -132,10 +132,16 @@ def _one_at_a_time(count: int) -> None:
         raise ValueError(f"{count} tokens at once: expected 1 where rows have a common turn")
 
 
-def taking_turns(cache: Cache) -> Cache:
-    """The cache of rows that stand together, as one of rows at places of their own with a turn."""
+def taking_turns(cache: Cache, most: int) -> Cache:
+    """The cache of rows that stand together, as one of rows at places of their own with a turn.
+
+    It has room for `most` tokens of each row, of those that it had room for.
+    """
     rows = cache.prompt_mask.shape[0]
-    return cache.replace(index=jnp.broadcast_to(cache.index, (rows,)), turn=cache.index)
+    name, first = _of_response(cache)
+    held = jax.tree.map(lambda leaf: leaf[:, :, : first + most], getattr(cache, name))
+    index = jnp.broadcast_to(cache.index, (rows,))
+    return cache.replace(index=index, turn=cache.index % most, **{name: held})
 
 
 def turned_to(cache: Cache, turn: Int32[Array, ""]) -> Cache:
