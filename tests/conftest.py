@@ -44,8 +44,10 @@ import emulator  # noqa: E402
 import jax  # noqa: E402
 import shapes  # noqa: E402
 
-from l2s_jax.cluster import distributed  # noqa: E402
+from l2s_jax.cluster import distributed, libtpu  # noqa: E402
 
+# As all commands do: it is in the keys of the programs that are kept.
+libtpu.prepare()
 store = emulator.store
 shapes.check(["l2s_jax.models", "l2s_jax.decoding", "l2s_jax.training"])
 

@@ -194,29 +194,35 @@ def test_other_chips(topology, gib, tmp_path):
     assert chip_of(open_slice(topology).devices[0]) is CHIPS[topology.split(":")[0]]
 
 
-@pytest.mark.parametrize("given", ["", "--xla_tpu_enable_latency_hiding_scheduler=true"])
-def test_libtpu_is_told_once_of_larger_stacks(given):
-    environment = {"LIBTPU_INIT_ARGS": given} if given else {}
-    libtpu.prepare(environment)
-    told = environment["LIBTPU_INIT_ARGS"].split()
-    assert told[: len(told) - 2] == given.split()
-    assert told[-2] == "--fibers_default_thread_stack_size=16777216"
-    libtpu.prepare(environment)
-    assert environment["LIBTPU_INIT_ARGS"].split() == told
+STACK, BARRIER = "fibers_default_thread_stack_size", "xla_tpu_use_enhanced_launch_barrier"
 
 
-def test_flags_that_the_user_lets_libtpu_ignore_stay_ignored():
-    environment = {"LIBTPU_INIT_ARGS": "--undefok=mine --mine=1"}
+def told(flags: str) -> list[str]:
+    """What LIBTPU_INIT_ARGS has after it had these flags; a second time changes nothing."""
+    environment = {"LIBTPU_INIT_ARGS": flags} if flags else {}
     libtpu.prepare(environment)
-    told = environment["LIBTPU_INIT_ARGS"].split()
-    assert told[0] == "--mine=1"
-    assert told[2:] == ["--undefok=mine,fibers_default_thread_stack_size"]
+    found = environment["LIBTPU_INIT_ARGS"]
+    libtpu.prepare(environment)
+    assert environment == {"LIBTPU_INIT_ARGS": found}
+    return found.split()
 
 
-def test_another_size_of_stacks_is_left_to_the_user():
-    environment = {"LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=1048576"}
-    libtpu.prepare(environment)
-    assert environment == {"LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=1048576"}
+def test_libtpu_has_larger_stacks_and_what_jax_tells_it_on_a_tpus_host():
+    ours = [f"--{STACK}=16777216", f"--{BARRIER}=true"]
+    names = f"{STACK},{BARRIER}"
+    undefined = f"--undefok={names}"
+    assert told("") == [*ours, undefined]
+    assert told("--other=1") == ["--other=1", *ours, undefined]
+    # JAX was first.
+    assert sorted(told(f"--{BARRIER}=true")) == sorted(told(""))
+    # What the user lets it ignore, and another size.
+    assert told("--undefok=mine --mine=1") == [
+        "--mine=1",
+        *ours,
+        f"--undefok=mine,{undefined[10:]}",
+    ]
+    assert told(f"--{STACK}=99") == [f"--{STACK}=99", ours[1], undefined]
+    assert told(f"--undefok={STACK}") == [*ours, undefined]
 
 
 def test_libtpu_ignores_what_it_does_not_know(monkeypatch):
@@ -229,7 +235,8 @@ def test_libtpu_ignores_what_it_does_not_know(monkeypatch):
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     assert opened("--no_such_flag=1 --undefok=no_such_flag").stdout == "4\n"
-    assert "no_such_flag" in opened("--no_such_flag=1").stderr
+    ended = opened("--no_such_flag=1")
+    assert ended.returncode and "no_such_flag" in ended.stderr
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

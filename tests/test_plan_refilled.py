@@ -19,7 +19,7 @@ from l2s_jax.plan.command import make_mesh
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Compilers
 from l2s_jax.plan.slices import Slice, open_slice
-from l2s_jax.plan.stages import Run, meshes_of
+from l2s_jax.plan.stages import Run, answering_mesh, meshes_of
 from l2s_jax.plan.target import Target
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.refilled import Refilled
@@ -68,7 +68,7 @@ def test_its_programs_are_those_of_a_run_as_often_as_it_runs_them(monkeypatch):
     planned = dict(zip(programs, made, strict=True))
     assert list(programs) == ["read", "insert", "advance"]
     # Of a row: attention to itself and to the prompt, their keys, the feed-forward part, the head.
-    row = 2 * (4 * 32 * 32 + 2 * 32 * 32 + 2 * 32 * (NEW + 1 + 16) + 2 * 32 * 64 + 32 * 64)
+    row = 2 * (4 * 32 * 32 + 2 * 32 * 32 + 2 * 32 * (NEW + 16) + 2 * 32 * 64 + 32 * 64)
     assert row * 16 / 4 < programs["advance"].costs.flops < 1.2 * row * 16 / 4
 
     params = jax.jit(compiler.plan.system.init)(jax.random.key(0))
@@ -225,3 +225,22 @@ def test_a_sweep_ranks_the_meshes_of_labels_by_their_tokens_per_second(tmp_path,
     (rate,) = [row["tokens_per_s"] for row in rows if row["mesh"]["data"] == 2]
     assert rate == pytest.approx(40 / seconds)
     assert "\n| labels | 2 | 1 | 1 | 1 | 8 | " in (tmp_path / "plan.md").read_text()
+
+
+def test_hosts_with_whole_copies_label_apart_and_their_tokens_add_up():
+    config = small_config(data=16)
+    config.labels.source, config.labels.batch_size = "llm", 16
+    where = open_slice("v5e:4x4")
+    mesh = make_mesh(config, where, "labels")
+    own = answering_mesh(where, mesh)
+    assert own.size == 4 and own == answering_mesh(where, mesh)  # so that nothing is compiled twice
+    meshes = meshes_of(config, where, make_mesh(config, where), make_mesh)
+    run = Run(Compilers(make_plan(config, "tpu"), config, where), meshes, 100, 5.0)
+    stage, tokens = run.labels_of_all_rows(own, 16)
+    assert (stage.groups, stage.rows, tokens) == (4, 16, 4 * 16 * 5)
+
+
+def test_batches_of_a_sweep_are_those_of_labels_too():
+    config = small_config(data=2)
+    config.labels.source = "llm"
+    assert command.with_rows(config, 24).labels.batch_size == 24

@@ -92,6 +92,7 @@ def test_one_slot_of_the_cache_is_written_in_place(name, rows):
     state = jax.eval_shape(
         lambda *given: slots.read(loop, trained, frozen, *given, prompt_slots=PROMPT), *given
     )
+    assert state.rows.cache.slots == capacity
     number = jnp.int32(8)
     lowered = slots.advance.lower(
         loop, trained, frozen, state, jnp.zeros(rows, bool), number, number

@@ -35,6 +35,7 @@ from l2s_jax.bench.contestants import CONTESTANTS, OURS, PEERS, Case, Setup, unf
 from l2s_jax.bench.geometry import write_random
 from l2s_jax.bench.report import write_report
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster import libtpu
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find, is_name
 from l2s_jax.messages import one_line
@@ -236,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     parser = _parser()
     options = parser.parse_args(argv)
+    libtpu.prepare()
     if options.profile and not options.ours:
         parser.error("--profile: expected one of ours in --ours")
     if options.threads > machine.cores():

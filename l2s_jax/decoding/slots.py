@@ -5,8 +5,8 @@ serve any mix of requests; where all have one `Search`, programs are of that sea
 prompts, one puts what they left into slots, one decodes a chunk, and one brings the requests that
 are left into fewer slots, or makes room for more.
 
-What a slot says does not depend on the others: it is what the ordinary loops say of that prompt
-with that search and seed.
+What a slot says does not depend on the others, but for rounding: it is what the ordinary loops say
+of that prompt with that search and seed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class SlotLoop:
             seeds=jnp.asarray(seeds),
             choices=choices,
             scores=no_scores(wanted, room),
-            # Its last token goes to no slot: there is one for what a decoder starts with.
+            # A row's last token is never written, so this is room for what a decoder starts with.
             cache=taking_turns(cache, self.capacity),
             room=room,
         )
@@ -136,7 +136,7 @@ class SlotLoop:
         def one_step(state: SlotState) -> SlotState:
             last = jnp.take_along_axis(state.history.tokens, state.history.end[None] - 1, axis=0)
             logits, cache = self.system.step(trained, last[0], state.cache)
-            # A row that is done stays where it is, and writes what no one reads.
+            # What a row that is done writes is not seen.
             index = jnp.where(state.done, state.cache.index, cache.index)
             return self._choose(state.replace(cache=cache.replace(index=index)), logits)
 

@@ -5,12 +5,14 @@ a batch axis carry it first. On a mesh, leaves are split by rows, and keys and v
 where these divide: see `place`.
 
 `index` says how many tokens of the response are held: one number where all rows stand together, or
-one per row. A row goes back by a smaller number, what is held beyond it is not seen.
+one per row. A token lies in the slot of its place. A row goes back by a smaller number, what is
+held beyond it is not seen.
 
-A token of the response lies in the slot of its place. Where rows stand at places of their own, each
-then has its own slot to write to, which TPUs do one row after the other. Rows that all go on by one
-token at a time have a `turn` instead: the slot that all write to next, the first one again after
-the last. What a row holds is in the `index` slots before that.
+Where rows stand at places of their own, each has its own slot to write to. TPUs do that one row
+after the other. Rows that go on together, one token at a time, have a `turn` instead: the slot that
+all write to next, after the last one the first again. A row's tokens are in the `index` slots
+before it. So a row that lives goes on at every step, and one that has stopped never goes on. The
+order in which slots are added up depends on the turn, and with it the rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class DecoderCache(struct.PyTreeNode):
     """State of an encoder-decoder's decoder between two steps.
 
     index: tokens decoded so far, the start token included.
-    self_attention: one KeyValue [B, N, S, H] per layer; positions >= index hold nothing.
+    self_attention: one KeyValue [B, N, S, H] per layer.
     cross_attention: one KeyValue [B, N, T, H] per layer, computed once from the encoder's output.
     prompt_mask: true at real prompt positions.
     turn: see above; None: tokens lie at their places.
@@ -63,7 +65,7 @@ class CausalCache(struct.PyTreeNode):
     prompt_mask: true where a slot of the prompt holds a real token.
     prompt_positions: of the token in each slot of the prompt, padding not counted.
     prompt_lengths: real tokens of each prompt: the position of the response's first.
-    layers: one KeyValue [B, G, T + S, H] per layer; slots >= T + index hold nothing.
+    layers: one KeyValue [B, G, T + S, H] per layer.
     turn: see above, not counting the prompt's slots; None: tokens lie at their places.
     """
 
@@ -102,9 +104,9 @@ def block(index: Int32[Array, "*rows"], size: int) -> Int32[Array, "#B {size}"]:
 
 
 def ages(cache: DecoderCache | CausalCache, count: int) -> Int32[Array, "#B {count} S"]:
-    """By how many tokens what a slot holds, or will hold, comes before each of the next `count`.
+    """How many tokens before each of the next `count` tokens that of a slot comes.
 
-    Below 0: it comes after it. More than the token's place: it is no part of the row.
+    Less than 0: after it. More than its place: the slot has no token of the row.
     """
     slots = jnp.arange(cache.slots, dtype=jnp.int32)
     if cache.turn is None:
@@ -119,7 +121,7 @@ def next_slot(cache: DecoderCache | CausalCache) -> Int32[Array, "*rows"]:
 
 
 def gone_on(cache: Cache, count: int) -> Cache:
-    """The cache, when it has so many tokens more."""
+    """The cache after so many tokens were written."""
     cache = cache.replace(index=cache.index + count)
     if cache.turn is None:
         return cache
@@ -172,10 +174,10 @@ def empty_key_value(
     return KeyValue(zeros, zeros)
 
 
-def write(cache: KeyValue, new: KeyValue, index: Int32[Array, "*rows"]) -> KeyValue:
-    """Puts the K positions of `new` [B, N, K, H] at `index` and on of `cache` [B, N, S, H].
+def write(cache: KeyValue, new: KeyValue, slot: Int32[Array, "*rows"]) -> KeyValue:
+    """Puts the K positions of `new` [B, N, K, H] at `slot` and on of `cache` [B, N, S, H].
 
-    `index` is one place, or one for each row. All K must fit.
+    `slot` is one for all rows, or one for each. All K must fit.
     """
     update = jax.lax.dynamic_update_slice_in_dim
 
@@ -184,10 +186,10 @@ def write(cache: KeyValue, new: KeyValue, index: Int32[Array, "*rows"]) -> KeyVa
         if old.shape[0] == 1:
             # Without the axis that the products leave out and the decoding loop does not carry:
             # with it, XLA's CPU backend writes into a copy.
-            return update(old[0], part[0], index.reshape(()), axis=1)[None]
-        if index.ndim:
-            return jax.vmap(lambda old, part, at: update(old, part, at, axis=1))(old, part, index)
-        return update(old, part, index, axis=2)
+            return update(old[0], part[0], slot.reshape(()), axis=1)[None]
+        if slot.ndim:
+            return jax.vmap(lambda old, part, at: update(old, part, at, axis=1))(old, part, slot)
+        return update(old, part, slot, axis=2)
 
     return KeyValue(put(cache.key, new.key), put(cache.value, new.value))
 

@@ -80,13 +80,13 @@ class CausalAttention(nn.Module):
         positions: Int32[Array, "B Q"],
         bias: Bias,
         cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
+        slot: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """What the positions x take from each other or from the cache, and the keys and values
         attended to.
 
-        With `cache`, their keys and values go to slot `index` and on of the cache.
+        With `cache`, their keys and values go to `slot` and on of the cache.
         """
         query, key = self._split_heads(self.query(x)), self._split_heads(self.key(x))
         if self.norm_epsilon is not None:
@@ -94,7 +94,7 @@ class CausalAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         new = KeyValue(key.astype(self.dtype), self._split_heads(self.value(x)))
-        held = new if cache is None or index is None else write(cache, new, index)
+        held = new if cache is None or slot is None else write(cache, new, slot)
 
         mixed = attend(
             query.astype(self.dtype),
@@ -142,12 +142,12 @@ class CausalLayer(nn.Module):
         positions: Int32[Array, "B Q"],
         bias: Bias,
         cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
+        slot: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """As CausalAttention, on the residual stream."""
         y, held = self.attention(
-            self.attention_norm(x), positions, bias, cache, index, deterministic
+            self.attention_norm(x), positions, bias, cache, slot, deterministic
         )
         attended = x + self.dropout(y, deterministic=deterministic)
         y = self.feed_forward(self.feed_forward_norm(x if self.is_parallel else attended))

@@ -140,18 +140,18 @@ class DecoderLayer(nn.Module):
         cross: KeyValue,
         cross_bias: Float32[Array, "B 1 1 T"],
         cache: KeyValue | None = None,
-        index: Int32[Array, "*rows"] | None = None,
+        slot: Int32[Array, "*rows"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float32[Array, "B Q D"], KeyValue]:
         """x and what the layer adds to it, and the keys and values attended to.
 
         Without `cache`, the Q positions attend to each other under `bias`; with it, their keys and
-        values go to `index` and on of the cache, and they attend to the cache.
+        values go to `slot` and on of the cache, and they attend to the cache.
         """
         y = self.attention_norm(x)
         key_value = self.attention.key_value(y)
-        if cache is not None and index is not None:
-            key_value = write(cache, key_value, index)
+        if cache is not None and slot is not None:
+            key_value = write(cache, key_value, slot)
         y = self.attention(y, key_value, bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
         y = self.cross_attention(self.cross_attention_norm(x), cross, cross_bias, deterministic)

@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -192,6 +192,8 @@ def with_rows(config: ConfigDict, batch_size: int) -> ConfigDict:
     """
     changed = copy.deepcopy(config)
     changed.l2s.train.batch_size = changed.decoding.batch_size = batch_size
+    if changed.labels.source == "llm":
+        changed.labels.batch_size = batch_size
     try:
         rules.check(typed(changed))
     except ValueError as error:
@@ -249,11 +251,14 @@ def _sweep(
         rows = []
         for batch_size in batch_sizes or (sizes[name],):
             for mesh in meshes(config, where, name):
+                what = f"{name} with {batch_size} rows on {sharding.mesh_name(mesh)}"
                 try:
-                    compiled, tokens_per_s = tried(mesh, batch_size)
-                except ValueError:
-                    continue  # it does not divide
-                log.info("plan: %s with %d rows on %s", name, batch_size, sharding.mesh_name(mesh))
+                    compile_it = tried(mesh, batch_size)
+                except ValueError as error:  # it does not divide
+                    log.info("plan: no %s: %s", what, error)
+                    continue
+                compiled, tokens_per_s = compile_it()
+                log.info("plan: %s", what)
                 if not all(program.fits for program in compiled.values()):
                     continue
                 rows.append(
@@ -268,22 +273,31 @@ def _sweep(
     return ranked
 
 
-# The programs of some work on a mesh with batches of some size, and tokens per second.
-Tried = tuple[dict[str, Program], float | None]
+# Compiles the programs of some work on a mesh, and gives them and tokens per second.
+Tried = Callable[[], tuple[dict[str, Program], float | None]]
 
 
 def _tried(compilers: Compilers, part: str, mesh: Mesh, batch_size: int) -> Tried:
-    """One of _PARTS."""
+    """One of _PARTS; errors as of `_compiler`."""
     config, where = with_rows(compilers.config, batch_size), compilers.slice
-    compiled = dict(_compiler(compilers, config, mesh, part).compile(_PARTS[part]))
-    reports = {name: costs.program_report(one, where) for name, one in compiled.items()}
-    rate = report.throughput(reports, config, where.chips, None).get(part)
-    return compiled, rate and rate["tokens_per_s"]
+    compiler = _compiler(compilers, config, mesh, part)
+
+    def compile_it() -> tuple[dict[str, Program], float | None]:
+        compiled = dict(compiler.compile(_PARTS[part]))
+        reports = {name: costs.program_report(one, where) for name, one in compiled.items()}
+        rate = report.throughput(reports, config, where.chips, None).get(part)
+        return compiled, rate and rate["tokens_per_s"]
+
+    return compile_it
 
 
 def _tried_labels(run: Run, where: Slice, mesh: Mesh, batch_size: int) -> Tried:
-    """The LLM's labels."""
+    """The LLM's labels, likewise."""
     stage, tokens = run.labels_of_all_rows(answering_mesh(where, mesh), batch_size)
-    compiled = stage.compile()
-    hours = costs.stage_report(stage, where, None, None)["hours"]
-    return compiled, hours and tokens / hours / 3600
+
+    def compile_it() -> tuple[dict[str, Program], float | None]:
+        compiled = stage.compile()
+        hours = costs.stage_report(stage, where, None, None)["hours"]
+        return compiled, hours and tokens / hours / 3600
+
+    return compile_it

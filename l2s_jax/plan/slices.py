@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -125,8 +126,9 @@ def alone(where: Slice, mesh: Mesh) -> Mesh:
     return sharding.make_mesh(dict(mesh.shape), devices)
 
 
+@functools.cache
 def _tpus(kind: str, shape: str, slices: int = 1) -> Sequence[Any]:
-    """The devices of so many slices, as libtpu has them."""
+    """The devices of so many slices, as libtpu has them: the same ones each time."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     libtpu.prepare()

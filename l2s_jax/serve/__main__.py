@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from l2s_jax.cluster import libtpu
 from l2s_jax.serve.flags import make_parser, options_of, told
 from l2s_jax.serve.signals import end_at_once
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         options = options_of(flags)
+        libtpu.prepare()
         # Imported here, so that --help and wrong flags don't wait for it.
         from l2s_jax.serve.run import run
 

@@ -69,7 +69,7 @@ def surroundings(mesh: Mesh) -> dict[str, str]:
     names = (*_PACKAGES, "libtpu") if kind == "tpu" else _PACKAGES
     facts |= {f"the version of {name}": _version(name) for name in names}
     facts["the code of l2s_jax"] = _code()
-    for name in _VARIABLES:
+    for name in _VARIABLES if kind == "tpu" else _VARIABLES[:1]:
         flags = sorted(os.environ.get(name, "").split())
         facts[name] = " ".join(flag for flag in flags if not _NO_MATTER.match(flag))
     facts |= {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
