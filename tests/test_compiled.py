@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l2s_jax import files, sealed
-from l2s_jax.cluster import sharding
+from l2s_jax.cluster import libtpu, sharding
 from l2s_jax.config import buckets_of
 from l2s_jax.experiment.workdir import read_config
 from l2s_jax.models.families import make_config
@@ -34,7 +34,7 @@ from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Compilers
 from l2s_jax.plan.slices import open_slice
 from l2s_jax.plan.stages import trainings_of
-from l2s_jax.training.compiled import INDEX, CompiledSteps, Writer
+from l2s_jax.training.compiled import INDEX, CompiledSteps, Writer, surroundings
 from l2s_jax.training.update import batch_loss
 from tests.test_plan import small_config
 
@@ -394,3 +394,15 @@ def test_steps_of_a_tpu_are_written_without_one(tmp_path):
     assert facts["the version of libtpu"] == importlib.metadata.version("libtpu")
     with pytest.raises(ValueError, match=r"is 4 x TPU v5 lite, expected 8 x cpu"):
         CompiledSteps(str(tmp_path), sharding.make_mesh({"data": -1}))
+
+
+def test_what_libtpu_is_told_is_a_fact_of_tpus_alone(monkeypatch):
+    assert "LIBTPU_INIT_ARGS" not in surroundings(sharding.one_device())
+    told = []
+    # JAX adds a flag on a TPU's host, where it may be before or after us.
+    for flags in ("", "--xla_tpu_use_enhanced_launch_barrier=true"):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+        libtpu.prepare()
+        mesh = sharding.make_mesh({"data": -1}, open_slice("v5e:2x2").devices)
+        told.append(surroundings(mesh)["LIBTPU_INIT_ARGS"])
+    assert told[0] == told[1] != ""

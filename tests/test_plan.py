@@ -59,6 +59,11 @@ def small_config(**mesh: int) -> ConfigDict:
     return config
 
 
+def rated(topology: str) -> Slice:
+    """Devices that compile in no time, with a chip's rates."""
+    return dataclasses.replace(open_slice(topology), chip=CHIPS["v5e"])
+
+
 def planned(config: ConfigDict, directory: Path, topology: str, **settings) -> dict:
     plan(config, str(directory), topology, **settings)
     return json.loads((directory / "plan.json").read_text())
@@ -750,10 +755,6 @@ def test_what_the_llm_makes_of_rows_stays_with_their_devices(tmp_path):
 def test_what_a_run_costs_is_the_sum_of_its_stages(tmp_path, monkeypatch):
     compiled = ("labels", "logits", "slm", "features", "l2s tuned")
     every = Run.stages
-
-    def rated(topology: str) -> Slice:
-        """Devices that compile in no time, with a chip's rates."""
-        return dataclasses.replace(open_slice(topology), chip=CHIPS["v5e"])
 
     monkeypatch.setattr(command, "open_slice", rated)
     monkeypatch.setattr(

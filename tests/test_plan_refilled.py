@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -10,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_lane import Numbers
-from test_plan import devices, everything, planned, run_of, small_config
+from test_plan import devices, everything, planned, rated, run_of, small_config
 
-from l2s_jax.cluster.chips import CHIPS
 from l2s_jax.decoding import slots
 from l2s_jax.plan import command, costs, hlo
 from l2s_jax.plan.command import make_mesh
 from l2s_jax.plan.models import make_plan
 from l2s_jax.plan.programs import Compilers
-from l2s_jax.plan.slices import Slice, open_slice
+from l2s_jax.plan.slices import open_slice
 from l2s_jax.plan.stages import Run, answering_mesh, meshes_of
 from l2s_jax.plan.target import Target
 from l2s_jax.serving.generator import Generator
@@ -197,9 +195,6 @@ def test_a_sweep_ranks_the_meshes_of_labels_by_their_tokens_per_second(tmp_path,
     config.labels.source, config.labels.batch_size = "llm", 8
     config.labels.mesh.update(data=2, fsdp=1, tensor=1)
 
-    def rated(topology: str) -> Slice:
-        return dataclasses.replace(open_slice(topology), chip=CHIPS["v5e"])
-
     monkeypatch.setattr(command, "open_slice", rated)
     monkeypatch.setattr(Run, "stages", lambda self: iter(()))
     settings = {"programs": ["run"], "examples": 100, "sweep": True, "response_tokens": 5.0}
@@ -213,7 +208,7 @@ def test_a_sweep_ranks_the_meshes_of_labels_by_their_tokens_per_second(tmp_path,
     assert all(0 < row["peak"] < 1 << 20 for row in rows)
     # Of 8 rows one is read for at a time on either device; of 5 tokens the first comes of reading.
     where = rated("cpu:2")
-    meshes = command.meshes_of(config, where, make_mesh(config, where), make_mesh)
+    meshes = meshes_of(config, where, make_mesh(config, where), make_mesh)
     run = Run(Compilers(make_plan(config, "cpu"), config, where), meshes, 100, 5.0)
     stage, tokens = run.labels_of_all_rows(meshes.labels, 8)
     assert tokens == 8 * 5

@@ -111,7 +111,8 @@ def ages(cache: DecoderCache | CausalCache, count: int) -> Int32[Array, "#B {cou
     slots = jnp.arange(cache.slots, dtype=jnp.int32)
     if cache.turn is None:
         return block(cache.index, count)[:, :, None] - slots[None, None, :]
-    _one_at_a_time(count)
+    if count != 1:
+        raise ValueError(f"{count} tokens at once: expected 1 where rows have a common turn")
     return ((cache.turn - slots) % cache.slots)[None, None]
 
 
@@ -122,16 +123,8 @@ def next_slot(cache: DecoderCache | CausalCache) -> Int32[Array, "*rows"]:
 
 def gone_on(cache: Cache, count: int) -> Cache:
     """The cache after so many tokens were written."""
-    cache = cache.replace(index=cache.index + count)
-    if cache.turn is None:
-        return cache
-    _one_at_a_time(count)
-    return cache.replace(turn=(cache.turn + 1) % cache.slots)
-
-
-def _one_at_a_time(count: int) -> None:
-    if count != 1:
-        raise ValueError(f"{count} tokens at once: expected 1 where rows have a common turn")
+    turn = None if cache.turn is None else (cache.turn + count) % cache.slots
+    return cache.replace(index=cache.index + count, turn=turn)
 
 
 def taking_turns(cache: Cache, most: int) -> Cache:

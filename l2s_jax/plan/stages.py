@@ -207,7 +207,7 @@ class Run:
         """Labels on a mesh, of as many prompts as it has rows; how many tokens they have."""
         work = dataclasses.replace(labelling(self._config), batch_size=rows)
         stage = self._answering("labels", "llm", mesh, work, [rows])
-        return stage, stage.groups * rows * self.tokens_of(work)
+        return stage, stage.groups * rows * self._tokens_of(work)
 
     def _training(self, stage: str, training: Training) -> Stage:
         work = training.work
@@ -236,7 +236,7 @@ class Run:
         sizes = sizes_of(work.batch_size, sharding.batch_ways(mesh))
         rows, together = rows_for(sizes[-1] if first is None else max(first, 1), sizes)
         work = dataclasses.replace(work, batch_size=rows, together=together)
-        compiler, more = self._compilers.of(system, mesh, work), self.tokens_of(work) - 1
+        compiler, more = self._compilers.of(system, mesh, work), self._tokens_of(work) - 1
         reads = steps = None
         known = [count for count in own if count is not None]
         if len(known) == len(own):
@@ -250,11 +250,11 @@ class Run:
     ) -> Stage:
         compiler = self._compilers.of(system, mesh, work)
         batches = _batches(work, own)
-        steps = None if batches is None else math.ceil(batches * (self.tokens_of(work) - 1))
+        steps = None if batches is None else math.ceil(batches * (self._tokens_of(work) - 1))
         times = {"encode": batches, "prefill": batches, "decode": steps}
         return Stage(stage, compiler, work.batch_size, self._groups(mesh), times)
 
-    def tokens_of(self, work: Work) -> float:
+    def _tokens_of(self, work: Work) -> float:
         """Of a response: on average, or of one that is as long as it may be."""
         return min(self.response_tokens or math.inf, work.max_new_tokens)
 

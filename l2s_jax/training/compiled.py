@@ -33,8 +33,7 @@ from l2s_jax.training.update import Trainable, TrainState
 INDEX = "compiled.json"
 _KIND = "training steps compiled by l2s_jax"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
-# What the compiler is told from outside, and how JAX makes programs.
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# How JAX makes programs.
 _OPTIONS = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
@@ -66,10 +65,12 @@ def surroundings(mesh: Mesh) -> dict[str, str]:
     }
     for i, device in enumerate(devices):
         facts[f"device {i} of the mesh"] = _place(device)
-    names = (*_PACKAGES, "libtpu") if kind == "tpu" else _PACKAGES
+    names, variables = _PACKAGES, ("XLA_FLAGS",)  # these tell the compiler from outside
+    if kind == "tpu":
+        names, variables = (*names, "libtpu"), (*variables, "LIBTPU_INIT_ARGS")
     facts |= {f"the version of {name}": _version(name) for name in names}
     facts["the code of l2s_jax"] = _code()
-    for name in _VARIABLES if kind == "tpu" else _VARIABLES[:1]:
+    for name in variables:
         flags = sorted(os.environ.get(name, "").split())
         facts[name] = " ".join(flag for flag in flags if not _NO_MATTER.match(flag))
     facts |= {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
