@@ -13,7 +13,7 @@ import pytest
 import xla
 
 from benchmarks.gpu import __main__ as kit
-from benchmarks.gpu import part, quality, report, serve
+from benchmarks.gpu import exact, part, quality, report, serve
 from benchmarks.gpu.flags import CANDIDATES
 from benchmarks.gpu.right_tables import COMPANY, LOGITS, PRODUCTS, RESPONSES, TABLES
 from benchmarks.gpu.runs import Run
@@ -67,6 +67,8 @@ def test_the_parts_measured_what_they_say(found):
     systems = {row["system"] for row in results["serve"]["rows"]}
     assert systems == {"l2s", "llm", "hf-llm"}
     assert {row["system"] for row in results["int8"]["rows"]} == {"slm", "slm-int8"}
+    assert {row["system"] for row in results["exact"]["rows"]} == {"llm", "exact", "l2s"}
+    assert {row["acceptance"] for row in results["exact"]["rows"]} == {0.8}
     steps = results["profile"]["steps"]
     for row in steps["XLA's own choices"]["rows"]:
         assert row["ms_per_step"] > 0 and row["operations_per_step"] > 10
@@ -256,6 +258,27 @@ def test_published_figures_stand_beside_the_same_batch():
     ]
     expected = ["flan-t5-xl to t5-base", "l2s", 64, 113.7, 1137.0, pytest.approx(10)]
     assert serve.beside_tensorrt_llm(runs) == [expected]
+
+
+def test_exact_decoding_stands_beside_the_llm_of_the_same_case():
+    first = Run("t5-large", "t5-small", (1, 8), (64,), exact.OURS, acceptance=0.8)
+    second = Run("t5-large", "t5-small", (1,), (64,), exact.OURS, acceptance=0.6)
+    assert first.name != second.name and "--acceptance=0.6" in second.command("x.json", "float32")
+
+    def row(system, batch_size, total_ms):
+        case = {"batch_size": batch_size, "prompt_tokens": 128, "new_tokens": 64}
+        return {"system": system, "total_ms": total_ms, **case}
+
+    rows = [
+        (first, row("llm", 1, 100.0)),
+        (first, row("exact", 1, 40.0)),
+        (first, row("exact", 8, 300.0)),  # the LLM of eight rows was not measured
+        (second, row("exact", 1, 50.0)),
+        (second, row("llm", 1, 75.0)),
+    ]
+    found = [(made[1], made[5], made[-1]) for made in exact.beside_llm(rows)]
+    drafted = "LLM, drafted by L2S"
+    assert found == [(0.8, "LLM", 1), (0.8, drafted, 2.5), (0.6, drafted, 1.5), (0.6, "LLM", 1)]
 
 
 @pytest.mark.parametrize(

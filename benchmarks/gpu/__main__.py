@@ -34,6 +34,7 @@ LIMITS = {
     "facts": 40,
     "right": 90,
     "serve": 170,
+    "exact": 75,
     "int8": 45,
     "train": 140,
     "profile": 50,

@@ -31,12 +31,14 @@ class Run:
     prompt_tokens: int = 128
     repeats: int = 5
     tune: bool = False  # of the peers' settings
+    acceptance: float | None = None  # of exact decoding: the share of drafts that pass
 
     @property
     def name(self) -> str:
         """Of its file: what it measures."""
         shape = "-".join(map(str, (*self.batch_sizes, self.prompt_tokens, *self.new_tokens)))
-        return f"{self.llm}-{self.slm}-{shape}-{'-'.join((*self.ours, *self.peers))}"
+        made = f"{self.llm}-{self.slm}-{shape}-{'-'.join((*self.ours, *self.peers))}"
+        return made if self.acceptance is None else f"{made}-{self.acceptance:g}"
 
     def tiny(self) -> Run:
         """The same with models and shapes that take seconds on a CPU."""
@@ -60,6 +62,7 @@ class Run:
             f"--new_tokens={','.join(map(str, self.new_tokens))}",
             *(f"--dtype={dtype}", f"--repeats={self.repeats}", f"--output={output}"),
             "--tune" if self.tune else "--no-tune",
+            *([] if self.acceptance is None else [f"--acceptance={self.acceptance}"]),
         ]
 
 
