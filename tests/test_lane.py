@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import random
@@ -32,7 +33,11 @@ SEARCHES = [
     Search(no_repeat_ngram_size=2, min_new_tokens=6),
     Search(temperature=1.0, no_repeat_ngram_size=3, repetition_penalty=1.2, stop=("5", "3 3")),
 ]
-KINDS = ("t5", "windows", "exact")
+KINDS = ("t5", "windows", "exact", "dial")
+DRAFTED = {
+    "exact": Search(exact=True, draft_tokens=3),
+    "dial": Search(exact=True, draft_tokens=3, draft_tolerance=0.6),
+}
 
 
 class Numbers(small.NumberTokenizer):
@@ -41,17 +46,16 @@ class Numbers(small.NumberTokenizer):
 
 @functools.cache
 def system_of(kind):
-    """An L2S of T5s, exact decoding by them, its LLM, or an LLM with sliding windows."""
+    """An L2S of T5s, exact decoding by them or nearly so, its LLM, or an LLM with windows."""
     exact, trained, whole = pair("windows", "llama", "add") if kind == "windows" else pair()
     if kind in ("windows", "llm"):
         return LanguageModel("llm", exact.llm.config), {"llm": whole}, {}
-    if kind == "exact":
+    if kind in DRAFTED:
         return exact, trained, whole
     return exact.l2s, trained, small.encoder_only(whole)
 
 
 def generator(kind, prompt_lengths, batch_size, **others):
-    search = Search(exact=True, draft_tokens=3) if kind == "exact" else Search()
     return Generator(
         *system_of(kind),
         Numbers(),
@@ -59,7 +63,7 @@ def generator(kind, prompt_lengths, batch_size, **others):
         prompt_lengths=prompt_lengths,
         max_new_tokens=NEW,
         batch_size=batch_size,
-        search=search,
+        search=DRAFTED.get(kind, Search()),
         **others,
     )
 
@@ -70,6 +74,13 @@ def lane(kind, **axes):
     made = Lane(generator(kind, (3, 6), 4, **others), 4)
     made.warm_up()
     return made
+
+
+def with_dial(search):
+    """A search by the dial's tolerance, which no request can name."""
+    dial = DRAFTED["dial"]
+    drafts = {name: getattr(dial, name) for name in ("exact", "draft_tokens", "draft_tolerance")}
+    return dataclasses.replace(search, **drafts)
 
 
 def requests(kind, count, seed):
@@ -91,7 +102,7 @@ def requests(kind, count, seed):
         own = [i for i, one in enumerate(asked) if one[1:3] == (search, limit)]
         said = one_by_one.generate(
             [asked[i][0] for i in own],
-            search=search,
+            search=with_dial(search) if kind == "dial" else search,
             max_new_tokens=limit,
             seeds=[asked[i][3] for i in own],
         )
@@ -110,6 +121,13 @@ def submit(lane, prompt, search, limit, seed, **others):
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_are_answered_as_if_each_were_alone(kind):
     check_answers(lane(kind), *requests(kind, 60, seed=1))
+
+
+def test_a_dial_that_is_turned_changes_what_is_said():
+    _, turned = requests("dial", 60, seed=1)
+    _, exact = requests("exact", 60, seed=1)
+    same = [one.text == other.text for one, other in zip(turned, exact, strict=True)]
+    assert 0 < sum(same) < len(same)
 
 
 def test_requests_share_a_mesh_of_devices_and_compile_nothing_there(compilations):
