@@ -1,12 +1,14 @@
 """Requests that a trained LLM answers: alone, drafted for by L2S, and in transformers.
 
     python benchmarks/assisted.py --workdir=runs/multi30k_en_de --prompts=100
+    python benchmarks/assisted.py --workdir=runs/multi30k_en_de --prompts=96 --batch_size=8
 
 `--workdir` is that of a finished run whose LLM and SLM have one tokenizer. Prompts are the first of
 its evaluation's split, cut as the run cuts them; a request is text in, text out. transformers
-answers them by the same two checkpoints: by the LLM alone, and assisted by the SLM alone. Everybody
-decodes greedily, in float32, on CPUs. All prompts are answered once before; then the systems take
-turns at each prompt. Needs the extra `test`, for torch and transformers.
+answers them by the same two checkpoints: by the LLM alone, and assisted by the SLM alone, which it
+can for one prompt at a time. So it has no part in larger batches. Everybody decodes greedily, in
+float32, on CPUs. All prompts are answered once before; then the systems take turns at each request.
+Needs the extra `test`, for torch and transformers.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ from l2s_jax.serving.loading import load_generator
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers import Tokenizer
 
-Answer = Callable[[str], str]
+# Prompts -> texts.
+Answer = Callable[[Sequence[str]], list[str]]
 
 
-def ours(config: Any, workdir: str, name: str, search: Search) -> Answer:
+def ours(config: Any, workdir: str, name: str, batch_size: int, search: Search) -> Answer:
     """A system of a run."""
-    generator = load_generator(config, workdir, name, batch_size=1, search=search)
-    return lambda prompt: generator.generate([prompt])[0].text
+    generator = load_generator(config, workdir, name, batch_size=batch_size, search=search)
+    return lambda prompts: [output.text for output in generator.generate(prompts)]
 
 
 class Transformers:
@@ -58,9 +61,9 @@ class Transformers:
         self._tokenizer, self._longest, self._most = tokenizer, longest, most
         self._continues = not config.is_encoder_decoder
 
-    def answer(self, prompt: str, assistant: Any = None) -> str:
-        """What it says, drafted for by an assistant."""
-        ids = torch.tensor(fit([prompt], self._tokenizer, self._longest).ids)
+    def answer(self, prompts: Sequence[str], assistant: Any = None) -> list[str]:
+        """What it says to one prompt, drafted for by an assistant."""
+        ids = torch.tensor(fit(prompts, self._tokenizer, self._longest).ids)
         with torch.inference_mode():
             (found,) = self.model.generate(
                 ids,
@@ -71,21 +74,22 @@ class Transformers:
                 pad_token_id=self._tokenizer.pad_id,
                 assistant_model=assistant,
             )
-        return self._tokenizer.decode(found[ids.shape[1] if self._continues else 1 :].tolist())
+        return [self._tokenizer.decode(found[ids.shape[1] if self._continues else 1 :].tolist())]
 
 
 def measured(
-    answers: dict[str, Answer], prompts: Sequence[str]
+    answers: dict[str, Answer], requests: Sequence[Sequence[str]]
 ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """(milliseconds, texts) of each system and prompt."""
+    """The milliseconds of each system's requests, and its texts."""
     times: dict[str, list[float]] = {name: [] for name in answers}
     texts: dict[str, list[str]] = {name: [] for name in answers}
     for name, answer in answers.items():
-        texts[name] = [answer(prompt) for prompt in tqdm(prompts, desc=name, file=sys.stderr)]
-    for prompt in tqdm(prompts, desc="measuring", file=sys.stderr):
+        for request in tqdm(requests, desc=name, file=sys.stderr):
+            texts[name] += answer(request)
+    for request in tqdm(requests, desc="measuring", file=sys.stderr):
         for name, answer in answers.items():
             began = time.perf_counter()
-            answer(prompt)
+            answer(request)
             times[name].append(1e3 * (time.perf_counter() - began))
     return times, texts
 
@@ -95,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="An LLM alone and drafted for.", allow_abbrev=False)
     parser.add_argument("--workdir", required=True, help="of a finished run")
     parser.add_argument("--prompts", type=count, default=100)
+    parser.add_argument("--batch_size", type=count, default=1, help="prompts of a request")
     parser.add_argument("--draft_tokens", type=count, default=Search().draft_tokens)
     parser.add_argument("--output", default="assisted.json")
     flags = parser.parse_args(argv)
@@ -107,31 +112,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = experiment.llm.responses.tokenizer
     prompts = [example.prompt for example in experiment.evaluation_examples()][: flags.prompts]
     limits = config.max_prompt_tokens, config.decoding.max_new_tokens
-    llm = Transformers(experiment.llm.directory, tokenizer, *limits)
-    slm = Transformers(os.path.join(flags.workdir, "slm", "model"), tokenizer, *limits)
+    rows = flags.batch_size
     exact = dataclasses.replace(Search(), exact=True, draft_tokens=flags.draft_tokens)
     answers: dict[str, Answer] = {
-        "LLM": ours(config, flags.workdir, "llm", Search()),
-        "LLM, drafted for by L2S": ours(config, flags.workdir, "exact", exact),
-        "L2S": ours(config, flags.workdir, "l2s", Search()),
-        "LLM, transformers": llm.answer,
-        "LLM, transformers, assisted by the SLM": lambda prompt: llm.answer(prompt, slm.model),
+        "LLM": ours(config, flags.workdir, "llm", rows, Search()),
+        "LLM, drafted for by L2S": ours(config, flags.workdir, "exact", rows, exact),
+        "L2S": ours(config, flags.workdir, "l2s", rows, Search()),
     }
-    times, texts = measured(answers, prompts)
-    rows = {
+    if rows == 1:
+        llm = Transformers(experiment.llm.directory, tokenizer, *limits)
+        slm = Transformers(os.path.join(flags.workdir, "slm", "model"), tokenizer, *limits)
+        answers["LLM, transformers"] = llm.answer
+        answers["LLM, transformers, assisted by the SLM"] = lambda prompts: llm.answer(
+            prompts, slm.model
+        )
+    requests = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+    times, texts = measured(answers, requests)
+    found = {
         name: {
             "ms": statistics.median(times[name]),
             "equal": sum(map(str.__eq__, texts[name], texts["LLM"])),
         }
         for name in answers
     }
-    base = rows["LLM"]["ms"]
+    base = found["LLM"]["ms"]
     print("| system | ms a request | times as fast as the LLM | its texts |\n|---|---:|---:|---:|")
-    for name, row in rows.items():
+    for name, row in found.items():
         print(f"| {name} | {row['ms']:.1f} | {base / row['ms']:.2f} | {row['equal']} |")
     write_json(
         flags.output,
-        {"prompts": len(prompts), "machine": {**cpu(), "cores": cores()}, "systems": rows},
+        {
+            "prompts": len(prompts),
+            "batch_size": rows,
+            "machine": {**cpu(), "cores": cores()},
+            "systems": found,
+        },
     )
     return 0
 

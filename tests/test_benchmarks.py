@@ -300,9 +300,11 @@ def test_an_llm_drafted_for_says_what_it_says_alone(tmp_path):
     workdir = tmp_path / "run"
     assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--until=l2s") == 0
     path = tmp_path / "assisted.json"
-    finished = run("assisted", f"--workdir={workdir}", "--prompts=3", f"--output={path}")
-    assert finished.returncode == 0, finished.stderr
-    systems = json.loads(path.read_text())["systems"]
-    assert len(systems) == 5 == finished.stdout.count("\n| ")
-    for name, row in systems.items():
-        assert row["ms"] > 0 and (row["equal"] == 3 or name == "L2S"), name
+    for batch_size, count in ((1, 5), (2, 3)):
+        flags = (f"--workdir={workdir}", f"--batch_size={batch_size}", f"--output={path}")
+        finished = run("assisted", "--prompts=3", *flags)
+        assert finished.returncode == 0, finished.stderr
+        systems = json.loads(path.read_text())["systems"]
+        assert len(systems) == count == finished.stdout.count("\n| ")
+        for name, row in systems.items():
+            assert row["ms"] > 0 and (row["equal"] == 3 or name == "L2S"), name
