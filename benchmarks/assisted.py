@@ -27,6 +27,7 @@ import transformers
 from tqdm import tqdm
 
 from l2s_jax.arguments import Parser, count
+from l2s_jax.bench.hf import ready
 from l2s_jax.bench.machine import cores, cpu
 from l2s_jax.data.fitting import fit
 from l2s_jax.experiment.experiment import Experiment
@@ -57,7 +58,7 @@ class Transformers:
             if config.is_encoder_decoder
             else transformers.AutoModelForCausalLM
         )
-        self.model = kind.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = ready(kind.from_pretrained(directory, dtype=torch.float32))
         self._tokenizer, self._longest, self._most = tokenizer, longest, most
         self._continues = not config.is_encoder_decoder
 

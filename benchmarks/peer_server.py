@@ -50,11 +50,13 @@ def transformers_of(checkpoint: str, dtype: str, threads: int) -> Generate:
     """By transformers' `generate`."""
     import torch
 
+    from l2s_jax.bench.hf import ready
+
     torch.set_num_threads(threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype)
-    ).eval()
+    model = ready(
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    )
 
     def generate(prompts: list[str], new_tokens: int) -> list[int]:
         batch = tokenizer(prompts, padding=True, return_tensors="pt")

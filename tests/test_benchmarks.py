@@ -298,7 +298,9 @@ def test_what_a_script_imports_is_there(script, monkeypatch):
 def test_an_llm_drafted_for_says_what_it_says_alone(tmp_path):
     config = tiny.write_task(tmp_path / "task")
     workdir = tmp_path / "run"
-    assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--until=l2s") == 0
+    # Decoders deeper than their encoders: transformers counts the latter's layers.
+    deep = [f"--config.{name}.model.num_decoder_layers=2" for name in ("llm", "slm")]
+    assert tiny.run(f"--config={config}", f"--workdir={workdir}", "--until=l2s", *deep) == 0
     path = tmp_path / "assisted.json"
     for batch_size, count in ((1, 5), (2, 3)):
         flags = (f"--workdir={workdir}", f"--batch_size={batch_size}", f"--output={path}")

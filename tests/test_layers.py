@@ -12,7 +12,7 @@ import pytest
 import qwix
 
 from l2s_jax.models.layers import Linear
-from l2s_jax.models.products import SPLIT_K, product
+from l2s_jax.models.products import SPLIT_K, by_table, product
 
 SPEC = "...d,df->...f"
 
@@ -120,3 +120,28 @@ def test_only_one_cpu_splits_the_sums_of_one_float32_row(platform, dtype, rows, 
     (kernel,) = re.findall(r"dot_general.* : \(tensor<\S+>, tensor<(\S+)x\w+>\)", text)
     split = (platform, dtype, rows, devices) == ("cpu", jnp.float32, 1, 1)
     assert kernel == (f"2x{SPLIT_K}x40" if split else f"{2 * SPLIT_K}x40")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (9, 1), (13, 5)])
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_a_table_makes_the_logits_of_any_number_of_rows(shape, weights):
+    x = jax.random.normal(jax.random.key(0), (*shape, 24))
+    table = jax.random.normal(jax.random.key(1), (40, 24))
+    exact = np.asarray(table, np.float64)
+    if weights == "int8":
+        table = qwix.quantize(table, jnp.int8, channelwise_axes=(0,))
+        exact = np.asarray(qwix.dequantize(table), np.float64)
+    found = jax.jit(by_table, static_argnums=2)(x, table, jnp.float32)
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ exact.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [((1, 1), (40, 1)), ((1, 5), (40, 8)), ((4, 1), (40, 4)), ((13, 5), None)],
+)
+def test_a_cpu_multiplies_a_table_by_few_rows(shape, first):
+    x, table = jnp.ones((*shape, 24)), jnp.ones((40, 24))
+    text = jax.jit(by_table, static_argnums=2).lower(x, table, jnp.float32).compile().as_text()
+    (made,) = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", text)
+    # The rows are made up to a multiple of four, and the table stays the first factor.
+    assert tuple(map(int, made)) == (first or (65, 40))

@@ -11,6 +11,18 @@ import transformers
 from l2s_jax.bench.contestants import Case, Setup, has_weights, milliseconds, split, warmed_up
 
 
+def ready(model: Any) -> Any:
+    """A model that was loaded, to generate with.
+
+    The cache that `generate` makes has as many layers as the config's `num_layers` says
+    (transformers 5.23). In a T5 these are the encoder's, and the decoder may have more.
+    """
+    config = model.config
+    if config.is_encoder_decoder:
+        config.num_layers = config.num_decoder_layers
+    return model.eval()
+
+
 class _Transformers:
     """transformers on one checkpoint, eager, compiled or assisted by the SLM."""
 
@@ -40,7 +52,7 @@ class _Transformers:
                 model = kind.from_config(config, dtype=self._dtype)
         # Every row decodes up to the limit, and nothing is computed to see to it.
         model.generation_config.eos_token_id = None
-        return model.to(self._device).eval()
+        return ready(model).to(self._device)
 
     def compile(self, mode: str, whole: bool) -> None:
         """`whole` compiles the forward of every call, else generate compiles that of its steps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -27,6 +28,9 @@ SPLIT_K = 128
 
 # As many as a step has, or a block of drafted tokens.
 FEW_QUERIES = 16
+
+# Of so few rows, the product with a table [V, D] has the table as its first factor on a CPU.
+FEW_ROWS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -171,19 +175,25 @@ def by_table(
     x: Float[Array, "*B T D"], table: Float[AnyArray, "V D"] | qwix.QArray, dtype: DTypeLike
 ) -> Float32[Array, "*B T V"]:
     """`x @ table.T`, as `product`."""
+    count = math.prod(x.shape[:-1])
 
     def rows_first(x: jax.Array, table: AnyArray | qwix.QArray) -> jax.Array:
         return product("...d,vd->...v", x, table, dtype, jnp.float32)
 
     def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
-        x = x.astype(dtype)
-        logits: Any = _product("vd,...d->v...", table, x, dtype, jnp.float32)
-        return jnp.moveaxis(logits, 0, -1)
+        rows = x.reshape(count, -1).astype(dtype)
+        if count > 4:
+            rows = jnp.pad(rows, ((0, -count % 4), (0, 0)))
+        logits: Any = _product("vd,rd->vr", table, rows, dtype, jnp.float32)
+        # Without a barrier XLA swaps the factors, to spare the transpose.
+        logits = jax.lax.optimization_barrier(logits)[:, :count].T
+        return logits.reshape(*x.shape[:-1], -1)
 
-    if x.shape[-2] > 1 or isinstance(table, qwix.QArray):
+    # A mesh may split the rows.
+    if isinstance(table, qwix.QArray) or count > FEW_ROWS or program_mesh() is not None:
         return rows_first(x, table)
-    # XLA's CPU backend takes up to twice as long for one step of several rows by a table that is
-    # the second factor and has the summed axis last.
+    # XLA's CPU backend copies all of a second factor that has the summed axis last. It has a fast
+    # product for every four columns of the second factor.
     return jax.lax.platform_dependent(x, table, cpu=table_first, default=rows_first)
 
 
