@@ -137,6 +137,16 @@ def test_page_states_the_finding_and_rounds(tmp_path):
     assert table_rows(page, "versions")[0][1] == "jax 0.10, flax 0.12"
 
 
+def test_a_token_that_takes_no_time_is_said_to_be_noise(tmp_path):
+    report = make_report()
+    report["systems"]["l2s"]["latency"]["decode_ms_per_token"] = 0.0
+    report["l2s_vs_llm"] = reporting.compare(report["systems"], "bleu")
+    reporting.write_report(report, str(tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert "What L2S takes for a token is lost in noise" in page
+    assert "decodes a token" not in page and "A whole request is 3.91 times as fast" in page
+
+
 def test_page_has_the_differences_and_what_chance_says_of_them(tmp_path):
     reporting.write_report(with_differences(make_report()), str(tmp_path))
     page = (tmp_path / "report.md").read_text()

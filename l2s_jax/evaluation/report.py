@@ -283,10 +283,12 @@ def _speedups(ratios: Mapping[str, Any], batch_size: int) -> str:
     """A sentence for an LLM that was measured too."""
     if ratios["speedup"] is None:
         return ""
+    of_token = f"L2S decodes a token {factor(ratios['decode_speedup'])} times as fast as the LLM. "
+    if ratios["decode_speedup"] is None:
+        of_token = "What L2S takes for a token is lost in noise: more tokens took no longer. "
     return (
-        f"L2S decodes a token {factor(ratios['decode_speedup'])} times as fast as the LLM. A "
-        f"whole request is {factor(ratios['speedup'])} times as fast at batch 1, a batch of "
-        f"{batch_size} {factor(ratios['speedup_batch'])} times. "
+        f"{of_token}A whole request is {factor(ratios['speedup'])} times as fast at batch 1, a "
+        f"batch of {batch_size} {factor(ratios['speedup_batch'])} times. "
     )
 
 
