@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu import part
-from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, measure
+from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, dtype_of, measure
 from l2s_jax.bench.contestants import CONTESTANTS
 
 OURS = ("llm", "exact", "l2s")
@@ -54,18 +54,16 @@ def main() -> int:
     options = part.arguments(__doc__.splitlines()[0])
     result = part.Result(options.output)
     runs = [XL.tiny()] if options.rehearse else RUNS
-    dtype = "float32" if options.rehearse else "bfloat16"
-    folder = options.output.removesuffix(".json")
     copied = copy_rate(options.output)
     rows: list[tuple[Run, dict[str, Any]]] = []
-    for run, found in measure(runs, result, folder, dtype=dtype, limit_s=options.limit_s):
-        rows += [(run, row) for row in found]
+    for rows in measure(options, runs, result):
         result.data["rows"] = [{**dataclasses.asdict(r), **row} for r, row in rows]
         result.table(
             "The LLM's own text, drafted",
             (*COMPARED, "times as fast"),
             beside_llm(rows),
-            f"Random weights, {dtype}, greedy. Drafts pass by chance, with that probability each.",
+            f"Random weights, {dtype_of(options)}, greedy. Drafts pass by chance, with that "
+            "probability each.",
         )
         result.table("Their parts", COLUMNS, [cells(run, row, copied) for run, row in rows])
     return part.finish(result, [] if rows else ["nothing was measured"])

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from benchmarks.gpu import part
-from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, measure
+from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, dtype_of, measure
 
 RUNS = (
     Run("t5-large", "t5-small", (1, 32), (64,), ("slm", "slm-int8")),
@@ -24,17 +24,17 @@ def main() -> int:
     options = part.arguments(__doc__.splitlines()[0])
     result = part.Result(options.output)
     runs = [RUNS[0].tiny()] if options.rehearse else RUNS
-    dtype = "float32" if options.rehearse else "bfloat16"
-    folder = options.output.removesuffix(".json")
     copied = copy_rate(options.output)
-    table: list[list[Any]] = []
-    data: list[dict[str, Any]] = []
-    for run, found in measure(runs, result, folder, dtype=dtype, limit_s=options.limit_s):
-        table += [cells(run, row, copied) for row in found]
-        data += found
-        result.data["rows"] = data
-        result.table("int8 weights", COLUMNS, table, f"The others hold their weights in {dtype}.")
-    return part.finish(result, [] if data else ["nothing was measured"])
+    rows: list[tuple[Run, dict[str, Any]]] = []
+    for rows in measure(options, runs, result):
+        result.data["rows"] = [row for _, row in rows]
+        result.table(
+            "int8 weights",
+            COLUMNS,
+            [cells(run, row, copied) for run, row in rows],
+            f"The others hold their weights in {dtype_of(options)}.",
+        )
+    return part.finish(result, [] if rows else ["nothing was measured"])
 
 
 if __name__ == "__main__":

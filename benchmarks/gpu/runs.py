@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -66,20 +67,32 @@ class Run:
         ]
 
 
-def measure(
-    runs: Sequence[Run], result: Result, folder: str, *, dtype: str, limit_s: float
-) -> Iterator[tuple[Run, list[dict[str, Any]]]]:
-    """(a run, its rows), as each ends; who is not reached is skipped by name.
+def dtype_of(options: argparse.Namespace) -> str:
+    """In which a part's runs compute: not every CPU has bfloat16 products."""
+    return "float32" if options.rehearse else "bfloat16"
 
-    Of a run that is stopped at the limit, or that fails, the cases before are there. A run that
-    ended in this folder before is not made again.
+
+def folder_of(options: argparse.Namespace) -> str:
+    """Where a part's runs leave their files."""
+    return options.output.removesuffix(".json")
+
+
+def measure(
+    options: argparse.Namespace, runs: Sequence[Run], result: Result
+) -> Iterator[list[tuple[Run, dict[str, Any]]]]:
+    """(run, row) of all that has been measured, whenever a run ends.
+
+    Who is not reached is skipped by name. Of a run that is stopped at the limit, or that fails, the
+    cases before are there. A run that ended in this folder before is not made again. `options` are
+    a part's.
     """
-    began = time.monotonic()
+    began, folder, dtype = time.monotonic(), folder_of(options), dtype_of(options)
     os.makedirs(folder, exist_ok=True)
+    rows: list[tuple[Run, dict[str, Any]]] = []
     for run in runs:
         output = os.path.join(folder, f"{run.name}.json")
         done = os.path.join(folder, f"{run.name}.done")
-        left = limit_s - (time.monotonic() - began)
+        left = options.limit_s - (time.monotonic() - began)
         if not os.path.exists(done):
             if left < 1:
                 result.skip(run.name, "no time was left")
@@ -92,7 +105,8 @@ def measure(
         if report := read_json(output):
             for name, reason in report["not_measured"].items():
                 result.skip(f"{run.name}: {CONTESTANTS[name].label}", reason)
-            yield run, report["rows"]
+            rows += [(run, row) for row in report["rows"]]
+            yield rows
 
 
 def cells(run: Run, row: dict[str, Any], copy_gb_per_s: float | None) -> list[Any]:

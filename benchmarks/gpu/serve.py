@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.gpu import part
-from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, measure
+from benchmarks.gpu.runs import COLUMNS, Run, cells, copy_rate, dtype_of, folder_of, measure
 from l2s_jax.bench.contestants import CONTESTANTS
 from l2s_jax.evaluation.plot import image
 
@@ -112,19 +112,16 @@ def main() -> int:
     options = part.arguments(__doc__.splitlines()[0])
     result = part.Result(options.output)
     runs = [RUNS[i].tiny() for i in REHEARSED] if options.rehearse else RUNS
-    dtype = "float32" if options.rehearse else "bfloat16"
-    folder = options.output.removesuffix(".json")
     copied = copy_rate(options.output)
     rows: list[tuple[Run, dict[str, Any]]] = []
-    for run, found in measure(runs, result, folder, dtype=dtype, limit_s=options.limit_s):
-        rows += [(run, row) for row in found]
+    for rows in measure(options, runs, result):
         result.data["rows"] = [{"llm": r.llm, "slm": r.slm, **row} for r, row in rows]
         result.table(
             "Whole requests",
             COLUMNS,
             [cells(run, row, copied) for run, row in rows],
-            f"Random weights, {dtype}, greedy. The floor: weights and cache read once at the rate "
-            "of a large copy.",
+            f"Random weights, {dtype_of(options)}, greedy. The floor: weights and cache read once "
+            "at the rate of a large copy.",
         )
         if beside := beside_tensorrt_llm(rows):
             result.table(
@@ -135,7 +132,7 @@ def main() -> int:
                 "prompts of 260 to 440 tokens and at most 128 new ones. Here all prompts have 440, "
                 "and all responses 128.",
             )
-        with open(f"{folder}.png", "wb") as file:
+        with open(f"{folder_of(options)}.png", "wb") as file:
             file.write(image(figure(rows), "png"))
     return part.finish(result, [] if rows else ["nothing was measured"])
 
