@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,8 +30,10 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _AT_ONCE = 8
 _CHECK_SECONDS = 15.0
 _NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
-_REFUSED = ("401", "403", "accessdenied", "invalidaccesskeyid", "signaturedoesnotmatch")
-_REFUSED += ("forbidden", "unauthorized", "anonymous caller", "invalid credentials")
+_REFUSED = re.compile(
+    r"\b40[13]\b|accessdenied|invalidaccesskeyid|signaturedoesnotmatch|forbidden|unauthorized"
+    r"|anonymous caller|invalid credentials"
+)
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -71,7 +74,9 @@ def _refusal(path: str, error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 9:
         chain.append(cause)
-    text = " ".join(str(one) for one in chain).lower()
+    # Addresses and keys may have any word and number in them.
+    words = " ".join(str(one) for one in chain).lower().split()
+    text = " ".join(word for word in words if "/" not in word)
     names = {type(one).__name__ for one in chain}
     if names & set(_NO_CREDENTIALS) or "unable to locate credentials" in text:
         return f"{path}: no credentials for {bucket} are found"
@@ -80,7 +85,7 @@ def _refusal(path: str, error: BaseException) -> str:
     status = str(getattr(error, "code", ""))
     if isinstance(error, PermissionError) or status in ("401", "403"):
         return f"{path}: {bucket} does not let these credentials in: {_words(error)}"
-    if any(word in text for word in _REFUSED) and not isinstance(error, FileNotFoundError):
+    if _REFUSED.search(text) and not isinstance(error, FileNotFoundError):
         return f"{path}: {bucket} does not let these credentials in: {_words(error)}"
     return ""
 

@@ -124,6 +124,8 @@ def test_of_those_who_try_at_once_one_gets_the_lock(store):
     [
         ("s3://no-such-bucket/run", {}, "s3://no-such-bucket: no such bucket"),
         (f"{AT}/run", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials for"),
+        # A name in the error's text is no answer of the store.
+        (f"{AT}/403-forbidden", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be reached"),
         (f"{AT}/run", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, f"{AT}: cannot be reached"),
         ("gs://bucket/run", {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}, "cannot be reached"),
     ],
