@@ -24,6 +24,8 @@ from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.loading import load_alone
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers import for_chat
+from l2s_jax.tokenizers.cut import CutTokenizer, essential
+from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
 PROMPTS = ["abc bca", "cab 22", "abba abc", "1", "dabc 333 bcad"]
 
@@ -207,6 +209,17 @@ def test_an_llm_is_held_once(models, weights):
     assert all(one is other for one, other in zip(l2s, exact, strict=True))
     alone = l2s_jax.load(models[0], weights=weights)
     assert made["l2s"].generate(PROMPTS) == alone.generate(PROMPTS)
+
+
+def test_what_drafts_is_cut_once(tmp_path):
+    directory, _ = server.write_model(tmp_path)
+    whole = load_tokenizer(directory)
+    kept = essential(whole)
+    CutTokenizer(whole, kept).save(directory)
+    made = load_models(Models(directory, ("l2s", "exact")))
+    head = made["exact"].trained["slm"]["head"]["kernel"]
+    assert head.shape[1] == len(kept)
+    assert head is made["l2s"].trained["slm"]["head"]["kernel"]
 
 
 CHAT = [

@@ -109,7 +109,7 @@ def load_models(models: Models) -> dict[str, Generator]:
             made["llm"].trained["llm"],
             tokenizers[0],
             tokenizers[0],
-            **{**settings, "search": search},
+            **{**settings, "search": search, "served": True},
         )
     if "slm" in models.names:
         made["slm"] = _slm(models.slm, dtype, placed, settings)
