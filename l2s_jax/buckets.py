@@ -82,10 +82,9 @@ def _refusal(path: str, error: BaseException) -> str:
         return f"{path}: no credentials for {bucket} are found"
     if "bucket does not exist" in text or "nosuchbucket" in text:
         return f"{bucket}: no such bucket"
+    is_refused = _REFUSED.search(text) and not isinstance(error, FileNotFoundError)
     status = str(getattr(error, "code", ""))
-    if isinstance(error, PermissionError) or status in ("401", "403"):
-        return f"{path}: {bucket} does not let these credentials in: {_words(error)}"
-    if _REFUSED.search(text) and not isinstance(error, FileNotFoundError):
+    if is_refused or isinstance(error, PermissionError) or status in ("401", "403"):
         return f"{path}: {bucket} does not let these credentials in: {_words(error)}"
     return ""
 

@@ -6,14 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
-
-from l2s_jax.checkpoints import pretrained
+from l2s_jax.checkpoints.sharing import encoder_part
 from l2s_jax.cluster import sharding
 from l2s_jax.config import compute_dtypes
 from l2s_jax.hub import find
 from l2s_jax.models.exact import Exact
-from l2s_jax.models.systems import Params
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.loading import load_alone, mesh_of
@@ -99,7 +96,7 @@ def load_models(models: Models) -> dict[str, Generator]:
         llm_directory=llm_directory,
     )
     if whole:
-        frozen = _encoder_of(made["llm"].trained["llm"], system.llm_config)
+        frozen = encoder_part(system.llm_config, made["llm"].trained["llm"])
     made["l2s"] = Generator(system, trained, frozen, *tokenizers, **settings)
     if "exact" in models.names:
         llm: Any = made["llm"].system
@@ -123,10 +120,3 @@ def _slm(
     tokenizer = load_tokenizer(directory)
     loaded = load_alone("slm", directory, tokenizer, dtype=dtype, **placed)
     return Generator(*loaded, whole_of(tokenizer), tokenizer, **settings)
-
-
-def _encoder_of(params: Params, config: Any) -> Params:
-    """What encodes of a whole LLM's parameters, by the config of what encodes."""
-    _, shapes = pretrained.abstract_encoder(config)
-    held = flatten_dict(dict(params), sep="/")
-    return unflatten_dict({path: held[path] for path in flatten_dict(shapes, sep="/")}, sep="/")
