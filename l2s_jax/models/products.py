@@ -71,11 +71,18 @@ def product(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def _product(spec: str, x: Any, y: Any, dtype: DTypeLike, out_dtype: DTypeLike) -> jax.Array:
     """As `product`; the gradient of each factor is in that factor's dtype."""
+    return _einsum(spec, x, y, dtype, out_dtype)
 
-    def sum_in(sum_dtype: DTypeLike, x: jax.Array, y: jax.Array) -> jax.Array:
-        return _einsum(spec, x, y, dtype, sum_dtype).astype(out_dtype)
 
-    if jnp.dtype(dtype) == out_dtype == jnp.float32:
+def _einsum(
+    spec: str, x: AnyArray, y: AnyArray, dtype: DTypeLike, out_dtype: DTypeLike
+) -> jax.Array:
+    def sum_in(sum_dtype: DTypeLike, x: AnyArray, y: AnyArray) -> jax.Array:
+        made = jnp.einsum(spec, x, y, preferred_element_type=sum_dtype)
+        return made.astype(out_dtype)
+
+    x, y = x.astype(dtype), y.astype(dtype)
+    if out_dtype == jnp.float32:
         return sum_in(jnp.float32, x, y)
     # XLA's CPU backend has no fast product that gives bfloat16.
     return jax.lax.platform_dependent(
@@ -84,12 +91,6 @@ def _product(spec: str, x: Any, y: Any, dtype: DTypeLike, out_dtype: DTypeLike) 
         cpu=functools.partial(sum_in, jnp.float32),
         default=functools.partial(sum_in, out_dtype),
     )
-
-
-def _einsum(
-    spec: str, x: AnyArray, y: AnyArray, dtype: DTypeLike, out_dtype: DTypeLike
-) -> jax.Array:
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=out_dtype)
 
 
 def _product_forward(
