@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import qwix
 
 from l2s_jax.models.layers import Linear
-from l2s_jax.models.products import SPLIT_K, by_table, product
+from l2s_jax.models.products import BLOCKS, Transposed, by_table, product
 
 SPEC = "...d,df->...f"
 
@@ -73,27 +74,39 @@ def float_or_int8(layer, x, weights):
     return params, np.asarray(qwix.dequantize(kernel), np.float64), bias
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("width", [SPLIT_K, 3 * SPLIT_K, 3 * SPLIT_K + 8])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (5, 1), (13, 5)])
+@pytest.mark.parametrize("features", [40, 41])
 @pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("weights", ["float", "int8", "transposed"])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
-def test_a_linear_layer_is_the_whole_product(rows, width, use_bias, weights, transform):
-    layer = Linear(40, jax.nn.initializers.normal(), use_bias=use_bias)
-    x = jax.random.normal(jax.random.key(0), (rows, 1, width))
-    params, kernel, bias = float_or_int8(layer, x, weights)
+def test_a_linear_layer_is_the_whole_product(shape, features, use_bias, weights, transform):
+    layer = Linear(features, jax.nn.initializers.normal(), use_bias=use_bias)
+    x = jax.random.normal(jax.random.key(0), (*shape, 24))
+    params, kernel, bias = float_or_int8(layer, x, "int8" if weights == "int8" else "float")
+    if weights == "transposed":
+        params["kernel"] = Transposed(params["kernel"].T)
     found = transform(layer.apply)({"params": params}, x)
     exact = np.asarray(x, np.float64) @ kernel + bias
     assert found.shape == exact.shape and found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_a_transposed_kernel_of_another_shape_is_refused():
+    layer, x = Linear(40, jax.nn.initializers.zeros), jnp.ones((2, 24))
+    assert Transposed(jnp.ones((40, 24))).shape == (24, 40)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        layer.apply({"params": {"kernel": Transposed(jnp.ones((24, 40)))}}, x)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_gradient_of_a_linear_layer(rows):
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_gradient_of_a_linear_layer(rows, is_transposed):
     layer = Linear(40, jax.nn.initializers.normal(), use_bias=True)
-    x = jax.random.normal(jax.random.key(0), (rows, 1, 2 * SPLIT_K))
+    x = jax.random.normal(jax.random.key(0), (rows, 1, 24))
     params, kernel, _ = float_or_int8(layer, x, "float")
     weights = jax.random.normal(jax.random.key(3), (rows, 1, 40))
+    if is_transposed:
+        params["kernel"] = Transposed(params["kernel"].T)
 
     def loss(params, x):
         return jnp.sum(weights * layer.apply({"params": params}, x))
@@ -101,25 +114,10 @@ def test_the_gradient_of_a_linear_layer(rows):
     of_params, of_x = jax.grad(loss, argnums=(0, 1))(params, x)
     x, weights = (np.asarray(array, np.float64)[:, 0] for array in (x, weights))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    close(of_params["kernel"], x.T @ weights)
+    found = of_params["kernel"]
+    close(found.held.T if is_transposed else found, x.T @ weights)
     close(of_params["bias"], weights.sum(0))
     close(of_x[:, 0], weights @ kernel.T)
-
-
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_only_one_cpu_splits_the_sums_of_one_float32_row(platform, dtype, rows, devices):
-    layer = Linear(40, jax.nn.initializers.zeros, dtype)
-    x = jnp.ones((rows, 1, 2 * SPLIT_K))
-    params = layer.init(jax.random.key(0), x)
-    with jax.set_mesh(jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,))):
-        traced = jax.jit(layer.apply).trace(params, x)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    (kernel,) = re.findall(r"dot_general.* : \(tensor<\S+>, tensor<(\S+)x\w+>\)", text)
-    split = (platform, dtype, rows, devices) == ("cpu", jnp.float32, 1, 1)
-    assert kernel == (f"2x{SPLIT_K}x40" if split else f"{2 * SPLIT_K}x40")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (9, 1), (13, 5)])
@@ -136,12 +134,25 @@ def test_a_table_makes_the_logits_of_any_number_of_rows(shape, weights):
 
 
 @pytest.mark.parametrize(
-    ("shape", "first"),
-    [((1, 1), (40, 1)), ((1, 5), (40, 8)), ((4, 1), (40, 4)), ((13, 5), None)],
+    ("shape", "features", "made"),
+    [
+        ((1, 1), 40, (BLOCKS, 40 // BLOCKS)),
+        ((1, 1), 41, (41, 1)),
+        ((1, 5), 40, (40, 8)),
+        ((4, 1), 40, (40, 4)),
+        ((13, 5), 40, (40, 68)),
+    ],
 )
-def test_a_cpu_multiplies_a_table_by_few_rows(shape, first):
-    x, table = jnp.ones((*shape, 24)), jnp.ones((40, 24))
-    text = jax.jit(by_table, static_argnums=2).lower(x, table, jnp.float32).compile().as_text()
-    (made,) = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", text)
-    # The rows are made up to a multiple of four, and the table stays the first factor.
-    assert tuple(map(int, made)) == (first or (65, 40))
+@pytest.mark.parametrize("is_kernel", [False, True])
+def test_a_cpu_multiplies_what_is_transposed_by_rows(shape, features, made, is_kernel):
+    x, table = jnp.ones((*shape, 24)), jnp.ones((features, 24))
+    if is_kernel:
+        layer = Linear(features, jax.nn.initializers.zeros)
+        lowered = jax.jit(layer.apply).lower({"params": {"kernel": Transposed(table)}}, x)
+    else:
+        lowered = jax.jit(by_table, static_argnums=2).lower(x, table, jnp.float32)
+    (found,) = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", lowered.compile().as_text())
+    # The rows are made up to a multiple of four, and the table stays the first factor; of many
+    # rows, one that a training step may use does not.
+    is_many = shape == (13, 5) and not is_kernel
+    assert tuple(map(int, found)) == ((65, 40) if is_many else made)

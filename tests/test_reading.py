@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import small
 import torch
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from l2s_jax.checkpoints import files, reading
 from l2s_jax.checkpoints.pretrained import load, load_encoder, load_native, save_native
 from l2s_jax.cluster import paths, sharding
-from l2s_jax.models.serving import to_serve
+from l2s_jax.models.products import Transposed
+from l2s_jax.models.serving import lay_out_all, to_serve
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.systems import parameter_count
 
@@ -100,6 +102,33 @@ def test_an_encoder_is_read_as_it_is_held(tmp_path, family):
             kernel = name.endswith("/kernel")
             assert leaf.dtype == (jnp.bfloat16 if kernel else jnp.float32), name
             assert isinstance(leaf, np.ndarray if mesh is None else jax.Array)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
+def test_one_cpu_device_holds_kernels_transposed(checkpoints, family, scan_layers):
+    directory, mesh = str(checkpoints / family), sharding.one_device()
+    settings = {"weights": "float", "scan_layers": scan_layers}
+    _, expected = load(directory, **settings)
+    _, found = load(directory, mesh=mesh, **settings)
+    kernels = 0
+    for name, leaf in flatten_dict(found, sep="/").items():
+        plain = flatten_dict(expected, sep="/")[name]
+        assert (leaf.shape, leaf.dtype, leaf.ndim) == (plain.shape, plain.dtype, plain.ndim)
+        if name.endswith("/kernel"):
+            leaf, kernels = leaf.held.swapaxes(-1, -2), kernels + 1
+        np.testing.assert_array_equal(leaf, plain)
+    assert kernels
+    # A Generator lays out what it is given, and takes as it is what lies right.
+    small.assert_same(lay_out_all(expected, mesh), found)
+    held = lay_out_all(found, mesh)
+    assert jax.tree.leaves(held)[0] is jax.tree.leaves(found)[0]
+    assert sharding.put_parameters(found, mesh)
+    # The products of bfloat16 and of several devices want them as they are.
+    low = load(directory, dtype=jnp.bfloat16, mesh=mesh, **settings)[1]
+    split = load(directory, mesh=small.mesh_of(fsdp=4, tensor=2), **settings)[1]
+    for other in (low, split, expected):
+        assert not any(isinstance(leaf, Transposed) for leaf in flatten_dict(other).values())
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -11,7 +11,6 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from l2s_jax.checkpoints.pretrained import load_hf
-from l2s_jax.models.products import SPLIT_K
 from l2s_jax.models.relative import bucket_table
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -37,7 +36,7 @@ CASES = {
     "deep": (20, 12, {"num_layers": 8}),
     "long": (150, 140, {"num_heads": 2}),
     "longer, distance 200": (230, 210, {"num_heads": 2, DISTANCE: 200, **OWN_HEAD}),
-    "one row of a wide one": (9, 5, {"d_model": 2 * SPLIT_K, "d_ff": 3 * SPLIT_K, **OWN_HEAD}),
+    "wide": (9, 5, {"d_model": 256, "d_ff": 384, **OWN_HEAD}),
 }
 
 

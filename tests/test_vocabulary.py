@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import small
 
+from l2s_jax.cluster.sharding import one_device
 from l2s_jax.decoding.engine import jitted_decode
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.llama import LlamaConfig
+from l2s_jax.models.products import Transposed
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.scored import Scored
+from l2s_jax.models.serving import lay_out_all
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
-from l2s_jax.models.vocabulary import with_vocabulary, without_vocabulary
+from l2s_jax.models.vocabulary import cut, with_vocabulary, without_vocabulary
 from l2s_jax.settings.search import Search
 from l2s_jax.training.losses import cross_entropy
 
@@ -198,6 +201,15 @@ def test_a_token_reads_the_kept_rows_alone(case):
     bias = 0 if config.tied_head or "bias" not in kept["slm"]["head"] else 1
     saved = (VOCABULARY - len(KEPT)) * (config.width + bias)
     assert system.parameters_read_per_token(whole) - of_cut.parameters_read_per_token(kept) == saved
+
+
+def test_a_transposed_head_loses_the_same_rows():
+    system = shortened(language_model("t5, own head"))
+    trained, _ = small.make_params(language_model("t5, own head"))
+    held = lay_out_all(trained, one_device())
+    assert isinstance(held["slm"]["head"]["kernel"], Transposed)
+    expected = lay_out_all(cut(trained["slm"], system.config), one_device())
+    small.assert_same(cut(held["slm"], system.config), expected)
 
 
 def test_int8_quantizes_the_table_that_is_the_head(case):

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from l2s_jax.bench.contestants import Case, Setup, has_weights
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.checkpoints import pretrained
+from l2s_jax.cluster.sharding import one_device
 from l2s_jax.config import compute_dtypes
 from l2s_jax.decoding.engine import GREEDY
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import ModelConfig
-from l2s_jax.models.serving import to_serve
+from l2s_jax.models.serving import lay_out, to_serve
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.vocabulary import of_size, with_vocabulary
 from l2s_jax.settings.search import Search
@@ -159,10 +160,11 @@ def _random(shapes: Any, config: ModelConfig, *, encodes: bool = False) -> Param
 
 def _put_away(params: Any) -> Any:
     """Moves parameters to the device one by one, so that they are never in memory twice."""
+    mesh = one_device()
     for name, part in params.items():
         params[name] = (
             _put_away(part)
             if isinstance(part, dict)
-            else jax.block_until_ready(jax.device_put(part))
+            else jax.block_until_ready(jax.device_put(lay_out(name, part, mesh)))
         )
     return params

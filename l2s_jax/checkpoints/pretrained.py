@@ -48,7 +48,7 @@ from l2s_jax.checkpoints.writing import MAX_SHARD_SIZE, write_directory
 from l2s_jax.files import is_folder, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import find
-from l2s_jax.models.serving import check_weights, float_dtype, hold
+from l2s_jax.models.serving import check_weights, float_dtype, hold, lay_out
 from l2s_jax.models.stacking import stack_layers
 from l2s_jax.models.vocabulary import without_vocabulary
 
@@ -114,7 +114,7 @@ def load(
     Args:
       directory: what is read: a folder, a GGUF file, or a name on the hub (`hub.find`).
       dtype: the compute dtype of the module.
-      weights: they are held as `serving.to_serve` would hold them; "": in float32.
+      weights: they are held as a Generator on the mesh holds them; "": in float32.
       mesh: with one, params are global arrays that lie on it by the rules of sharding.py; each
         process reads the part that its own devices hold, and casts and places it array by array.
       scan_layers: layers are stacked (models/stacking.py), as the module then takes them.
@@ -287,6 +287,10 @@ def _load(
                 prefixes = tuple(f"{name}/" for name in kept)
         config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)
         held: dict[str, Any] = {"config": config, "encodes": layer is not None}
+
+        def serve(path: str, leaf: Any) -> Any:
+            return lay_out(path, hold(path, leaf, weights=weights, **held), mesh)
+
         params = read_params(
             files,
             entries,
@@ -295,7 +299,7 @@ def _load(
             prefixes=prefixes,
             # Floats are read in their dtype; int8 is made of float32, of one parameter at a time.
             dtype_of=functools.partial(float_dtype, **held) if weights == "float" else None,
-            hold=functools.partial(hold, weights=weights, **held) if weights == "int8" else None,
+            hold=serve if weights else None,
             mesh=mesh,
             stacked=scan_layers,
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
@@ -21,16 +22,42 @@ from jaxtyping import Array, Float, Float32
 from l2s_jax.cluster.placement import program_mesh
 from l2s_jax.cluster.sharding import AnyArray
 
-# Split-K: XLA's CPU backend takes a tenth less time for one float32 row by a kernel from memory if
-# the axis that is summed over is in blocks of so many, whose products are added up. More rows take
-# longer so.
-SPLIT_K = 128
-
 # As many as a step has, or a block of drafted tokens.
 FEW_QUERIES = 16
 
 # Of so few rows, the product with a table [V, D] has the table as its first factor on a CPU.
 FEW_ROWS = 64
+
+# One row takes less time by a first factor that comes in so many blocks.
+BLOCKS = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A kernel [D, F] that is held as [F, D], to be the first factor of its products on a CPU.
+
+    XLA's CPU backend lays out a second factor anew for every product of two rows or more. It reads
+    a first factor that has the summed axis last as it is, once.
+    """
+
+    held: Float[AnyArray, "*L F D"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel."""
+        *layers, features, width = np.shape(self.held)
+        return (*layers, width, features)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the kernel."""
+        return self.held.dtype
+
+    @property
+    def ndim(self) -> int:
+        """That of the kernel."""
+        return self.held.ndim
 
 
 @jax.tree_util.register_dataclass
@@ -41,10 +68,14 @@ class LowRank:
     Those of all layers where there is an axis of layers in front.
     """
 
-    # The first: flax compares its shape with that of the kernel that it stands for.
     base: Float[AnyArray, "*L D F"]
     a: Float[AnyArray, "*L D R"]
     b: Float[AnyArray, "*L R F"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel."""
+        return np.shape(self.base)
 
 
 def product(
@@ -133,69 +164,55 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 def by_kernel(
     x: Float[AnyArray, "*rows D"],
-    kernel: Float[AnyArray, "D F"] | qwix.QArray | LowRank,
+    kernel: Float[AnyArray, "D F"] | qwix.QArray | Transposed | LowRank,
     dtype: DTypeLike,
     out_dtype: DTypeLike,
 ) -> Float[Array, "*rows F"]:
-    """`x @ kernel`, as `product`; of a low-rank change, `(x @ a) @ b` is added.
-
-    One float32 row is summed in blocks on a CPU (`SPLIT_K`).
-    """
+    """`x @ kernel`, as `product`; of a low-rank change, `(x @ a) @ b` is added."""
     if isinstance(kernel, LowRank):
         inner = product("...d,dr->...r", x, kernel.a, dtype, dtype)
         change = product("...r,rf->...f", inner, kernel.b, dtype, out_dtype)
         return by_kernel(x, kernel.base, dtype, out_dtype) + change
-
-    def whole(x: AnyArray, kernel: AnyArray | qwix.QArray) -> jax.Array:
-        return product("...d,df->...f", x, kernel, dtype, out_dtype)
-
-    def split_k(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        features = kernel.shape[1]
-        blocks = x.reshape(-1, SPLIT_K), kernel.reshape(-1, SPLIT_K, features)
-        sums = product("kd,kdf->kf", *blocks, jnp.float32, jnp.float32)
-        return sums.sum(0).astype(out_dtype).reshape(*x.shape[:-1], features)
-
-    if _has_split_k(x, kernel, dtype):
-        return jax.lax.platform_dependent(x, kernel, cpu=split_k, default=whole)
-    return whole(x, kernel)
-
-
-def _has_split_k(x: AnyArray, kernel: AnyArray | qwix.QArray, dtype: DTypeLike) -> bool:
-    return (
-        jnp.dtype(dtype) == jnp.float32
-        and not isinstance(kernel, qwix.QArray)
-        and x.size == x.shape[-1]
-        and x.size > SPLIT_K
-        and x.size % SPLIT_K == 0
-        # The blocks need not be where a mesh splits the kernel.
-        and program_mesh() is None
-    )
+    if isinstance(kernel, Transposed):
+        return _first(kernel.held, x, dtype, out_dtype)
+    return product("...d,df->...f", x, kernel, dtype, out_dtype)
 
 
 def by_table(
     x: Float[Array, "*B T D"], table: Float[AnyArray, "V D"] | qwix.QArray, dtype: DTypeLike
 ) -> Float32[Array, "*B T V"]:
     """`x @ table.T`, as `product`."""
-    count = math.prod(x.shape[:-1])
 
     def rows_first(x: jax.Array, table: AnyArray | qwix.QArray) -> jax.Array:
         return product("...d,vd->...v", x, table, dtype, jnp.float32)
 
     def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
-        rows = x.reshape(count, -1).astype(dtype)
-        if count > 4:
-            rows = jnp.pad(rows, ((0, -count % 4), (0, 0)))
-        logits: Any = _product("vd,rd->vr", table, rows, dtype, jnp.float32)
-        # Without a barrier XLA swaps the factors, to spare the transpose.
-        logits = jax.lax.optimization_barrier(logits)[:, :count].T
-        return logits.reshape(*x.shape[:-1], -1)
+        return _first(table, x, dtype, jnp.float32)
 
+    is_many = math.prod(x.shape[:-1]) > FEW_ROWS
     # A mesh may split the rows.
-    if isinstance(table, qwix.QArray) or count > FEW_ROWS or program_mesh() is not None:
+    if isinstance(table, qwix.QArray) or is_many or program_mesh() is not None:
         return rows_first(x, table)
-    # XLA's CPU backend copies all of a second factor that has the summed axis last. It has a fast
-    # product for every four columns of the second factor.
     return jax.lax.platform_dependent(x, table, cpu=table_first, default=rows_first)
+
+
+def _first(
+    table: AnyArray, x: AnyArray, dtype: DTypeLike, out_dtype: DTypeLike
+) -> Float[Array, "*rows V"]:
+    """`x @ table.T`, as `product`, with the table as the first factor: see `Transposed`."""
+    count = math.prod(x.shape[:-1])
+    rows = x.reshape(count, -1).astype(dtype)
+    if count == 1 and len(table) % BLOCKS == 0:
+        blocks = table.reshape(BLOCKS, -1, table.shape[1])
+        y = _product("bvd,bd->bv", blocks, rows.repeat(BLOCKS, 0), dtype, out_dtype)
+        return y.reshape(*x.shape[:-1], -1)
+    # There is a fast product for every four columns of the second factor.
+    if count > 4:
+        rows = jnp.pad(rows, ((0, -count % 4), (0, 0)))
+    y: Any = _product("vd,rd->vr", table, rows, dtype, out_dtype)
+    # Without a barrier XLA swaps the factors, to spare the transpose.
+    y = jax.lax.optimization_barrier(y)[:, :count].T
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def by_keys(

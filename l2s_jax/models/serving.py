@@ -1,4 +1,4 @@
-"""Parameters as generation holds them: in the dtype of the products, or in int8."""
+"""Parameters as generation holds them: in the dtype and layout of the products, or in int8."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from l2s_jax.cluster.paths import path_name
 from l2s_jax.cluster.sharding import parameter_shardings
 from l2s_jax.models.families import ModelConfig
+from l2s_jax.models.products import Transposed
 from l2s_jax.models.vocabulary import TABLES, response_table
 
 WEIGHTS = ("float", "int8")
@@ -62,6 +64,32 @@ def hold(path: str, leaf: Any, config: ModelConfig, weights: str, *, encodes: bo
     return jax.jit(quantize, out_shardings=flatten_dict(where, sep="/")[path])(leaf)
 
 
+def lay_out(path: str, leaf: Any, mesh: Mesh | None) -> Any:
+    """What `hold` gave, or [L, ...] of it, as generation on a mesh wants it in memory.
+
+    On one CPU device float32 kernels are `Transposed`, and on the host still if they were there.
+    All else stays as it is.
+    """
+    if mesh is None or mesh.size > 1 or mesh.devices.item().platform != "cpu":
+        return leaf
+    is_kernel = path.rsplit("/", 1)[-1] == "kernel" and isinstance(leaf, np.ndarray | jax.Array)
+    if not is_kernel or leaf.dtype != jnp.float32:
+        return leaf
+    turned = leaf.swapaxes(-2, -1)
+    return Transposed(np.ascontiguousarray(turned) if isinstance(turned, np.ndarray) else turned)
+
+
+def lay_out_all(params: Mapping[str, Any], mesh: Mesh | None) -> Any:
+    """`lay_out` of a tree of them."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: lay_out(path_name(path), leaf, mesh), params, is_leaf=_is_held
+    )
+
+
+def _is_held(leaf: Any) -> bool:
+    return isinstance(leaf, qwix.QArray | Transposed)
+
+
 def to_serve(
     params: Mapping[str, Any], config: ModelConfig, weights: str, *, encodes: bool = False
 ) -> dict[str, Any]:
@@ -84,10 +112,8 @@ def to_serve(
     check_weights(weights)
 
     def serve(path: tuple, leaf: Any) -> Any:
-        if isinstance(leaf, qwix.QArray):
+        if _is_held(leaf):
             return leaf
         return hold(path_name(path), leaf, config, weights, encodes=encodes)
 
-    return jax.tree_util.tree_map_with_path(
-        serve, params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray)
-    )
+    return jax.tree_util.tree_map_with_path(serve, params, is_leaf=_is_held)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from l2s_jax.cluster.sharding import AnyArray
+from l2s_jax.models.products import Transposed
 
 RESPONSE_TABLE = "response_embedding"
 TABLES = "token_embedding", RESPONSE_TABLE
@@ -131,8 +132,15 @@ def cut(params: Mapping[str, Any], config: Any) -> dict[str, Any]:
             return np.take(leaf, config.vocabulary.kept, axis=axis)
         return jnp.take(leaf, rows, axis=axis)
 
+    def columns(leaf: Any) -> Any:
+        if isinstance(leaf, Transposed):
+            return Transposed(take(leaf.held, leaf.ndim - 2))
+        return take(leaf, leaf.ndim - 1)
+
     table = params["token_embedding"]["embedding"]
     new = {**params, RESPONSE_TABLE: {"embedding": take(table, 0)}}
     if "head" in params:
-        new["head"] = jax.tree.map(lambda leaf: take(leaf, leaf.ndim - 1), params["head"])
+        new["head"] = jax.tree.map(
+            columns, params["head"], is_leaf=lambda leaf: isinstance(leaf, Transposed)
+        )
     return new

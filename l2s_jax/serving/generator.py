@@ -21,6 +21,7 @@ from l2s_jax.decoding.drafted import ExactState
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Decoded
 from l2s_jax.models.exact import Exact
+from l2s_jax.models.serving import lay_out_all
 from l2s_jax.models.systems import Params, System
 from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths, search_of
 from l2s_jax.serving.output import Drafts, Output, drafts_of, in_order, output_of_text, outputs_of
@@ -72,12 +73,13 @@ class Generator:
         self.mesh = mesh or sharding.one_device()
         sharding.check_rows(batch_size, self.mesh, "batch_size")
         sharding.check_lengths(prompt_lengths, self.mesh, "prompt_lengths")
-        self.trained, self.frozen = (
-            sharding.put_parameters(params, self.mesh)
-            for params in (
-                (trained, frozen) if served else system.to_serve(trained, frozen, weights)
+        if not served:
+            trained, frozen = (
+                lay_out_all(params, self.mesh)
+                for params in system.to_serve(trained, frozen, weights)
             )
-        )
+        self.trained = sharding.put_parameters(trained, self.mesh)
+        self.frozen = sharding.put_parameters(frozen, self.mesh)
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.end_ids = response_tokenizer.end_ids
