@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from l2s_jax.decoding.engine import GREEDY
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.families import ModelConfig
-from l2s_jax.models.serving import lay_out, to_serve
+from l2s_jax.models.serving import lay_out_all, to_serve
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.vocabulary import of_size, with_vocabulary
 from l2s_jax.settings.search import Search
@@ -30,8 +29,7 @@ class _Ours:
     def __init__(self, setup: Setup, name: str, encoder_dtype: str, weights: str, vocabulary: int):
         self._setup = setup
         self._system, *params = _load(setup, name, encoder_dtype, weights, vocabulary)
-        # Nothing but these holds the numbers that were read.
-        self._trained, self._frozen = map(_put_away, params)
+        self._trained, self._frozen = (lay_out_all(part, one_device()) for part in params)
 
     def prepare(self, case: Case) -> dict[str, float]:
         self._stopwatch: Any = None  # Its programs and cache go before the next ones come.
@@ -111,12 +109,12 @@ def _load(
         system = Exact(l2s, llm, acceptance=setup.acceptance)
         return system, trained, dict(parameters["llm"])
     if name != "l2s":
-        config, params = _model(setup.llm if name == "llm" else setup.slm, dtype)
+        config, params = _model(setup.llm if name == "llm" else setup.slm, dtype, weights)
         config = _cut(config, vocabulary)
         system = LanguageModel(name, config)
         return system, *system.to_serve({name: params}, {}, weights)
-    llm_config, frozen = _encoder(setup.llm, of_encoder)
-    slm_config, slm = _model(setup.slm, dtype)
+    llm_config, frozen = _encoder(setup.llm, of_encoder, weights)
+    slm_config, slm = _model(setup.slm, dtype, weights)
     system = LlmToSlm(
         llm_config,
         _cut(slm_config, vocabulary),
@@ -133,38 +131,35 @@ def _cut(config: ModelConfig, size: int) -> ModelConfig:
     return with_vocabulary(config, of_size(config, size)) if size else config
 
 
-def _model(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
-    """(config, parameters as they serve) of a folder, random where it holds none."""
+def _model(path: str, dtype: Any, weights: str) -> tuple[ModelConfig, Params]:
+    """(config, parameters on the device) of a folder, random where it holds none.
+
+    As they serve, if in float; to be quantized they are in float32.
+    """
     if has_weights(path):
-        module, params = pretrained.load(path, dtype=dtype, weights="float")
+        module, params = pretrained.load(path, dtype=dtype, **_where(weights))
         return module.config, params
     config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     shapes = jax.eval_shape(LanguageModel("llm", config).init, jax.random.key(0))
-    return config, _random(shapes["llm"], config)
+    return config, _random(shapes["llm"], config, weights)
 
 
-def _encoder(path: str, dtype: Any) -> tuple[ModelConfig, Params]:
+def _encoder(path: str, dtype: Any, weights: str) -> tuple[ModelConfig, Params]:
     """Likewise, of what encodes a prompt."""
     if has_weights(path):
-        module, params = pretrained.load_encoder(path, dtype=dtype, weights="float")
+        module, params = pretrained.load_encoder(path, dtype=dtype, **_where(weights))
         return module.config, params
     config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     config, shapes = pretrained.abstract_encoder(config)
-    return config, _random(shapes, config, encodes=True)
+    return config, _random(shapes, config, weights, encodes=True)
 
 
-def _random(shapes: Any, config: ModelConfig, *, encodes: bool = False) -> Params:
-    held = functools.partial(to_serve, config=config, weights="float", encodes=encodes)
-    return random_like(jax.eval_shape(held, shapes))
+def _where(weights: str) -> dict[str, Any]:
+    return {"weights": weights if weights == "float" else "", "mesh": one_device()}
 
 
-def _put_away(params: Any) -> Any:
-    """Moves parameters to the device one by one, so that they are never in memory twice."""
-    mesh = one_device()
-    for name, part in params.items():
-        params[name] = (
-            _put_away(part)
-            if isinstance(part, dict)
-            else jax.block_until_ready(jax.device_put(lay_out(name, part, mesh)))
-        )
-    return params
+def _random(shapes: Any, config: ModelConfig, weights: str, *, encodes: bool = False) -> Params:
+    def held(params: Params) -> Params:
+        return lay_out_all(to_serve(params, config, "float", encodes=encodes), one_device())
+
+    return random_like(jax.eval_shape(held, shapes) if weights == "float" else shapes)
