@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from l2s_jax.decoding.engine import GREEDY, advance, jitted_decode, start
 from l2s_jax.decoding.loop import CHUNK, Loop, decoding_steps
+from l2s_jax.models import serving
 from l2s_jax.models.exact import Exact
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.llama import LlamaConfig
+from l2s_jax.models.products import Transposed
 from l2s_jax.models.rotary import Rotary
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
 from l2s_jax.serving.generator import Generator
@@ -300,6 +302,20 @@ def test_an_output_depends_on_its_prompt_only(search, name, rows, shapes):
     for one, other in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(scores_of(one), scores_of(other), rtol=1e-5)
         assert len(scores_of(one)) == (2 if search == "beams" else 0)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["slm", "add", "cross", *CAUSAL])
+def test_transposed_kernels_give_the_same(name, rows, monkeypatch):
+    expected = generator(name, rows, (LONGEST,)).generate(PROMPTS)
+    monkeypatch.setattr(serving, "LEAST_TRANSPOSED", 1)
+    transposed = generator.__wrapped__(name, rows, (LONGEST,))
+    leaves = jax.tree.leaves(transposed.trained, is_leaf=lambda leaf: isinstance(leaf, Transposed))
+    assert any(isinstance(leaf, Transposed) for leaf in leaves)
+    found = transposed.generate(PROMPTS)
+    assert list(map(without_scores, found)) == list(map(without_scores, expected))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(scores_of(one), scores_of(other), rtol=1e-4)
 
 
 def test_prompts_fill_each_bucket_and_leave_padding_in_it():

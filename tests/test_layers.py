@@ -74,14 +74,14 @@ def float_or_int8(layer, x, weights):
     return params, np.asarray(qwix.dequantize(kernel), np.float64), bias
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (5, 1), (13, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 256), (1, 1, 258), (1, 3, 24), (5, 1, 24), (13, 5, 24)])
 @pytest.mark.parametrize("features", [40, 41])
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("weights", ["float", "int8", "transposed"])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
 def test_a_linear_layer_is_the_whole_product(shape, features, use_bias, weights, transform):
     layer = Linear(features, jax.nn.initializers.normal(), use_bias=use_bias)
-    x = jax.random.normal(jax.random.key(0), (*shape, 24))
+    x = jax.random.normal(jax.random.key(0), shape)
     params, kernel, bias = float_or_int8(layer, x, "int8" if weights == "int8" else "float")
     if weights == "transposed":
         params["kernel"] = Transposed(params["kernel"].T)
@@ -102,7 +102,7 @@ def test_a_transposed_kernel_of_another_shape_is_refused():
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_the_gradient_of_a_linear_layer(rows, is_transposed):
     layer = Linear(40, jax.nn.initializers.normal(), use_bias=True)
-    x = jax.random.normal(jax.random.key(0), (rows, 1, 24))
+    x = jax.random.normal(jax.random.key(0), (rows, 1, 256))
     params, kernel, _ = float_or_int8(layer, x, "float")
     weights = jax.random.normal(jax.random.key(3), (rows, 1, 40))
     if is_transposed:
@@ -118,6 +118,22 @@ def test_the_gradient_of_a_linear_layer(rows, is_transposed):
     close(found.held.T if is_transposed else found, x.T @ weights)
     close(of_params["bias"], weights.sum(0))
     close(of_x[:, 0], weights @ kernel.T)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_only_one_cpu_sums_one_float32_row_in_blocks(platform, dtype, rows, devices):
+    layer = Linear(40, jax.nn.initializers.zeros, dtype)
+    x = jnp.ones((rows, 1, 256))
+    params = layer.init(jax.random.key(0), x)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,))):
+        traced = jax.jit(layer.apply).trace(params, x)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (kernel,) = re.findall(r"dot_general.* : \(tensor<\S+>, tensor<(\S+)x\w+>\)", text)
+    in_blocks = (platform, dtype, rows, devices) == ("cpu", jnp.float32, 1, 1)
+    assert kernel == (f"{BLOCKS}x{256 // BLOCKS}x40" if in_blocks else "256x40")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (9, 1), (13, 5)])
@@ -136,16 +152,17 @@ def test_a_table_makes_the_logits_of_any_number_of_rows(shape, weights):
 @pytest.mark.parametrize(
     ("shape", "features", "made"),
     [
-        ((1, 1), 40, (BLOCKS, 40 // BLOCKS, 1)),
-        ((1, 1), 41, (41, 1)),
-        ((1, 5), 40, (40, 8)),
-        ((4, 1), 40, (40, 4)),
-        ((13, 5), 40, (40, 68)),
+        ((1, 1, 256), 40, (BLOCKS, 40 // BLOCKS, 1)),
+        ((1, 1, 256), 41, (41, 1)),
+        ((1, 1, 24), 40, (40, 1)),
+        ((1, 5, 24), 40, (40, 8)),
+        ((4, 1, 24), 40, (40, 4)),
+        ((13, 5, 24), 40, (40, 68)),
     ],
 )
 @pytest.mark.parametrize("is_kernel", [False, True])
 def test_a_cpu_multiplies_what_is_transposed_by_rows(shape, features, made, is_kernel):
-    x, table = jnp.ones((*shape, 24)), jnp.ones((features, 24))
+    x, table = jnp.ones(shape), jnp.ones((features, shape[-1]))
     if is_kernel:
         layer = Linear(features, jax.nn.initializers.zeros)
         lowered = jax.jit(layer.apply).lower({"params": {"kernel": Transposed(table)}}, x)
@@ -154,5 +171,5 @@ def test_a_cpu_multiplies_what_is_transposed_by_rows(shape, features, made, is_k
     (found,) = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", lowered.compile().as_text())
     # The rows are made up to a multiple of four, and the table stays the first factor; of many
     # rows, one that a training step may use does not.
-    is_many = shape == (13, 5) and not is_kernel
+    is_many = shape == (13, 5, 24) and not is_kernel
     assert tuple(map(int, found.split(","))) == ((65, 40) if is_many else made)

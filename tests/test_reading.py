@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from l2s_jax.checkpoints import files, reading
 from l2s_jax.checkpoints.pretrained import load, load_encoder, load_native, save_native
 from l2s_jax.cluster import paths, sharding
+from l2s_jax.models import serving
 from l2s_jax.models.products import Transposed
 from l2s_jax.models.serving import lay_out_all, to_serve
 from l2s_jax.models.stacking import stack_layers
@@ -106,10 +107,14 @@ def test_an_encoder_is_read_as_it_is_held(tmp_path, family):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
-def test_one_cpu_device_holds_kernels_transposed(checkpoints, family, scan_layers):
+def test_one_cpu_device_holds_large_kernels_transposed(
+    checkpoints, family, scan_layers, monkeypatch
+):
     directory, mesh = str(checkpoints / family), sharding.one_device()
     settings = {"weights": "float", "scan_layers": scan_layers}
     _, expected = load(directory, **settings)
+    _, small_ones = load(directory, mesh=mesh, **settings)
+    monkeypatch.setattr(serving, "LEAST_TRANSPOSED", 1)
     _, found = load(directory, mesh=mesh, **settings)
     kernels = 0
     for name, leaf in flatten_dict(found, sep="/").items():
@@ -127,7 +132,7 @@ def test_one_cpu_device_holds_kernels_transposed(checkpoints, family, scan_layer
     # The products of bfloat16 and of several devices want them as they are.
     low = load(directory, dtype=jnp.bfloat16, mesh=mesh, **settings)[1]
     split = load(directory, mesh=small.mesh_of(fsdp=4, tensor=2), **settings)[1]
-    for other in (low, split, expected):
+    for other in (low, split, small_ones, expected):
         assert not any(isinstance(leaf, Transposed) for leaf in flatten_dict(other).values())
 
 

@@ -15,6 +15,7 @@ import small
 
 from l2s_jax.cluster.sharding import one_device
 from l2s_jax.decoding.engine import jitted_decode
+from l2s_jax.models import serving
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.gpt_neox import GPTNeoXConfig
 from l2s_jax.models.llama import LlamaConfig
@@ -203,7 +204,8 @@ def test_a_token_reads_the_kept_rows_alone(case):
     assert system.parameters_read_per_token(whole) - of_cut.parameters_read_per_token(kept) == saved
 
 
-def test_a_transposed_head_loses_the_same_rows():
+def test_a_transposed_head_loses_the_same_rows(monkeypatch):
+    monkeypatch.setattr(serving, "LEAST_TRANSPOSED", 1)
     system = shortened(language_model("t5, own head"))
     trained, _ = small.make_params(language_model("t5, own head"))
     held = lay_out_all(trained, one_device())

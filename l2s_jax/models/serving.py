@@ -21,6 +21,9 @@ from l2s_jax.models.vocabulary import TABLES, response_table
 
 WEIGHTS = ("float", "int8")
 
+# A kernel of fewer inputs or outputs stays in a CPU's cache, where XLA lays it out in no time.
+LEAST_TRANSPOSED = 512
+
 
 def check_weights(weights: str) -> None:
     """Raises a ValueError where it is none of WEIGHTS."""
@@ -67,13 +70,13 @@ def hold(path: str, leaf: Any, config: ModelConfig, weights: str, *, encodes: bo
 def lay_out(path: str, leaf: Any, mesh: Mesh | None) -> Any:
     """What `hold` gave, or [L, ...] of it, as generation on a mesh wants it in memory.
 
-    On one CPU device float32 kernels are `Transposed`, and on the host still if they were there.
-    All else stays as it is.
+    On one CPU device large float32 kernels are `Transposed`, and on the host still if they were
+    there. All else stays as it is.
     """
     if mesh is None or mesh.size > 1 or mesh.devices.item().platform != "cpu":
         return leaf
     is_kernel = path.rsplit("/", 1)[-1] == "kernel" and isinstance(leaf, np.ndarray | jax.Array)
-    if not is_kernel or leaf.dtype != jnp.float32:
+    if not is_kernel or leaf.dtype != jnp.float32 or min(leaf.shape[-2:]) < LEAST_TRANSPOSED:
         return leaf
     turned = leaf.swapaxes(-2, -1)
     return Transposed(np.ascontiguousarray(turned) if isinstance(turned, np.ndarray) else turned)
