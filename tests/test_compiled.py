@@ -19,6 +19,7 @@ import pytest
 import small
 import tiny
 from emulator import AT
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,9 @@ from l2s_jax import files, sealed
 from l2s_jax.cluster import libtpu, sharding
 from l2s_jax.config import buckets_of
 from l2s_jax.experiment.workdir import read_config
+from l2s_jax.models import serving
 from l2s_jax.models.families import make_config
+from l2s_jax.models.products import Transposed
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.plan import kept
 from l2s_jax.plan.command import make_mesh
@@ -183,6 +186,28 @@ def test_every_bucket_of_every_training_is_kept():
         assert batch["response_ids"].shape[1] == bucket[1]
         assert facts["seed"] == ("0" if stage == "llm" else "7")
         assert (facts["train.learning_rate"] == "0.5") == (stage == "l2s")
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_encodes_is_planned_as_a_run_reads_it(devices, scan_layers, monkeypatch):
+    monkeypatch.setattr(serving, "LEAST_TRANSPOSED", 1)
+    config = small_config(fsdp=devices)
+    config.scan_layers = scan_layers
+    where = open_slice(f"cpu:{devices}")
+    compilers = Compilers(make_plan(config, "cpu"), config, where)
+    (compiler,) = [
+        compiler
+        for stage, _, compiler in kept._steps(compilers, make_mesh(config, where))
+        if stage == "l2s"
+    ]
+    step, _ = compiler.compiled_step(config.buckets[-1])
+    frozen = step.arguments[1]
+    kernels = [
+        leaf for path, leaf in flatten_dict(frozen, sep="/").items() if path.endswith("/kernel")
+    ]
+    assert kernels
+    assert all(isinstance(leaf, Transposed) == (devices == 1) for leaf in kernels)
 
 
 def test_a_step_is_not_loaded_for_another_system_than_the_plan_knew(planned, run):

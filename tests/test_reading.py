@@ -125,7 +125,7 @@ def test_one_cpu_device_holds_large_kernels_transposed(
         np.testing.assert_array_equal(leaf, plain)
     assert kernels
     # A Generator lays out what it is given, and takes as it is what lies right.
-    small.assert_same(lay_out_all(expected, mesh), found)
+    small.assert_same(lay_out_all(sharding.put_parameters(expected, mesh), mesh), found)
     held = lay_out_all(found, mesh)
     assert jax.tree.leaves(held)[0] is jax.tree.leaves(found)[0]
     assert sharding.put_parameters(found, mesh)

@@ -35,6 +35,7 @@ CASES = {
     ),
     "deep": (20, 12, {"num_layers": 8}),
     "long": (150, 140, {"num_heads": 2}),
+    "wide": (9, 5, {"d_model": 256, "d_ff": 384, **OWN_HEAD}),
     "longer, distance 200": (230, 210, {"num_heads": 2, DISTANCE: 200, **OWN_HEAD}),
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 
-from l2s_jax.cluster.sharding import one_device
+from l2s_jax.cluster.sharding import one_device, put_parameters
 from l2s_jax.decoding.engine import jitted_decode
 from l2s_jax.models import serving
 from l2s_jax.models.gpt2 import GPT2Config
@@ -208,10 +208,21 @@ def test_a_transposed_head_loses_the_same_rows(monkeypatch):
     monkeypatch.setattr(serving, "LEAST_TRANSPOSED", 1)
     system = shortened(language_model("t5, own head"))
     trained, _ = small.make_params(language_model("t5, own head"))
+    trained = put_parameters(trained, one_device())
     held = lay_out_all(trained, one_device())
     assert isinstance(held["slm"]["head"]["kernel"], Transposed)
     expected = lay_out_all(cut(trained["slm"], system.config), one_device())
     small.assert_same(cut(held["slm"], system.config), expected)
+
+
+def test_transposed_kernels_are_quantized_as_they_were(monkeypatch):
+    monkeypatch.setattr(serving, "LEAST_TRANSPOSED", 1)
+    system = language_model("t5, own head")
+    trained, _ = small.make_params(system)
+    held = lay_out_all(put_parameters(trained, one_device()), one_device())
+    assert isinstance(held["slm"]["head"]["kernel"], Transposed)
+    found, _ = system.to_serve(held, {}, "int8")
+    small.assert_same(found, system.to_serve(trained, {}, "int8")[0])
 
 
 def test_int8_quantizes_the_table_that_is_the_head(case):

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from l2s_jax.bench.contestants import Case, Setup, has_weights
 from l2s_jax.bench.geometry import random_like
 from l2s_jax.checkpoints import pretrained
-from l2s_jax.cluster.sharding import one_device
+from l2s_jax.cluster.sharding import one_device, put_parameters
 from l2s_jax.config import compute_dtypes
 from l2s_jax.decoding.engine import GREEDY
 from l2s_jax.evaluation.latency import Stopwatch
@@ -29,7 +30,10 @@ class _Ours:
     def __init__(self, setup: Setup, name: str, encoder_dtype: str, weights: str, vocabulary: int):
         self._setup = setup
         self._system, *params = _load(setup, name, encoder_dtype, weights, vocabulary)
-        self._trained, self._frozen = (lay_out_all(part, one_device()) for part in params)
+        mesh = one_device()
+        self._trained, self._frozen = (
+            lay_out_all(put_parameters(part, mesh), mesh) for part in params
+        )
 
     def prepare(self, case: Case) -> dict[str, float]:
         self._stopwatch: Any = None  # Its programs and cache go before the next ones come.
@@ -100,6 +104,8 @@ def _load(
 ) -> tuple[System | Exact, Params, Params]:
     """(system, trained, frozen) as they serve; projector and prompt map are random."""
     dtype, of_encoder = compute_dtypes(setup.dtype, encoder_dtype)
+    # What is to be quantized waits on the host: all of it in float may not fit on the device.
+    mesh = one_device() if weights == "float" else None
     if name == "exact":
         # What encodes is a part of the LLM, in its dtype.
         l2s, trained, _ = _load(setup, "l2s", setup.dtype, weights, vocabulary)
@@ -109,12 +115,12 @@ def _load(
         system = Exact(l2s, llm, acceptance=setup.acceptance)
         return system, trained, dict(parameters["llm"])
     if name != "l2s":
-        config, params = _model(setup.llm if name == "llm" else setup.slm, dtype, weights)
+        config, params = _model(setup.llm if name == "llm" else setup.slm, dtype, mesh)
         config = _cut(config, vocabulary)
         system = LanguageModel(name, config)
         return system, *system.to_serve({name: params}, {}, weights)
-    llm_config, frozen = _encoder(setup.llm, of_encoder, weights)
-    slm_config, slm = _model(setup.slm, dtype, weights)
+    llm_config, frozen = _encoder(setup.llm, of_encoder, mesh)
+    slm_config, slm = _model(setup.slm, dtype, mesh)
     system = LlmToSlm(
         llm_config,
         _cut(slm_config, vocabulary),
@@ -131,35 +137,30 @@ def _cut(config: ModelConfig, size: int) -> ModelConfig:
     return with_vocabulary(config, of_size(config, size)) if size else config
 
 
-def _model(path: str, dtype: Any, weights: str) -> tuple[ModelConfig, Params]:
-    """(config, parameters on the device) of a folder, random where it holds none.
-
-    As they serve, if in float; to be quantized they are in float32.
-    """
+def _model(path: str, dtype: Any, mesh: Mesh | None) -> tuple[ModelConfig, Params]:
+    """(config, parameters as they serve on a mesh) of a folder, random where it holds none."""
     if has_weights(path):
-        module, params = pretrained.load(path, dtype=dtype, **_where(weights))
+        module, params = pretrained.load(path, dtype=dtype, weights="float", mesh=mesh)
         return module.config, params
     config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     shapes = jax.eval_shape(LanguageModel("llm", config).init, jax.random.key(0))
-    return config, _random(shapes["llm"], config, weights)
+    return config, _random(shapes["llm"], config, mesh)
 
 
-def _encoder(path: str, dtype: Any, weights: str) -> tuple[ModelConfig, Params]:
+def _encoder(path: str, dtype: Any, mesh: Mesh | None) -> tuple[ModelConfig, Params]:
     """Likewise, of what encodes a prompt."""
     if has_weights(path):
-        module, params = pretrained.load_encoder(path, dtype=dtype, **_where(weights))
+        module, params = pretrained.load_encoder(path, dtype=dtype, weights="float", mesh=mesh)
         return module.config, params
     config = dataclasses.replace(pretrained.read_config(path), dtype=dtype)
     config, shapes = pretrained.abstract_encoder(config)
-    return config, _random(shapes, config, weights, encodes=True)
+    return config, _random(shapes, config, mesh, encodes=True)
 
 
-def _where(weights: str) -> dict[str, Any]:
-    return {"weights": weights if weights == "float" else "", "mesh": one_device()}
-
-
-def _random(shapes: Any, config: ModelConfig, weights: str, *, encodes: bool = False) -> Params:
+def _random(
+    shapes: Any, config: ModelConfig, mesh: Mesh | None, *, encodes: bool = False
+) -> Params:
     def held(params: Params) -> Params:
-        return lay_out_all(to_serve(params, config, "float", encodes=encodes), one_device())
+        return lay_out_all(to_serve(params, config, "float", encodes=encodes), mesh)
 
-    return random_like(jax.eval_shape(held, shapes) if weights == "float" else shapes)
+    return random_like(jax.eval_shape(held, shapes))

@@ -13,7 +13,7 @@ from flax import linen as nn
 def parameter(
     module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
 ) -> Any:
-    """`module.param`: float32 of this shape where it is made, else what is given in any form.
+    """`module.param`: float32 of this shape where it is made, else what is given.
 
     Of a parameter that is given, Flax traces the initializer only to learn its shape. A quarter of
     the time in which a model is traced went there.

@@ -28,11 +28,11 @@ FEW_QUERIES = 16
 # Of so few rows, the product with a table [V, D] has the table as its first factor on a CPU.
 FEW_ROWS = 64
 
-# XLA's CPU backend takes a quarter less time for one float32 row by a matrix that comes in so many
-# blocks: of the axis that is summed over, whose products are added up, or of the other one.
+# XLA's CPU backend takes a quarter less time for one float32 row by a matrix in so many blocks of
+# its first axis. Where that axis is summed over, the products of the blocks are added up.
 BLOCKS = 4
 
-# So many numbers a row must have for it.
+# Of rows with fewer numbers they take as long as the whole.
 LEAST_IN_BLOCKS = 256
 
 
@@ -192,21 +192,16 @@ def by_kernel(
         sums = product("bd,bdf->bf", *blocks, jnp.float32, jnp.float32)
         return sums.sum(0).astype(out_dtype).reshape(*x.shape[:-1], features)
 
-    if _comes_in_blocks(x, kernel, dtype):
+    has_blocks = _is_one_row(x, dtype) and x.size % BLOCKS == 0
+    # Blocks need not be where a mesh splits the kernel.
+    if has_blocks and not isinstance(kernel, qwix.QArray) and program_mesh() is None:
         return jax.lax.platform_dependent(x, kernel, cpu=in_blocks, default=whole)
     return whole(x, kernel)
 
 
-def _comes_in_blocks(x: AnyArray, kernel: AnyArray | qwix.QArray, dtype: DTypeLike) -> bool:
-    return (
-        jnp.dtype(dtype) == jnp.float32
-        and not isinstance(kernel, qwix.QArray)
-        and x.size == x.shape[-1]
-        and x.size >= LEAST_IN_BLOCKS
-        and x.size % BLOCKS == 0
-        # The blocks need not be where a mesh splits the kernel.
-        and program_mesh() is None
-    )
+def _is_one_row(x: AnyArray, dtype: DTypeLike) -> bool:
+    """Whether x is one row for which blocks are faster."""
+    return jnp.dtype(dtype) == jnp.float32 and x.size == x.shape[-1] >= LEAST_IN_BLOCKS
 
 
 def by_table(
@@ -233,7 +228,7 @@ def _first(
     """`x @ table.T`, as `product`, with the table as the first factor: see `Transposed`."""
     count = math.prod(x.shape[:-1])
     rows = x.reshape(count, -1).astype(dtype)
-    if count == 1 and x.size >= LEAST_IN_BLOCKS and len(table) % BLOCKS == 0:
+    if _is_one_row(x, dtype) and len(table) % BLOCKS == 0:
         blocks = table.reshape(BLOCKS, -1, table.shape[1])
         y = _product("bvd,bd->bv", blocks, rows.repeat(BLOCKS, 0), dtype, out_dtype)
         return y.reshape(*x.shape[:-1], -1)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -68,21 +67,19 @@ def hold(path: str, leaf: Any, config: ModelConfig, weights: str, *, encodes: bo
 
 
 def lay_out(path: str, leaf: Any, mesh: Mesh | None) -> Any:
-    """What `hold` gave, or [L, ...] of it, as generation on a mesh wants it in memory.
+    """What lies on a mesh as `hold` gave it, or [L, ...] of it, in the layout that products want.
 
-    On one CPU device large float32 kernels are `Transposed`, and on the host still if they were
-    there. All else stays as it is.
+    On one CPU device large float32 kernels are `Transposed`. All else stays as it is.
     """
     if mesh is None or mesh.size > 1 or mesh.devices.item().platform != "cpu":
         return leaf
-    is_kernel = path.rsplit("/", 1)[-1] == "kernel" and isinstance(leaf, np.ndarray | jax.Array)
+    is_kernel = path.rsplit("/", 1)[-1] == "kernel" and isinstance(leaf, jax.Array)
     if not is_kernel or leaf.dtype != jnp.float32 or min(leaf.shape[-2:]) < LEAST_TRANSPOSED:
         return leaf
-    turned = leaf.swapaxes(-2, -1)
-    return Transposed(np.ascontiguousarray(turned) if isinstance(turned, np.ndarray) else turned)
+    return Transposed(leaf.swapaxes(-2, -1))
 
 
-def lay_out_all(params: Mapping[str, Any], mesh: Mesh | None) -> Any:
+def lay_out_all(params: Any, mesh: Mesh | None) -> Any:
     """`lay_out` of a tree of them."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: lay_out(path_name(path), leaf, mesh), params, is_leaf=_is_held
@@ -115,6 +112,8 @@ def to_serve(
     check_weights(weights)
 
     def serve(path: tuple, leaf: Any) -> Any:
+        if isinstance(leaf, Transposed) and weights == "int8":
+            leaf = leaf.held.swapaxes(-2, -1)
         if _is_held(leaf):
             return leaf
         return hold(path_name(path), leaf, config, weights, encodes=encodes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
@@ -20,7 +22,7 @@ from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.geometries import GEOMETRIES
 from l2s_jax.models.lora import Adapted, Adapters, Lora
 from l2s_jax.models.mix import encoding_layer
-from l2s_jax.models.serving import to_serve
+from l2s_jax.models.serving import lay_out_all, to_serve
 from l2s_jax.models.stacking import unstack_layers
 from l2s_jax.models.systems import (
     LanguageModel,
@@ -76,6 +78,18 @@ class Plan:
             system=plain,
             frozen=unstack_layers(self.frozen),
             adapted=(adapted, trained, unstack_layers(frozen)),
+        )
+
+    def laid_out(self, mesh: Mesh) -> Plan:
+        """The same with what encodes as a run on a mesh reads it: see `serving.lay_out`."""
+
+        def held(params: Params) -> Params:
+            return jax.eval_shape(functools.partial(lay_out_all, mesh=mesh), params)
+
+        system, trained, frozen = self.adapted
+        frozen = {**frozen, "inner": held(frozen["inner"])} if "inner" in frozen else held(frozen)
+        return dataclasses.replace(
+            self, frozen=held(self.frozen), adapted=(system, trained, frozen)
         )
 
     def description(self) -> dict[str, Any]:

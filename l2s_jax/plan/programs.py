@@ -19,6 +19,7 @@ from l2s_jax.decoding.loop import CHUNK
 from l2s_jax.experiment.feature_cache import encoding
 from l2s_jax.experiment.scoring import scoring
 from l2s_jax.models.mix import layers_of
+from l2s_jax.models.serving import lay_out_all
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.plan.hlo import loop_turns
 from l2s_jax.plan.models import Plan, plan_of
@@ -57,7 +58,8 @@ class Compiler:
         Raises:
           ValueError: a parameter, a batch or a length that does not divide into the mesh's axes.
         """
-        self.plan, self.config, self.mesh, self.work = plan, config, mesh, work
+        self.plan = plan = plan.laid_out(mesh)
+        self.config, self.mesh, self.work = config, mesh, work
         self.target = Target(where, mesh)
         if work.train:
             rows = work.train.batch_size
@@ -67,7 +69,11 @@ class Compiler:
         check_prompts(config, mesh)
         self._flat = plan.unscanned()
         self.target.placed(plan.adapted[1])
-        served = jax.eval_shape(plan.system.to_serve, plan.trained, plan.frozen)
+        served = jax.eval_shape(
+            lambda *params: lay_out_all(plan.system.to_serve(*params), mesh),
+            plan.trained,
+            plan.frozen,
+        )
         self._trained, self._frozen = map(self.target.placed, served)
         self._refilled = Refilled(
             self.target, plan, (self._trained, self._frozen), work, config.max_prompt_tokens

@@ -73,13 +73,12 @@ class Generator:
         self.mesh = mesh or sharding.one_device()
         sharding.check_rows(batch_size, self.mesh, "batch_size")
         sharding.check_lengths(prompt_lengths, self.mesh, "prompt_lengths")
-        if not served:
-            trained, frozen = (
-                lay_out_all(params, self.mesh)
-                for params in system.to_serve(trained, frozen, weights)
+        self.trained, self.frozen = (
+            lay_out_all(sharding.put_parameters(params, self.mesh), self.mesh)
+            for params in (
+                (trained, frozen) if served else system.to_serve(trained, frozen, weights)
             )
-        self.trained = sharding.put_parameters(trained, self.mesh)
-        self.frozen = sharding.put_parameters(frozen, self.mesh)
+        )
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.end_ids = response_tokenizer.end_ids
