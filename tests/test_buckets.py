@@ -131,6 +131,11 @@ def test_a_model_is_saved_to_a_bucket_and_never_over_another(store):
         pretrained.save_native(config, params, folder)
     assert raised.value.filename == folder
     assert not Path("s3:").exists()
+    # What is there without a model is the user's too.
+    buckets.write(f"{AT}/theirs/notes.txt", b"notes")
+    with pytest.raises(FileExistsError):
+        pretrained.save_native(config, params, f"{AT}/theirs")
+    assert buckets.read(f"{AT}/theirs/notes.txt") == b"notes"
 
 
 def test_a_cut_vocabulary_comes_out_of_a_bucket(store, tmp_path):

@@ -6,6 +6,7 @@ More than one have the names and the index that transformers gives them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import math
 import os
@@ -17,7 +18,15 @@ import safetensors
 from safetensors.numpy import save_file
 
 from l2s_jax import sealed
-from l2s_jax.files import absolute, atomic_directory, is_bucket, replacing, write_json
+from l2s_jax.files import (
+    absolute,
+    atomic_directory,
+    is_bucket,
+    is_file,
+    is_folder,
+    replacing,
+    write_json,
+)
 
 # Of a file, from which on there are more; transformers long had the same.
 MAX_SHARD_SIZE = "5GB"
@@ -51,7 +60,7 @@ def write_directory(
 
     Raises:
       ValueError: there is a file in its place, or it cannot be written.
-      OSError: in a bucket, there is a model in its place.
+      FileExistsError: in a bucket, there is something in its place.
     """
     # Imported here: it takes a while, and who reads has no need of it.
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -59,6 +68,8 @@ def write_directory(
     directory = absolute(directory)
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"{directory}: exists and is not a directory")
+    if is_bucket(directory) and (is_file(directory) or is_folder(directory)):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), directory)
     split = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: _ITEM_BYTES * math.prod(tensor.shape),
