@@ -229,3 +229,50 @@ def test_a_step_that_fails_ends_those_concerned_and_no_others(monkeypatch):
     while made.busy:
         made.turn(1.0)
     assert after[-1].end == "length"
+
+
+@pytest.mark.parametrize("ends", ["a step fails", "the server ends"])
+def test_a_response_that_is_there_is_delivered_whatever_ends_the_others(ends, monkeypatch):
+    made = lane("t5")
+    one_step_a_turn(monkeypatch)
+    _, expected = submit(made, "2 3", Search(min_new_tokens=NEW), 2, 0)
+    while made.busy:
+        made.turn(1.0)
+    _, short = submit(made, "2 3", Search(min_new_tokens=NEW), 2, 0)
+    _, long = submit(made, "4 5", Search(min_new_tokens=NEW), NEW, 0)
+    while made.running != 1:
+        made.turn(1.0)
+    assert not short[-1:] or not short[-1].end
+    if ends == "a step fails":
+
+        def fails(*_, **__):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made._programs, "advance", fails)
+            with pytest.raises(RuntimeError):
+                made.turn(1.0)
+        made.abandon("the model failed at a step")
+        assert long[-1].end == "error"
+    else:
+        made.end_all("cancelled")
+        assert long[-1].end == "cancelled"
+        while made.busy:
+            made.turn(1.0)
+    assert "".join(piece.text for piece in short) == "".join(piece.text for piece in expected)
+    assert short[-1].end == "length"
+
+
+def test_a_response_that_cannot_be_written_ends_alone(monkeypatch):
+    made = lane("t5")
+    one_step_a_turn(monkeypatch)
+    job, broken = submit(made, "2 3", Search(min_new_tokens=NEW), NEW, 0)
+    _, other = submit(made, "4 5", Search(min_new_tokens=NEW), NEW, 0)
+
+    def fails(*_, **__):
+        raise UnicodeError("no text")
+
+    monkeypatch.setattr(job._text, "extend", fails)
+    while made.busy:
+        made.turn(1.0)
+    assert broken[-1].end == "error" and other[-1].end == "length"

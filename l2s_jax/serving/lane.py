@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from l2s_jax.decoding.slots import Said, Slots
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.programs import Programs
 from l2s_jax.serving.request import Job, Piece, Request
+
+log = logging.getLogger(__name__)
 
 # Seconds of decoding between two looks at who comes and goes; after prompts were read, that their
 # first tokens are there soon; and the share of those being answered that end it when they end.
@@ -37,15 +40,11 @@ class NotRead(RuntimeError):
 
 
 class _News(NamedTuple):
-    """What rows have said, and whose they were."""
+    """What a row has said, and whose it was."""
 
-    jobs: Sequence[Job | None]
+    job: Job
     said: Said
-
-    def tell(self) -> None:
-        for row, job in enumerate(self.jobs):
-            if job is not None:
-                job.tell(self.said, row)
+    row: int
 
 
 class Lane:
@@ -64,7 +63,7 @@ class Lane:
         self._patience = PATIENCE
         self._owed_s = 0.0  # of decoding, before prompts are read again
         self._ended = 0  # of those whose slots were freed last
-        self._untold: list[_News] = []
+        self._untold: deque[_News] = deque()
 
     @property
     def running(self) -> int:
@@ -116,9 +115,7 @@ class Lane:
         began, said = time.monotonic(), None
         if self.running:
             said = self._advance(first=bool(joining))
-        untold, self._untold = self._untold, []
-        for news in untold:
-            news.tell()
+        self._tell()
         if said is not None:
             steps = self._hear(said)
             if not joining:  # or the time would be that of reading, too
@@ -127,12 +124,24 @@ class Lane:
 
     def abandon(self, reason: str) -> None:
         """Ends all that have a slot, after a step that failed."""
+        self._tell()
         self._end(self._jobs, "error", reason)
-        self._untold, self._jobs, self._slots = [], [], None
+        self._jobs, self._slots = [], None
 
     def end_all(self, end: str, reason: str = "") -> None:
-        """Ends all requests."""
+        """Ends all requests, after those whose responses are there have heard them."""
+        self._tell()
         self._end([*self.waiting, *self._jobs], end, reason)
+
+    def _tell(self) -> None:
+        """Delivers what rows have said; one that can't be delivered ends its own request only."""
+        while self._untold:
+            job, said, row = self._untold.popleft()
+            try:
+                job.tell(said, row)
+            except Exception:
+                log.exception("a response could not be delivered")
+                job.stop("error", "the response could not be written")
 
     def _end(self, jobs: Sequence[Job | None], end: str, reason: str) -> None:
         for job in jobs:
@@ -249,10 +258,11 @@ class Lane:
         """Waits for a chunk, and frees the slots of those that are done; the steps it made."""
         scored = any(job is not None and job.request.scored for job in self._jobs)
         said = jax.device_get(said if scored else said.replace(scores=None))
-        self._untold.append(_News(tuple(self._jobs), said))
         running = self.running
         for slot, job in enumerate(self._jobs):
-            if job is not None and (said.done[slot] or job.ended):
-                self._jobs[slot] = None
+            if job is not None:
+                self._untold.append(_News(job, said, slot))
+                if said.done[slot] or job.ended:
+                    self._jobs[slot] = None
         self._ended = running - self.running or self._ended
         return int(said.steps)
