@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from l2s_jax.decoding.loop import CHUNK, decoding_steps
 from l2s_jax.models.systems import LanguageModel
 from l2s_jax.serving.generator import Generator
-from l2s_jax.serving.text import ResponseText
+from l2s_jax.serving.text import Offsets, ResponseText
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 
@@ -51,6 +51,7 @@ class Bytes:
             ),
         )
         self.hub, self.vocab_size = hub, hub.get_vocab_size()
+        self.pieces = [hub.id_to_token(id) for id in range(self.vocab_size)]
 
     def encode_prompts(self, texts):
         return [[*self.hub.encode(text).ids, self.eos_id] for text in texts]
@@ -97,9 +98,11 @@ class Hub:
         self.hub.pre_tokenizer, self.hub.decoder = pre_tokenizer, decoder
         self.hub.train_from_iterator([*TEXTS, "don't , x . !"] * 3, trainer)
         self.vocab_size = self.hub.get_vocab_size()
+        self.pieces = [self.hub.id_to_token(id) for id in range(self.vocab_size)]
 
     def decode(self, ids):
-        return self.hub.decode(list(ids), skip_special_tokens=True)
+        # Bytes were given to the trainer as special tokens, and are none.
+        return self.hub.decode(list(ids), skip_special_tokens=False)
 
 
 @functools.cache
@@ -154,6 +157,49 @@ def test_any_tokens_in_any_pieces_make_up_their_text(name, tokenizers, data):
     response = ResponseText(tokenizer)
     pieces = [response.extend(np.array(ids[:cut], np.int32), last=cut == len(ids)) for cut in cuts]
     assert "".join(pieces) == response.text == tokenizer.decode(ids)
+
+
+def byte_texts():
+    """Texts with characters that are no pieces: their bytes are, and some lack a few of them."""
+    pieces = hub_tokenizers()["fallback"].pieces
+
+    def ids_of(text):
+        return [pieces.index(f"<0x{byte:02X}>") for byte in text.encode()]
+
+    letters = [[pieces.index(piece)] for piece in ("x", "a", "\N{LOWER ONE EIGHTH BLOCK}")]
+    emoji = [ids_of(text) for text in ("\U0001f389", "\U0001f468\u200d\U0001f467", "\u00e9")]
+    parts = [*letters, *emoji, *emoji, emoji[0][:2], emoji[0][3:]]
+    return st.lists(st.sampled_from(parts), min_size=1, max_size=12).map(
+        lambda chosen: [id for part in chosen for id in part]
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(ids=byte_texts(), size=st.integers(1, 8))
+def test_characters_of_many_bytes_come_whole(ids, size):
+    tokenizer = hub_tokenizers()["fallback"]
+    response, offsets = ResponseText(tokenizer), Offsets(tokenizer)
+    pieces = [
+        response.extend(np.array(ids[:end], np.int32), last=end >= len(ids))
+        for end in range(size, len(ids) + size, size)
+    ]
+    assert "".join(pieces) == response.text == tokenizer.decode(ids)
+    begins = [len(tokenizer.decode(ids[:count])) for count in range(len(ids))]
+    assert [offsets.add(id) for id in ids] == begins
+
+
+@settings(deadline=None, max_examples=300)
+@given(ids=byte_texts(), stop=st.sampled_from(["x", "a x", "\U0001f389", "\u00e9x"]))
+def test_where_a_stop_text_is_does_not_depend_on_the_steps(ids, stop):
+    def ended(size):
+        response = ResponseText(hub_tokenizers()["fallback"], [stop])
+        for end in range(size, len(ids) + size, size):
+            response.extend(np.array(ids[:end], np.int32), last=end >= len(ids))
+            if response.stopped:
+                break
+        return response.text, response.tokens, response.stopped
+
+    assert len({str(ended(size)) for size in (1, 2, 3, 8, len(ids))}) == 1
 
 
 @settings(deadline=None, max_examples=80)

@@ -17,6 +17,7 @@ from l2s_jax.serve.asking import chat_prompts, completion_prompts
 from l2s_jax.serve.protocol import Asked, ChatAsked, CompletionAsked
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.request import Piece, Scored
+from l2s_jax.serving.text import Offsets
 from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 # What stands for the logarithm of 0, which JSON has no number for.
@@ -29,7 +30,7 @@ class Response:
 
     text: str = ""
     tokens: int = 0
-    ids: list[int] = dataclasses.field(default_factory=list)
+    offsets: Offsets | None = None
     scored: list[Scored] = dataclasses.field(default_factory=list)
     end: str = ""
 
@@ -93,12 +94,15 @@ class CompletionForm(Form):
     prompts = staticmethod(completion_prompts)
 
     def event(self, index: int, response: Response, piece: Piece) -> BaseModel:
-        scores = self._scores(response.ids, piece.scored)
+        response.offsets = response.offsets or Offsets(self._tokenizer)
+        scores = self._scores(response.offsets, piece.scored)
         return self._completion([self._choice(index, piece.text, scores, piece.end)], None)
 
     def whole(self, responses: Sequence[Response], usage: Usage) -> BaseModel:
         choices = [
-            self._choice(index, one.text, self._scores([], one.scored), one.end)
+            self._choice(
+                index, one.text, self._scores(Offsets(self._tokenizer), one.scored), one.end
+            )
             for index, one in enumerate(responses)
         ]
         return self._completion(choices, usage)
@@ -115,22 +119,20 @@ class CompletionForm(Form):
         )
 
     def _scores(
-        self, before: list[int], scored: Sequence[Scored]
+        self, offsets: Offsets, scored: Sequence[Scored]
     ) -> answers.CompletionLogprobs | None:
-        """Of tokens after those `before`, to which they are added."""
+        """Of the next tokens of a response, which `offsets` takes."""
         if self._top is None:
             return None
-        offsets, likeliest = [], []
+        likeliest = []
         for one in scored:
-            offsets.append(len(self._tokenizer.decode(before)))
-            before.append(one.token)
             best = {self._name(token): log_p for token, log_p in self._likeliest(one)}
             likeliest.append({**best, self._name(one.token): _log(one.log_p)})
         return answers.CompletionLogprobs(
             tokens=[self._name(one.token) for one in scored],
             token_logprobs=[_log(one.log_p) for one in scored],
             top_logprobs=likeliest,
-            text_offset=offsets,
+            text_offset=[offsets.add(one.token) for one in scored],
         )
 
 

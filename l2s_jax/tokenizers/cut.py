@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from l2s_jax.tokenizers.tokenizer import Tokenizer
 
 VOCABULARY_FILE = "vocabulary.json"
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# A piece that stands for one byte of a character that is no piece.
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class CutTokenizer:
@@ -68,7 +69,12 @@ class CutTokenizer:
     @property
     def pieces(self) -> list[str]:
         """Of each id of a response, its text as the vocabulary has it."""
-        return [self.whole.pieces[id] for id in self.kept]
+        return self._pieces
+
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        pieces = self.whole.pieces
+        return [pieces[id] for id in self.kept.tolist()]
 
     @property
     def special_ids(self) -> list[int]:
@@ -133,13 +139,13 @@ class CutTokenizer:
         return {
             pieces[id]: place
             for place, id in enumerate(self.kept.tolist())
-            if pieces[id] and id not in special and not _BYTE.fullmatch(pieces[id])
+            if pieces[id] and id not in special and not BYTE.fullmatch(pieces[id])
         }
 
     @functools.cached_property
     def _by_byte(self) -> dict[int, int]:
         """Ids of the kept pieces that stand for a byte."""
-        found = ((_BYTE.fullmatch(self.whole.pieces[id]), id) for id in self.kept.tolist())
+        found = ((BYTE.fullmatch(self.whole.pieces[id]), id) for id in self.kept.tolist())
         return {int(match[1], 16): self._places[id] for match, id in found if match}
 
     def _bytes(self, character: str) -> tuple[int, ...]:
@@ -155,7 +161,7 @@ def essential(whole: Tokenizer) -> list[int]:
     """
     special = {whole.pad_id, *whole.end_ids, *whole.special_ids}
     single = {
-        id for id, piece in enumerate(whole.pieces) if len(piece) == 1 or _BYTE.fullmatch(piece)
+        id for id, piece in enumerate(whole.pieces) if len(piece) == 1 or BYTE.fullmatch(piece)
     }
     return sorted(special | single)
 

@@ -14,7 +14,7 @@ from l2s_jax.files import is_bucket, read_json
 from l2s_jax.gguf_file import is_gguf
 from l2s_jax.hub import PARTS, find, is_name
 from l2s_jax.tokenizers import huggingface, reading, sentencepiece
-from l2s_jax.tokenizers.cut import CutTokenizer, read_kept
+from l2s_jax.tokenizers.cut import BYTE, CutTokenizer, read_kept
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,12 @@ def for_chat(
     if isinstance(tokenizer, huggingface.HuggingFaceTokenizer) and tokenizer.has_chat_template:
         return tokenizer.for_chat(system, options or {})
     return None
+
+
+def is_byte(tokenizer: Tokenizer, id: int) -> bool:
+    """Whether an id of a response stands for one byte: a character may take several of them."""
+    pieces = tokenizer.pieces  # a model may have more ids than its tokenizer
+    return id < len(pieces) and BYTE.fullmatch(pieces[id]) is not None
 
 
 def warn_if_lossy(tokenizer: Tokenizer, texts: Iterable[str], what: str) -> None:
