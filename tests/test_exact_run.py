@@ -170,6 +170,9 @@ def test_what_exact_decoding_cannot_do_is_one_line(run):
         model.generate(["reverse: one"], search=Search(exact=True))
     with pytest.raises(ValueError, match="encoder_dtype='bfloat16' with exact=True"):
         l2s_jax.load(str(run[1] / "l2s" / "model"), exact=True, encoder_dtype="bfloat16")
+    for search in (Search(exact=True), {"exact": True}):
+        with pytest.raises(ValueError, match=r"exact=True: expected load.*exact=True"):
+            l2s_jax.load(str(run[1] / "l2s" / "model"), search=search)
     exact = l2s_jax.load(str(run[1] / "l2s" / "model"), exact=True)
     for search, line in (
         ({"draft_tokens": 9}, "draft_tokens=9: expected at most the 8 new tokens"),

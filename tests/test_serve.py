@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from l2s_jax.serve.asking import chat_prompts
 from l2s_jax.serve.errors import Refused
 from l2s_jax.serve.models import Models, load_models
 from l2s_jax.serve.protocol import ChatAsked
+from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.loading import load_alone
 from l2s_jax.settings.search import Search
@@ -163,6 +165,7 @@ def test_logprobs_are_of_each_token(client):
     events = [event.choices[0].logprobs for event in streamed]
     assert [token for event in events for token in event.tokens] == scores.tokens
     assert [offset for event in events for offset in event.text_offset] == scores.text_offset
+    assert scores.text_offset[0] == 0 and max(scores.text_offset) <= len(plain.choices[0].text)
 
 
 def test_models_and_health(client, running):
@@ -220,6 +223,26 @@ def test_what_drafts_is_cut_once(tmp_path):
     head = made["exact"].trained["slm"]["head"]["kernel"]
     assert head.shape[1] == len(kept)
     assert head is made["l2s"].trained["slm"]["head"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("names", "search", "line"),
+    [
+        (("l2s",), {"exact": True}, "exact=true with --models=l2s: expected `exact` among"),
+        (("l2s", "exact"), {"exact": False}, "exact=false with --models=l2s,exact"),
+        (("l2s",), {"draft_tokens": 6}, "draft_tokens=6 with exact=False"),
+        (("exact",), {"draft_tolerance": 1.0}, "draft_tolerance=1 with `exact`"),
+    ],
+)
+def test_a_search_that_would_not_be_looked_at_is_refused(names, search, line, models):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        load_models(Models(models[0], names, search=search))
+
+
+def test_a_wrong_slm_is_seen_before_anything_is_read(models, monkeypatch):
+    monkeypatch.setattr(bundle, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="nowhere"):
+        load_models(Models(models[0], ("l2s", "slm"), slm="./nowhere"))
 
 
 CHAT = [

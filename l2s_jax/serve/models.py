@@ -48,8 +48,19 @@ def settings_of(models: Models) -> tuple[dict[str, Any], Search]:
       ValueError: the model is not there, or the search is one that is not served.
     """
     settings = {**bundle.generation_settings(find(models.directory)), **models.settings}
-    drafting = {"exact": True} if "exact" in models.names else {}
+    is_exact = "exact" in models.names
+    if bool(models.search.get("exact", is_exact)) != is_exact:
+        raise ValueError(
+            f"--search=exact={str(not is_exact).lower()} with --models={','.join(models.names)}: "
+            "expected `exact` among --models where the LLM decides, and nowhere else"
+        )
+    drafting = {"exact": True} if is_exact else {}
     search = changed(settings.get("search", {}), {**drafting, **models.search})
+    if is_exact and search.draft_tolerance == 1:
+        raise ValueError(
+            "draft_tolerance=1 with `exact` among --models: expected less than 1, the LLM decides "
+            "nothing there; `l2s` gives the same text"
+        )
     if search.num_beams > 1:
         raise ValueError(
             f"{models.directory}: its search has num_beams={search.num_beams}, and a server has no "
@@ -82,6 +93,8 @@ def load_models(models: Models) -> dict[str, Generator]:
             f"expected {dtype}, in which the whole LLM computes"
         )
     tokenizers = bundle.load_tokenizers(directory)
+    slm = find(models.slm) if "slm" in models.names else ""
+    of_slm = load_tokenizer(slm) if slm else None
     made: dict[str, Generator] = {}
     if whole:
         where = llm_directory or find(bundle.whole_llm(directory))
@@ -108,15 +121,7 @@ def load_models(models: Models) -> dict[str, Generator]:
             tokenizers[0],
             **{**settings, "search": search, "served": True},
         )
-    if "slm" in models.names:
-        made["slm"] = _slm(models.slm, dtype, placed, settings)
+    if of_slm:
+        loaded = load_alone("slm", slm, of_slm, dtype=dtype, **placed)
+        made["slm"] = Generator(*loaded, whole_of(of_slm), of_slm, **settings)
     return {name: made[name] for name in models.names}
-
-
-def _slm(
-    name: str, dtype: Any, placed: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Generator:
-    directory = find(name)
-    tokenizer = load_tokenizer(directory)
-    loaded = load_alone("slm", directory, tokenizer, dtype=dtype, **placed)
-    return Generator(*loaded, whole_of(tokenizer), tokenizer, **settings)

@@ -24,7 +24,7 @@ from l2s_jax.serving import bundle
 from l2s_jax.serving.bundle_config import check_tokenizer
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.model import Model
-from l2s_jax.settings.search import alone
+from l2s_jax.settings.search import Search, alone
 from l2s_jax.tokenizers.cut import kept_by, whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -87,6 +87,9 @@ def load(
         with sealed.anew():
             given = {"dtype": dtype, "encoder_dtype": encoder_dtype, "mesh": mesh, "exact": exact}
             return load(directory, **given, **settings)
+    wanted = settings.get("search", {})
+    if not exact and (wanted.exact if isinstance(wanted, Search) else wanted.get("exact")):
+        raise ValueError("search with exact=True: expected load(..., exact=True), or no exact")
     directory = find(directory)
     settings = {**bundle.generation_settings(directory), **settings}
     mesh = mesh_of(mesh)
