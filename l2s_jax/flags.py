@@ -47,12 +47,21 @@ SEARCH = flags.DEFINE_list(
 )
 STOP = flags.DEFINE_multi_string("stop", [], "generate: a text that ends a response; repeatable.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "generate: at most config.decoding.max_new_tokens, the default."
+    "max_new_tokens",
+    None,
+    "generate: at most config.decoding.max_new_tokens, the default.",
+    lower_bound=1,
 )
 WEIGHTS = flags.DEFINE_enum(
     "weights", None, ("float", "int8"), "generate: other than config.decoding.weights."
 )
-SEED = flags.DEFINE_integer("seed", 0, "generate: of the first prompt; the others' follow on.")
+SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "generate: of the first prompt; the others' follow on.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+)
 STREAM = flags.DEFINE_bool("stream", False, "generate: write responses as they are decoded.")
 WARM_UP = flags.DEFINE_bool("warmup", False, "generate: compile everything first.")
 COMPILATION_CACHE = flags.DEFINE_string(

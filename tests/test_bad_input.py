@@ -476,6 +476,25 @@ def test_half_a_character_anywhere_in_a_record_loses_no_answer(finished, tmp_pat
     assert second["words"] == "two"
 
 
+def test_fields_of_a_record_with_names_of_an_answers_are_kept(finished, tmp_path):
+    source = tmp_path / "in.jsonl"
+    own = {"response": "theirs", "score": 3, "input_score": 4, "words": "one two"}
+    source.write_text(json.dumps(own) + '\n{"words": "one two"}\n')
+    first, second = (json.loads(line) for line in answers(finished, source))
+    assert first.pop("input_response") == "theirs"
+    assert (first.pop("input_score"), first.pop("input_input_score")) == (4, 3)
+    assert first.keys() == second.keys() == {"words", "response", "cut"}
+    assert first["response"] != "theirs"
+
+
+def test_seeds_begin_again_after_the_largest(finished, tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text("one\none\n")
+    sampled = ("--search=temperature=2.0",)
+    _, second = answers(finished, source, *sampled, f"--seed={2**32 - 1}")
+    assert second == answers(finished, source, *sampled, "--seed=0")[0]
+
+
 def test_missing_generation_input(finished, tmp_path, capfd):
     line = refuse(
         capfd, f"--workdir={finished}", "--mode=generate", f"--input={tmp_path / 'none.txt'}"
@@ -493,11 +512,14 @@ def test_missing_generation_input(finished, tmp_path, capfd):
         (["--search=top_p=2"], "top_p=2.0: expected a number above 0"),
         (["--search=num_beams=2", "--stop=x"], "num_beams=2 with stop"),
         (["--weights=int4"], "int4.*should be one of|expected one of"),
-        (["--max_new_tokens=9"], "max_new_tokens=9: expected 1 to 8"),
+        (
+            ["--max_new_tokens=9"],
+            "--max_new_tokens=9: expected at most config.decoding.max_new_tokens=8",
+        ),
         (["--stream", "--output=out.txt"], "--stream writes text to stdout"),
         (["--stream", "--jsonl"], "--stream writes text to stdout"),
-        (["--stream", "--search=num_beams=2"], "num_beams=2: expected 1"),
-        (["--search=temperature=1", "--seed=-1"], "seeds -1 to -1: expected 0"),
+        (["--stream", "--search=num_beams=2"], "--stream with num_beams=2: expected one of them"),
+        (["--search=temperature=1", "--seed=-1"], r"seed=-1.*\[0, 4294967295\]"),
         (
             ["--config.decoding.mesh.tensor=3"],
             "config.decoding.mesh: mesh data=-1, fsdp=1, tensor=3: the product must",

@@ -31,6 +31,9 @@ from l2s_jax.settings.search import Search, alone, changed
 
 log = logging.getLogger(__name__)
 
+_SEEDS = 2**32
+# Fields of an answer.
+_ANSWER = {"response", "cut", "score", "others"}
 # What a blank prompt is answered with.
 _NOTHING = Output("", 0, False)
 
@@ -55,10 +58,11 @@ def generate_file(
 
     Lines are the text of the task's one prompt field. In JSON Lines (`jsonl`, or a name that ends
     in .jsonl or .jsonl.gz) a line holds the prompt's fields, and comes back with "response" and
-    "cut" added, and with a beam search's "score" and "others". A row of a Parquet file, by its
-    name, comes back as such a line too. Files are read as those of a task are. A blank prompt gets
-    an empty response, so that the output has a line for each prompt; a blank line of JSON Lines is
-    none. Where the task's blank rows are errors, so is a blank prompt.
+    "cut" added, and with a beam search's "score" and "others"; a field that had one of these names
+    has "input_" before it. A row of a Parquet file, by its name, comes back as such a line too.
+    Files are read as those of a task are. A blank prompt gets an empty response, so that the output
+    has a line for each prompt; a blank line of JSON Lines is none. Where the task's blank rows are
+    errors, so is a blank prompt.
 
     Nothing is written unless all of the input can be read, and `target` appears whole or not at
     all: what was there is kept if this fails. With `stream`, each line is answered as it is read,
@@ -68,7 +72,7 @@ def generate_file(
       system: llm, slm, l2s or exact; l2s is exact where the search is.
       search, stop: settings of `Search` that differ from the config's, values as text.
       max_new_tokens: at most the config's.
-      seed: of the first prompt, the next ones have the numbers after it.
+      seed: of the first prompt, the next ones have the numbers after it; after 2**32 - 1, 0.
       warm_up: everything is compiled before the first prompt is read.
       weights: other than the config's.
 
@@ -95,6 +99,13 @@ def generate_file(
                 "--system=exact"
             )
         chosen = alone(chosen)
+    if stream and chosen.num_beams > 1:
+        raise ValueError(f"--stream with num_beams={chosen.num_beams}: expected one of them")
+    if max_new_tokens is not None and max_new_tokens > config.decoding.max_new_tokens:
+        raise ValueError(
+            f"--max_new_tokens={max_new_tokens}: expected at most config.decoding.max_new_tokens="
+            f"{config.decoding.max_new_tokens}"
+        )
     if stream:
         records = _read_records(source, task, kind)
     else:
@@ -112,7 +123,9 @@ def generate_file(
                 pieces = (
                     ()
                     if prompt is None
-                    else generator.stream(prompt, max_new_tokens=max_new_tokens, seed=seed + number)
+                    else generator.stream(
+                        prompt, max_new_tokens=max_new_tokens, seed=(seed + number) % _SEEDS
+                    )
                 )
                 for piece in pieces:
                     print(_one_line(piece), end="", flush=True)
@@ -123,7 +136,7 @@ def generate_file(
         outputs = answering.generate(
             list(asked.prompts.values()),
             max_new_tokens=max_new_tokens,
-            seeds=[seed + place for place in asked.prompts],
+            seeds=[(seed + place) % _SEEDS for place in asked.prompts],
             description="generating",
             shared=not asked.apart,
         )
@@ -139,7 +152,8 @@ def generate_file(
                 if kind == "text":
                     file.write(_one_line(output.text) + "\n")
                 else:
-                    file.write(json.dumps({**record, **_answer(output)}, ensure_ascii=False) + "\n")
+                    fields = {**_renamed(record), **_answer(output)}
+                    file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
 def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
@@ -171,6 +185,17 @@ def parse_search(values: Mapping[str, str]) -> dict[str, Any]:
 
 def _one_line(text: str) -> str:
     return text.replace("\n", " ")
+
+
+def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an input, of which none has a name that an answer's has."""
+    named = {name: value for name, value in record.items() if name not in _ANSWER}
+    for name in _ANSWER & record.keys():
+        other = name
+        while other in record or other in named:
+            other = f"input_{other}"
+        named[other] = record[name]
+    return named
 
 
 def _answer(output: Output) -> dict[str, Any]:
