@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
@@ -32,6 +33,8 @@ def main() -> int:
         given = f"{name!r}: " if name else ""
         print(f"error: {given}expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    # As of `python -m`: a config may import its neighbour.
+    sys.path.insert(0, os.getcwd())
     # Not handed on as arguments: a config's flags are read from sys.argv itself.
     sys.argv[1:] = rest
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)

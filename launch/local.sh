@@ -6,8 +6,8 @@ usage() {
   cat <<'TEXT'
 Usage: launch/local.sh [--dry-run] [--runs=DIR] CONFIG... [-- FLAG...]
 
-Runs each CONFIG (configs/NAME.py, or NAME) with the workdir DIR/NAME, one after another, and stops
-at the first that fails. The same command again continues where it stopped.
+Runs each CONFIG (a path, or NAME for configs/NAME.py) with the workdir DIR/NAME, one after another,
+and stops at the first that fails. The same command again continues where it stopped.
 
   --dry-run   print the commands, run nothing
   --runs=DIR  where the workdirs are (default: runs)
@@ -26,9 +26,11 @@ fail() {
 
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source launch/common.bash
 dry_run=false
 runs=runs
-names=()
+configs=()
 while (($#)); do
   case $1 in
     --help | -h) usage; exit ;;
@@ -40,22 +42,17 @@ while (($#)); do
     --) shift; break ;;
     -*) fail "unknown option $1 (flags of the run itself go behind --)" ;;
     *)
-      name=$(basename "$1" .py)
-      [[ -f configs/$name.py ]] || fail "no such config: configs/$name.py"
-      names+=("$name")
+      config=$(find_config "$caller" "$1")
+      configs+=("$config")
       ;;
   esac
   shift
 done
-((${#names[@]})) || fail "no config given; see --help"
+((${#configs[@]})) || fail "no config given; see --help"
 
-if [[ -z ${PYTHON:-} ]]; then
-  PYTHON=python3
-  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
-fi
-
-for name in "${names[@]}"; do
-  command=("$PYTHON" -m l2s_jax.main "--config=configs/$name.py" "--workdir=$runs/$name" "$@")
+for config in "${configs[@]}"; do
+  workdir=$runs/$(basename "$config" .py)
+  command=("$PYTHON" -m l2s_jax.main "--config=$config" "--workdir=$workdir" "$@")
   printf '%q ' "${command[@]}"
   echo
   "$dry_run" || "${command[@]}"

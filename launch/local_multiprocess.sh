@@ -6,10 +6,10 @@ usage() {
   cat <<'TEXT'
 Usage: launch/local_multiprocess.sh [OPTION...] --processes=N CONFIG [-- FLAG...]
 
-Runs CONFIG (configs/NAME.py, a path, or NAME) as one job of N processes with the workdir DIR/NAME.
-The output of process I goes to DIR/NAME/logs/process-I.log, that of process 0 to the terminal too.
-Ctrl-C, or one process that fails, ends all. The same command again continues where it stopped,
-with any N.
+Runs CONFIG (a path, or NAME for configs/NAME.py) as one job of N processes with the workdir
+DIR/NAME. The output of process I goes to DIR/NAME/logs/process-I.log, that of process 0 to the
+terminal too. Ctrl-C, or one process that fails, ends all. The same command again continues where it
+stopped, with any N.
 
   --processes=N  how many
   --device=KIND  cpu (default): one CPU device each; gpu: GPU number I for process I
@@ -31,6 +31,8 @@ fail() {
 
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source launch/common.bash
 dry_run=false
 device=cpu
 port=$((20000 + RANDOM % 10000))
@@ -61,16 +63,8 @@ done
 [[ $port =~ ^[0-9]+$ ]] || fail "--port=$port: expected a number"
 [[ $device == cpu || $device == gpu ]] || fail "--device=$device: expected cpu or gpu"
 [[ -n $config ]] || fail "no config given; see --help"
-name=$(basename "$config" .py)
-for file in "$config" "$caller/$config" "configs/$name.py"; do
-  [[ -f $file ]] && break
-done
-[[ -f $file ]] || fail "no such config: $config"
+file=$(find_config "$caller" "$config")
 
-if [[ -z ${PYTHON:-} ]]; then
-  PYTHON=python3
-  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
-fi
 if ! "$dry_run"; then
   command -v "$PYTHON" >/dev/null || fail "no such interpreter: PYTHON=$PYTHON"
   if [[ $device == gpu ]]; then
@@ -80,7 +74,7 @@ if ! "$dry_run"; then
   fi
 fi
 
-workdir=$runs/$name
+workdir=$runs/$(basename "$file" .py)
 logs=$workdir/logs
 pids=()
 

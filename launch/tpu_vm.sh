@@ -12,12 +12,13 @@ Usage: launch/tpu_vm.sh [--dry-run] create [--spot]
 
   create  asks for a slice (a queued resource with one node) and waits until it is there; --spot:
           one that is cheaper and may be taken away at any time
-  setup   copies the commit that is checked out to all hosts, and installs it with the constraints
-          file; copies DATA, LLM and SLM too, but for the files that are there already
+  setup   copies the commit that is checked out to all hosts, without changes that are not committed,
+          and installs it with the constraints file; copies DATA, LLM and SLM too, but for the files
+          that are there already
   run     starts configs/CONFIG.py on all hosts, and follows the log of the first; FLAG... as for
           l2s_jax.main; the same command again continues where it stopped
   logs    follows that log again; the exit status is that of the run
-  resume  run; first delete, create and setup if the slice has been taken away
+  resume  run; first delete and create if the slice has been taken away, and setup if it is not done
   fetch   copies the report of CONFIG and its predictions to runs/CONFIG
   delete  deletes the slice and all that is on its hosts
 
@@ -123,9 +124,32 @@ copy_to_hosts() {
   to_hosts --recurse "$whole" "$name:l2s_jax/$(dirname "$2")/"
 }
 
+# copy_to_bucket SOURCE PLACE: the files that are not the same there
+copy_to_bucket() {
+  local from=$1 path links=()
+  # gcloud would leave out what is a link, such as all files of a snapshot in the hub's cache.
+  if [[ -n $(find "$1" -type l -print -quit) ]]; then
+    links=(--no-ignore-symlinks)
+    from=$temporary/linked/$(basename -- "$1")
+    while IFS= read -r path; do
+      mkdir -p "$from/$(dirname -- "$path")"
+      ln -sf "$1/$path" "$from/$path"
+    done < <(cd "$1" && find -L . -type f)
+  fi
+  call gcloud storage rsync --recursive "${links[@]}" "$from" "$bucket/$2"
+}
+
 check_config() {
   [[ -n ${1:-} ]] || fail "$action needs a config; see --help"
   [[ -f configs/$1.py ]] || fail "no such config: configs/$1.py"
+  [[ $action != run && $action != resume ]] || git cat-file -e "HEAD:configs/$1.py" 2> /dev/null ||
+    fail "configs/$1.py is not committed; setup copies what is"
+}
+
+name_uncommitted() {
+  local changes
+  changes=$(git status --porcelain 2> /dev/null | cut -c 4- | paste -s -d ' ')
+  [[ -z $changes ]] || echo "launch/tpu_vm.sh: not committed, and not copied: $changes" >&2
 }
 
 state() {
@@ -136,13 +160,15 @@ create() {
   call "${queue[@]}" create "$name" "--node-id=$name" "--zone=$zone" \
     "--accelerator-type=$type" "--runtime-version=$image" "$@"
   ! "$dry_run" || return 0
-  local now
-  while now=$(state) && [[ $now != ACTIVE ]]; do
-    echo "$name: $now"
+  local now unheard=0
+  until now=$(state) && [[ $now == ACTIVE ]]; do
+    echo "$name: ${now:-no answer}"
     [[ $now != FAILED && $now != SUSPEND* ]] || return 1
+    # The slice comes, and is paid for, whether or not a question gets an answer.
+    if [[ -n $now ]]; then unheard=0; else unheard=$((unheard + 1)); fi
+    ((unheard < 10)) || return 1
     sleep 30
   done
-  [[ $now == ACTIVE ]]
 }
 
 setup() {
@@ -150,20 +176,23 @@ setup() {
   temporary=$(mktemp -d)
   trap 'rm -rf "$temporary"' EXIT
   archive=$temporary/l2s_jax.tar.gz
+  name_uncommitted
   call git archive --format=tar.gz "--output=$archive" HEAD
   to_hosts "$archive" "$name:l2s_jax.tar.gz"
   # The images' own Python is older than 3.11, so uv brings one.
-  on_hosts all "mkdir -p l2s_jax && tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
+  on_hosts all "mkdir -p l2s_jax && rm -f l2s_jax/.set_up \
+&& tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
 && python3 -m pip install -q --user uv \
 && python3 -m uv venv -q --allow-existing --python 3.11 .venv \
 && python3 -m uv pip install -q --python .venv/bin/python -c constraints.txt -e '.[gs]' 'jax[tpu]'"
   for i in "${!sources[@]}"; do
     if [[ -n $bucket ]]; then
-      call gcloud storage rsync --recursive "${sources[i]}" "$bucket/${places[i]}"
+      copy_to_bucket "${sources[i]}" "${places[i]}"
     else
       copy_to_hosts "${sources[i]}" "${places[i]}"
     fi
   done
+  on_hosts all "touch l2s_jax/.set_up"
 }
 
 run() {
@@ -237,6 +266,8 @@ case $action in
     if [[ $now != ACTIVE ]]; then
       if "$dry_run" || [[ -n $now ]]; then remove; fi
       create "${spot[@]}"
+      setup
+    elif ! on_hosts all "test -f l2s_jax/.set_up"; then
       setup
     fi
     run "$@"

@@ -52,6 +52,16 @@ def test_is_the_command_of_the_module(
     assert expected in result.stderr.splitlines()[-1]
 
 
+def test_a_config_imports_its_neighbour(tmp_path: pathlib.Path) -> None:
+    config = "configs/wmt14_en_fr.py"
+    assert "from configs import" in (ROOT / config).read_text()
+    console = str(pathlib.Path(sys.executable).parent / "l2s-jax")
+    flags = (f"--config={config}", f"--workdir={tmp_path}", "--config.l2s.fusion=nope")
+    result = subprocess.run([console, "run", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "fusion" in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"), [((), "run, convert, serve, bench"), (("train",), "'train'")]
 )

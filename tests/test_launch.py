@@ -116,6 +116,27 @@ def test_local_runs_in_order_from_the_root(stand_in: dict[str, str]) -> None:
     ]
 
 
+@pytest.mark.parametrize("script", ["local.sh", "local_multiprocess.sh", "gpu_slurm.sh"])
+def test_a_path_is_that_of_the_caller_and_a_name_that_of_a_config(
+    script: str, tmp_path: pathlib.Path, stand_in: dict[str, str]
+) -> None:
+    own = tmp_path / "quickstart.py"
+    own.touch()
+    options = ["--dry-run", *(["--processes=1"] if "multi" in script else [])]
+    for given, found in (
+        ("quickstart.py", str(own)),
+        (str(own), str(own)),
+        ("./quickstart.py", f"{tmp_path}/./quickstart.py"),
+        ("quickstart", "configs/quickstart.py"),
+        ("configs/quickstart.py", "configs/quickstart.py"),
+    ):
+        result = run(script, *options, given, cwd=tmp_path, **stand_in)
+        assert result.returncode == 0, result.stderr
+        assert f"--config={found} " in result.stdout.replace("\\", "")
+    result = run(script, *options, "elsewhere/quickstart.py", cwd=tmp_path, **stand_in)
+    assert result.returncode == 2 and "no such config: elsewhere/quickstart.py" in result.stderr
+
+
 def test_local_stops_at_the_first_failure(stand_in: dict[str, str]) -> None:
     result = run("local.sh", "quickstart", "aeslc", BREAK="1", **stand_in)
     assert result.returncode == 7
@@ -131,7 +152,11 @@ def test_local_stops_at_the_first_failure(stand_in: dict[str, str]) -> None:
         ("local_multiprocess.sh", ["quickstart"], "--processes=: expected a number above 0"),
         ("local_multiprocess.sh", ["--processes=0", "quickstart"], "--processes=0: expected a"),
         ("local_multiprocess.sh", ["--processes=2"], "no config given"),
-        ("local_multiprocess.sh", ["--processes=2", "no_such"], "no such config: no_such"),
+        (
+            "local_multiprocess.sh",
+            ["--processes=2", "no_such"],
+            "no such config: configs/no_such.py",
+        ),
         ("local_multiprocess.sh", ["--processes=2", "--device=tpu", "aeslc"], "expected cpu or"),
         ("local_multiprocess.sh", ["--processes=2", "aeslc", "quickstart"], "one config at a time"),
         ("tpu_vm.sh", [], "expected create, setup, run, resume, logs, fetch or delete"),
@@ -143,6 +168,7 @@ def test_local_stops_at_the_first_failure(stand_in: dict[str, str]) -> None:
         ("gpu_slurm.sh", [], "no config given"),
         ("gpu_slurm.sh", ["no_such"], "no such config: configs/no_such.py"),
         ("gpu_slurm.sh", ["--nodes=two", "quickstart"], "--nodes=two: expected a number above 0"),
+        ("gpu_slurm.sh", ["--cpus=0", "quickstart"], "--cpus=0: expected a number above 0"),
         ("gpu_slurm.sh", ["quickstart", "--config.seed=1"], "unknown option --config.seed=1"),
     ],
 )
@@ -244,7 +270,8 @@ def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
     delete = [*QUEUE, "delete", "my vm", "--zone=z-1", "--force", "--quiet"]
     assert printed("create", *spot) == [create]
     assert printed("delete") == [delete]
-    archive, copy, install = printed("setup")
+    archive, copy, install, done = printed("setup")
+    assert done == [*install[:-1], "--command=touch l2s_jax/.set_up"]
     assert archive[:3] == ["git", "archive", "--format=tar.gz"]
     assert copy[:5] == [*VM, "scp"] and copy[6:] == [
         *("my vm:l2s_jax.tar.gz", "--zone=z-1", "--worker=all"),
@@ -258,7 +285,7 @@ def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
     resumed = printed("resume", *spot, "quickstart", FLAG)
     assert resumed[:2] == [delete, create]
     assert [command[:3] for command in resumed[2:4]] == [archive[:3], copy[:3]]
-    assert resumed[4:] == [install, *started]
+    assert resumed[4:] == [install, done, *started]
     fetch = printed("fetch", "quickstart")
     assert fetch[0] == ["mkdir", "-p", "runs/quickstart"]
     assert fetch[1][:4] == ["gcloud", "storage", "cp", "--recursive"]
@@ -308,7 +335,7 @@ def test_tpu_vm_does_not_start_twice(tmp_path: pathlib.Path, stand_in: dict[str,
 
 def test_tpu_vm_setup_is_one_chain_of_commands(stand_in: dict[str, str]) -> None:
     result = run("tpu_vm.sh", "--dry-run", "setup", **stand_in)
-    remote = remote_of(commands(result.stdout)[-1])
+    remote = remote_of(commands(result.stdout)[-2])
     assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
     assert all(len(shlex.split(part)) > 1 for part in remote.split("&&"))
 
@@ -319,10 +346,11 @@ def test_tpu_vm_create_waits_until_the_slice_is_there(
     sleep = tmp_path / "bin" / "sleep"
     sleep.write_text("#!/usr/bin/env bash\n")
     sleep.chmod(0o755)
-    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+    # One question gets no answer.
+    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES\n\nPROVISIONING\nACTIVE\n")
     result = run("tpu_vm.sh", "create", **stand_in)
     assert result.returncode == 0, result.stderr
-    assert [call[3] for call in calls(stand_in)] == ["create", *["describe"] * 3]
+    assert [call[3] for call in calls(stand_in)] == ["create", *["describe"] * 4]
     (tmp_path / "states").write_text("FAILED\n")
     assert run("tpu_vm.sh", "create", **stand_in).returncode == 1
 
@@ -336,8 +364,34 @@ def test_tpu_vm_resume_makes_a_lost_slice_anew(
     (tmp_path / "states").write_text(f"{state}\nACTIVE\n")
     result = run("tpu_vm.sh", "resume", "--spot", "quickstart", BUCKET="gs://b", **stand_in)
     assert result.returncode == 0, result.stderr
-    anew = ["delete", "create", "describe", "scp", "ssh"] if made_anew else []
-    assert [call[3] for call in calls(stand_in)] == ["describe", *anew, "ssh", "ssh"]
+    before = ["delete", "create", "describe", "scp", "ssh", "ssh"] if made_anew else ["ssh"]
+    assert [call[3] for call in calls(stand_in)] == ["describe", *before, "ssh", "ssh"]
+
+
+def test_tpu_vm_resume_ends_a_setup_that_was_cut_short(
+    tmp_path: pathlib.Path, stand_in: dict[str, str]
+) -> None:
+    gcloud = tmp_path / "bin" / "gcloud"
+    gcloud.write_text(f"{gcloud.read_text()}[[ $* != *'test -f'* ]]\n")
+    result = run("tpu_vm.sh", "resume", "quickstart", BUCKET="gs://b", **stand_in)
+    assert result.returncode == 0, result.stderr
+    asked, copied, *rest = [call[3:] for call in calls(stand_in)[1:]]
+    assert "--command=test -f l2s_jax/.set_up" in asked and copied[0] == "scp"
+    assert [call[0] for call in rest] == ["ssh"] * 4
+
+
+def test_tpu_vm_runs_what_is_committed(stand_in: dict[str, str]) -> None:
+    new = ROOT / "configs" / "not_committed.py"
+    new.touch()
+    try:
+        result = run("tpu_vm.sh", "run", "not_committed", **stand_in)
+        told = run("tpu_vm.sh", "--dry-run", "setup", **stand_in)
+    finally:
+        new.unlink()
+    assert result.returncode == 2
+    assert "configs/not_committed.py is not committed" in result.stderr
+    assert calls(stand_in) == []
+    assert told.returncode == 0 and "configs/not_committed.py" in told.stderr
 
 
 # Two hosts, whose homes are folders; scp and ssh do to them what the real ones do.
@@ -408,6 +462,20 @@ def test_tpu_vm_brings_data_and_checkpoints(tmp_path: pathlib.Path, hosts: dict[
     assert on(1) == {**there, "checkpoints/t5/model.safetensors": "WEIGHTS"}
 
 
+def test_tpu_vm_brings_links_to_a_bucket(tmp_path: pathlib.Path, hosts: dict[str, str]) -> None:
+    """As gcloud does, which leaves out folders that are links."""
+    (tmp_path / "t5/more").symlink_to(tmp_path / "my data")
+    (tmp_path / "bin" / "gcloud").write_text(
+        '#!/usr/bin/env bash\n[[ $2 != rsync ]] || (cd "${@: -2:1}" && find . -type f -o -type l |'
+        ' while IFS= read -r path; do [[ -d $path ]] || { echo "$path"; cat "$path"; echo; }; done)\n'
+    )
+    environment = {name: value for name, value in hosts.items() if name != "DATA"}
+    result = run("tpu_vm.sh", "setup", BUCKET="gs://b", cwd=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    for line in ("./model.safetensors", "weights", "./more/da ta/held.txt", "two"):
+        assert line in result.stdout.splitlines()
+
+
 def test_tpu_vm_says_where_it_brought_them(tmp_path: pathlib.Path, hosts: dict[str, str]) -> None:
     def printed(*arguments: str, **environment: str) -> list[list[str]]:
         environment = {**hosts, "SLM": f"{tmp_path}/t5", **environment}
@@ -416,12 +484,12 @@ def test_tpu_vm_says_where_it_brought_them(tmp_path: pathlib.Path, hosts: dict[s
         return commands(result.stdout)
 
     # A list of what is here, a question to the hosts, and the files.
-    assert [call[4] for call in printed("setup")[3:]] == ["scp", "ssh", "scp"] * 2
-    synced = printed("setup", BUCKET="gs://b/f")[3:]
-    assert synced == [
-        ["gcloud", "storage", "rsync", "--recursive", f"{tmp_path}/{source}", f"gs://b/f/{place}"]
-        for source, place in (("my data/da ta", "data/da ta"), ("t5", "checkpoints/t5"))
-    ]
+    assert [call[4] for call in printed("setup")[3:-1]] == ["scp", "ssh", "scp"] * 2
+    data, llm = printed("setup", BUCKET="gs://b/f")[3:-1]
+    sync = ["gcloud", "storage", "rsync", "--recursive"]
+    assert data == [*sync, f"{tmp_path}/my data/da ta", "gs://b/f/data/da ta"]
+    # What has links is copied as a folder in which all files are.
+    assert llm[:-2] == [*sync, "--no-ignore-symlinks"] and llm[-1] == "gs://b/f/checkpoints/t5"
     for bucket, prefix in (("", ""), ("gs://b/f", "gs://b/f/")):
         start = remote_of(printed("run", "quickstart", "--config.seed=2", BUCKET=bucket)[0])
         command = shlex.split(start.partition("bash -c ")[2].partition(" > logs/")[0])[0]
@@ -497,6 +565,10 @@ def test_gpu_slurm_submits_one_process_for_each_gpu(
     assert run("gpu_slurm.sh", *arguments, cwd=tmp_path, **stand_in).returncode == 0
     assert calls(stand_in) == [submit[1:]]
     assert (tmp_path / "a b/quickstart/logs").is_dir()
+    result = run("gpu_slurm.sh", "--dry-run", "--cpus=6", "quickstart", **stand_in)
+    *_, submit = commands(result.stdout)
+    assert "--cpus-per-task=6" in submit
+    assert shlex.split(submit[-1].removeprefix("--wrap="))[2] == "--cpus-per-task=6"
 
 
 def test_gke_manifest_runs_a_config_on_every_host_of_the_slice() -> None:
