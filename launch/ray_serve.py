@@ -127,12 +127,24 @@ def _checked(flags: argparse.Namespace) -> Options:
             f"than this machine's {there} processors in all, or --address of a cluster"
         )
     options = options_of(flags)
+    # The model is where a cluster's machines see it, which this one need not; and Ray Serve may
+    # listen there already.
+    if flags.address != "local":
+        return options
     from l2s_jax.serve.models import settings_of
+
+    settings_of(options.models)
+    return _listening(options)
+
+
+def _listening(options: Options) -> Options:
+    """Of a port that is free.
+
+    Raises:
+      ValueError: none is, or not the one that is asked for.
+    """
     from l2s_jax.serve.run import listen
 
-    # The model is where a cluster's machines see it, which this one need not.
-    if flags.address == "local":
-        settings_of(options.models)
     with listen(options.host, options.port) as listener:
         return dataclasses.replace(options, port=listener.getsockname()[1])
 
@@ -217,7 +229,7 @@ def _serve(flags: argparse.Namespace, options: Options) -> NoReturn:
     """Until a signal.
 
     Raises:
-      ValueError: a model can't be loaded.
+      ValueError: a model can't be loaded; or the address is taken.
       RuntimeError: Ray failed.
     """
     import ray
@@ -227,6 +239,9 @@ def _serve(flags: argparse.Namespace, options: Options) -> NoReturn:
     from l2s_jax.serve.run import ready_line
 
     _connect(flags.address)
+    is_there = bool(serve.status().proxies)
+    if flags.address != "local" and not is_there:
+        options = _listening(options)
     _end_on_signals(options.drain_s)
     print("starting; Ray's logs are in /tmp/ray/session_latest/logs", file=sys.stderr, flush=True)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -243,7 +258,10 @@ def _serve(flags: argparse.Namespace, options: Options) -> NoReturn:
             serve.run(application, name=_NAME, logging_config=quiet)
         except RuntimeError as error:
             raise _why(error) from None
-        print(ready_line(options, options.port), flush=True)
+        line = ready_line(options, options.port)
+        if is_there:  # its address is what it was started with
+            line = f"Ray Serve, where it listens already, serves {', '.join(options.models.names)}"
+        print(line, flush=True)
         while True:
             signal.pause()
     finally:

@@ -467,7 +467,7 @@ def test_tpu_vm_brings_links_to_a_bucket(tmp_path: pathlib.Path, hosts: dict[str
     (tmp_path / "t5/more").symlink_to(tmp_path / "my data")
     (tmp_path / "bin" / "gcloud").write_text(
         '#!/usr/bin/env bash\n[[ $2 != rsync ]] || (cd "${@: -2:1}" && find . -type f -o -type l |'
-        ' while IFS= read -r path; do [[ -d $path ]] || { echo "$path"; cat "$path"; echo; }; done)\n'
+        ' while IFS= read -r path; do [[ -d $path ]] || { echo "$path"; cat "$path"; echo; }; done)'
     )
     environment = {name: value for name, value in hosts.items() if name != "DATA"}
     result = run("tpu_vm.sh", "setup", BUCKET="gs://b", cwd=tmp_path, **environment)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import runpy
 import signal
+import socket
+import subprocess
 import sys
 import time
 
@@ -125,6 +128,52 @@ def test_at_the_end_running_requests_end(running, model):
         assert loads.text_of([first, *lines]) == loads.answers(model)[0]
     assert running.end() == 0
     assert not psutil.wait_procs(left, timeout=20)[1]
+
+
+# A cluster on which Ray Serve listens already; it ends with its stdin.
+CLUSTER = """
+import sys, ray
+from ray import serve
+context = ray.init(include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+print("address", context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_on_a_cluster_where_ray_serve_listens_already(model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    around = {
+        "PYTHONWARNINGS": "default",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "of this test",
+    }
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER, str(port)],
+        env={**os.environ, "PYTHONPATH": str(server.ROOT), **around},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        line = next(line for line in cluster.stdout if line.startswith("address "))
+        address = f"--address={line.split()[1]}"
+        # The port is that of the proxy, which is not free.
+        flags = (*FLAGS, address, f"--port={port}")
+        with server.serving(model, *flags, program=(PROGRAM,), **around) as started:
+            assert started.address == "Ray Serve, where it listens already,"
+            asked = {"model": "l2s", "prompt": "abc", "max_tokens": 2}
+            found = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60)
+            assert found.status_code == 200
+            started.process.send_signal(signal.SIGTERM)
+            assert started.end() == 0
+        assert cluster.poll() is None
+    finally:
+        cluster.communicate()
 
 
 def test_a_replica_whose_device_is_gone_says_so(model, monkeypatch):
