@@ -523,7 +523,7 @@ def test_shards_may_be_urls():
     assert list(tasks.load_task(config).examples("test")) == expected_examples()
 
 
-def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkeypatch):
+def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkeypatch, caplog):
     rows = [{"en": f"a {i}", "de": f"b {i}", "raw": b"\xff"} for i in range(50)]
     table = pyarrow.Table.from_pylist(rows)
     table = table.set_column(1, "de", table["de"].dictionary_encode())
@@ -543,6 +543,59 @@ def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkey
     # What is asked for nowhere is what JSON has words for.
     first = next(iter(parquet_module.read_parquet(str(tmp_path / "d.parquet"))))
     assert first.fields == {"en": "a 0", "de": "b 0"} and first.where() == f"{first.files}:1"
+    assert caplog.messages == [
+        f"{tmp_path}/d.parquet:1: field 'raw' is not UTF-8: invalid start byte at byte 0; the "
+        "column is left out"
+    ]
+
+
+# Of a view, twelve bytes at most lie in itself.
+TEXTS = ["a dog", "zwei Vögel", None, "", "more than twelve bytes: " + "\N{SNOWMAN}" * 9]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+@pytest.mark.parametrize("noted", [True, False])
+def test_text_of_parquet_is_read_however_it_is_stored(tmp_path, kind, noted):
+    path = str(tmp_path / "d.parquet")
+    text = getattr(pyarrow, kind)()
+    binary = getattr(pyarrow, kind.replace("string", "binary"))()
+    column = pyarrow.array([t if t is None else t.encode() for t in TEXTS], binary)
+    column = column.cast(text) if noted else column
+    lists = pyarrow.ListArray.from_arrays(range(len(TEXTS) + 1), column)
+    parquet.write_table(pyarrow.table({"en": column, "more": lists}), path)
+    assert parquet.read_schema(path).field("en").type == (text if noted else binary)
+    expected = [{"en": t, "more": [t]} for t in TEXTS]
+    assert [r.fields for r in parquet_module.read_parquet(path)] == expected
+    assert [r.fields for r in parquet_module.read_parquet(path, ["more", "en"])] == expected
+
+
+@pytest.mark.parametrize("kind", ["string_view", "binary", "binary_view", "large_binary"])
+@pytest.mark.parametrize("of_lists", [False, True])
+def test_parquet_bytes_that_are_no_text_are_told_by_row(tmp_path, kind, of_lists):
+    path = str(tmp_path / "d.parquet")
+    column = pyarrow.array([b"a", None, b"b\xff", b"c"], pyarrow.binary())
+    column = column.cast(pyarrow.binary_view() if "view" in kind else column.type)
+    column = column.view(getattr(pyarrow, kind)()) if "string" in kind else column
+    column = column.cast(pyarrow.large_binary()) if "large" in kind else column
+    column = pyarrow.ListArray.from_arrays(range(5), column) if of_lists else column
+    parquet.write_table(pyarrow.table({"en": column}), path)
+    for columns in (None, ["en"]):
+        fails_with_one_line(
+            lambda columns=columns: list(parquet_module.read_parquet(path, columns)),
+            f"{path}:3: field 'en' is not UTF-8: invalid start byte at byte 1",
+        )
+
+
+def test_rows_of_parquet_without_a_column_for_us_are_rows(tmp_path):
+    path = str(tmp_path / "d.parquet")
+    kind = pyarrow.struct({"en": pyarrow.string()})
+    parquet.write_table(pyarrow.table({"row": pyarrow.array([{"en": "a"}] * 3, kind)}), path)
+    found = list(parquet_module.read_parquet(path))
+    assert [(r.fields, r.line) for r in found] == [({}, 1), ({}, 2), ({}, 3)]
+    task = tasks.load_task(config_of("parquet", tmp_path))
+    fails_with_one_line(
+        lambda: task.render_prompt(found[0].fields, found[0].where()), f"{path}:1", "'en'", "none"
+    )
 
 
 def test_bad_parquet(tmp_path):
