@@ -16,16 +16,20 @@ from l2s_jax.copies import PICKLES, local
 from l2s_jax.files import absolute, exists, is_bucket
 from l2s_jax.gguf_file import is_gguf
 
-# Beside the weights of a model, and of use in any format.
-TOKENIZER_FILES = (
+# Of which a tokenizer needs one: a tokenizer of bytes, ByT5's, has none, and is not read.
+VOCABULARY_FILES = (
     "spiece.model",
     "tokenizer.model",
     "tekken.json",
     "tokenizer.json",
+    "vocab.json",
+)
+# Beside the weights of a model, and of use in any format.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "vocabulary.json",  # ours: which of the pieces write responses
     "chat_template.jinja",

@@ -709,6 +709,42 @@ def test_a_tokenizer_is_the_same_in_both_formats(eos, wrapped, tmp_path, capsys)
         assert (after.pad_id, after.end_ids) == (before.pad_id, before.end_ids)
 
 
+SETTINGS = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("to", ["l2s_jax", "hf"])
+def test_a_model_with_a_tokenizer_of_bytes_is_converted_alone(directory, tmp_path, capsys, to):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        (directory / name).write_text(json.dumps(SETTINGS))
+    out = tmp_path / "out"
+    status, _, err = run(capsys, f"--input={directory}", f"--output={out}", f"--to={to}")
+    assert status == 0
+    assert_same(load(str(out))[1], load(str(directory))[1])
+    if to == "hf":  # what transformers reads, it reads of the copy
+        assert err == "" and json.loads((out / "tokenizer_config.json").read_text()) == SETTINGS
+    else:
+        words = f"warning: {directory}: no tokenizer beside tokenizer_config.json, "
+        assert err.startswith(words) and err.count("\n") == 1
+        assert not (out / "tokenizer_config.json").exists()
+
+
+def test_what_is_wrong_with_a_tokenizer_is_said_before_weights_are_read(
+    directory, tmp_path, capsys, monkeypatch
+):
+    def read(*_, **__):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(convert, "load", read)
+    (directory / "tokenizer.json").write_text("{}")
+    flags = [f"--input={directory}", f"--output={tmp_path / 'out'}"]
+    status, out, err = run(capsys, *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{directory / 'tokenizer.json'}" in err
+    edit_config(directory, model_type="other")
+    status, _, err = run(capsys, *flags)
+    assert (status, err.count("\n")) == (2, 1) and "'other'" in err
+
+
 def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypatch):
     def wrong(config, params, directory):
         params["decoder"]["final_norm"]["scale"] *= 1.001
