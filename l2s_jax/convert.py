@@ -6,6 +6,8 @@ python -m l2s_jax.convert --input=RUN/l2s/model --output=DIR --to=hf           i
 python -m l2s_jax.convert --input=DIR --inspect                                the parameters
 
 DIR is a folder, a GGUF file, or a name on the Hugging Face hub.
+
+Exit status: 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, each with one line.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from l2s_jax.checkpoints.pretrained import (
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
+from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.copies import local
 from l2s_jax.files import atomic_directory, exists, is_folder, listed_names, read_json
 from l2s_jax.gguf_file import is_gguf
@@ -236,18 +239,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     flags = _parser().parse_args(arguments)
     try:
-        _check(flags)
-        if flags.inspect:
-            _inspect(flags.input)
-        else:
-            with sealed.anew() if flags.verify else contextlib.nullcontext():
-                _convert(flags)
+        with handled():
+            _check(flags)
+            if flags.inspect:
+                _inspect(flags.input)
+            else:
+                with sealed.anew() if flags.verify else contextlib.nullcontext():
+                    _convert(flags)
     except BrokenPipeError:
         # Who reads the output, head for one, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except Stopped as stopped:  # what was being written is gone
+        print(f"error: {stopped.word}", file=sys.stderr)
+        return stopped.status
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -788,6 +789,36 @@ def test_command_errors(directory, tmp_path, capsys, flags, fragment):
     assert fragment in err
     assert content_hash(str(directory)) == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "status"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+)
+def test_a_signal_ends_it_in_one_line_and_leaves_nothing(directory, tmp_path, number, word, status):
+    code = """
+import sys, time
+from l2s_jax import convert
+def save(config, params, directory):
+    open(f"{directory}/params.safetensors", "w").close()
+    print("writing", flush=True)
+    time.sleep(600)
+convert.save_native = save
+sys.exit(convert.main())
+"""
+    out = tmp_path / "new/out"
+    command = [sys.executable, "-c", code, f"--input={directory}", f"--output={out}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=Path(convert.__file__).parents[1], **pipes)
+    try:
+        assert process.stdout.readline() == "writing\n"
+        assert len(os.listdir(out.parent)) == 1
+        process.send_signal(number)
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, said, err) == (status, "", f"error: {word}\n")
+    assert os.listdir(out.parent) == []
 
 
 def test_runs_without_torch(directory, tmp_path):
