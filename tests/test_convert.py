@@ -574,6 +574,36 @@ def test_the_hash_of_a_large_model_is_remembered(directory, tmp_path, monkeypatc
     assert found() != first and len(read) == 3
 
 
+@pytest.mark.parametrize(
+    "command", ["sha256sum -b *", "sha256sum ./*", "find . $PWD -type f | xargs sha256sum"]
+)
+def test_hashes_that_somebody_has_made_are_those_of_the_model(directory, command):
+    (directory / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "README.md", "two words"):
+        (directory / name).write_text(name)
+    command = f"{command} 2> /dev/null > SHA256SUMS"
+    subprocess.run(["sh", "-c", command], cwd=directory, check=False)
+    sums = directory / "SHA256SUMS"
+    assert "model.safetensors" in sums.read_text()
+    expected = load_hf(str(directory))[1]
+    sealed.check_below(str(directory))
+    (directory / "onnx/model.onnx").write_text("another")
+    (directory / "README.md").write_text("another")
+    assert_same(load_hf(str(directory))[1], expected)
+    with pytest.raises(ValueError, match=r"README\.md: damaged"):
+        sealed.check_below(str(directory))
+    sums.write_text(f"# of the model\n\n{sums.read_text().upper().replace('SHA256SUMS', 'S')}")
+    sums.write_text(sums.read_text().replace("MODEL.SAFETENSORS", "model.safetensors"))
+    assert_same(load_hf(str(directory))[1], expected)
+    weights = directory / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused(directory, "model.safetensors: damaged")
+    weights.write_bytes(data)
+    sums.write_text("the sums are elsewhere\n")
+    refused(directory, f"{sums}:1", "'the sums are elsewhere'", f"remove {sums}")
+
+
 def test_one_process_of_a_job_reads_the_files_for_their_hashes(directory, tmp_path, monkeypatch):
     module, params = load_hf(str(directory))
     save_native(module.config, params, str(tmp_path / "ours"))
