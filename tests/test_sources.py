@@ -377,6 +377,20 @@ def test_references_stay_with_their_rows_and_blank_ones_are_none(tmp_path, sourc
     )
 
 
+def test_blank_lines_of_tsv_are_no_rows_but_for_one_column(tmp_path):
+    task = tasks.load_task(config_of("tsv", tmp_path, blank_rows="error"))
+    rows = "".join(f"{row['en']}\t{row['de']}\n\n" for row in ROWS)
+    write(tmp_path / "d.tsv", f"en\tde\n \n{rows}\r\n")
+    assert list(task.examples("test")) == expected_examples()
+    write(tmp_path / "d.tsv", "en\tde\n\na\tb\n\n\t\n")
+    fails_with_one_line(lambda: task.examples("test"), f"{tmp_path / 'd.tsv'}:5", "empty prompt")
+    write(tmp_path / "d.tsv", "en\tde\n\na\n")
+    fails_with_one_line(lambda: task.examples("test"), f"{tmp_path / 'd.tsv'}:3", "found 1")
+    lines = write(tmp_path / "one.tsv", "en\na\n\nb\n")
+    found = [(record.fields["en"], record.line) for record in sources.read_tsv(lines)]
+    assert found == [("a", 2), ("", 3), ("b", 4)]
+
+
 def test_empty_lines_of_text_files(tmp_path):
     write(tmp_path / "d.en", "a\nb\n")
     write(tmp_path / "d.de", "a\n\n")
@@ -508,6 +522,40 @@ def test_shards_are_read_in_order_of_their_names(tmp_path, source):
     task = tasks.load_task(config)
     assert task.files("test", prepare=True) == [str(tmp_path / "none-*.x")]
     fails_with_one_line(lambda: task.examples("test"), tmp_path / "none-*.x", "no such file")
+
+
+@pytest.mark.parametrize("url", ["", "memory://"])
+def test_what_is_there_by_its_own_name_is_meant_before_what_a_pattern_means(tmp_path, url):
+    """Of run[1]/x, run1/x would be meant."""
+
+    def write_at(name):
+        if url:
+            fsspec.filesystem("memory").pipe(f"{tmp_path}/{name}", b"")
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            write(tmp_path / name, "")
+
+    def found(name):
+        paths = sources.expand(f"{url}{tmp_path}/{name}")
+        assert [path for path in paths if not path.startswith(f"{url}{tmp_path}/")] == []
+        return [path.removeprefix(f"{url}{tmp_path}/") for path in paths]
+
+    names = ["run[1]/a.x", "run[1]/b.x", "run1/a.x", "run2/a.x", "a[1]-0.x", "a1-0.x", "b1.x"]
+    for name in names:
+        write_at(name)
+    assert found("run[1]/*.x") == ["run[1]/a.x", "run[1]/b.x"]
+    assert found("run[12]/*.x") == ["run1/a.x", "run2/a.x"]
+    assert found("a[1]-*.x") == ["a[1]-0.x"]
+    assert found("b[1]*.x") == ["b1.x"]
+    assert found("ru*[1]/a.x") == ["run[1]/a.x"]
+    assert found("run?/*.x") == ["run1/a.x", "run2/a.x"]
+    if url:
+        return
+    for name in ("c*.x", "c1.x", "d*/a.x", "d1/a.x"):
+        write_at(name)
+    assert found("c*.x") == ["c*.x"] and found("d*/*.x") == ["d*/a.x"]
+    with pytest.raises(ValueError, match="no such file"):
+        found("run[3]/*.x")
 
 
 def test_shards_may_be_urls():
