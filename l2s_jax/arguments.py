@@ -1,13 +1,26 @@
-"""Command lines of flags that argparse reads."""
+"""Command lines: of all flags where a path begins at home, and of those that argparse reads."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+def at_home(argument: str) -> str:
+    """`--flag=~/x` with the home folder in the place of "~", as a shell has it in `--flag ~/x`."""
+    flag, equals, value = argument.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("-") else argument
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad input is one line and exit status 2."""
+    """Bad input is one line and exit status 2; no flag has a text that may begin with "~"."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(at_home, given)), namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")

@@ -6,6 +6,8 @@ python -m l2s_jax.convert --input=RUN/l2s/model --output=DIR --to=hf           i
 python -m l2s_jax.convert --input=DIR --inspect                                the parameters
 
 DIR is a folder, a GGUF file, or a name on the Hugging Face hub.
+
+Exit status: 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, each with one line.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from l2s_jax import sealed
@@ -29,14 +31,16 @@ from l2s_jax.checkpoints.pretrained import (
     load_encoder,
     load_hf,
     load_native,
+    read_config,
     save_hf,
     save_native,
 )
 from l2s_jax.checkpoints.verify import Agreement, compare
+from l2s_jax.cluster.stopping import Stopped, handled
 from l2s_jax.copies import local
 from l2s_jax.files import atomic_directory, exists, is_folder, listed_names, read_json
 from l2s_jax.gguf_file import is_gguf
-from l2s_jax.hub import PARTS, TOKENIZER_FILES, find
+from l2s_jax.hub import PARTS, TOKENIZER_FILES, VOCABULARY_FILES, find
 from l2s_jax.messages import escaped, one_line
 from l2s_jax.models.families import make_module
 from l2s_jax.models.systems import parameter_count
@@ -139,20 +143,15 @@ def _convert(flags: argparse.Namespace) -> None:
             bundle.copy(flags.input, temporary, include_llm=flags.include_llm)
         print(f"{flags.output}: an L2S model")
         return
-    if is_bundle(flags.input):
-        system, trained, _ = bundle.load(flags.input)
-        if "encoder" not in trained["slm"] and system.fusion == "cross":
-            raise ValueError(
-                f"{flags.input}: fusion 'cross' has an SLM without an encoder, which transformers "
-                "has no place for"
-            )
-        module, params = make_module(system.slm_config), trained["slm"]
-    else:
-        module, params = load(flags.input)
+    if not is_bundle(flags.input):
+        read_config(flags.input)
+    # What can be wrong with small files is said before the weights are read.
+    save_tokenizer = _tokenizer(flags)
+    module, params = _read(flags)
     with atomic_directory(flags.output) as temporary:
         save = save_hf if flags.to == "hf" else save_native
         save(module.config, params, temporary)
-        _save_tokenizer(flags, temporary)
+        save_tokenizer(temporary)
     print(
         f"{flags.output}: {family_of(module.config).name}, {parameter_count(params):,} parameters"
     )
@@ -160,19 +159,47 @@ def _convert(flags: argparse.Namespace) -> None:
         _verify(flags, module, params)
 
 
-def _save_tokenizer(flags: argparse.Namespace, directory: str) -> None:
-    """The tokenizer of the input, if it has one, beside the model in `directory`."""
+def _read(flags: argparse.Namespace) -> tuple[Any, Params]:
+    """The model of the input; of an L2S model, its SLM."""
+    if not is_bundle(flags.input):
+        return load(flags.input)
+    system, trained, _ = bundle.load(flags.input)
+    if "encoder" not in trained["slm"] and system.fusion == "cross":
+        raise ValueError(
+            f"{flags.input}: fusion 'cross' has an SLM without an encoder, which transformers "
+            "has no place for"
+        )
+    return make_module(system.slm_config), trained["slm"]
+
+
+def _tokenizer(flags: argparse.Namespace) -> Callable[[str], None]:
+    """What writes the tokenizer of the input, if it has one, beside the model in a directory.
+
+    Raises:
+      ValueError: it has one that cannot be read.
+    """
     source = local(flags.input, PARTS["tokenizer"])
     is_theirs = not is_gguf(source) and "model_type" in read_json(
         os.path.join(source, "config.json")
     )
     names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(source, name))]
     if is_theirs and flags.to == "hf":
-        for name in (*names, *_generation(source)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(directory, name))
-    elif names or is_gguf(source):
+
+        def copy(directory: str) -> None:
+            for name in (*names, *_generation(source)):
+                shutil.copyfile(os.path.join(source, name), os.path.join(directory, name))
+
+        return copy
+    if is_gguf(source) or set(names) & set(VOCABULARY_FILES):
         # What the files of one format say together, those of another do not.
-        load_tokenizer(source).save(directory)
+        return load_tokenizer(source).save
+    if names:
+        print(
+            f"warning: {flags.input}: no tokenizer beside {names[0]}, expected one of "
+            f"{', '.join(VOCABULARY_FILES)}; the model is converted without one",
+            file=sys.stderr,
+        )
+    return lambda directory: None
 
 
 def _generation(directory: str) -> list[str]:
@@ -212,18 +239,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     flags = _parser().parse_args(arguments)
     try:
-        _check(flags)
-        if flags.inspect:
-            _inspect(flags.input)
-        else:
-            with sealed.anew() if flags.verify else contextlib.nullcontext():
-                _convert(flags)
+        with handled():
+            _check(flags)
+            if flags.inspect:
+                _inspect(flags.input)
+            else:
+                with sealed.anew() if flags.verify else contextlib.nullcontext():
+                    _convert(flags)
     except BrokenPipeError:
         # Who reads the output, head for one, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except Stopped as stopped:  # what was being written is gone
+        print(f"error: {stopped.word}", file=sys.stderr)
+        return stopped.status
     return 0
 
 

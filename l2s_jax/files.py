@@ -89,6 +89,7 @@ def atomic_directory(path: str, marker: str = MODEL_MARKER) -> Iterator[str]:
     Raises:
       OSError: there is something at `path` that is no empty folder.
     """
+    path = absolute(path)
     if is_bucket(path):
         if is_whole(path, marker):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
@@ -98,7 +99,6 @@ def atomic_directory(path: str, marker: str = MODEL_MARKER) -> Iterator[str]:
             yield temporary
             buckets.send_folder(temporary, path, marker)
         return
-    path = os.path.abspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}{UNFINISHED}"
     os.makedirs(temporary)
     try:

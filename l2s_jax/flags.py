@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from l2s_jax.arguments import at_home
 from l2s_jax.cluster.limits import Limits
 from l2s_jax.config import complaint, settled, unknown_key
 from l2s_jax.settings.moved import MOVED
@@ -109,6 +110,8 @@ COMPILED = flags.DEFINE_string(
     "one, of your own, from which they are taken.",
 )
 
+_PATHS = (CONFIG, WORKDIR, INPUT, OUTPUT, COMPILATION_CACHE, COMPILED)
+
 # What says nothing to other modes.
 _OF_MODES: dict[tuple[str, ...], tuple[flags.FlagHolder[Any], ...]] = {
     ("train",): (UNTIL,),
@@ -166,6 +169,8 @@ def parse(argv: Sequence[str]) -> None:
         flag, _, key = argument.partition("=")[0].partition(".")
         if flag == "--config" and key in MOVED:
             raise ValueError(f"{argument}: config.{key} is now config.{MOVED[key]}")
+    paths = {flag.name for flag in _PATHS}
+    argv = [at_home(arg) if arg.partition("=")[0].lstrip("-") in paths else arg for arg in argv]
     try:
         rest = flags.FLAGS(argv)[1:]
         # (A file that is not there is an error at the first look at its config.)

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import errno
 import functools
-import glob
 import os
 import re
 from typing import Any
 
 from l2s_jax.copies import PICKLES, local
-from l2s_jax.files import absolute, exists, is_bucket
+from l2s_jax.files import absolute, exists, is_bucket, matching_names
 from l2s_jax.gguf_file import is_gguf
 
-# Beside the weights of a model, and of use in any format.
-TOKENIZER_FILES = (
+# Of which a tokenizer needs one: a tokenizer of bytes, ByT5's, has none, and is not read.
+VOCABULARY_FILES = (
     "spiece.model",
     "tokenizer.model",
     "tekken.json",
     "tokenizer.json",
+    "vocab.json",
+)
+# Beside the weights of a model, and of use in any format.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "vocabulary.json",  # ours: which of the pieces write responses
     "chat_template.jinja",
@@ -125,7 +128,7 @@ def _download(path: str, part: str) -> str:
             name, revision=revision, allow_patterns=list(PARTS[part])
         )
         _commits()[path] = os.path.basename(folder)
-        if part == "all" and not glob.glob(os.path.join(folder, "*.safetensors")):
+        if part == "all" and not matching_names(folder, "*.safetensors"):
             _raise_without_weights(path, name, os.path.basename(folder))
         return folder
     except Exception as error:  # of its transport's errors the library says nothing

@@ -1,7 +1,8 @@
 """Content hashes of what is written here, which are looked at when it is read.
 
 A folder has them in SHA256SUMS, as `sha256sum -c` reads it, a JSON object among its values. What
-has none, such as what older versions wrote, is read as it is.
+has none, such as what older versions wrote, is read as it is. The SHA256SUMS may be of somebody
+else, and name what is no part of a model.
 
 A process reads a file once for its hash, and again where its size and age, in a bucket its tag,
 have changed. The hash of what is large is remembered with these, where `copies` are.
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,7 +33,7 @@ from l2s_jax.messages import shown
 
 SUMS = "SHA256SUMS"
 _HASH = "sha256"
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # with "*" it was read as bytes
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Bytes from which on a hash is remembered by later processes.
 _LARGE = 1 << 30
@@ -166,10 +168,10 @@ def _write(directory: str, sums: Mapping[str, str]) -> None:
 
 
 def _sums(directory: str) -> dict[str, str]:
-    """The hash of each file of a folder that has one.
+    """The hash of each file of a folder, and of those in it, that has one.
 
     Raises:
-      ValueError: there are lines of another kind among them.
+      ValueError: there are lines of another kind among them, as where some are damaged.
     """
     path = os.path.join(directory, SUMS)
     try:
@@ -180,11 +182,17 @@ def _sums(directory: str) -> dict[str, str]:
         raise ValueError(f"{path}: not readable; remove it to do without") from None
     sums = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
         if not (found := _LINE.fullmatch(line)):
             raise ValueError(
-                f"{path}:{number}: {shown(line)}: expected a SHA-256 and the name of a file"
+                f"{path}:{number}: {shown(line)}: expected a SHA-256 and the name of a file; "
+                f"remove {path} to do without"
             )
-        sums[found[2]] = found[1]
+        name = posixpath.normpath(found[2])
+        # (Who hashes all that is there hashes this file before it is written.)
+        if name != SUMS and not name.startswith(("/", "../")):
+            sums[name] = found[1].lower()
     return sums
 
 

@@ -131,6 +131,14 @@ def test_a_model_is_saved_to_a_bucket_and_never_over_another(store):
         pretrained.save_native(config, params, folder)
     assert raised.value.filename == folder
     assert not Path("s3:").exists()
+    # A folder may be named with a slash at its end.
+    pretrained.save_native(config, params, f"{AT}/slash/")
+    with files.atomic_directory(f"{AT}/made/") as temporary:
+        Path(temporary, "config.json").write_text("{}")
+    assert files.read_json(f"{AT}/made/config.json") == {}
+    small.assert_same(pretrained.load_native(f"{AT}/slash/")[1], params)
+    names = [name for name in buckets.objects(AT) if name.startswith(("slash", "made"))]
+    assert names == ["made/config.json", *(f"slash/{n}" for n in files.listed_names(folder))]
     # What is there without a model is the user's too.
     buckets.write(f"{AT}/theirs/notes.txt", b"notes")
     with pytest.raises(FileExistsError):

@@ -19,6 +19,8 @@ from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, parameter_count
 from l2s_jax.serving import bundle
+from l2s_jax.serving.generator import Generator
+from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.sentencepiece import train_sentencepiece
 from l2s_jax.tokenizers.tokenizer import load_tokenizer
 
@@ -102,6 +104,60 @@ def test_a_mesh_is_named_by_its_axes(tmp_path, llm, tokenizers):
         l2s_jax.load(directory, mesh={"tensor": 2})
     with pytest.raises(ValueError, match=r"projector/inward/kernel .* expected a divisor of 5$"):
         l2s_jax.load(directory, mesh={"tensor": 2}, batch_size=4)
+
+
+BAD_SETTINGS = [
+    ({"prompt_lengths": ()}, r"^prompt_lengths=\(\): expected numbers of tokens that ascend"),
+    ({"prompt_lengths": (16, 8)}, r"^prompt_lengths=\(16, 8\): expected numbers"),
+    ({"prompt_lengths": 8}, "^prompt_lengths=8: expected numbers"),
+    ({"prompt_lengths": (8, 8.5)}, r"^prompt_lengths=\(8, 8.5\): expected numbers"),
+    ({"max_new_tokens": 0}, "^max_new_tokens=0: expected an integer >= 1"),
+    ({"max_new_tokens": "5"}, "^max_new_tokens='5': expected an integer"),
+    ({"batch_size": 2.5}, "^batch_size=2.5: expected an integer"),
+    ({"weights": "int4"}, r"^weights='int4': expected one of \('float', 'int8'\)"),
+    ({"search": {"temprature": 1.0}}, "^search.temprature: no such setting, .* 'temperature'"),
+    ({"search": {"top_k": 5}}, "^search.top_k=5 with temperature=0.0: expected top_k=0"),
+    ({"search": None}, "^search=None: expected a section of settings"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_wrong_with_a_setting_is_said_before_anything_is_read(settings, message, exact):
+    with pytest.raises(ValueError, match=message):
+        l2s_jax.load("/nowhere/at/all", exact=exact, **settings)
+    defaults = {"prompt_lengths": (8,), "max_new_tokens": 4, "batch_size": 2}
+    with pytest.raises(ValueError, match=message):
+        Generator(None, {}, {}, None, None, **{**defaults, **settings})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("max_new_token", "max_new_tokens"),
+        ("dtpye", "dtype"),
+        ("temperature", "; there are prompt_lengths, .*, mesh"),
+    ],
+)
+def test_a_setting_that_is_not_there_is_one_line_with_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"^{name}: no such setting.*{nearest}"):
+        l2s_jax.load("/nowhere/at/all", **{name: 1})
+
+
+def test_numbers_of_settings_may_be_numpys(tmp_path, llm, tokenizers):
+    save(tmp_path, llm, tokenizers)
+    numbers = {"max_new_tokens": np.int64(3), "batch_size": np.int32(1)}
+    settings = {**numbers, "prompt_lengths": np.array([4, 8]), "search": {"stop": ["ab"]}}
+    model = l2s_jax.load(str(tmp_path / "l2s"), dtype="float32", **settings)
+    assert (model.prompt_lengths, model.max_new_tokens, model.batch_size) == ((4, 8), 3, 1)
+    assert model.search == Search(stop=("ab",))
+
+
+def test_a_model_may_be_saved_at_home(tmp_path, llm, tokenizers, monkeypatch):
+    save(tmp_path, llm, tokenizers)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    l2s_jax.load("~/l2s").save_pretrained("~/copy")
+    assert (tmp_path / "copy/params.safetensors").is_file()
 
 
 @pytest.mark.parametrize("shared", [True, False])

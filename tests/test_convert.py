@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -573,6 +574,36 @@ def test_the_hash_of_a_large_model_is_remembered(directory, tmp_path, monkeypatc
     assert found() != first and len(read) == 3
 
 
+@pytest.mark.parametrize(
+    "command", ["sha256sum -b *", "sha256sum ./*", "find . $PWD -type f | xargs sha256sum"]
+)
+def test_hashes_that_somebody_has_made_are_those_of_the_model(directory, command):
+    (directory / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "README.md", "two words"):
+        (directory / name).write_text(name)
+    command = f"{command} 2> /dev/null > SHA256SUMS"
+    subprocess.run(["sh", "-c", command], cwd=directory, check=False)
+    sums = directory / "SHA256SUMS"
+    assert "model.safetensors" in sums.read_text()
+    expected = load_hf(str(directory))[1]
+    sealed.check_below(str(directory))
+    (directory / "onnx/model.onnx").write_text("another")
+    (directory / "README.md").write_text("another")
+    assert_same(load_hf(str(directory))[1], expected)
+    with pytest.raises(ValueError, match=r"README\.md: damaged"):
+        sealed.check_below(str(directory))
+    sums.write_text(f"# of the model\n\n{sums.read_text().upper().replace('SHA256SUMS', 'S')}")
+    sums.write_text(sums.read_text().replace("MODEL.SAFETENSORS", "model.safetensors"))
+    assert_same(load_hf(str(directory))[1], expected)
+    weights = directory / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused(directory, "model.safetensors: damaged")
+    weights.write_bytes(data)
+    sums.write_text("the sums are elsewhere\n")
+    refused(directory, f"{sums}:1", "'the sums are elsewhere'", f"remove {sums}")
+
+
 def test_one_process_of_a_job_reads_the_files_for_their_hashes(directory, tmp_path, monkeypatch):
     module, params = load_hf(str(directory))
     save_native(module.config, params, str(tmp_path / "ours"))
@@ -709,6 +740,42 @@ def test_a_tokenizer_is_the_same_in_both_formats(eos, wrapped, tmp_path, capsys)
         assert (after.pad_id, after.end_ids) == (before.pad_id, before.end_ids)
 
 
+SETTINGS = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("to", ["l2s_jax", "hf"])
+def test_a_model_with_a_tokenizer_of_bytes_is_converted_alone(directory, tmp_path, capsys, to):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        (directory / name).write_text(json.dumps(SETTINGS))
+    out = tmp_path / "out"
+    status, _, err = run(capsys, f"--input={directory}", f"--output={out}", f"--to={to}")
+    assert status == 0
+    assert_same(load(str(out))[1], load(str(directory))[1])
+    if to == "hf":  # what transformers reads, it reads of the copy
+        assert err == "" and json.loads((out / "tokenizer_config.json").read_text()) == SETTINGS
+    else:
+        words = f"warning: {directory}: no tokenizer beside tokenizer_config.json, "
+        assert err.startswith(words) and err.count("\n") == 1
+        assert not (out / "tokenizer_config.json").exists()
+
+
+def test_what_is_wrong_with_a_tokenizer_is_said_before_weights_are_read(
+    directory, tmp_path, capsys, monkeypatch
+):
+    def read(*_, **__):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(convert, "load", read)
+    (directory / "tokenizer.json").write_text("{}")
+    flags = [f"--input={directory}", f"--output={tmp_path / 'out'}"]
+    status, out, err = run(capsys, *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{directory / 'tokenizer.json'}" in err
+    edit_config(directory, model_type="other")
+    status, _, err = run(capsys, *flags)
+    assert (status, err.count("\n")) == (2, 1) and "'other'" in err
+
+
 def test_verify_finds_a_wrong_conversion(checkpoints, tmp_path, capsys, monkeypatch):
     def wrong(config, params, directory):
         params["decoder"]["final_norm"]["scale"] *= 1.001
@@ -752,6 +819,36 @@ def test_command_errors(directory, tmp_path, capsys, flags, fragment):
     assert fragment in err
     assert content_hash(str(directory)) == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "status"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+)
+def test_a_signal_ends_it_in_one_line_and_leaves_nothing(directory, tmp_path, number, word, status):
+    code = """
+import sys, time
+from l2s_jax import convert
+def save(config, params, directory):
+    open(f"{directory}/params.safetensors", "w").close()
+    print("writing", flush=True)
+    time.sleep(600)
+convert.save_native = save
+sys.exit(convert.main())
+"""
+    out = tmp_path / "new/out"
+    command = [sys.executable, "-c", code, f"--input={directory}", f"--output={out}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=Path(convert.__file__).parents[1], **pipes)
+    try:
+        assert process.stdout.readline() == "writing\n"
+        assert len(os.listdir(out.parent)) == 1
+        process.send_signal(number)
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, said, err) == (status, "", f"error: {word}\n")
+    assert os.listdir(out.parent) == []
 
 
 def test_runs_without_torch(directory, tmp_path):

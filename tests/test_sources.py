@@ -377,6 +377,20 @@ def test_references_stay_with_their_rows_and_blank_ones_are_none(tmp_path, sourc
     )
 
 
+def test_blank_lines_of_tsv_are_no_rows_but_for_one_column(tmp_path):
+    task = tasks.load_task(config_of("tsv", tmp_path, blank_rows="error"))
+    rows = "".join(f"{row['en']}\t{row['de']}\n\n" for row in ROWS)
+    write(tmp_path / "d.tsv", f"en\tde\n \n{rows}\r\n")
+    assert list(task.examples("test")) == expected_examples()
+    write(tmp_path / "d.tsv", "en\tde\n\na\tb\n\n\t\n")
+    fails_with_one_line(lambda: task.examples("test"), f"{tmp_path / 'd.tsv'}:5", "empty prompt")
+    write(tmp_path / "d.tsv", "en\tde\n\na\n")
+    fails_with_one_line(lambda: task.examples("test"), f"{tmp_path / 'd.tsv'}:3", "found 1")
+    lines = write(tmp_path / "one.tsv", "en\na\n\nb\n")
+    found = [(record.fields["en"], record.line) for record in sources.read_tsv(lines)]
+    assert found == [("a", 2), ("", 3), ("b", 4)]
+
+
 def test_empty_lines_of_text_files(tmp_path):
     write(tmp_path / "d.en", "a\nb\n")
     write(tmp_path / "d.de", "a\n\n")
@@ -510,6 +524,40 @@ def test_shards_are_read_in_order_of_their_names(tmp_path, source):
     fails_with_one_line(lambda: task.examples("test"), tmp_path / "none-*.x", "no such file")
 
 
+@pytest.mark.parametrize("url", ["", "memory://"])
+def test_what_is_there_by_its_own_name_is_meant_before_what_a_pattern_means(tmp_path, url):
+    """Of run[1]/x, run1/x would be meant."""
+
+    def write_at(name):
+        if url:
+            fsspec.filesystem("memory").pipe(f"{tmp_path}/{name}", b"")
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            write(tmp_path / name, "")
+
+    def found(name):
+        paths = sources.expand(f"{url}{tmp_path}/{name}")
+        assert [path for path in paths if not path.startswith(f"{url}{tmp_path}/")] == []
+        return [path.removeprefix(f"{url}{tmp_path}/") for path in paths]
+
+    names = ["run[1]/a.x", "run[1]/b.x", "run1/a.x", "run2/a.x", "a[1]-0.x", "a1-0.x", "b1.x"]
+    for name in names:
+        write_at(name)
+    assert found("run[1]/*.x") == ["run[1]/a.x", "run[1]/b.x"]
+    assert found("run[12]/*.x") == ["run1/a.x", "run2/a.x"]
+    assert found("a[1]-*.x") == ["a[1]-0.x"]
+    assert found("b[1]*.x") == ["b1.x"]
+    assert found("ru*[1]/a.x") == ["run[1]/a.x"]
+    assert found("run?/*.x") == ["run1/a.x", "run2/a.x"]
+    if url:
+        return
+    for name in ("c*.x", "c1.x", "d*/a.x", "d1/a.x"):
+        write_at(name)
+    assert found("c*.x") == ["c*.x"] and found("d*/*.x") == ["d*/a.x"]
+    with pytest.raises(ValueError, match="no such file"):
+        found("run[3]/*.x")
+
+
 def test_shards_may_be_urls():
     memory = fsspec.filesystem("memory")
     for number, row in enumerate(ROWS):
@@ -523,7 +571,7 @@ def test_shards_may_be_urls():
     assert list(tasks.load_task(config).examples("test")) == expected_examples()
 
 
-def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkeypatch):
+def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkeypatch, caplog):
     rows = [{"en": f"a {i}", "de": f"b {i}", "raw": b"\xff"} for i in range(50)]
     table = pyarrow.Table.from_pylist(rows)
     table = table.set_column(1, "de", table["de"].dictionary_encode())
@@ -543,6 +591,59 @@ def test_parquet_is_read_by_batches_and_only_the_columns_in_use(tmp_path, monkey
     # What is asked for nowhere is what JSON has words for.
     first = next(iter(parquet_module.read_parquet(str(tmp_path / "d.parquet"))))
     assert first.fields == {"en": "a 0", "de": "b 0"} and first.where() == f"{first.files}:1"
+    assert caplog.messages == [
+        f"{tmp_path}/d.parquet:1: field 'raw' is not UTF-8: invalid start byte at byte 0; the "
+        "column is left out"
+    ]
+
+
+# Of a view, twelve bytes at most lie in itself.
+TEXTS = ["a dog", "zwei Vögel", None, "", "more than twelve bytes: " + "\N{SNOWMAN}" * 9]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+@pytest.mark.parametrize("noted", [True, False])
+def test_text_of_parquet_is_read_however_it_is_stored(tmp_path, kind, noted):
+    path = str(tmp_path / "d.parquet")
+    text = getattr(pyarrow, kind)()
+    binary = getattr(pyarrow, kind.replace("string", "binary"))()
+    column = pyarrow.array([t if t is None else t.encode() for t in TEXTS], binary)
+    column = column.cast(text) if noted else column
+    lists = pyarrow.ListArray.from_arrays(range(len(TEXTS) + 1), column)
+    parquet.write_table(pyarrow.table({"en": column, "more": lists}), path)
+    assert parquet.read_schema(path).field("en").type == (text if noted else binary)
+    expected = [{"en": t, "more": [t]} for t in TEXTS]
+    assert [r.fields for r in parquet_module.read_parquet(path)] == expected
+    assert [r.fields for r in parquet_module.read_parquet(path, ["more", "en"])] == expected
+
+
+@pytest.mark.parametrize("kind", ["string_view", "binary", "binary_view", "large_binary"])
+@pytest.mark.parametrize("of_lists", [False, True])
+def test_parquet_bytes_that_are_no_text_are_told_by_row(tmp_path, kind, of_lists):
+    path = str(tmp_path / "d.parquet")
+    column = pyarrow.array([b"a", None, b"b\xff", b"c"], pyarrow.binary())
+    column = column.cast(pyarrow.binary_view() if "view" in kind else column.type)
+    column = column.view(getattr(pyarrow, kind)()) if "string" in kind else column
+    column = column.cast(pyarrow.large_binary()) if "large" in kind else column
+    column = pyarrow.ListArray.from_arrays(range(5), column) if of_lists else column
+    parquet.write_table(pyarrow.table({"en": column}), path)
+    for columns in (None, ["en"]):
+        fails_with_one_line(
+            lambda columns=columns: list(parquet_module.read_parquet(path, columns)),
+            f"{path}:3: field 'en' is not UTF-8: invalid start byte at byte 1",
+        )
+
+
+def test_rows_of_parquet_without_a_column_for_us_are_rows(tmp_path):
+    path = str(tmp_path / "d.parquet")
+    kind = pyarrow.struct({"en": pyarrow.string()})
+    parquet.write_table(pyarrow.table({"row": pyarrow.array([{"en": "a"}] * 3, kind)}), path)
+    found = list(parquet_module.read_parquet(path))
+    assert [(r.fields, r.line) for r in found] == [({}, 1), ({}, 2), ({}, 3)]
+    task = tasks.load_task(config_of("parquet", tmp_path))
+    fails_with_one_line(
+        lambda: task.render_prompt(found[0].fields, found[0].where()), f"{path}:1", "'en'", "none"
+    )
 
 
 def test_bad_parquet(tmp_path):

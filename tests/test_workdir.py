@@ -160,7 +160,7 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
         Path(temporary, "half").write_text("half")
         raise RuntimeError(temporary)
     assert not list(tmp_path.iterdir())
-    with files.atomic_directory(str(target)) as temporary:
+    with files.atomic_directory(f"{target}/") as temporary:
         Path(temporary, "whole").write_text("whole")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]

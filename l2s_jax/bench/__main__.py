@@ -203,9 +203,10 @@ def _checkpoint(given: str, folder: str) -> str:
     found = find(given)
     if not is_gguf(found):
         return found
+    tokenizer = load_tokenizer(found)
     module, params = pretrained.load(found)
     pretrained.save_hf(module.config, params, folder)
-    load_tokenizer(found).save(folder)
+    tokenizer.save(folder)
     return folder
 
 

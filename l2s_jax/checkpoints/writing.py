@@ -65,7 +65,7 @@ def write_directory(
     # Imported here: it takes a while, and who reads has no need of it.
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    directory = absolute(directory)
+    directory = absolute(os.path.expanduser(directory))
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"{directory}: exists and is not a directory")
     if is_bucket(directory) and (is_file(directory) or is_folder(directory)):

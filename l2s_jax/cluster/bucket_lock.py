@@ -40,6 +40,7 @@ def take(workdir: str, held: contextlib.ExitStack) -> None:
       ValueError: who works there, if somebody does; or the bucket is not there, or not to be
         written.
     """
+    workdir = workdir.rstrip("/")  # a key has each slash that is written
     buckets.check(workdir, write=True)
     own = _Holder(workdir)
     seen: tuple[int, Any] | None = None

@@ -36,13 +36,14 @@ class Stopped(BaseException):
 
     Attributes:
       status: the exit status that tells of it.
+      word: how it ended, "terminated" or "interrupted".
     """
 
     def __init__(self, number: signal.Signals, saved: str = ""):
         """`saved`: what is kept of the work in hand."""
+        self.word = _WORDS[number]
         super().__init__(
-            f"{_WORDS[number]}{saved}; the same command continues"
-            f"{'' if saved else ' with what is done'}"
+            f"{self.word}{saved}; the same command continues{'' if saved else ' with what is done'}"
         )
         self.status = 128 + number
 

@@ -9,15 +9,17 @@ Training and `--mode=generate` both read through this module.
 """
 
 import contextlib
+import functools
 import glob
 import gzip
 import io
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
@@ -62,6 +64,8 @@ def resolve(data_dir: str, file: str) -> str:
 def expand(path: str) -> list[str]:
     """The files that a path with "*" names, in order of their names; else the path itself.
 
+    What is there by the name itself is meant first: a file, a folder, brackets in a name.
+
     Raises:
       ValueError: there is none, or the place cannot be listed.
     """
@@ -69,15 +73,30 @@ def expand(path: str) -> list[str]:
         return [path]
     try:
         if "://" not in path:
-            found = glob.glob(os.path.expanduser(path), recursive=True)
+            found = _expanded(os.path.expanduser(path))
         else:
             system, place = fsspec.core.url_to_fs(path)
-            found = [system.unstrip_protocol(name) for name in system.glob(place)]
+            found = [system.unstrip_protocol(name) for name in _first(system.glob, "", place)]
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     if not found:
         raise ValueError(f"{path}: no such file")
     return sorted(found)
+
+
+def _expanded(path: str) -> list[str]:
+    if os.path.exists(path):
+        return [path]
+    folder = os.path.dirname(path)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    find = functools.partial(glob.glob, recursive=True)
+    return _first(find, glob.escape(folder), path.removeprefix(folder))
+
+
+def _first(find: Callable[[str], list[str]], folder: str, name: str) -> list[str]:
+    """What `find` finds where "*" alone is no character of a name; else by all that a glob has."""
+    return find(folder + re.sub(r"[\[?]", r"[\g<0>]", name)) or find(folder + name)
 
 
 def read_lines(path: str) -> Iterator[str]:
@@ -197,6 +216,8 @@ def _parsed(line: str) -> Any:
 def read_tsv(path: str) -> Iterator[Record]:
     """Records of a tab-separated file whose first row names the columns; there is no quoting.
 
+    Blank lines are skipped, but for a file of one column, where such a line is a row.
+
     Raises:
       ValueError: as `read_lines`, the header names a column twice, or a row differs from it in
         its number of columns.
@@ -210,6 +231,8 @@ def read_tsv(path: str) -> Iterator[Record]:
     for number, line in enumerate(lines, 2):
         values = line.split("\t")
         if len(values) != len(header):
+            if not line.strip() and len(values) == 1:
+                continue
             raise ValueError(
                 f"{path}:{number}: expected {len(header)} columns ({', '.join(header)}), "
                 f"found {len(values)}"

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.files import is_file, read_json
@@ -17,7 +20,7 @@ from l2s_jax.models.l2s import FUSIONS
 from l2s_jax.models.mix import Groups, encoding_layer
 from l2s_jax.models.serving import WEIGHTS
 from l2s_jax.settings import limits
-from l2s_jax.settings.declare import Section, read, setting
+from l2s_jax.settings.declare import Section, nearest, read, setting
 from l2s_jax.settings.search import Search
 from l2s_jax.tokenizers.cut import whole_of
 from l2s_jax.tokenizers.tokenizer import Tokenizer
@@ -61,7 +64,9 @@ class _Llm(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Generation(Section):
+class Generation(Section):
+    """How a `Generator` answers: the settings of its that a model has, and others may replace."""
+
     prompt_lengths: tuple[int, ...] = setting(
         (),
         "What prompts are padded to.",
@@ -92,7 +97,51 @@ class _Bundle(Section):
     stack: int = setting(0, "Layers over Z.", at_least=0, at_most=_LAYERS)
     slm: dict[str, Any] = setting({}, "Its config.", fits=bool, expected="the config of a model")
     llm: _Llm = dataclasses.field(default=_Llm("-", "0" * 64))
-    generation: _Generation = dataclasses.field(default=_Generation((1,)))
+    generation: Generation = dataclasses.field(default=Generation((1,)))
+
+
+def generation_of(
+    prompt_lengths: Any = (1,),
+    max_new_tokens: Any = 1,
+    batch_size: Any = 1,
+    search: Any = Search(),
+    weights: str = "float",
+) -> Generation:
+    """Checked settings of generation: numbers may be numpy's, and the search a mapping.
+
+    Raises:
+      ValueError: one line that names the setting, its value and what was expected.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(plain, value))
+        return plain(value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
+
+    values = {
+        "prompt_lengths": plain(prompt_lengths),
+        "max_new_tokens": plain(max_new_tokens),
+        "batch_size": plain(batch_size),
+        "search": dataclasses.asdict(search) if isinstance(search, Search) else search,
+        "weights": weights,
+    }
+    try:
+        return read(Generation, values, "given")
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("given.")) from None
+
+
+def check_given(settings: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+    """Checks settings of generation that somebody gives by name; `others` are no names of these.
+
+    Raises:
+      ValueError: there is no such setting, or as of `generation_of`.
+    """
+    names = [field.name for field in dataclasses.fields(Generation)]
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"{name}: no such setting{nearest(name, (*names, *others))}")
+    generation_of(**settings)
 
 
 def is_bundle(directory: str) -> bool:

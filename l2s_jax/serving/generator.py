@@ -24,6 +24,7 @@ from l2s_jax.models.exact import Exact
 from l2s_jax.models.serving import lay_out_all
 from l2s_jax.models.systems import Params, System
 from l2s_jax.serving.batching import Batch, Progress, batches, buckets, check_lengths, search_of
+from l2s_jax.serving.bundle_config import generation_of
 from l2s_jax.serving.output import Drafts, Output, drafts_of, in_order, output_of_text, outputs_of
 from l2s_jax.serving.text import ResponseText
 from l2s_jax.settings.search import Search
@@ -64,28 +65,27 @@ class Generator:
         exactly, whatever `search.exact` says, and no other does.
 
         Raises:
-          ValueError: the mesh does not divide the batch_size, a length or a parameter, a model has
-            too few positions for the longest prompts and responses, or the search is not one of the
-            system's.
+          ValueError: a setting does not fit, the mesh does not divide the batch_size, a length or a
+            parameter, a model has too few positions for the longest prompts and responses, or the
+            search is not one of the system's.
         """
-        check_lengths(system, prompt_lengths[-1], max_new_tokens)
+        own = generation_of(prompt_lengths, max_new_tokens, batch_size, search, weights)
+        check_lengths(system, own.prompt_lengths[-1], own.max_new_tokens)
         self.system = system
         self.mesh = mesh or sharding.one_device()
-        sharding.check_rows(batch_size, self.mesh, "batch_size")
-        sharding.check_lengths(prompt_lengths, self.mesh, "prompt_lengths")
+        sharding.check_rows(own.batch_size, self.mesh, "batch_size")
+        sharding.check_lengths(own.prompt_lengths, self.mesh, "prompt_lengths")
+        held = (trained, frozen) if served else system.to_serve(trained, frozen, weights)
         self.trained, self.frozen = (
-            lay_out_all(sharding.put_parameters(params, self.mesh), self.mesh)
-            for params in (
-                (trained, frozen) if served else system.to_serve(trained, frozen, weights)
-            )
+            lay_out_all(sharding.put_parameters(params, self.mesh), self.mesh) for params in held
         )
         self.prompt_tokenizer = prompt_tokenizer
         self.response_tokenizer = response_tokenizer
         self.end_ids = response_tokenizer.end_ids
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self.prompt_lengths = tuple(prompt_lengths)
-        self.search = self._search(search if isinstance(search, Search) else Search(**search))
+        self.max_new_tokens = own.max_new_tokens
+        self.batch_size = own.batch_size
+        self.prompt_lengths = own.prompt_lengths
+        self.search = self._search(own.search)
         # (rows, prompt tokens, kind of program) that have been compiled.
         self._ready: set[tuple[int, int, Any]] = set()
 

@@ -45,6 +45,7 @@ class Model(Generator):
         Raises:
           ValueError: there is something in the folder, or it can't be written.
         """
+        directory = os.path.expanduser(directory)
         if exists(directory) and (not is_folder(directory) or listed_names(directory)):
             raise ValueError(f"{directory}: exists already; expected a new directory")
         try:

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -40,15 +41,18 @@ class Allowed:
     fits: asked about values of that kind; a ValueError of it says what is wrong.
     expected: what fits, in words.
     refused: values that people try, and why they are not among those that fit.
+    is_path: whether a "~" that it begins with is the home folder.
     """
 
     kind: type
     fits: Callable[[Any], bool]
     expected: str
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_path: bool = False
 
     def checked(self, name: str, value: Any) -> Any:
-        """The value; a float of an integer, and tuples of lists, where floats and tuples belong.
+        """The value; a float of an integer, and tuples of lists, where floats and tuples belong,
+        and a path that begins at the root where it began at home.
 
         Raises:
           ValueError: it does not fit; `name` says whose value it is.
@@ -59,7 +63,7 @@ class Allowed:
         try:
             converted = _as(self.kind, value)
             if self.fits(converted):
-                return converted
+                return os.path.expanduser(converted) if self.is_path else converted
         except ValueError as error:
             problem = f"{error}; " if str(error) else ""
         raise ValueError(f"{name}={value!r}: {problem}expected {self.expected}")
@@ -77,13 +81,15 @@ def setting(
     fits: Callable[[Any], bool] | None = None,
     expected: str = "",
     allowed: Allowed | None = None,
+    is_path: bool = False,
     added: bool = False,
 ) -> Any:
     """A field of a section; its kind is that of the default.
 
     Either a range, or a choice, or what `fits` says, which `expected` puts in words, or what
     `allowed` says. The default may be none of the choice: it then stands for what is still to be
-    set. `added`: there are records of stages without it, made when all was as at the default.
+    set. `is_path`: a text that is a path. `added`: there are records of stages without it, made
+    when all was as at the default.
     """
     kind = type(default)
     if one_of:
@@ -91,6 +97,8 @@ def setting(
         allowed = Allowed(kind, lambda value: value in choice, f"one of {tuple(one_of)}")
     elif fits:
         allowed = Allowed(kind, fits, expected)
+    elif is_path:
+        allowed = Allowed(kind, lambda _: True, _KINDS[kind], is_path=True)
     elif not allowed:
         allowed = _range(kind, at_least, above, at_most, below)
     metadata = {"meaning": meaning, "allowed": allowed, "added": added}

@@ -61,7 +61,7 @@ class Evaluation(Section):
         "is not known.",
         one_of=BLEU_TOKENIZERS,
     )
-    comet: str = setting("", "Folder of the checkpoint that COMET scores with.")
+    comet: str = setting("", "Folder of the checkpoint that COMET scores with.", is_path=True)
     dial: tuple[float, ...] = setting(
         (0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
         "Draft tolerances that `--mode=dial` measures.",

@@ -74,6 +74,7 @@ class Llm(Section):
         "",
         "A Hugging Face directory, a GGUF file, a name on the hub (`org/name` or "
         "`org/name@revision`), or `RUN/llm/model`; without one, it is made here.",
+        is_path=True,
     )
     model: Model = T5Model()
     layer: float = setting(
@@ -119,6 +120,7 @@ class Slm(_LikeSlm):
         "",
         "What to start from, as `llm.path`; without one, from random parameters, or with `slm.cut` "
         "from the LLM's.",
+        is_path=True,
     )
     cut: Cut = Cut()
     model: Model = T5Model()
@@ -248,6 +250,7 @@ class Features(Section):
         "",
         "A folder that keeps H of all prompts, computed once; without one, each step computes its "
         "own.",
+        is_path=True,
     )
     mesh: StageMesh = StageMesh()
 

@@ -48,7 +48,9 @@ class Task(Section):
     source: str = setting(
         "", "Kind of the data.", one_of=("tfds", "jsonl", "tsv", "parquet", "text")
     )
-    data_dir: str = setting("", "Where relative file names start: a folder, or any fsspec URL.")
+    data_dir: str = setting(
+        "", "Where relative file names start: a folder, or any fsspec URL.", is_path=True
+    )
     tfds_name: str = setting("", "Name of a dataset of tensorflow-datasets.")
     splits: dict[str, Any] = setting(
         {},
