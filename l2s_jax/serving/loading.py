@@ -21,7 +21,7 @@ from l2s_jax.models.families import with_tokens
 from l2s_jax.models.systems import LanguageModel, LlmToSlm, Params, System
 from l2s_jax.models.vocabulary import with_vocabulary
 from l2s_jax.serving import bundle
-from l2s_jax.serving.bundle_config import check_tokenizer
+from l2s_jax.serving.bundle_config import check_given, check_tokenizer
 from l2s_jax.serving.generator import Generator
 from l2s_jax.serving.model import Model
 from l2s_jax.settings.search import Search, alone
@@ -81,8 +81,9 @@ def load(
     Raises:
       ValueError: no L2S model is there, its LLM is gone or no longer the same, or not all there
         with `exact`, or the mesh does not fit the devices, the batch size, the prompts' lengths or
-        the model.
+        the model. What is wrong with a setting is said before anything is read.
     """
+    check_given(settings, ("dtype", "encoder_dtype", "mesh", "exact", "verify"))
     if verify:
         with sealed.anew():
             given = {"dtype": dtype, "encoder_dtype": encoder_dtype, "mesh": mesh, "exact": exact}
