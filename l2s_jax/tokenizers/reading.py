@@ -11,13 +11,13 @@ from l2s_jax import sealed
 from l2s_jax.files import json_object, read_json
 from l2s_jax.messages import one_line, shown
 from l2s_jax.tokenizers import gguf, sentencepiece
+from l2s_jax.tokenizers.chats import quiet
 from l2s_jax.tokenizers.huggingface import (
     OWN,
     SETTINGS_FILE,
     TOKENIZER_FILE,
     HuggingFaceTokenizer,
     Special,
-    quiet,
     refused,
 )
 

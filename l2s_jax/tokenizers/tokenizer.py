@@ -122,7 +122,7 @@ def for_chat(
     `options` are values of other names that the template looks at.
 
     Raises:
-      ValueError: the template takes no such messages.
+      ValueError: the template takes no such messages, or writes the date of today.
     """
     if isinstance(tokenizer, huggingface.HuggingFaceTokenizer) and tokenizer.has_chat_template:
         return tokenizer.for_chat(system, options or {})
