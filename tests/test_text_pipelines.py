@@ -245,6 +245,14 @@ ALONE = {
     "llama": (LLAMA, "LlamaTokenizer", "llama"),
     "mistral": (LLAMA, "LlamaTokenizer", "mistral"),
     "code_llama": (LLAMA, "CodeLlamaTokenizer", "llama"),
+    "gemma": (
+        LLAMA
+        | {"add_dummy_prefix": False, "user_defined_symbols": ["\n\n", "<x>"]}
+        | {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+        | {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"},
+        "GemmaTokenizer",
+        "gemma",
+    ),
 }
 
 
@@ -254,7 +262,8 @@ def write_alone(directory, name):
     names = {"T5Tokenizer": "spiece.model"}
     (directory / names.get(kind, "tokenizer.model")).write_bytes(model)
     settings = {"extra_ids": 0} if kind == "T5Tokenizer" else {}
-    path = write(directory, kind, model_type, **settings, unk_token="<unk>")
+    eos = {"eos_token": "<eos>"} if kind == "GemmaTokenizer" else {}
+    path = write(directory, kind, model_type, **settings, **eos, unk_token="<unk>")
     return path, sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
@@ -272,6 +281,19 @@ def test_a_sentencepiece_model_alone_decides(name, tmp_path):
     ours.save(str(tmp_path / "copy"))
     again = load_tokenizer(str(tmp_path / "copy"))
     assert again.encode_responses(texts) == ours.encode_responses(texts)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_prompts_of_llamas_begin_with_bos(name, tmp_path):
+    path, reference = write_alone(tmp_path, name)
+    before = [reference.bos_id()] if ALONE[name][1] != "T5Tokenizer" else []
+    after = [reference.eos_id()] if ALONE[name][2] in ("t5", "mt5") else []
+    expected = [[*before, *ids, *after] for ids in reference.encode(TEXTS)]
+    assert load_tokenizer(path).encode_prompts(TEXTS) == expected
+    if before:
+        settings = tmp_path / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": False}))
+        assert load_tokenizer(path).encode_prompts(TEXTS) == [ids[1:] for ids in expected]
 
 
 def test_t5s_own_layout_is_as_transformers_has_it(tmp_path):

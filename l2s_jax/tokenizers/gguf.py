@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from l2s_jax.gguf_file import Header, read_header
 from l2s_jax.tokenizers import pipelines
-from l2s_jax.tokenizers.pipelines import UNKNOWN, UNUSED
+from l2s_jax.tokenizers.pipelines import LONGEST, UNKNOWN, UNUSED
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -27,8 +27,6 @@ _SPLITS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
 }
-# Every way to cut one in two is looked at.
-_LONGEST = 1024
 
 
 def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
@@ -55,9 +53,9 @@ def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
     if len(kinds) > len(tokens):
         raise ValueError(f"{path}: tokenizer.ggml.token_type: {len(kinds)} of {len(tokens)} tokens")
     kinds = kinds + [1] * (len(tokens) - len(kinds))
-    if not all(isinstance(token, str) and len(token) <= _LONGEST for token in tokens):
+    if not all(isinstance(token, str) and len(token) <= LONGEST for token in tokens):
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens: expected texts of at most {_LONGEST} characters"
+            f"{path}: tokenizer.ggml.tokens: expected texts of at most {LONGEST} characters"
         )
     make = _byte_level if kind == "gpt2" else _sentencepiece
     tokenizer = make(header, tokens, kinds)

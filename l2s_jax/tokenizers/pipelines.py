@@ -18,6 +18,8 @@ from l2s_jax.messages import shown
 # Kinds of pieces, as SentencePiece and llama.cpp number them.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+# Of a piece, in characters: every way to cut one in two is looked at.
+LONGEST = 1024
 # Texts in which tokenizers differ that are not the same.
 _TEXTS = (
     "Hello world",
@@ -162,6 +164,8 @@ def _from_proto(proto: Any, processor: spm.SentencePieceProcessor) -> Tokenizer:
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
     pieces = [piece.piece for piece in proto.pieces]
+    if max(map(len, pieces)) > LONGEST:
+        raise ValueError(f"a piece of more than {LONGEST} characters")
     tokenizer = from_pieces(
         pieces,
         [piece.score for piece in proto.pieces],

@@ -29,6 +29,9 @@ from l2s_jax.tokenizers.huggingface import (
 GENERATION_FILE = "generation_config.json"
 MODEL_FILE = "config.json"
 _ENCODER_DECODERS = ("t5", "mt5", "umt5")
+# Classes whose prompts begin with bos unless their settings say otherwise. (Where the vocabulary is
+# all that there is, transformers 5 leaves it out.)
+_BEGUN = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 def load(path: str) -> HuggingFaceTokenizer:
@@ -80,6 +83,10 @@ def _load(path: str) -> HuggingFaceTokenizer:
     if model.get("model_type") and prompt_eos is None:
         is_seq2seq = model["model_type"] in _ENCODER_DECODERS or model.get("is_encoder_decoder")
         prompt_eos = None if is_seq2seq else False
+    prompt_bos = settings.get("add_bos_token")
+    if content is None and prompt_bos is None:
+        names = (str(settings.get("tokenizer_class")), type(theirs).__name__)
+        prompt_bos = any(name.removesuffix("Fast") in _BEGUN for name in names) or None
     template = theirs.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -89,7 +96,7 @@ def _load(path: str) -> HuggingFaceTokenizer:
         bos_id=named["bos"],
         unk_id=named["unk"],
         end_ids=tuple(ends),
-        prompt_bos=settings.get("add_bos_token"),
+        prompt_bos=prompt_bos,
         prompt_eos=prompt_eos,
         chat_template=template or "",
     )
