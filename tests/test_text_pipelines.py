@@ -193,6 +193,24 @@ def test_tokens_that_only_the_file_or_only_the_config_has_count(kind, tmp_path):
     assert ours.decode(ids) == "ab"
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_class_invents_no_tokens(kind, made, tmp_path):
+    """Its names for special tokens count where the file has such tokens."""
+    content = json.loads(made["bytes"].to_str())
+    names = {"</s>": "<|stop|>", "<s>": "<|start|>", "<pad>": "<|fill|>", "<unk>": "<|what|>"}
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {names.get(token, token): id for token, id in vocabulary.items()}
+    for token in content["added_tokens"]:
+        token["content"] = names[token["content"]]
+    path = write(tmp_path, kind, CLASSES[kind])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    ours = load_tokenizer(path)
+    assert (ours.eos_id, ours.vocab_size) == (1, made["bytes"].get_vocab_size())
+    assert ours.pad_id == 1 and ours.special_ids == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer"])
 def test_add_bos_token_counts_where_the_file_adds_none(kind, made, tmp_path):
     settings = {"add_bos_token": True, "bos_token": "<s>"}

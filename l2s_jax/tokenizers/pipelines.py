@@ -32,13 +32,13 @@ _TEXTS = (
 
 
 def of_file(file: Tokenizer, theirs: Tokenizer, *, after: Any) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, with the tokens that only transformers adds to it.
+    """The tokenizer of a tokenizer.json, as it is.
 
     It is `theirs`, of transformers' class, where that is the same but for its spelling: so the
-    hashes of both stay what they were. `after` is the post-processor of the file, None for none.
+    hashes of both stay what they were. `after` is the post-processor of the file; where it has
+    none, the class's counts. (A class may have tokens that the model of the file has no room for.)
     """
-    _add_missing(file, theirs)
-    if after is None:
+    if after is None and file.get_vocab() == theirs.get_vocab():
         file.post_processor = theirs.post_processor
     return theirs if _same(file, theirs) else file
 
