@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -200,6 +201,27 @@ def test_byte_level_tokenizers(llama, pre, tmp_path):
     tokenizer.save(str(tmp_path / "saved"))
     again = load_tokenizer(str(tmp_path / "saved"))
     assert again.encode_prompts(TEXTS) == tokenizer.encode_prompts(TEXTS)
+
+
+def test_a_folder_of_the_same_vocabulary_has_the_same_fingerprint(llama, tmp_path):
+    content = json.loads(byte_level(DIGITS).to_str())
+    # Converters list all tokens in one.
+    content["model"]["vocab"] |= {t["content"]: t["id"] for t in content["added_tokens"]}
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    named = {"eos_token": "<|end|>", "bos_token": "<|begin|>", "unk_token": "<|end|>"}
+    made.save(str(tmp_path / "tokenizer.json"))
+    # As SmolLM2's has it; this class would not split digits.
+    settings = {"tokenizer_class": "GPT2Tokenizer", **named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    metadata = ggufs.tokenizer_metadata(made, "smollm", ("<think>",)) | {
+        "tokenizer.ggml.eos_token_id": made.token_to_id("<|end|>"),
+        "tokenizer.ggml.bos_token_id": made.token_to_id("<|begin|>"),
+    }
+    path = ggufs.write(tmp_path / "model.gguf", llama, metadata=metadata)
+    folder, file = load_tokenizer(str(tmp_path)), load_tokenizer(path)
+    assert folder.encode_prompts(TEXTS) == file.encode_prompts(TEXTS)
+    assert folder.fingerprint == file.fingerprint
 
 
 def test_a_sentencepiece_vocabulary(llama, tmp_path):

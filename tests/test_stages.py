@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import corpus
 import numpy as np
 import pytest
 import tiny
@@ -14,13 +15,19 @@ from safetensors.numpy import load_file
 
 from l2s_jax import models
 from l2s_jax.cluster import distributed
+from l2s_jax.config import default
 from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import token_files, toy
+from l2s_jax.experiment import tokenizers as tokenizer_stage
+from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.label_files import Keys, LabelFiles
 from l2s_jax.experiment.labels import LabelStage
+from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.experiment.workdir import read_config, write_config
+from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers.huggingface import HuggingFaceTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +410,26 @@ def test_the_status_of_a_checkpoint_of_others_needs_no_transformers(tmp_path):
     assert status() == (["labels", "done"], "{'transformers'}")
     settings.write_text(settings.read_text().replace("<unk>", "</s>"))
     assert status() == (["labels", "stale"], "{'transformers'}")
+
+
+def test_a_hash_of_a_tokenizer_that_was_read_in_another_way_is_forgotten(tmp_path, monkeypatch):
+    llm, run, config = str(tmp_path / "llm"), str(tmp_path / "run"), default()
+    config.task.update(name="t", source="jsonl", prompt="{x}", response="y")
+    config.task.splits.update(train="t", validation="v", test="t")
+    for name in ("llm", "run"):
+        (tmp_path / name).mkdir()
+    corpus.byte_level().save(f"{llm}/tokenizer.json")
+    (tmp_path / "llm/config.json").write_text('{"model_type": "gpt2", "eos_token_id": 1}')
+
+    def stage(mode):
+        context = Context(config, run, mode)
+        return TokenizerStage(context, "tokenizer", config.tokenizer, path=llm)
+
+    with monkeypatch.context() as before:
+        before.setattr(tokenizer_stage, "_READING", 1)
+        before.setattr(HuggingFaceTokenizer, "identity", "another")
+        assert stage("make").tokenizer.identity == stage("look").tokenizer.identity == "another"
+    assert stage("look").tokenizer.identity == load_tokenizer(llm).identity
 
 
 def test_a_stop_belongs_to_training_and_to_a_stage_that_is_there(job, tmp_path, capfd):

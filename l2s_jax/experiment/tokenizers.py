@@ -22,6 +22,9 @@ from l2s_jax.tokenizers.sentencepiece import MODEL_FILE, train_sentencepiece
 
 log = logging.getLogger(__name__)
 
+# To be raised where the same files are read as another tokenizer.
+_READING = 2
+
 
 class TokenizerStage(RecordedStage):
     """A tokenizer: one that is trained here, or the one in a model's directory, or another's."""
@@ -112,7 +115,7 @@ class TokenizerStage(RecordedStage):
     def _what(self, kind: str) -> list[Any]:
         """What a hash of a checkpoint's tokenizer is remembered by: all that it comes from."""
         chat = self.context.config.task.chat.to_dict()
-        code = [__version__, *map(version, ("tokenizers", "transformers"))]
+        code = [__version__, _READING, *map(version, ("tokenizers", "transformers"))]
         return ["tokenizer", kind, self._path, chat, code]
 
     def _read(self) -> Tokenizer:

@@ -7,20 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from l2s_jax.gguf_file import Header, read_header
-
-# Values of tokenizer.ggml.token_type.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+from l2s_jax.tokenizers import pipelines
+from l2s_jax.tokenizers.pipelines import LONGEST, UNKNOWN, UNUSED
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -36,9 +27,6 @@ _SPLITS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
 }
-# Every way to cut one in two is looked at.
-_LONGEST = 1024
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
@@ -65,13 +53,13 @@ def read(path: str) -> tuple[Tokenizer, dict[str, Any]]:
     if len(kinds) > len(tokens):
         raise ValueError(f"{path}: tokenizer.ggml.token_type: {len(kinds)} of {len(tokens)} tokens")
     kinds = kinds + [1] * (len(tokens) - len(kinds))
-    if not all(isinstance(token, str) and len(token) <= _LONGEST for token in tokens):
+    if not all(isinstance(token, str) and len(token) <= LONGEST for token in tokens):
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens: expected texts of at most {_LONGEST} characters"
+            f"{path}: tokenizer.ggml.tokens: expected texts of at most {LONGEST} characters"
         )
     make = _byte_level if kind == "gpt2" else _sentencepiece
     tokenizer = make(header, tokens, kinds)
-    _mark(tokenizer, tokens, kinds)
+    pipelines.mark(tokenizer, tokens, kinds)
     ids = {
         name: _token(header, f"tokenizer.ggml.{theirs}_token_id", len(tokens))
         for name, theirs in (
@@ -113,7 +101,7 @@ def _byte_level(header: Header, tokens: list[str], kinds: list[int]) -> Tokenize
         if len(pair := tuple(merge.split(" "))) == 2
     ]
     # Converters fill a vocabulary up with unused entries, to as many as the embedding has rows.
-    vocabulary = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != _UNUSED}
+    vocabulary = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != UNUSED}
     split = _SPLITS[pre]
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == _LLAMA3)
     tokenizer = Tokenizer(model)
@@ -131,53 +119,13 @@ def _byte_level(header: Header, tokens: list[str], kinds: list[int]) -> Tokenize
 
 def _sentencepiece(header: Header, tokens: list[str], kinds: list[int]) -> Tokenizer:
     """Llama 1 and 2's: SentencePiece's BPE, with a piece for each byte."""
-    vocabulary = {token: i for i, token in enumerate(tokens)}
     scores = header.get("tokenizer.ggml.scores", list)
     if not scores or len(scores) != len(tokens):
         raise ValueError(f"{header.path}: tokenizer.ggml.scores: expected one for each token")
     unknown = header.integer("tokenizer.ggml.unknown_token_id")
     if unknown is None:
-        unknown = kinds.index(_UNKNOWN) if _UNKNOWN in kinds else 0
+        unknown = kinds.index(UNKNOWN) if UNKNOWN in kinds else 0
     if not 0 <= unknown < len(tokens):
         raise ValueError(f"{header.path}: tokenizer.ggml.unknown_token_id is {unknown}")
-    model = models.BPE(
-        vocab=vocabulary,
-        merges=_merges(vocabulary, scores),
-        unk_token=tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
     spaced = header.get("tokenizer.ggml.add_space_prefix", bool, True)
-    before = [normalizers.Prepend(_SPACE)] if spaced else []
-    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
-    after = [decoders.Strip(" ", 1, 0)] if spaced else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
-    )
-    return tokenizer
-
-
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the pieces of the highest scores first."""
-    found = []
-    for piece, number in vocabulary.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-scores[number], vocabulary[left], vocabulary[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
-
-
-def _mark(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Tokens that text never makes of pieces: special ones, and those that users added."""
-    for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
-        chosen = [
-            AddedToken(token, special=special, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind == wanted and token
-        ]
-        if special:
-            tokenizer.add_special_tokens(chosen)
-        else:
-            tokenizer.add_tokens(chosen)
+    return pipelines.from_pieces(tokens, scores, unknown, prefix=spaced)

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import tokenizers
 from l2s_jax import sealed
 from l2s_jax.files import make_folder, write_json, write_text
 from l2s_jax.messages import one_line
+from l2s_jax.tokenizers.chats import ChatTemplate
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -187,17 +187,19 @@ class HuggingFaceTokenizer:
         `options`: values of other names that the chat template looks at.
 
         Raises:
-          ValueError: its template takes no such messages.
+          ValueError: its template takes no such messages, or writes the date of today.
         """
         special = dataclasses.replace(self._special, system=system, options=dict(options))
         chat = HuggingFaceTokenizer(self._tokenizer, special, origin="the tokenizer")
         chat.encode_prompts(["text"])
+        chat._template.check_repeatable(chat._chat("text"))
         return chat
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the special tokens that belong around a prompt."""
         if self.is_chat:
-            return list(self._encode([self._chat(text) for text in texts], False))
+            chats = [self._template.write(self._chat(text)) for text in texts]
+            return list(self._encode(chats, False))
         return [self._around(ids) for ids in self._encode(texts, False)]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -206,7 +208,7 @@ class HuggingFaceTokenizer:
         Raises:
           ValueError: the chat template takes no such messages.
         """
-        (ids,) = self._encode([self._templated_text(messages)], False)
+        (ids,) = self._encode([self._template.write(messages)], False)
         return ids
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
@@ -283,30 +285,17 @@ class HuggingFaceTokenizer:
             after = [*after, self.eos_id] if self._wants_eos else after[:-1]
         return before, after
 
-    def _chat(self, text: str) -> str:
-        """A chat in which the user has said `text`, up to where the answer begins."""
+    def _chat(self, text: str) -> list[dict[str, str]]:
+        """What is said where the user says `text`."""
         messages = [{"role": "user", "content": text}]
         if self._special.system:
             messages.insert(0, {"role": "system", "content": self._special.system})
-        return self._templated_text(messages)
-
-    def _templated_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        try:
-            return self._templated.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self._special.options
-            )
-        except Exception as error:  # a template may raise anything
-            raise ValueError(f"the chat template takes no such prompt: {one_line(error)}") from None
+        return messages
 
     @functools.cached_property
-    def _templated(self) -> Any:
-        with quiet():
-            from transformers import PreTrainedTokenizerFast
-        return PreTrainedTokenizerFast(
-            tokenizer_object=self._tokenizer,
-            chat_template=self._special.chat_template,
-            **self._named(),
-        )
+    def _template(self) -> ChatTemplate:
+        special = self._special
+        return ChatTemplate(special.chat_template, special.options, self._tokenizer, self._named())
 
 
 @contextlib.contextmanager
@@ -323,18 +312,6 @@ def refused(where: str, what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise ValueError(f"{where}: {what}: {one_line(error)}") from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers from saying at its import that there is no PyTorch, which nobody needs."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _hash(known: Any) -> str:

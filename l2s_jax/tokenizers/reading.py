@@ -1,7 +1,12 @@
-"""Tokenizers of checkpoints, read by the library that defines them: transformers."""
+"""Tokenizers of checkpoints.
+
+A tokenizer.json or a SentencePiece model says how text is split, and transformers what goes with
+it: which tokens are special, the chat template, tokens that were added.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -10,20 +15,23 @@ import tokenizers
 from l2s_jax import sealed
 from l2s_jax.files import json_object, read_json
 from l2s_jax.messages import one_line, shown
-from l2s_jax.tokenizers import gguf, sentencepiece
+from l2s_jax.tokenizers import gguf, pipelines, sentencepiece
+from l2s_jax.tokenizers.chats import quiet
 from l2s_jax.tokenizers.huggingface import (
     OWN,
     SETTINGS_FILE,
     TOKENIZER_FILE,
     HuggingFaceTokenizer,
     Special,
-    quiet,
     refused,
 )
 
 GENERATION_FILE = "generation_config.json"
 MODEL_FILE = "config.json"
 _ENCODER_DECODERS = ("t5", "mt5", "umt5")
+# Classes whose prompts begin with bos unless their settings say otherwise. (Where the vocabulary is
+# all that there is, transformers 5 leaves it out.)
+_BEGUN = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 def load(path: str) -> HuggingFaceTokenizer:
@@ -47,17 +55,22 @@ def _load(path: str) -> HuggingFaceTokenizer:
         for name in (SETTINGS_FILE, GENERATION_FILE, MODEL_FILE)
     }
     file = os.path.join(directory, TOKENIZER_FILE) if os.path.isdir(path) else path
-    if os.path.exists(file):
-        content = _checked(file)
+    content = _checked(file) if os.path.exists(file) else None
+    if content is not None:
         own = given[SETTINGS_FILE].get(OWN)
         if own is not None and not isinstance(own, dict):
             where = os.path.join(directory, SETTINGS_FILE)
             raise ValueError(f"{where}: {OWN} is {shown(own)}, expected an object")
         if own is not None:
             return HuggingFaceTokenizer(content, _own_special(own, file), origin=file)
-    theirs = _read(directory, path, given)
+    theirs, made = _read(directory, path, given, content)
     ends = next((ids for name in (GENERATION_FILE, MODEL_FILE) if (ids := _ends(given[name]))), [])
-    eos_id = theirs.eos_token_id
+    named = {
+        name: None if token is None else made.token_to_id(str(token))
+        for name in ("eos", "pad", "bos", "unk")
+        for token in (getattr(theirs, f"{name}_token"),)
+    }
+    eos_id = named["eos"]
     if eos_id is None and ends:
         eos_id = ends[0]
     if eos_id is None:
@@ -70,21 +83,25 @@ def _load(path: str) -> HuggingFaceTokenizer:
     if model.get("model_type") and prompt_eos is None:
         is_seq2seq = model["model_type"] in _ENCODER_DECODERS or model.get("is_encoder_decoder")
         prompt_eos = None if is_seq2seq else False
+    prompt_bos = settings.get("add_bos_token")
+    if content is None and prompt_bos is None:
+        names = (str(settings.get("tokenizer_class")), type(theirs).__name__)
+        prompt_bos = any(name.removesuffix("Fast") in _BEGUN for name in names) or None
     template = theirs.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     special = Special(
         eos_id=eos_id,
-        pad_id=theirs.pad_token_id,
-        bos_id=theirs.bos_token_id,
-        unk_id=theirs.unk_token_id,
+        pad_id=named["pad"],
+        bos_id=named["bos"],
+        unk_id=named["unk"],
         end_ids=tuple(ends),
-        prompt_bos=settings.get("add_bos_token"),
+        prompt_bos=prompt_bos,
         prompt_eos=prompt_eos,
         chat_template=template or "",
     )
     _check(special, path)
-    return HuggingFaceTokenizer(theirs.backend_tokenizer, special, origin=path)
+    return HuggingFaceTokenizer(made, special, origin=path)
 
 
 def load_gguf(file: str) -> HuggingFaceTokenizer:
@@ -182,41 +199,77 @@ def _check(special: Special, where: str) -> None:
             raise ValueError(f"{where}: an id of {shown(id)} that ends a response")
 
 
-def _read(directory: str, path: str, given: dict[str, dict[str, Any]]) -> Any:
-    """transformers' own tokenizer."""
-    with quiet():
-        from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+def _read(
+    directory: str,
+    path: str,
+    given: dict[str, dict[str, Any]],
+    content: tokenizers.Tokenizer | None,
+) -> tuple[Any, tokenizers.Tokenizer]:
+    """transformers' own tokenizer, for the names of special tokens, and what splits text.
 
-        kind: Any = AutoTokenizer
-        options: dict[str, Any] = {}
-        model_type = given[MODEL_FILE].get("model_type")
-        if not os.path.isdir(path):
-            kind, options = PreTrainedTokenizerFast, {"tokenizer_file": path}
-        elif not model_type and "tokenizer_class" not in given[SETTINGS_FILE]:
-            if os.path.exists(os.path.join(directory, TOKENIZER_FILE)):
-                kind = PreTrainedTokenizerFast
-            elif os.path.exists(os.path.join(directory, "vocab.json")):
-                kind = GPT2Tokenizer  # as GPT-2's first releases are
-            else:
-                raise ValueError(
-                    f"{path}: no {TOKENIZER_FILE}, and no {MODEL_FILE} with a model_type that says "
-                    "how to read the other files"
-                )
-        elif is_bare(directory):
-            options = {"extra_ids": sentinels(directory)}
-        try:
-            made = kind.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, **options
-            )
-        except Exception as error:  # the library raises anything
-            raise ValueError(
-                f"{path}: transformers cannot read the tokenizer: {one_line(error)}"
-            ) from None
-    backend = getattr(made, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise ValueError(f"{path}: a {type(made).__name__}; expected a fast tokenizer")
-    if not backend.get_vocab_size(with_added_tokens=False):
+    `content` is what is in a tokenizer.json, None where there is none.
+    """
+    model_type = given[MODEL_FILE].get("model_type")
+    is_named = bool(model_type) or "tokenizer_class" in given[SETTINGS_FILE]
+    if content is None and not is_named and not os.path.exists(f"{directory}/vocab.json"):
+        raise ValueError(
+            f"{path}: no {TOKENIZER_FILE}, and no {MODEL_FILE} with a model_type that says "
+            "how to read the other files"
+        )
+    with quiet():
+        if content is None:
+            theirs, made = _read_vocabulary(directory, path, is_named)
+        else:
+            theirs, made = _read_file(path, is_named, content.post_processor)
+    if not made.get_vocab_size(with_added_tokens=False):
         raise ValueError(f"{path}: the tokenizer has no tokens; are some of its files missing?")
+    return theirs, made
+
+
+def _read_file(path: str, is_named: bool, after: Any) -> tuple[Any, tokenizers.Tokenizer]:
+    """As `_read`, of a tokenizer.json whose post-processor is `after`."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
+    theirs: Any = None
+    if is_named and os.path.basename(file) == TOKENIZER_FILE:
+        # A class may not take what the file has; what it would add is then not needed.
+        with contextlib.suppress(ValueError):
+            theirs = _fast(AutoTokenizer, path)
+    if type(theirs) is PreTrainedTokenizerFast:
+        return theirs, theirs.backend_tokenizer
+    plain = _fast(PreTrainedTokenizerFast, path, tokenizer_file=file)
+    if theirs is None:
+        return plain, plain.backend_tokenizer
+    return theirs, pipelines.of_file(plain.backend_tokenizer, theirs.backend_tokenizer, after=after)
+
+
+def _read_vocabulary(directory: str, path: str, is_named: bool) -> tuple[Any, tokenizers.Tokenizer]:
+    """As `_read`, where there is no tokenizer.json."""
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    # GPT-2's first releases name nothing.
+    kind: Any = AutoTokenizer if is_named else GPT2Tokenizer
+    bare = {"extra_ids": sentinels(directory)} if is_named and is_bare(directory) else {}
+    theirs = _fast(kind, path, **bare)
+    file = getattr(theirs, "vocab_file", None)
+    if not isinstance(file, str) or not file.endswith(".model"):
+        return theirs, theirs.backend_tokenizer
+    return theirs, pipelines.of_sentencepiece(file, theirs.backend_tokenizer)
+
+
+def _fast(kind: Any, path: str, **options: Any) -> Any:
+    directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    try:
+        made = kind.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # the library raises anything
+        raise ValueError(
+            f"{path}: transformers cannot read the tokenizer: {one_line(error)}"
+        ) from None
+    if not isinstance(getattr(made, "backend_tokenizer", None), tokenizers.Tokenizer):
+        raise ValueError(f"{path}: a {type(made).__name__}; expected a fast tokenizer")
     return made
 
 

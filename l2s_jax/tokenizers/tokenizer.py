@@ -79,8 +79,9 @@ def load_tokenizer(path: str) -> Tokenizer:
 
     Args:
       path: a SentencePiece model, a tokenizer.json, a GGUF file, or the directory of a checkpoint,
-        or its name on the hub. One of Hugging Face's is read by transformers. One of ours holds a
-        spiece.model that was trained here, or what `HuggingFaceTokenizer.save` has written.
+        or its name on the hub. How text is split is what its file says; transformers reads what
+        is beside it, such as which tokens are special. One of ours holds a spiece.model that was
+        trained here, or what `HuggingFaceTokenizer.save` has written.
 
     Raises:
       ValueError: there is none, it cannot be read, or it has no end-of-sequence token.
@@ -122,7 +123,7 @@ def for_chat(
     `options` are values of other names that the template looks at.
 
     Raises:
-      ValueError: the template takes no such messages.
+      ValueError: the template takes no such messages, or writes the date of today.
     """
     if isinstance(tokenizer, huggingface.HuggingFaceTokenizer) and tokenizer.has_chat_template:
         return tokenizer.for_chat(system, options or {})
