@@ -343,9 +343,39 @@ def test_features_are_made_without_a_model_to_train(job, tmp_path):
     assert states()["features"] == "missing"
     Experiment(config, str(tmp_path / "run")).make("features")
     assert states()["features"] == "done"
+    # What a model learnt from is no longer needed, and a run would find the model.
+    shutil.copytree(job / "run/l2s", tmp_path / "run/l2s")
+    l2s = Experiment(config, str(tmp_path / "run")).l2s
+    l2s.record.write(l2s.inputs(), l2s.version)
+    for folder in tmp_path.glob("*/features.json"):
+        shutil.rmtree(folder.parent)
+    assert (states()["features"], states()["labels"]) == ("missing", "missing")
+    assert states()["l2s"] == "done"
+    config.l2s.fusion = "replace"
+    assert states()["l2s"] == "stale"
+    config.l2s.fusion = "add"
     assert not (tmp_path / "run/slm/model").exists() and not (tmp_path / "run/labels").exists()
     config.llm.path = str(job / "run/slm/model")
     assert states()["features"] == "missing"
+
+
+def test_models_stay_where_the_labels_that_they_learnt_are_gone(copy):
+    shutil.rmtree(copy / "run/labels")
+    assert stale(copy) == ["labels"]
+    assert stale(copy, **{"labels.search.num_beams": 2}) == ["labels", "slm", "l2s", "evaluation"]
+    why = states(copy, **{"labels.search.num_beams": 2})["slm"]
+    assert why == ("stale", "labels.search.num_beams changed")
+
+
+def test_another_runs_features_say_nothing_of_an_llm_that_is_still_to_be_trained(tmp_path, capfd):
+    (tmp_path / "cache/other").mkdir(parents=True)
+    (tmp_path / "cache/other/features.json").write_text('{"llm_hash": "of another run"}')
+    config = f"--config={tiny.write_task(tmp_path / 'data')}"
+    cache = f"--config.features.cache={tmp_path / 'cache'}"
+    assert tiny.run("--mode=status", config, cache, f"--workdir={tmp_path / 'run'}") == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.splitlines()}
+    assert lines["features"][:3] == ["waiting", "needs", "llm"]
+    assert lines["l2s"][0] == "waiting"
 
 
 def test_the_status_is_printed_without_jax(job):

@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from l2s_jax.experiment.context import Context
@@ -36,7 +36,11 @@ class Stage(abc.ABC):
     Attributes:
       name: of the stage.
       needs: the stages that it is made from.
+      is_by_prompt: whether it keeps something for each prompt. What it means to a stage that needs
+        it, its own inputs say, whether or not anything is there.
     """
+
+    is_by_prompt: bool = False
 
     def __init__(self, context: Context, name: str, *needs: Stage):
         self.context, self.name = context, name
@@ -54,11 +58,17 @@ class Stage(abc.ABC):
     def state(self) -> tuple[str, str]:
         """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
 
-    def _waits_for(self) -> list[str]:
-        """Names of stages that must be done before this one's inputs are known."""
-        return [
-            stage.name for stage in self.needs if stage.is_used() and stage.state()[0] != "done"
-        ]
+    def known_by(self) -> Iterator[Stage]:
+        """The stages whose results this one's inputs are read from."""
+        for stage in self.needs:
+            if stage.is_used():
+                yield from stage.known_by() if stage.is_by_prompt else (stage,)
+
+
+def undone(stages: Iterable[Stage]) -> list[str]:
+    """Names of those that are used and not done, each once."""
+    names = (stage.name for stage in stages if stage.is_used() and stage.state()[0] != "done")
+    return list(dict.fromkeys(names))
 
 
 class RecordedStage(Stage):
@@ -174,10 +184,11 @@ class RecordedStage(Stage):
     def state(self) -> tuple[str, str]:
         """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
         found = self.record.read()
-        if waits_for := self._waits_for():
-            return "waiting" if found is None else "stale", f"needs {', '.join(waits_for)}"
         if found is None:
-            return "missing", ""
+            waits_for = undone(self.needs)
+            return ("waiting", f"needs {', '.join(waits_for)}") if waits_for else ("missing", "")
+        if waits_for := undone(self.known_by()):
+            return "stale", f"needs {', '.join(waits_for)}"
         inputs = self.inputs()
         changed = self._changes(found, inputs)
         if only_longer(found, inputs, changed):

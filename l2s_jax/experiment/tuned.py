@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from l2s_jax.config import tuned_l2s
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.l2s import BundleStage, L2sStage
+from l2s_jax.experiment.stage import Stage
 
 
 class TunedStage(BundleStage):
@@ -38,6 +40,10 @@ class TunedStage(BundleStage):
             "tune": {name: self._tune[name] for name in ("rank", "alpha", "pattern")},
             **self.training_inputs(),
         }
+
+    def known_by(self) -> Iterator[Stage]:
+        """Those of the one that it goes on from, whose inputs are among these."""
+        return self._frozen.known_by()
 
     def make(self) -> None:
         """Trains projector, SLM and the LLM's adapters."""
