@@ -150,6 +150,38 @@ def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
     assert states(copy)["slm"] == ("stale", "data.validation changed")
 
 
+def evaluation(root, forget="", **changes):
+    """State of the evaluation; before that its record may forget an input that is new."""
+    config = read_config(str(root / "run"))
+    config.update_from_flattened_dict(changes)
+    stage = EvaluationStage(Experiment(config, str(root / "run"), "find"))
+    if forget:
+        inputs = {name: value for name, value in stage.inputs().items() if name != forget}
+        stage.record.write(inputs, stage.version)
+    return EvaluationStage(Experiment(config, str(root / "run"), "look")).state()
+
+
+def test_a_report_is_of_its_references(copy):
+    rewrite(copy / "data/test.jsonl", lambda records: [r | {"more": ["right"]} for r in records])
+    assert evaluation(copy) == ("done", "")
+    more = {"task.references": "more"}
+    assert evaluation(copy, **more) == ("stale", "references.test changed")
+    # What had no record of them is taken as found.
+    assert evaluation(copy, "references", **more) == ("done", "")
+
+
+def test_a_control_of_before_is_none_where_prompts_repeat(copy):
+    rewrite(
+        copy / "data/test.jsonl", lambda records: list({r["words"]: r for r in records}.values())
+    )
+    assert evaluation(copy, "control") == ("done", "")
+    rewrite(copy / "data/test.jsonl", lambda records: [*records, records[0]])
+    assert evaluation(copy, "control") == ("stale", "control changed")
+    assert evaluation(copy, "nothing") == ("done", "")
+    (copy / "data/test.jsonl").unlink()  # then there is no telling
+    assert evaluation(copy) == ("done", "")
+
+
 def test_labels_of_data_in_another_order_are_those_of_its_prompts(copy, caplog):
     caplog.set_level("INFO")
     (file,) = (copy / "run/labels").glob("train-*.jsonl")

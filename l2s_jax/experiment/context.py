@@ -18,7 +18,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.tasks import load_task
 from l2s_jax.data.tokens import Tokenization, Tokens
-from l2s_jax.experiment.hashes import Hashes, examples_hash, hash_of_files
+from l2s_jax.experiment.hashes import Hashes, examples_hash, hash_of_files, references_hash
 from l2s_jax.experiment.splits import Split
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.hub import cached, find, is_name, reference
@@ -176,7 +176,14 @@ class Context:
         if train.select != "quality":
             return {}
         config, metric = self.config, self.config.evaluation.metrics[0]
-        how = {"metric": metric, "max_new_tokens": config.decoding.max_new_tokens}
+        limit = config.evaluation.validation_examples
+        how = {
+            "metric": metric,
+            "max_new_tokens": config.decoding.max_new_tokens,
+            "references": self.references("validation", limit=limit),
+        }
+        if metric == "comet":
+            how["comet"] = config.evaluation.comet
         if metric == "bleu":
             setting = config.evaluation.bleu_tokenizer
             how["bleu_tokenizer"] = bleu_tokenizer(setting, config.task.language)
@@ -189,29 +196,50 @@ class Context:
         Process 0 reads them for all of a job. Unless something may be made, data is not known that
         is gone, or that TFDS has, which takes minutes to read.
         """
+        what = [self.task.settings(split), split, responses, limit]
+        return self._known(
+            split, what, lambda: examples_hash(self.first(split, limit), responses=responses)
+        )
+
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
+    def references(self, split: str, *, limit: int = 0) -> str | None:
+        """Hash of the references of a split's examples, known as `content` is."""
+        what = ["references", self.task.settings(split), split, limit]
+        return self._known(split, what, lambda: references_hash(self.first(split, limit)))
+
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
+    def repeats(self, split: str, *, limit: int = 0) -> bool | None:
+        """Whether a split has a prompt more than once, known as `content` is."""
+        what = ["repeats", self.task.settings(split), split, limit]
+
+        def compute() -> str:
+            prompts = [example.prompt for example in self.first(split, limit)]
+            return str(len(set(prompts)) < len(prompts))
+
+        known = self._known(split, what, compute)
+        return None if known is None else known == str(True)
+
+    def _known(self, split: str, what: list[Any], compute: Callable[[], str]) -> str | None:
+        """What `compute` makes of a split, as `Hashes.of` remembers it."""
+
+        def known() -> str | None:
+            files = self.task.files(split, prepare=self.mode == "make")
+            if not files and self.mode != "make":
+                return None
+            try:
+                return self.hashes.of(what, files, compute)
+            except ValueError as error:
+                if self.mode == "make":
+                    raise
+                if self.is_first(split):
+                    log.warning("the %s split is taken to be the one of the run: %s", split, error)
+                return None
+
         if self.mode == "look":
-            return self._content(split, responses, limit)
+            return known()
         from l2s_jax.cluster import distributed
 
-        return distributed.on_primary(lambda: self._content(split, responses, limit))
-
-    def _content(self, split: str, responses: bool, limit: int) -> str | None:
-        files = self.task.files(split, prepare=self.mode == "make")
-        if not files and self.mode != "make":
-            return None
-        what = [self.task.settings(split), split, responses, limit]
-        try:
-            return self.hashes.of(
-                what,
-                files,
-                lambda: examples_hash(self.first(split, limit), responses=responses),
-            )
-        except ValueError as error:
-            if self.mode == "make":
-                raise
-            if self.is_first(split):
-                log.warning("the %s split is taken to be the one of the run: %s", split, error)
-            return None
+        return distributed.on_primary(known)
 
     def files_hash(self, what: str, files: Callable[[], Sequence[str]]) -> str:
         """Hash of the content of files, in their order, which process 0 lists and reads for all."""

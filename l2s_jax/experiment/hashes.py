@@ -82,12 +82,24 @@ def _facts(files: Sequence[str]) -> list[list[Any]] | None:
 
 def examples_hash(examples: Iterable[Example], *, responses: bool) -> str:
     """sha256 (hex) over prompts, and responses where asked for, in order."""
+    return _hash_of_texts(
+        text for example in examples for text in (example.prompt, example.response)[: 1 + responses]
+    )
+
+
+def references_hash(examples: Iterable[Example]) -> str:
+    """sha256 (hex) over the references of each example, in order, and how many it has."""
+    return _hash_of_texts(
+        text for example in examples for text in (str(len(example.references)), *example.references)
+    )
+
+
+def _hash_of_texts(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        for text in (example.prompt, example.response)[: 1 + responses]:
-            encoded = text.encode(errors="surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
     return digest.hexdigest()
 
 

@@ -67,7 +67,7 @@ class TrainedStage(RecordedStage):
       lessons: what it learns; None: the data's own responses.
     """
 
-    since = (_PRNG, "truncate", "cut_responses")
+    since = (_PRNG, "truncate", "cut_responses", "selection.references", "selection.comet")
 
     def __init__(
         self,
