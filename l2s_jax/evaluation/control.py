@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 class Control:
     """Answers each prompt with H of a prompt of other tokens.
 
-    The rows of a batch get H of each other, and a task may have a row for each reference of a
-    prompt. So a prompt that repeats is answered once, for all of its rows.
+    That is one of the same batch, and a task may have a row for each reference of a prompt. So that
+    no batch is full of one prompt, the rows of one that would fill it are answered by its others.
     """
 
     def __init__(self, generator: Generator):
@@ -26,23 +26,27 @@ class Control:
 
     def generate(self, prompts: Sequence[str], *, description: str, shared: bool) -> list[Output]:
         """As `Generator.generate`."""
-        places = self._places(prompts)
-        first = list(dict.fromkeys(places))
-        if len(first) == 1 < len(prompts):
-            log.warning("%s: all prompts are one, which gets H of padding", description)
+        most = max(self._generator.batch_size, 2) - 1
+        first = self._first(prompts)
+        rows: dict[int, list[int]] = {}
+        for place, of in enumerate(first):
+            rows.setdefault(of, []).append(place)
+        if len(rows) == 1:
+            log.warning("%s: there is one prompt, which gets H of padding", description)
+        asked = [place for place, of in enumerate(first) if place in rows[of][:most]]
         outputs = Refilled(self._generator).generate(
-            [prompts[place] for place in first],
-            seeds=first,
+            [prompts[place] for place in asked],
+            seeds=asked,
             description=description,
             mismatched=True,
             shared=shared,
         )
         if not outputs:  # another process has them
             return []
-        of = dict(zip(first, outputs, strict=True))
-        return [of[place] for place in places]
+        told = dict(zip(asked, outputs, strict=True))
+        return [told.get(place, told[of]) for place, of in enumerate(first)]
 
-    def _places(self, prompts: Sequence[str]) -> list[int]:
+    def _first(self, prompts: Sequence[str]) -> list[int]:
         """Of each prompt, the place of the first one of the same tokens."""
         tokenizer = self._generator.prompt_tokenizer
         data = TokenizedExamples(
