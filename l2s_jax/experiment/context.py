@@ -219,7 +219,22 @@ class Context:
         known = self._known(split, what, compute)
         return None if known is None else known == str(True)
 
-    def _known(self, split: str, what: list[Any], compute: Callable[[], str]) -> str | None:
+    def count(self, split: str) -> int:
+        """How many examples a split has.
+
+        Nothing is written for it: whoever asks first may yet refuse the config.
+
+        Raises:
+          ValueError: the data is not there, or not as the task wants it.
+        """
+        what = ["count", self.task.settings(split), split]
+        return int(
+            self._known(split, what, lambda: str(len(self.examples(split))), write=False) or 0
+        )
+
+    def _known(
+        self, split: str, what: list[Any], compute: Callable[[], str], *, write: bool = True
+    ) -> str | None:
         """What `compute` makes of a split, as `Hashes.of` remembers it."""
 
         def known() -> str | None:
@@ -227,7 +242,7 @@ class Context:
             if not files and self.mode != "make":
                 return None
             try:
-                return self.hashes.of(what, files, compute)
+                return self.hashes.of(what, files, compute, write=write)
             except ValueError as error:
                 if self.mode == "make":
                     raise
