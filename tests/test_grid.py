@@ -91,7 +91,17 @@ def test_what_a_value_turns_off_takes_its_own_settings_with_it(config):
         (["seed=0,1", "train_seed=2"], "seed is varied twice"),
         (["seed=-1"], "expected seeds from 0"),
         (["evaluation.split=test,validation"], "all variants are measured alike"),
-        (["decoding.search.exact=false,true"], "all variants are measured alike"),
+        (["decoding.search.exact=false,true"], "L2S answers alone"),
+        (["decoding.search.draft_tokens=2,4"], "L2S answers alone"),
+        (["task.language=de,ja"], "all variants are measured alike"),
+        (
+            ["dtype=float32,bfloat16"],
+            "--vary=dtype=float32,bfloat16: dtype is not varied: no model is made anew for it",
+        ),
+        (["scan_layers=false,true"], "no model is made anew for it"),
+        (["buckets=((8,8),),((16,16),)"], "no model is made anew for it"),
+        (["l2s.train.accumulation=1,2"], "no model is made anew for it"),
+        (["slm.train.evaluate_every=1,2"], "no model is made anew for it"),
         (["labels.batch_size=1,2"], "all variants are measured alike"),
         (["decoding.mesh.tensor=1,2"], "all variants are measured alike, in the same place"),
         (

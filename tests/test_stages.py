@@ -1,6 +1,7 @@
 """Stages: found again where nothing that matters has changed, made anew where something has."""
 
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import token_files, toy
 from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.grid import not_varied
 from l2s_jax.experiment.label_files import Keys, LabelFiles
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.workdir import read_config, write_config
@@ -87,6 +89,16 @@ def test_a_finished_run_is_done_and_has_no_stage_that_it_does_not_use(copy):
 )
 def test_what_does_not_define_a_model_leaves_it_valid(copy, changes):
     assert stale(copy, **changes) == []
+
+
+def test_a_comparison_varies_what_defines_a_model(copy):
+    other = {bool: operator.not_, int: lambda v: v + 1, float: lambda v: v + 0.125}
+    other |= {str: lambda _: "other", tuple: lambda _: ("other",)}
+    train = read_config(str(copy / "run")).slm.train.to_dict()
+    keys = {f"slm.train.{name}": other[type(value)](value) for name, value in train.items()}
+    keys |= {"dtype": "bfloat16", "scan_layers": True, "buckets": ((16, 16), (32, 32))}
+    for key, value in keys.items():
+        assert bool(not_varied(key)) == (stale(copy, **{key: value}) == []), key
 
 
 @pytest.mark.parametrize(

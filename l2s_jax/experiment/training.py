@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from l2s_jax.training.on_policy import OnPolicy
 
 # How training goes on, which the model does not depend on.
-_NO_INPUTS = (
+NO_INPUTS = (
     "accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat", "save_minutes",
 )  # fmt: skip
 
@@ -140,7 +140,7 @@ class TrainedStage(RecordedStage):
             "cut_responses": config.task.cut_responses,
             "seed": self.seed,
             _PRNG: PRNG,
-            "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
+            "train": {k: v for k, v in settings.items() if k not in NO_INPUTS},
         }
         if prompts.identity != responses.identity:
             inputs["prompt_tokenizer"] = prompts.identity
