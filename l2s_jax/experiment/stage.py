@@ -18,8 +18,10 @@ from l2s_jax.experiment.workdir import (
     changes,
     fingerprint,
     holds,
+    in_one_go,
     is_old,
     only_longer,
+    rises_again,
     without,
 )
 from l2s_jax.files import plain
@@ -217,7 +219,9 @@ class RecordedStage(Stage):
 
         def is_ours(record: Record) -> bool:
             found = record.read()
-            return found is not None and not is_old(found) and not self._changes(found, inputs)
+            if found is None or is_old(found) or self._changes(found, inputs):
+                return False
+            return in_one_go(found)
 
         if not self.record.is_link and is_ours(self.record):
             return
@@ -240,6 +244,7 @@ class RecordedStage(Stage):
             self.record.write(inputs, self.version, self.sources())
             return
         changed, old = self._changes(found, inputs), is_old(found)
+        extended: tuple[int, ...] = ()
         if changed and not only_longer(found, inputs, changed):
             log.info(
                 "stage %s: %s changed; what was there is kept in %s",
@@ -251,6 +256,14 @@ class RecordedStage(Stage):
             if changed:
                 steps = found["train"]["steps"]
                 log.info("stage %s: goes on from %d steps", self.name, steps)
+                if rises_again(found):
+                    log.warning(
+                        "stage %s: with train.schedule='cosine' its learning rate, which falls to "
+                        "zero at train.steps, rises again: the model is not that of %d steps in "
+                        "one go",
+                        *(self.name, inputs["train"]["steps"]),
+                    )
+                extended = (steps,)
                 self.reopen(steps)
             if old:
                 log.info(
@@ -261,7 +274,7 @@ class RecordedStage(Stage):
                 self.adopt()
             inputs = self._as_begun(found, inputs)
         if changed or old:
-            self.record.write(inputs, self.version, self.sources())
+            self.record.write(inputs, self.version, self.sources(), extended)
 
     def _find(self, inputs: dict[str, Any]) -> None:
         directory = self.record.directory

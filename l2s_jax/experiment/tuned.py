@@ -49,7 +49,7 @@ class TunedStage(BundleStage):
         """Trains projector, SLM and the LLM's adapters."""
         import jax
 
-        from l2s_jax.cluster import sharding
+        from l2s_jax.cluster import distributed, sharding
         from l2s_jax.models.families import make_module
         from l2s_jax.models.lora import Adapters
         from l2s_jax.models.tuning import Tuned
@@ -59,6 +59,7 @@ class TunedStage(BundleStage):
 
         learnt = self.learnt()
         directory, (dtype, encoder_dtype) = self._frozen.directory, self.context.dtypes
+        distributed.on_primary(lambda: self.record.follow(self._frozen.record))
         system, params, frozen = bundle.load(
             directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=self.context.mesh
         )
