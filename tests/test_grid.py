@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_one_line(config, flags, message):
         (["--vary=l2s.train.batch_size=8,5"], "variant l2s.train.batch_size=5: config.l2s.train"),
         (
             ["--vary=l2s.train.batch_size=8,128"],
-            "variant l2s.train.batch_size=128: config.l2s.train.batch_size=128: expected at most",
+            "variant l2s.train.batch_size=128: config.l2s.train.batch_size is 128, expected at ",
         ),
         (
             ["--vary=task.splits.train=train.jsonl,nowhere.jsonl"],

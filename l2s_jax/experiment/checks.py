@@ -60,12 +60,17 @@ def check_examples(config: ConfigDict, examples: int) -> None:
       ValueError: it has fewer than one.
     """
     for name in SYSTEMS:
-        train = config[name].train
-        if train.steps and train.batch_size > examples:
-            raise ValueError(
-                f"config.{name}.train.batch_size={train.batch_size}: expected at most {examples}, "
-                "the examples of the train split"
-            )
+        if config[name].train.steps:
+            check_batch(name, config[name].train, examples)
+
+
+def check_batch(name: str, train: ConfigDict, examples: int) -> None:
+    """As `check_examples`, of the training of one system."""
+    if train.batch_size > examples:
+        raise ValueError(
+            f"config.{name}.train.batch_size is {train.batch_size}, expected at most {examples}, "
+            "the examples of the train split"
+        )
 
 
 def check_batches(config: ConfigDict, meshes: Meshes) -> None:

@@ -17,6 +17,7 @@ from l2s_jax.config import buckets_of, compute_dtypes, make_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.tasks import load_task
+from l2s_jax.data.templates import fields_of
 from l2s_jax.data.tokens import Tokenization, Tokens
 from l2s_jax.experiment.hashes import Hashes, examples_hash, hash_of_files, references_hash
 from l2s_jax.experiment.splits import Split
@@ -24,6 +25,7 @@ from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.hub import cached, find, is_name, reference
 from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.tokenizers import Tokenizer
+from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -170,6 +172,21 @@ class Context:
             folder = os.path.join(self.shared or self.workdir, "tokens", name)
             self._tokens[name] = token_files.kept(folder, identity, examples, how)
         return self._tokens[name]
+
+    def tell_of_losses(
+        self, name: str, data: TokenizedExamples, examples: Sequence[Example]
+    ) -> None:
+        """Says what the text of examples, which are `data`, loses on its way to the model `name`.
+
+        What tokenizers change is said where texts are read: not where their tokens are found.
+        """
+        is_read = not isinstance(examples, Split) or examples.is_read
+        if is_read and self.is_first("losses"):
+            fields = (fields_of(example.prompt) for example in examples)
+            warn_if_lossy(data.prompt_tokenizer, fields, "prompts")
+            warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
+        for line in data.loss.describe(data.max_prompt_tokens):
+            log.warning("%s: %s", name, line)
 
     def selection(self, train: ConfigDict) -> dict[str, Any]:
         """Inputs of a training whose checkpoint is chosen by what the system says."""

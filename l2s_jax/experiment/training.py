@@ -12,16 +12,13 @@ from l2s_jax import models
 from l2s_jax.config import training_seed
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
-from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
-from l2s_jax.experiment.splits import Split
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.files import MODEL_MARKER, atomic_directory, is_whole, listed_names, rename_folder
 from l2s_jax.settings.declare import recorded
 from l2s_jax.settings.training import Train
 from l2s_jax.tokenizers.cut import kept_by, whole_of
-from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 from l2s_jax.training import PRNG
 
 if TYPE_CHECKING:
@@ -229,10 +226,13 @@ class TrainedStage(RecordedStage):
         validation=...)` is called with the tokenized splits.
         """
         from l2s_jax.experiment import judging
+        from l2s_jax.experiment.checks import check_batch
 
         examples = self.examples()
         data = self._tokenized(examples)
-        self._tell_of_losses(data, examples)
+        self.context.tell_of_losses(self.name, data, examples)
+        # Some may have been left out, as they were too long.
+        check_batch(self.name.removesuffix("_frozen"), self.section.train, len(data))
         validation = self._tokenized(self.validation())
         answered = judging.answered(self.context, self.section.train)
         samples = self._tokenized([Example(example.prompt, "", ()) for example in answered])
@@ -335,16 +335,3 @@ class TrainedStage(RecordedStage):
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
         tokenizers = self.prompts.tokenizer, self.responses.tokenizer
         return self.context.tokenized(examples, *tokenizers)
-
-    def _tell_of_losses(self, data: TokenizedExamples, examples: Sequence[Example]) -> None:
-        """What the text loses on its way to the model.
-
-        What tokenizers change is said where texts are read: not where their tokens are found.
-        """
-        is_read = not isinstance(examples, Split) or examples.is_read
-        if is_read and self.context.is_first("losses"):
-            fields = (fields_of(example.prompt) for example in examples)
-            warn_if_lossy(data.prompt_tokenizer, fields, "prompts")
-            warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
-        for line in data.loss.describe(data.max_prompt_tokens):
-            log.warning("%s: %s", self.name, line)
