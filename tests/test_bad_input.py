@@ -132,7 +132,15 @@ OVERRIDES = {
     "no steps": ("--config.slm.train.steps=0", "slm.train.steps=0: expected an integer >= 1"),
     "vocabulary larger than the text": (
         "--config.tokenizer.train_vocab_size=5000",
-        "5000.*too large",
+        "config.tokenizer.train_vocab_size=5000: .*5000.*too large",
+    ),
+    "vocabulary of the SLM larger than the text": (
+        "--config.slm.tokenizer.train_vocab_size=5000",
+        "config.slm.tokenizer.train_vocab_size=5000: .*too large: this text gives",
+    ),
+    "a batch larger than the data": (
+        "--config.l2s.train.batch_size=128",
+        "config.l2s.train.batch_size is 128, expected at most 64, the examples of the train split",
     ),
     "bucket smaller than the maximum": ("--config.buckets=((8,8),)", "8.*32"),
     "no new tokens": ("--config.decoding.max_new_tokens=0", "max_new_tokens=0"),
@@ -162,6 +170,31 @@ def test_refused_before_anything_is_trained(case, task, tmp_path, capfd):
     line = refuse(capfd, f"--config={task}", f"--workdir={workdir}", argument)
     assert re.search(message, line), line
     assert not list(workdir.glob("*/checkpoints"))
+    assert not [
+        path for path in workdir.glob("*/stage.json") if "tokenizer" not in path.parent.name
+    ]
+
+
+def test_a_batch_larger_than_what_is_left_of_the_data_is_named(task, tmp_path, capfd):
+    drop = ("--config.task.cut_responses=drop", "--config.max_response_tokens=2")
+    batch = "--config.llm.train.batch_size=16"
+    line = refuse(capfd, f"--config={task}", f"--workdir={tmp_path / 'run'}", *drop, batch)
+    assert "config.llm.train.batch_size is 16, expected at most 11, the" in line
+
+
+def test_a_finished_run_counts_its_examples_where_batches_are_new(finished, tmp_path, capfd):
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    data, run = str(tmp_path / "copy/data"), tmp_path / "copy/run"
+    config = f"--config={tmp_path / 'copy/data/tiny.py'}"
+    path = tmp_path / "copy/data/tiny.py"
+    path.write_text(path.read_text().replace(str(finished.parent / "data"), data))
+    before = sorted(path.name for path in run.iterdir())
+    line = refuse(capfd, config, f"--workdir={run}", "--config.slm.train.batch_size=128")
+    assert "config.slm.train.batch_size is 128, expected at most 65," in line
+    assert sorted(path.name for path in run.iterdir()) == before
+    # What is there needs no data to be read.
+    (tmp_path / "copy/data/train.jsonl").unlink()
+    assert tiny.run(config, f"--workdir={run}") == 0
 
 
 @pytest.mark.parametrize(

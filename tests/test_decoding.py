@@ -246,7 +246,7 @@ SEARCHES = {
 
 
 @functools.cache
-def generator(name, batch_size, prompt_lengths, max_new_tokens=6):
+def generator(name, batch_size, prompt_lengths, max_new_tokens=6, mesh=None):
     system, trained, frozen, _ = case(name)
     return Generator(
         system,
@@ -257,6 +257,7 @@ def generator(name, batch_size, prompt_lengths, max_new_tokens=6):
         prompt_lengths=prompt_lengths,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        mesh=mesh,
     )
 
 
@@ -367,6 +368,14 @@ def test_mismatched_takes_the_hidden_states_of_the_row_before():
 def test_mismatched_is_mismatched_in_batches_of_one_too():
     matched = [alone("add", prompt) for prompt in PROMPTS]
     assert generator("add", 1, (LONGEST,)).generate(PROMPTS, mismatched=True) != matched
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 1, 2)])
+def test_mismatched_is_the_same_on_a_mesh(shape):
+    prompts = [*PROMPTS, PROMPTS[0], PROMPTS[0]]
+    expected = generator("add", 8, (16,)).generate(prompts, mismatched=True)
+    mesh = small.mesh_of(*shape)
+    assert generator("add", 8, (16,), mesh=mesh).generate(prompts, mismatched=True) == expected
 
 
 @dataclasses.dataclass(frozen=True)

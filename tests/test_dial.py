@@ -88,7 +88,32 @@ def test_the_page_ends_with_what_it_concludes_and_the_report_shows_it(run):
     fastest = min(kept, key=lambda point: point["request_ms"])["tolerance"]
     assert last.startswith(f"Draft tolerance {fastest:g} is the fastest that keeps at least 99.5%")
     page = (workdir / "report.md").read_text()
-    assert f"## The dial\n\n{last}" in page and "(dial.png)" in page
+    shown = f"## The dial\n\n{last} It was measured on 11 examples of `test`. All of it: "
+    assert shown in page and "(dial.png)" in page
+
+
+def test_a_dial_of_other_examples_and_another_decoding_says_so_in_the_report(run, tmp_path):
+    _, workdir = run
+    shutil.copytree(workdir, tmp_path / "run")
+    config = read_config(str(workdir))
+    config.evaluation.update(split="validation", max_examples=5)
+
+    def shown():
+        experiment = Experiment(config, str(tmp_path / "run"), "find")
+        return dial_report.found(experiment).partition(" It was measured on ")[2]
+
+    assert shown() == "11 examples of `test`."
+    config.decoding.max_new_tokens = 7
+    config.decoding.search.update(repetition_penalty=1.5, draft_tokens=2)
+    both = "`decoding.max_new_tokens`, `decoding.search.repetition_penalty`"
+    assert shown() == f"11 examples of `test`, with another {both} than above."
+    # A dial of before knows the search alone.
+    dial = dial_of(workdir)
+    del dial["decoding"]
+    (tmp_path / "run/dial.json").write_text(json.dumps(dial))
+    assert shown() == (
+        "11 examples of `test`, with another `decoding.search.repetition_penalty` than above."
+    )
 
 
 def test_a_report_of_before_gets_the_dial_and_other_models_drop_it(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import weakref
@@ -12,10 +13,13 @@ import pytest
 import tiny
 
 import l2s_jax
+from l2s_jax.config import default
 from l2s_jax.convert import main as convert
 from l2s_jax.evaluation.generators import generator_of, side_by_side
+from l2s_jax.experiment.early import check_models
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.workdir import read_config
+from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.serving import bundle
 from l2s_jax.serving.generator import Generator
 from l2s_jax.settings.search import Search
@@ -180,6 +184,32 @@ def test_what_exact_decoding_cannot_do_is_one_line(run):
     ):
         with pytest.raises(ValueError, match=line):
             exact.generate(["reverse: one"], search=Search(**{"exact": True, **search}))
+
+
+def test_positions_of_a_draft_and_of_labels_are_asked_for_before_any_work():
+    sizes = {"vocab_size": 64, "width": 16, "num_heads": 2, "num_layers": 1}
+    models = {
+        name: GPT2Config(**sizes, max_positions=40, pad_id=0, eos_id=1) for name in ("llm", "slm")
+    }
+    config = default()
+    config.update(max_prompt_tokens=16, max_response_tokens=8)
+    config.decoding.max_new_tokens = 20
+    config.llm.path = "a checkpoint"
+    check_models(config, models)
+    config.decoding.search.update(exact=True, draft_tokens=4)
+    check_models(config, models)
+    config.decoding.search.draft_tokens = 5
+    for name, where in (("llm", "a checkpoint"), ("slm", "config.slm.model")):
+        wide = {key: dataclasses.replace(one, max_positions=41) for key, one in models.items()}
+        check_models(config, wide)
+        with pytest.raises(
+            ValueError, match=rf"^{where}: .* 40 positions, .* need 41: .*draft_tok"
+        ):
+            check_models(config, wide | {name: models[name]})
+    config.decoding.search.exact = False
+    config.labels.update(source="llm", max_new_tokens=25)
+    with pytest.raises(ValueError, match=r"need 41: lower .* or config\.labels\.max_new_tokens"):
+        check_models(config, models)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from l2s_jax.config import default
 from l2s_jax.data.tasks import load_task
-from l2s_jax.decoding.engine import GREEDY
+from l2s_jax.decoding.engine import GREEDY, others
+from l2s_jax.evaluation.control import Control
 from l2s_jax.models.cache import CausalCache, KeyValue, take_hypotheses
 from l2s_jax.models.gpt2 import GPT2Config
 from l2s_jax.models.systems import LanguageModel, LlmToSlm
@@ -114,9 +115,60 @@ def test_mismatched_feeds_another_prompts_representations(systems, tokenizer):
     own = loaded.generate(prompts)
     other = loaded.generate(prompts, mismatched=True)
     assert [o.text for o in own] != [o.text for o in other]
+    assert Control(loaded).generate(prompts, description="", shared=False) == other
     # With one and the same prompt in every row, another prompt's representations are one's own.
     same = ["a lazy dog"] * 4
     assert loaded.generate(same, mismatched=True) == loaded.generate(same)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_control_gives_no_prompt_its_own_representations(
+    batch_size, systems, tokenizer, monkeypatch
+):
+    decode, batches = Generator._decode, []
+
+    def noted(self, batch, *more):
+        batches.append(batch)
+        return decode(self, batch, *more)
+
+    loaded = generator(systems["l2s"], tokenizer, lengths=(16,), batch_size=batch_size)
+    # A row for each reference; a space more is no other token.
+    prompts = ["a lazy dog", "a quick fox", "a lazy dog", "a  lazy dog", "then sleeps"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "_decode", noted)
+        found = Control(loaded).generate(prompts, description="", shared=False)
+    answered = []
+    for ids, mask, limits, _ in batches:
+        assert len({row.tobytes() for row in ids * mask}) > 1
+        chosen = np.asarray(jax.jit(others)(ids, mask))
+        for row, other in enumerate(chosen):
+            expected = (
+                next(
+                    before
+                    for before in [(row - back) % len(ids) for back in range(1, len(ids))]
+                    if (ids[before] * mask[before]).tolist() != (ids[row] * mask[row]).tolist()
+                )
+                if limits[row]
+                else other
+            )
+            assert other == expected
+        answered += [ids[row] for row in np.flatnonzero(limits)]
+    # All of them where a batch holds them.
+    assert len(answered) == {1: 3, 3: 4, 8: 5}[batch_size]
+    pairs = generator(systems["l2s"], tokenizer, batch_size=2)
+    for prompt, output in zip(prompts, found, strict=True):
+        left = [other for other in prompts if other.split() != prompt.split()]
+        # In a batch that is not full, some rows have H of padding.
+        fed = pairs.generate([prompt], mismatched=True)
+        assert output in fed + [pairs.generate([o, prompt], mismatched=True)[1] for o in left]
+
+
+def test_a_control_of_one_prompt_alone_says_so(systems, tokenizer, caplog):
+    loaded = generator(systems["l2s"], tokenizer)
+    prompts = ["a lazy dog"] * 9
+    outputs = Control(loaded).generate(prompts, description="the control", shared=False)
+    assert outputs != loaded.generate(prompts)
+    assert "the control: there is one prompt" in caplog.text
 
 
 @pytest.mark.parametrize(

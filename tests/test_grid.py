@@ -91,7 +91,17 @@ def test_what_a_value_turns_off_takes_its_own_settings_with_it(config):
         (["seed=0,1", "train_seed=2"], "seed is varied twice"),
         (["seed=-1"], "expected seeds from 0"),
         (["evaluation.split=test,validation"], "all variants are measured alike"),
-        (["decoding.search.exact=false,true"], "all variants are measured alike"),
+        (["decoding.search.exact=false,true"], "L2S answers alone"),
+        (["decoding.search.draft_tokens=2,4"], "L2S answers alone"),
+        (["task.language=de,ja"], "all variants are measured alike"),
+        (
+            ["dtype=float32,bfloat16"],
+            "--vary=dtype=float32,bfloat16: dtype is not varied: no model is made anew for it",
+        ),
+        (["scan_layers=false,true"], "no model is made anew for it"),
+        (["buckets=((8,8),),((16,16),)"], "no model is made anew for it"),
+        (["l2s.train.accumulation=1,2"], "no model is made anew for it"),
+        (["slm.train.evaluate_every=1,2"], "no model is made anew for it"),
         (["labels.batch_size=1,2"], "all variants are measured alike"),
         (["decoding.mesh.tensor=1,2"], "all variants are measured alike, in the same place"),
         (
@@ -120,6 +130,18 @@ def test_what_does_not_fit_is_one_line(config, flags, message):
             "variant task.splits.test=validation.jsonl: its test split has other references",
         ),
         (["--vary=l2s.train.batch_size=8,5"], "variant l2s.train.batch_size=5: config.l2s.train"),
+        (
+            ["--vary=l2s.train.batch_size=8,128"],
+            "variant l2s.train.batch_size=128: config.l2s.train.batch_size is 128, expected at ",
+        ),
+        (
+            ["--vary=task.splits.train=train.jsonl,nowhere.jsonl"],
+            "variant task.splits.train=nowhere.jsonl: ",
+        ),
+        (
+            ["--vary=task.splits.validation=validation.jsonl,nowhere.jsonl"],
+            "variant task.splits.validation=nowhere.jsonl: ",
+        ),
     ],
 )
 def test_a_variant_that_no_run_could_use_is_found_before_any_work(
@@ -140,6 +162,19 @@ def test_what_the_tokenizer_says_of_a_variant_is_found_before_a_model_is_trained
     assert "variant slm.vocabulary=1000000: config.slm.vocabulary" in capfd.readouterr().err
     (made,) = (path.name for path in (tmp_path / "grid/shared").iterdir())
     assert made.startswith("tokenizer-")
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "slm.tokenizer"])
+def test_a_variants_tokenizer_that_the_text_does_not_give_is_found_before_a_model(
+    key, tmp_path, capfd
+):
+    path = tiny.write_task(tmp_path / "data")
+    command = (f"--config={path}", f"--workdir={tmp_path / 'grid'}", "--mode=compare")
+    key = f"{key}.train_vocab_size"
+    assert tiny.run(*command, f"--vary={key}=30,5000") == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert f"variant {key}=5000: config.{key}=5000: a vocabulary of 5000 pieces is too " in line
+    assert not list((tmp_path / "grid").glob("**/checkpoints"))
 
 
 def test_two_vocabularies_of_a_variant_are_found_before_a_model_is_trained(tmp_path, capfd):

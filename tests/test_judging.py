@@ -1,6 +1,7 @@
 """What a system says while it trains: as it says it afterwards, scored, chosen by, and shown."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -104,6 +105,26 @@ def test_a_judge_hears_what_a_generator_says(kind):
         assert make_judge(system, data, mesh)(trained, frozen).scores == {}
 
 
+def test_more_answers_for_people_to_read_change_no_score():
+    system, mesh = small.make_system("slm"), small.mesh_of(1, 1, 1)
+    trained, frozen = small.make_params(system)
+    config, told = default(), []
+    config.slm.train.update(select="quality", selection_examples=3)
+    config.evaluation.samples = 5
+    config.decoding.max_new_tokens = 6
+
+    def score(examples, responses):
+        told.append((examples, responses))
+        return 12.5
+
+    context = SimpleNamespace(config=config, score=score, buckets=((4, 4), (8, 8)), mesh=mesh)
+    judge = judging.make(context, config.slm.train, system, make_data(), EXAMPLES)
+    with jax.set_mesh(mesh):
+        found = judge(trained, frozen)
+    assert told == [(EXAMPLES[:3], answers(system, trained, frozen)[:3])]
+    assert len(found.samples) == 5
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """The folder of a run up to the SLM, which is chosen by chrF on what it says."""
@@ -171,6 +192,27 @@ def test_what_a_checkpoint_is_chosen_by_makes_it_another(job):
     ):
         state_of, changed = state(**{key: value})
         assert state_of == "stale" and why in changed
+
+
+def test_other_references_choose_another_checkpoint(job, tmp_path):
+    shutil.copytree(job, tmp_path / "job")
+    config, run = read_config(str(job / "run")), tmp_path / "job/run"
+    config.task.data_dir = str(tmp_path / "job/data")
+    config.task.references = "more"
+    path = tmp_path / "job/data/validation.jsonl"
+
+    def state(more):
+        rows = [row | {"more": more} for row in lines_of(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Experiment(config, str(run), "look").slm.state()
+
+    assert state([]) == ("done", "")
+    assert state(["also right"]) == ("stale", "selection.references changed")
+    # What had no record of them is taken as found.
+    record = json.loads((run / "slm/stage.json").read_text())
+    del record["sha256"], record["selection"]["references"]
+    (run / "slm/stage.json").write_text(json.dumps(record))
+    assert state(["also right"]) == ("done", "")
 
 
 def test_a_metric_that_is_not_there_is_one_line_before_any_work(tmp_path, capfd):

@@ -151,6 +151,7 @@ values_of_any_kind = st.one_of(
     st.lists(st.integers(-1, 9) | st.text(max_size=2), max_size=3),
     st.lists(st.tuples(st.text(max_size=3), st.integers(-1, 9)), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.lists(st.none() | st.dictionaries(st.text(max_size=3), st.integers()), max_size=2),
 )
 
 

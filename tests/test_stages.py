@@ -1,6 +1,7 @@
 """Stages: found again where nothing that matters has changed, made anew where something has."""
 
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from l2s_jax.experiment import token_files, toy
 from l2s_jax.experiment import tokenizers as tokenizer_stage
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.grid import not_varied
 from l2s_jax.experiment.label_files import Keys, LabelFiles
 from l2s_jax.experiment.labels import LabelStage
 from l2s_jax.experiment.tokenizers import TokenizerStage
@@ -96,6 +98,16 @@ def test_what_does_not_define_a_model_leaves_it_valid(copy, changes):
     assert stale(copy, **changes) == []
 
 
+def test_a_comparison_varies_what_defines_a_model(copy):
+    other = {bool: operator.not_, int: lambda v: v + 1, float: lambda v: v + 0.125}
+    other |= {str: lambda _: "other", tuple: lambda _: ("other",)}
+    train = read_config(str(copy / "run")).slm.train.to_dict()
+    keys = {f"slm.train.{name}": other[type(value)](value) for name, value in train.items()}
+    keys |= {"dtype": "bfloat16", "scan_layers": True, "buckets": ((16, 16), (32, 32))}
+    for key, value in keys.items():
+        assert bool(not_varied(key)) == (stale(copy, **{key: value}) == []), key
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -155,6 +167,38 @@ def test_other_responses_in_the_data_make_what_learns_them_stale(copy):
     validation = copy / "data/validation.jsonl"
     rewrite(validation, lambda records: records[::-1])
     assert states(copy)["slm"] == ("stale", "data.validation changed")
+
+
+def evaluation(root, forget="", **changes):
+    """State of the evaluation; before that its record may forget an input that is new."""
+    config = read_config(str(root / "run"))
+    config.update_from_flattened_dict(changes)
+    stage = EvaluationStage(Experiment(config, str(root / "run"), "find"))
+    if forget:
+        inputs = {name: value for name, value in stage.inputs().items() if name != forget}
+        stage.record.write(inputs, stage.version)
+    return EvaluationStage(Experiment(config, str(root / "run"), "look")).state()
+
+
+def test_a_report_is_of_its_references(copy):
+    rewrite(copy / "data/test.jsonl", lambda records: [r | {"more": ["right"]} for r in records])
+    assert evaluation(copy) == ("done", "")
+    more = {"task.references": "more"}
+    assert evaluation(copy, **more) == ("stale", "references.test changed")
+    # What had no record of them is taken as found.
+    assert evaluation(copy, "references", **more) == ("done", "")
+
+
+def test_a_control_of_before_is_none_where_prompts_repeat(copy):
+    rewrite(
+        copy / "data/test.jsonl", lambda records: list({r["words"]: r for r in records}.values())
+    )
+    assert evaluation(copy, "control") == ("done", "")
+    rewrite(copy / "data/test.jsonl", lambda records: [*records, records[0]])
+    assert evaluation(copy, "control") == ("stale", "control changed")
+    assert evaluation(copy, "nothing") == ("done", "")
+    (copy / "data/test.jsonl").unlink()  # then there is no telling
+    assert evaluation(copy) == ("done", "")
 
 
 def test_labels_of_data_in_another_order_are_those_of_its_prompts(copy, caplog):
@@ -350,9 +394,39 @@ def test_features_are_made_without_a_model_to_train(job, tmp_path):
     assert states()["features"] == "missing"
     Experiment(config, str(tmp_path / "run")).make("features")
     assert states()["features"] == "done"
+    # What a model learnt from is no longer needed, and a run would find the model.
+    shutil.copytree(job / "run/l2s", tmp_path / "run/l2s")
+    l2s = Experiment(config, str(tmp_path / "run")).l2s
+    l2s.record.write(l2s.inputs(), l2s.version)
+    for folder in tmp_path.glob("*/features.json"):
+        shutil.rmtree(folder.parent)
+    assert (states()["features"], states()["labels"]) == ("missing", "missing")
+    assert states()["l2s"] == "done"
+    config.l2s.fusion = "replace"
+    assert states()["l2s"] == "stale"
+    config.l2s.fusion = "add"
     assert not (tmp_path / "run/slm/model").exists() and not (tmp_path / "run/labels").exists()
     config.llm.path = str(job / "run/slm/model")
     assert states()["features"] == "missing"
+
+
+def test_models_stay_where_the_labels_that_they_learnt_are_gone(copy):
+    shutil.rmtree(copy / "run/labels")
+    assert stale(copy) == ["labels"]
+    assert stale(copy, **{"labels.search.num_beams": 2}) == ["labels", "slm", "l2s", "evaluation"]
+    why = states(copy, **{"labels.search.num_beams": 2})["slm"]
+    assert why == ("stale", "labels.search.num_beams changed")
+
+
+def test_another_runs_features_say_nothing_of_an_llm_that_is_still_to_be_trained(tmp_path, capfd):
+    (tmp_path / "cache/other").mkdir(parents=True)
+    (tmp_path / "cache/other/features.json").write_text('{"llm_hash": "of another run"}')
+    config = f"--config={tiny.write_task(tmp_path / 'data')}"
+    cache = f"--config.features.cache={tmp_path / 'cache'}"
+    assert tiny.run("--mode=status", config, cache, f"--workdir={tmp_path / 'run'}") == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.splitlines()}
+    assert lines["features"][:3] == ["waiting", "needs", "llm"]
+    assert lines["l2s"][0] == "waiting"
 
 
 def test_the_status_is_printed_without_jax(job):

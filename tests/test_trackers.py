@@ -118,6 +118,7 @@ def test_without_tensorboard_there_are_no_files_for_it(tmp_path):
     [
         ("('wandb',)", "the package wandb is missing; expected pip install 'l2s-jax[wandb]'"),
         ("('mlflow',)", "there is no 'mlflow'; expected some of ('tensorboard', 'wandb', "),
+        ("({},)", "there is no {}; expected some of ('tensorboard', 'wandb', "),
         ("('wandb','wandb')", "expected some of ('tensorboard', 'wandb', 'trackio'), each once"),
     ],
 )

@@ -18,14 +18,14 @@ from l2s_jax.training.trackers import Trackers
 class Made(RecordedStage):
     """A stage whose result is its inputs."""
 
-    def __init__(self, directory, inputs, mode="make"):
+    def __init__(self, directory, inputs, mode="make", shared=""):
         models = {name: SimpleNamespace(path="") for name in ("llm", "slm")}
         followed = Trackers((), str(directory), {})
         context = SimpleNamespace(
             workdir=str(directory),
             mode=mode,
             config=models,
-            shared="",
+            shared=shared,
             trackers=followed,
             sources=dict,
         )
@@ -113,6 +113,40 @@ def test_more_steps_are_the_same_run_and_fewer_are_another(tmp_path):
     shorter.made()
     assert shorter.asked_to_go_on == [] and shorter.record.run != run
     assert (tmp_path / "llm.old1/result").exists()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_training_that_was_extended_is_not_one_in_one_go(tmp_path, caplog, schedule):
+    def made(steps, folder=tmp_path, **settings):
+        stage = Made(folder, {"train": {"steps": steps, "schedule": schedule}}, **settings)
+        stage.made()
+        return stage
+
+    made(3)
+    for steps in (5, 9, 9):
+        made(steps)
+    record = json.loads((tmp_path / "llm/stage.json").read_text())
+    assert record["extended"] == [3, 5]
+    warned = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warned) == (2 if schedule == "cosine" else 0)
+    assert all("is not that of" in one.getMessage() for one in warned)
+    made(9, mode="find")
+    # A comparison beside it makes its own, in one go, where that is another.
+    variants = [made(9, tmp_path / "compare" / name, shared=str(tmp_path)) for name in "ab"]
+    (folder,) = {Path(variant.record.directory).resolve() for variant in variants}
+    assert (folder == tmp_path / "llm") == (schedule == "constant")
+    assert ("extended" in json.loads((folder / "stage.json").read_text())) == (
+        schedule == "constant"
+    )
+    # What goes on from an extended training was extended itself.
+    other = made(2, tmp_path / "other")
+    for _ in range(2):
+        other.record.follow(variants[0].record)
+        other.record.follow(Made(tmp_path, {}).record)
+    assert other.record.read()["extended"] == [3, 5]
+    # What is made anew was not.
+    made(4)
+    assert "extended" not in json.loads((tmp_path / "llm/stage.json").read_text())
 
 
 def test_a_record_of_version_0_1_stays_where_all_that_it_holds_agrees(tmp_path):

@@ -60,8 +60,20 @@ def _read(
     """`prefill` of prompts."""
     hidden = system.encode(trained, frozen, ids, mask)
     if mismatched:
-        hidden = jnp.roll(hidden * mask[..., None], 1, axis=0)
+        hidden = (hidden * mask[..., None])[others(ids, mask)]
     return prefill(system, trained, frozen, ids, mask, hidden, **settings)
+
+
+def others(ids: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]) -> Int[Array, " B"]:
+    """Of each row the nearest one before it, by turns, with another prompt; itself if all are one.
+
+    Rows of padding count among them.
+    """
+    rows = jnp.arange(len(ids))
+    prompts = jnp.where(mask, ids, -1)
+    same = jnp.all(prompts[:, None] == prompts[None], axis=-1)
+    back = (rows[:, None] - rows[None]) % len(rows)
+    return jnp.where(same.all(1), rows, jnp.argmin(jnp.where(same, len(rows), back), axis=1))
 
 
 def decode_cache(
@@ -139,7 +151,7 @@ def decode(
       seeds: what each row is sampled by.
       max_new_tokens: what the program has room for.
       search: how tokens are chosen; its `stop` is not looked at, texts are the caller's.
-      mismatched: the control, every row gets the encoded prompt of the row before it.
+      mismatched: the control, every row gets the encoded prompt of one of the `others`.
       end_ids: what ends a response; None: the model's eos_id. Without any, every row decodes up to
         its limit: what a measurement wants.
 

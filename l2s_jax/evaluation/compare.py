@@ -26,6 +26,7 @@ from l2s_jax.evaluation import compare_report, evaluate, metrics, significance
 from l2s_jax.evaluation.answers import AnswerStage, read_answers
 from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.experiment import workdir as workdirs
+from l2s_jax.experiment.checks import check_examples
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid, Variant, make_grid
 from l2s_jax.experiment.room import check_room
@@ -91,6 +92,7 @@ def compare(config: ConfigDict, workdir: str, flags: Sequence[str]) -> dict[str,
 def _check(grid: Grid, workdir: str) -> None:
     """Finds out what no run could use, of all variants, before any work is done."""
     references: dict[str, Any] = {}
+    counts: dict[str, int] = {}
     for variant in grid.variants:
         with _named(variant):
             experiment = _experiment(grid, workdir, variant, "look")
@@ -101,8 +103,12 @@ def _check(grid: Grid, workdir: str) -> None:
             distributed.on_primary(functools.partial(evaluate.check_selection, variant.config))
             task = str(variant.config.task.to_dict())
             if task not in references:
-                examples = experiment.evaluation_examples()
-                references[task] = [example.references for example in examples]
+                references[task] = [e.references for e in experiment.evaluation_examples()]
+            if experiment.makes_batches():
+                if task not in counts:
+                    splits = [experiment.context.examples(s) for s in ("train", "validation")]
+                    counts[task], *_ = map(len, splits)  # which reads them
+                check_examples(variant.config, counts[task])
             if references[task] != next(iter(references.values())):
                 raise ValueError(
                     f"its {variant.config.evaluation.split} split has other references than that "

@@ -20,7 +20,7 @@ from l2s_jax.cluster import distributed
 from l2s_jax.config import typed
 from l2s_jax.evaluation import dial_report, evaluate, exactness, metrics, report
 from l2s_jax.evaluation.generators import side_by_side
-from l2s_jax.evaluation.stage import EvaluationStage
+from l2s_jax.evaluation.stage import EvaluationStage, deciding
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.files import is_file, read_json
 from l2s_jax.serving import batching
@@ -118,6 +118,7 @@ def dial(config: ConfigDict, workdir: str) -> dict[str, Any]:
             },
             "models": models,
             "search": dataclasses.asdict(points[1].search),
+            "decoding": deciding(config),
             "points": found,
             "environment": evaluate.environment(*experiment.context.dtypes),
         }
@@ -210,7 +211,9 @@ def _into_report(experiment: Experiment) -> None:
     recorded = EvaluationStage(experiment).record.read() or {}
     models = dial_report.models_of(experiment)
     if is_file(path) and _holds(recorded.get("models"), models):
-        conclusion = dial_report.found(experiment)
+        decoding = recorded.get("decoding")
+        own = decoding if isinstance(decoding, Mapping) else None
+        conclusion = dial_report.found(experiment, own)
         report.write_report({**read_json(path), "dial": conclusion}, workdir)
 
 

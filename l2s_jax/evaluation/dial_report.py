@@ -5,6 +5,7 @@ dial.json is a dictionary:
     task: name, split, examples, requests, metric, metric_signatures, likeness_signature
     models: hashes of the llm and of the l2s
     search: that of the tolerances, as config.decoding.search
+    decoding: all settings of decoding that answers depend on; not in dials of before
     points: the llm, the tolerances in ascending order (of system "exact"), the l2s; each with
       system, tolerance, quality: {metric: value}, cut_share, new_tokens (mean),
       request_ms (median), compile_s
@@ -26,7 +27,9 @@ from matplotlib.figure import Figure
 from l2s_jax.evaluation import dial_plot, plot
 from l2s_jax.evaluation.report import dtypes, factor, metric_name, ms, number, table
 from l2s_jax.evaluation.report_check import plain, require, require_numbers
+from l2s_jax.evaluation.stage import deciding
 from l2s_jax.experiment.experiment import Experiment
+from l2s_jax.experiment.workdir import differences
 from l2s_jax.files import is_file, read_json, write_bytes
 
 log = logging.getLogger(__name__)
@@ -94,8 +97,12 @@ def models_of(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def found(experiment: Experiment) -> str:
-    """What the workdir's dial concludes; "" where there is none on the experiment's models."""
+def found(experiment: Experiment, decoding: Mapping[str, Any] | None = None) -> str:
+    """What the workdir's dial concludes, and of what; "" if there is none of the models.
+
+    Where it answers otherwise than the report, that is said; `decoding` is the report's, as
+    `deciding` has it. None: the experiment's.
+    """
     workdir = experiment.context.workdir
     path = os.path.join(workdir, "dial.json")
     if not is_file(path) or not is_file(os.path.join(workdir, "dial.png")):
@@ -106,7 +113,25 @@ def found(experiment: Experiment) -> str:
     except ValueError as error:
         log.warning("the report shows no dial: %s", error)
         return ""
-    return conclusion(dial) if dial["models"] == models_of(experiment) else ""
+    if dial["models"] != models_of(experiment):
+        return ""
+    decoding = deciding(experiment.context.config) if decoding is None else decoding
+    return f"{conclusion(dial)} {_measured_on(dial, decoding)}"
+
+
+def _measured_on(dial: Mapping[str, Any], decoding: Mapping[str, Any]) -> str:
+    """A sentence about the examples, and about what of `decoding` a dial has otherwise."""
+    task, own = dial["task"], dial.get("decoding", {"search": dial["search"]})
+    others = [
+        name
+        for name in differences(own, plain(decoding, "decoding"), common=True)
+        if name != "search.exact" and not name.startswith("search.draft_")
+    ]
+    unlike = f", with another {', '.join(f'`decoding.{name}`' for name in others)} than above"
+    return (
+        f"It was measured on {task['examples']:,} examples of `{task['split']}`"
+        f"{unlike if others else ''}."
+    )
 
 
 def conclusion(dial: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from l2s_jax.evaluation import (
     significance,
 )
 from l2s_jax.evaluation.card import write_card
+from l2s_jax.evaluation.control import Control
 from l2s_jax.evaluation.generators import exact_generator, generator_of, load, side_by_side
 from l2s_jax.evaluation.latency import Stopwatch
 from l2s_jax.experiment.experiment import Experiment
@@ -81,11 +82,9 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
 
     def told(name: str, generator: Generator) -> list[Output]:
         """What a system answers, as of `Generator.generate`, which goes into the results."""
-        outputs = Refilled(generator).generate(
-            prompts,
-            description=f"evaluating {name}",
-            mismatched=name.endswith("_mismatched"),
-            shared=True,
+        answering = Control if name.endswith("_mismatched") else Refilled
+        outputs = answering(generator).generate(
+            prompts, description=f"evaluating {name}", shared=True
         )
         if not distributed.is_primary():
             return outputs

@@ -25,7 +25,7 @@ class EvaluationStage(RecordedStage):
     It is made anew by every run that asks for it: times are measured, not found.
     """
 
-    since = ("truncate", "comet")
+    since = ("truncate", "comet", "references")
 
     def __init__(self, experiment: Experiment):
         systems = experiment.systems
@@ -36,15 +36,16 @@ class EvaluationStage(RecordedStage):
         """The models, the examples, how they are decoded and scored."""
         config = self.context.config
         settings = config.evaluation
+        split, limit = settings.split, settings.max_examples
         tokenizer = bleu_tokenizer(settings.bleu_tokenizer, config.task.language)
         return {
             "models": {
                 stage.name: self.context.checkpoint(stage.directory)
                 for stage in self._experiment.systems
             },
-            "data": {
-                settings.split: self.context.content(settings.split, limit=settings.max_examples)
-            },
+            "data": {split: self.context.content(split, limit=limit)},
+            "references": {split: self.context.references(split, limit=limit)},
+            **self._control(split, limit),
             "max_prompt_tokens": config.max_prompt_tokens,
             "truncate": config.task.truncate.to_dict(),
             "decoding": deciding(config),
@@ -52,6 +53,11 @@ class EvaluationStage(RecordedStage):
             "comet": settings.comet,
             **({} if tokenizer == DEFAULT_TOKENIZER else {"bleu_tokenizer": tokenizer}),
         }
+
+    def _control(self, split: str, limit: int) -> dict[str, Any]:
+        """An input where prompts repeat, which once had H of their own for a control."""
+        repeats = self.context.repeats(split, limit=limit)
+        return {} if repeats is False else {"control": repeats and "by prompt"}
 
     def is_made(self) -> bool:
         """Whether there is a report."""

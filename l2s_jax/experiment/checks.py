@@ -11,6 +11,7 @@ from l2s_jax.cluster import distributed, sharding
 from l2s_jax.config import check_prompts, naming_mesh, typed
 from l2s_jax.experiment import feature_cache
 from l2s_jax.settings import rules
+from l2s_jax.settings.rules import SYSTEMS
 from l2s_jax.training import trackers
 
 
@@ -50,6 +51,26 @@ def check_config(config: ConfigDict, meshes: Meshes) -> None:
     if settings.features.cache:
         feature_cache.check_folder(settings.features.cache)
     check_batches(config, meshes)
+
+
+def check_examples(config: ConfigDict, examples: int) -> None:
+    """Checks that the train split, of so many examples, fills the batches of all trainings.
+
+    Raises:
+      ValueError: it has fewer than one.
+    """
+    for name in SYSTEMS:
+        if config[name].train.steps:
+            check_batch(name, config[name].train, examples)
+
+
+def check_batch(name: str, train: ConfigDict, examples: int) -> None:
+    """As `check_examples`, of the training of one system."""
+    if train.batch_size > examples:
+        raise ValueError(
+            f"config.{name}.train.batch_size is {train.batch_size}, expected at most {examples}, "
+            "the examples of the train split"
+        )
 
 
 def check_batches(config: ConfigDict, meshes: Meshes) -> None:

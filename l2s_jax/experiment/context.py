@@ -17,13 +17,15 @@ from l2s_jax.config import buckets_of, compute_dtypes, make_mesh
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.data.tasks import load_task
+from l2s_jax.data.templates import fields_of
 from l2s_jax.data.tokens import Tokenization, Tokens
-from l2s_jax.experiment.hashes import Hashes, examples_hash, hash_of_files
+from l2s_jax.experiment.hashes import Hashes, examples_hash, hash_of_files, references_hash
 from l2s_jax.experiment.splits import Split
 from l2s_jax.experiment.workdir import fingerprint
 from l2s_jax.hub import cached, find, is_name, reference
 from l2s_jax.settings.evaluation import bleu_tokenizer
 from l2s_jax.tokenizers import Tokenizer
+from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -171,12 +173,34 @@ class Context:
             self._tokens[name] = token_files.kept(folder, identity, examples, how)
         return self._tokens[name]
 
+    def tell_of_losses(
+        self, name: str, data: TokenizedExamples, examples: Sequence[Example]
+    ) -> None:
+        """Says what the text of examples, which are `data`, loses on its way to the model `name`.
+
+        What tokenizers change is said where texts are read: not where their tokens are found.
+        """
+        is_read = not isinstance(examples, Split) or examples.is_read
+        if is_read and self.is_first("losses"):
+            fields = (fields_of(example.prompt) for example in examples)
+            warn_if_lossy(data.prompt_tokenizer, fields, "prompts")
+            warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
+        for line in data.loss.describe(data.max_prompt_tokens):
+            log.warning("%s: %s", name, line)
+
     def selection(self, train: ConfigDict) -> dict[str, Any]:
         """Inputs of a training whose checkpoint is chosen by what the system says."""
         if train.select != "quality":
             return {}
         config, metric = self.config, self.config.evaluation.metrics[0]
-        how = {"metric": metric, "max_new_tokens": config.decoding.max_new_tokens}
+        limit = config.evaluation.validation_examples
+        how = {
+            "metric": metric,
+            "max_new_tokens": config.decoding.max_new_tokens,
+            "references": self.references("validation", limit=limit),
+        }
+        if metric == "comet":
+            how["comet"] = config.evaluation.comet
         if metric == "bleu":
             setting = config.evaluation.bleu_tokenizer
             how["bleu_tokenizer"] = bleu_tokenizer(setting, config.task.language)
@@ -189,29 +213,65 @@ class Context:
         Process 0 reads them for all of a job. Unless something may be made, data is not known that
         is gone, or that TFDS has, which takes minutes to read.
         """
+        what = [self.task.settings(split), split, responses, limit]
+        return self._known(
+            split, what, lambda: examples_hash(self.first(split, limit), responses=responses)
+        )
+
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
+    def references(self, split: str, *, limit: int = 0) -> str | None:
+        """Hash of the references of a split's examples, known as `content` is."""
+        what = ["references", self.task.settings(split), split, limit]
+        return self._known(split, what, lambda: references_hash(self.first(split, limit)))
+
+    @functools.cache  # noqa: B019  one process may ask alone, once all have
+    def repeats(self, split: str, *, limit: int = 0) -> bool | None:
+        """Whether a split has a prompt more than once, known as `content` is."""
+        what = ["repeats", self.task.settings(split), split, limit]
+
+        def compute() -> str:
+            prompts = [example.prompt for example in self.first(split, limit)]
+            return str(len(set(prompts)) < len(prompts))
+
+        known = self._known(split, what, compute)
+        return None if known is None else known == str(True)
+
+    def count(self, split: str) -> int:
+        """How many examples a split has.
+
+        Nothing is written for it: whoever asks first may yet refuse the config.
+
+        Raises:
+          ValueError: the data is not there, or not as the task wants it.
+        """
+        what = ["count", self.task.settings(split), split]
+        return int(
+            self._known(split, what, lambda: str(len(self.examples(split))), write=False) or 0
+        )
+
+    def _known(
+        self, split: str, what: list[Any], compute: Callable[[], str], *, write: bool = True
+    ) -> str | None:
+        """What `compute` makes of a split, as `Hashes.of` remembers it."""
+
+        def known() -> str | None:
+            files = self.task.files(split, prepare=self.mode == "make")
+            if not files and self.mode != "make":
+                return None
+            try:
+                return self.hashes.of(what, files, compute, write=write)
+            except ValueError as error:
+                if self.mode == "make":
+                    raise
+                if self.is_first(split):
+                    log.warning("the %s split is taken to be the one of the run: %s", split, error)
+                return None
+
         if self.mode == "look":
-            return self._content(split, responses, limit)
+            return known()
         from l2s_jax.cluster import distributed
 
-        return distributed.on_primary(lambda: self._content(split, responses, limit))
-
-    def _content(self, split: str, responses: bool, limit: int) -> str | None:
-        files = self.task.files(split, prepare=self.mode == "make")
-        if not files and self.mode != "make":
-            return None
-        what = [self.task.settings(split), split, responses, limit]
-        try:
-            return self.hashes.of(
-                what,
-                files,
-                lambda: examples_hash(self.first(split, limit), responses=responses),
-            )
-        except ValueError as error:
-            if self.mode == "make":
-                raise
-            if self.is_first(split):
-                log.warning("the %s split is taken to be the one of the run: %s", split, error)
-            return None
+        return distributed.on_primary(known)
 
     def files_hash(self, what: str, files: Callable[[], Sequence[str]]) -> str:
         """Hash of the content of files, in their order, which process 0 lists and reads for all."""

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from l2s_jax.checkpoints import pretrained
 from l2s_jax.cluster import sharding
-from l2s_jax.config import cut_of, naming_mesh
+from l2s_jax.config import cut_of, label_tokens, naming_mesh
 from l2s_jax.experiment.checks import Meshes
 from l2s_jax.models.cutting import cut_as_set
 from l2s_jax.models.families import ModelConfig, check_positions, make_config
@@ -39,18 +39,23 @@ def check_models(config: ConfigDict, models: Mapping[str, ModelConfig] | None = 
     """
     models = models or models_of(config)
     cut = cut_of(config.slm).is_used
-    responses = max(config.max_response_tokens, config.decoding.max_new_tokens)
+    search, labelled = config.decoding.search, config.labels.source == "llm"
+    limits = ["max_prompt_tokens", "max_response_tokens", "decoding.max_new_tokens"]
+    limits += ["decoding.search.draft_tokens"] * search.exact
+    # What is drafted is read beyond a response's last token.
+    written = config.decoding.max_new_tokens + (search.draft_tokens if search.exact else 0)
     for name, model in models.items():
         made = "cut" if name == "slm" and cut else "model"
+        labels = label_tokens(config) if name == "llm" and labelled else 0
+        responses = max(config.max_response_tokens, written, labels)
         # An LLM that is there may be one that only encodes.
-        answers = not config[name].path or config[name].train.steps
+        answers = not config[name].path or config[name].train.steps or search.exact or labels
         check_positions(
             model,
             config.max_prompt_tokens,
             responses if answers else 0,
             where=config[name].path or f"config.{name}.{made}",
-            lower="config.max_prompt_tokens, config.max_response_tokens or "
-            "config.decoding.max_new_tokens",
+            lower=_either([*limits, *["labels.max_new_tokens"] * bool(labels)]),
         )
         if config[name].train.steps:
             _check_patterns(config[name], f"config.{name}", [LanguageModel(name, model)])
@@ -73,6 +78,12 @@ def check_models(config: ConfigDict, models: Mapping[str, ModelConfig] | None = 
         # Which of both L2S will be is a matter of the tokenizers.
         both = [joined(config.l2s, encoder, slm, shared_vocabulary=one) for one in (True, False)]
         _check_patterns(config.l2s, "config.l2s", both)
+
+
+def _either(keys: Sequence[str]) -> str:
+    """ "config.A, config.B or config.C"."""
+    *most, last = [f"config.{key}" for key in keys]
+    return f"{', '.join(most)} or {last}"
 
 
 def check_division(

@@ -119,7 +119,8 @@ class Experiment:
                 f"--until={until}: the config has no such stage, but {', '.join(names)}"
             )
         # Imported here: a look at a workdir doesn't wait for JAX.
-        from l2s_jax.experiment.checks import Meshes, check_config
+        from l2s_jax.cluster import distributed
+        from l2s_jax.experiment.checks import Meshes, check_config, check_examples
         from l2s_jax.experiment.early import check_division, check_models
 
         context = self.context
@@ -129,6 +130,17 @@ class Experiment:
         check_config(context.config, meshes)
         check_models(context.config)
         check_division(context.config, meshes)
+        if context.mode == "make" and distributed.on_primary(self.makes_batches):
+            check_examples(context.config, context.count("train"))
+
+    def makes_batches(self) -> bool:
+        """Whether a model is missing that was trained in batches of the size that is asked for."""
+
+        def is_there(stage: TrainedStage) -> bool:
+            found = (stage.record.read() or {}).get("train", {})
+            return stage.is_made() and found.get("batch_size") == stage.section.train.batch_size
+
+        return not all(is_there(stage) for stage in self.systems if stage.is_used())
 
     def make(self, until: str = "") -> None:
         """Makes what is missing of the models and what they need, or of all up to one stage.
@@ -151,8 +163,10 @@ class Experiment:
         """Finds out what the tokenizers, which may be trained for it, say of the config.
 
         Raises:
-          ValueError: a setting that they don't fit.
+          ValueError: there is none, the text does not give one, or a setting does not fit them.
         """
+        for stage in (self.llm_tokenizer, self.slm_tokenizer):
+            _ = stage.tokenizer
         self.lessons.check()
         self.check_exact()
 

@@ -14,7 +14,7 @@ from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
-from l2s_jax.experiment.stage import Stage
+from l2s_jax.experiment.stage import Stage, undone
 from l2s_jax.files import is_file, listed_names, read_json
 
 
@@ -31,6 +31,8 @@ class FeatureStage(Stage):
     there is made.
     """
 
+    is_by_prompt = True
+
     def __init__(self, context: Context, llm: LlmStage):
         super().__init__(context, "features", llm)
         self._llm = llm
@@ -46,11 +48,14 @@ class FeatureStage(Stage):
 
     def state(self) -> tuple[str, str]:
         """Whether the LLM has a folder there: only prompts say what is missing from it."""
+        if waits_for := undone(self.needs):
+            return "waiting", f"needs {', '.join(waits_for)}"
         # Imported here: its libraries take a while.
         from l2s_jax.experiment.feature_files import FACTS
 
-        is_there = any(
-            read_json(path).get("llm_hash") == self._llm.content
+        content = self._llm.content
+        is_there = content is not None and any(
+            read_json(path).get("llm_hash") == content
             for name in listed_names(self.cache)
             if is_file(path := os.path.join(self.cache, name, FACTS))
         )

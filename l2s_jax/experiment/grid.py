@@ -9,29 +9,38 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from l2s_jax.config import settled, wrong_key
+from l2s_jax.experiment.training import NO_INPUTS
 
 # Where variants are, below the comparison's folder.
 FOLDER = "compare"
 # What --vary=seed=0,1,2 sets: the LLM, its labels and the tokenizers are those of config.seed.
 SEED, _SET_BY_SEED = "seed", "train_seed"
-# How all variants are measured alike, and where they run: sections and settings.
-_NOT_VARIED = (
-    "evaluation",
-    "mesh",
-    "features",
-    "trackers",
-    "labels.batch_size",
-    "decoding.batch_size",
-    # L2S answers alone.
-    "decoding.search.exact",
-    "decoding.search.draft_tokens",
-    "decoding.search.draft_tolerance",
-)
+# What cannot be varied, as patterns over keys, and why.
+_NOT_VARIED = {
+    **dict.fromkeys(
+        (
+            *("evaluation", "evaluation.*", "mesh", "mesh.*", "*.mesh.*", "features", "features.*"),
+            *("trackers", "task.name", "task.language"),
+            *("labels.batch_size", "distillation.batch_size", "decoding.batch_size"),
+        ),
+        "all variants are measured alike, in the same place",
+    ),
+    "decoding.search.exact": "L2S answers alone",
+    "decoding.search.draft_*": "L2S answers alone",
+    **dict.fromkeys(
+        (
+            *("dtype", "llm.encoder_dtype", "scan_layers", "buckets"),
+            *(f"*.train.{name}" for name in NO_INPUTS),
+        ),
+        "no model is made anew for it, so that all rows would be of the same models",
+    ),
+}
 _LONGEST_NAME = 120
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
@@ -158,6 +167,11 @@ def make_grid(config: ConfigDict, flags: Sequence[str]) -> Grid:
     return Grid(tuple(axes), base, variants)
 
 
+def not_varied(key: str) -> str:
+    """Why a setting cannot be varied; "" where it can."""
+    return next((why for pattern, why in _NOT_VARIED.items() if fnmatchcase(key, pattern)), "")
+
+
 def _variant(config: ConfigDict, values: dict[str, Any], seed: int | None) -> Variant:
     changes = {**values, **({} if seed is None else {_SET_BY_SEED: seed})}
     changed = ConfigDict(config.to_dict())
@@ -177,10 +191,10 @@ def _axis(config: ConfigDict, flag: str) -> Axis:
         raise ValueError(f"{where}: expected KEY=VALUE,VALUE,...")
     if wrong := wrong_key(key):
         raise ValueError(f"{where}: {wrong}")
-    if {key, key.partition(".")[0]} & {*_NOT_VARIED} or ".mesh." in key:
+    if why := not_varied(key):
         raise ValueError(
-            f"{where}: all variants are measured alike, in the same place; expected a setting "
-            f"outside {', '.join(_NOT_VARIED)}"
+            f"{where}: {key} is not varied: {why}; expected a setting that models or answers are "
+            "made by"
         )
     key = SEED if key == _SET_BY_SEED else key
     old = _value(config, _SET_BY_SEED if key == SEED else key)

@@ -34,6 +34,7 @@ class Hashes:
         self._path = os.path.join(workdir, "hashes.json")
         self._keep = keep
         self._known: dict[str, Any] = {}
+        self._is_written = True
         for name, known in (read_json(self._path) if is_file(self._path) else {}).items():
             # What is damaged is made again. (Older versions wrote no hash of it.)
             with contextlib.suppress(ValueError):
@@ -43,32 +44,50 @@ class Hashes:
         # Those that are read again before they count.
         self._doubted = set(self._known) if sealed.is_anew() else set()
 
-    def of(self, what: Any, files: Sequence[str], compute: Callable[[], str]) -> str:
+    def of(
+        self,
+        what: Any,
+        files: Sequence[str],
+        compute: Callable[[], str],
+        *,
+        write: bool = True,
+    ) -> str:
         """The hash of `what` (JSON-able), which `compute` makes of `files`.
 
         Without files, or where one is a URL that is in no bucket, it is computed at every start.
+        Without `write` it is written with the next one that is asked for.
         """
         facts = _facts(files)
         name = fingerprint({"of": what})
         known = self._known.get(name)
         if known and name not in self._doubted and (facts is None or known["files"] == facts):
+            if write and not self._is_written:
+                self._write()
             return known["hash"]
         value = compute()
         self._doubted.discard(name)
-        self._remember(what, facts, value)
+        self._remember(what, facts, value, write=write)
         return value
 
     def remember(self, what: Any, files: Sequence[str], value: str) -> None:
         """Has `of` give this hash of `what`, as long as `files` are as they are."""
         self._remember(what, _facts(files), value)
 
-    def _remember(self, what: Any, facts: list[list[Any]] | None, value: str) -> None:
+    def _remember(
+        self, what: Any, facts: list[list[Any]] | None, value: str, *, write: bool = True
+    ) -> None:
         name = fingerprint({"of": what})
         if self._known.get(name, {}).get("hash") == value and self._known[name]["files"] == facts:
             return
         self._known[name] = with_hash({"files": facts, "hash": value})
+        self._is_written = self._is_written and not facts
+        if write:
+            self._write()
+
+    def _write(self) -> None:
         workdir = os.path.dirname(self._path)
-        if facts and self._keep and (is_bucket(workdir) or is_folder(workdir)):
+        if not self._is_written and self._keep and (is_bucket(workdir) or is_folder(workdir)):
+            self._is_written = True
             lasting = {name: known for name, known in self._known.items() if known["files"]}
             write_json(self._path, lasting, sort_keys=True)
 
@@ -82,12 +101,24 @@ def _facts(files: Sequence[str]) -> list[list[Any]] | None:
 
 def examples_hash(examples: Iterable[Example], *, responses: bool) -> str:
     """sha256 (hex) over prompts, and responses where asked for, in order."""
+    return _hash_of_texts(
+        text for example in examples for text in (example.prompt, example.response)[: 1 + responses]
+    )
+
+
+def references_hash(examples: Iterable[Example]) -> str:
+    """sha256 (hex) over the references of each example, in order, and how many it has."""
+    return _hash_of_texts(
+        text for example in examples for text in (str(len(example.references)), *example.references)
+    )
+
+
+def _hash_of_texts(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        for text in (example.prompt, example.response)[: 1 + responses]:
-            encoded = text.encode(errors="surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
     return digest.hexdigest()
 
 

@@ -45,9 +45,11 @@ def make(
     """
     if not examples:
         return None
-    config = context.config
-    if train.select == "quality" and not context.score:
+    config, scored, score = context.config, train.selection_examples, context.score
+    if train.select == "quality" and not score:
         raise ValueError('train.select="quality": expected Experiment(..., score=...)')
+    if train.select != "quality":
+        score = None
     return Judge(
         system,
         data,
@@ -57,7 +59,8 @@ def make(
         max_new_tokens=config.decoding.max_new_tokens,
         mesh=context.mesh,
         samples=config.evaluation.samples,
-        score=context.score if train.select == "quality" else None,
+        # More may be answered, for people to read.
+        score=score and (lambda given, said: score(given[:scored], said[:scored])),
     )
 
 

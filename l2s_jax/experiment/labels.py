@@ -26,6 +26,7 @@ class LabelStage(RecordedStage):
     """
 
     since = ("splits",)
+    is_by_prompt = True
 
     def __init__(self, context: Context, llm: LlmStage):
         super().__init__(context, "labels", llm)

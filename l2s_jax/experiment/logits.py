@@ -30,6 +30,8 @@ class LogitStage(RecordedStage):
     vocabulary.
     """
 
+    is_by_prompt = True
+
     def __init__(
         self,
         context: Context,

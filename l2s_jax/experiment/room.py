@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from l2s_jax.experiment.early import models_of
 from l2s_jax.experiment.experiment import Experiment
 from l2s_jax.experiment.grid import Grid
+from l2s_jax.experiment.workdir import in_one_go
 from l2s_jax.files import is_bucket
 from l2s_jax.models.families import ModelConfig
 from l2s_jax.models.mix import hidden_width
@@ -61,7 +62,7 @@ def check_room(grid: Grid, workdir: str) -> None:
 
 def _is_done(look: Experiment, name: str) -> bool:
     (stage,) = (stage for stage in look.systems if stage.name == name)
-    return stage.state()[0] == "done"
+    return stage.state()[0] == "done" and in_one_go(stage.record.read() or {})
 
 
 def sizes(config: ConfigDict) -> dict[str, int]:

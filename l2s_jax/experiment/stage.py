@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from l2s_jax.experiment.context import Context
@@ -18,8 +18,10 @@ from l2s_jax.experiment.workdir import (
     changes,
     fingerprint,
     holds,
+    in_one_go,
     is_old,
     only_longer,
+    rises_again,
     without,
 )
 from l2s_jax.files import plain
@@ -36,7 +38,11 @@ class Stage(abc.ABC):
     Attributes:
       name: of the stage.
       needs: the stages that it is made from.
+      is_by_prompt: whether it keeps something for each prompt. What it means to a stage that needs
+        it, its own inputs say, whether or not anything is there.
     """
+
+    is_by_prompt: bool = False
 
     def __init__(self, context: Context, name: str, *needs: Stage):
         self.context, self.name = context, name
@@ -54,11 +60,17 @@ class Stage(abc.ABC):
     def state(self) -> tuple[str, str]:
         """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
 
-    def _waits_for(self) -> list[str]:
-        """Names of stages that must be done before this one's inputs are known."""
-        return [
-            stage.name for stage in self.needs if stage.is_used() and stage.state()[0] != "done"
-        ]
+    def known_by(self) -> Iterator[Stage]:
+        """The stages whose results this one's inputs are read from."""
+        for stage in self.needs:
+            if stage.is_used():
+                yield from stage.known_by() if stage.is_by_prompt else (stage,)
+
+
+def undone(stages: Iterable[Stage]) -> list[str]:
+    """Names of those that are used and not done, each once."""
+    names = (stage.name for stage in stages if stage.is_used() and stage.state()[0] != "done")
+    return list(dict.fromkeys(names))
 
 
 class RecordedStage(Stage):
@@ -174,10 +186,11 @@ class RecordedStage(Stage):
     def state(self) -> tuple[str, str]:
         """(done, begun, stale, missing or waiting; more about it): what is on disk, without JAX."""
         found = self.record.read()
-        if waits_for := self._waits_for():
-            return "waiting" if found is None else "stale", f"needs {', '.join(waits_for)}"
         if found is None:
-            return "missing", ""
+            waits_for = undone(self.needs)
+            return ("waiting", f"needs {', '.join(waits_for)}") if waits_for else ("missing", "")
+        if waits_for := undone(self.known_by()):
+            return "stale", f"needs {', '.join(waits_for)}"
         inputs = self.inputs()
         changed = self._changes(found, inputs)
         if only_longer(found, inputs, changed):
@@ -206,7 +219,9 @@ class RecordedStage(Stage):
 
         def is_ours(record: Record) -> bool:
             found = record.read()
-            return found is not None and not is_old(found) and not self._changes(found, inputs)
+            if found is None or is_old(found) or self._changes(found, inputs):
+                return False
+            return in_one_go(found)
 
         if not self.record.is_link and is_ours(self.record):
             return
@@ -229,6 +244,7 @@ class RecordedStage(Stage):
             self.record.write(inputs, self.version, self.sources())
             return
         changed, old = self._changes(found, inputs), is_old(found)
+        extended: tuple[int, ...] = ()
         if changed and not only_longer(found, inputs, changed):
             log.info(
                 "stage %s: %s changed; what was there is kept in %s",
@@ -240,6 +256,14 @@ class RecordedStage(Stage):
             if changed:
                 steps = found["train"]["steps"]
                 log.info("stage %s: goes on from %d steps", self.name, steps)
+                if rises_again(found):
+                    log.warning(
+                        "stage %s: with train.schedule='cosine' its learning rate, which falls to "
+                        "zero at train.steps, rises again: the model is not that of %d steps in "
+                        "one go",
+                        *(self.name, inputs["train"]["steps"]),
+                    )
+                extended = (steps,)
                 self.reopen(steps)
             if old:
                 log.info(
@@ -250,7 +274,7 @@ class RecordedStage(Stage):
                 self.adopt()
             inputs = self._as_begun(found, inputs)
         if changed or old:
-            self.record.write(inputs, self.version, self.sources())
+            self.record.write(inputs, self.version, self.sources(), extended)
 
     def _find(self, inputs: dict[str, Any]) -> None:
         directory = self.record.directory

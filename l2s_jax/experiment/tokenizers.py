@@ -70,14 +70,19 @@ class TokenizerStage(RecordedStage):
 
         def train() -> None:
             log.info("%s: training %d pieces", self.name, self._settings.train_vocab_size)
+            size = self._settings.train_vocab_size
             with self.record.filling(MODEL_FILE) as folder:
-                train_sentencepiece(
-                    (t for e in self.context.examples("train") for t in (e.prompt, e.response)),
-                    vocab_size=self._settings.train_vocab_size,
-                    model_type=self._settings.model_type,
-                    directory=folder,
-                    seed=self.context.config.seed,
-                )
+                try:
+                    train_sentencepiece(
+                        (t for e in self.context.examples("train") for t in (e.prompt, e.response)),
+                        vocab_size=size,
+                        model_type=self._settings.model_type,
+                        directory=folder,
+                        seed=self.context.config.seed,
+                    )
+                except ValueError as error:
+                    section = self.name.replace("_", ".")
+                    raise ValueError(f"config.{section}.train_vocab_size={size}: {error}") from None
 
         distributed.on_primary(train)
 

@@ -12,16 +12,13 @@ from l2s_jax import models
 from l2s_jax.config import training_seed
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
-from l2s_jax.data.templates import fields_of
 from l2s_jax.experiment.context import Context
-from l2s_jax.experiment.splits import Split
 from l2s_jax.experiment.stage import RecordedStage, Stage, log
 from l2s_jax.experiment.tokenizers import TokenizerStage
 from l2s_jax.files import MODEL_MARKER, atomic_directory, is_whole, listed_names, rename_folder
 from l2s_jax.settings.declare import recorded
 from l2s_jax.settings.training import Train
 from l2s_jax.tokenizers.cut import kept_by, whole_of
-from l2s_jax.tokenizers.tokenizer import warn_if_lossy
 from l2s_jax.training import PRNG
 
 if TYPE_CHECKING:
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
     from l2s_jax.training.on_policy import OnPolicy
 
 # How training goes on, which the model does not depend on.
-_NO_INPUTS = (
+NO_INPUTS = (
     "accumulation", "evaluate_every", "log_every", "max_bad_steps", "remat", "save_minutes",
 )  # fmt: skip
 
@@ -67,7 +64,7 @@ class TrainedStage(RecordedStage):
       lessons: what it learns; None: the data's own responses.
     """
 
-    since = (_PRNG, "truncate", "cut_responses")
+    since = (_PRNG, "truncate", "cut_responses", "selection.references", "selection.comet")
 
     def __init__(
         self,
@@ -140,7 +137,7 @@ class TrainedStage(RecordedStage):
             "cut_responses": config.task.cut_responses,
             "seed": self.seed,
             _PRNG: PRNG,
-            "train": {k: v for k, v in settings.items() if k not in _NO_INPUTS},
+            "train": {k: v for k, v in settings.items() if k not in NO_INPUTS},
         }
         if prompts.identity != responses.identity:
             inputs["prompt_tokenizer"] = prompts.identity
@@ -229,10 +226,13 @@ class TrainedStage(RecordedStage):
         validation=...)` is called with the tokenized splits.
         """
         from l2s_jax.experiment import judging
+        from l2s_jax.experiment.checks import check_batch
 
         examples = self.examples()
         data = self._tokenized(examples)
-        self._tell_of_losses(data, examples)
+        self.context.tell_of_losses(self.name, data, examples)
+        # Some may have been left out, as they were too long.
+        check_batch(self.name.removesuffix("_frozen"), self.section.train, len(data))
         validation = self._tokenized(self.validation())
         answered = judging.answered(self.context, self.section.train)
         samples = self._tokenized([Example(example.prompt, "", ()) for example in answered])
@@ -335,16 +335,3 @@ class TrainedStage(RecordedStage):
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedExamples:
         tokenizers = self.prompts.tokenizer, self.responses.tokenizer
         return self.context.tokenized(examples, *tokenizers)
-
-    def _tell_of_losses(self, data: TokenizedExamples, examples: Sequence[Example]) -> None:
-        """What the text loses on its way to the model.
-
-        What tokenizers change is said where texts are read: not where their tokens are found.
-        """
-        is_read = not isinstance(examples, Split) or examples.is_read
-        if is_read and self.context.is_first("losses"):
-            fields = (fields_of(example.prompt) for example in examples)
-            warn_if_lossy(data.prompt_tokenizer, fields, "prompts")
-            warn_if_lossy(data.response_tokenizer, (e.response for e in examples), "responses")
-        for line in data.loss.describe(data.max_prompt_tokens):
-            log.warning("%s: %s", self.name, line)

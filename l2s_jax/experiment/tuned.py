@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from l2s_jax.config import tuned_l2s
 from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.l2s import BundleStage, L2sStage
+from l2s_jax.experiment.stage import Stage
 
 
 class TunedStage(BundleStage):
@@ -39,11 +41,15 @@ class TunedStage(BundleStage):
             **self.training_inputs(),
         }
 
+    def known_by(self) -> Iterator[Stage]:
+        """Those of the one that it goes on from, whose inputs are among these."""
+        return self._frozen.known_by()
+
     def make(self) -> None:
         """Trains projector, SLM and the LLM's adapters."""
         import jax
 
-        from l2s_jax.cluster import sharding
+        from l2s_jax.cluster import distributed, sharding
         from l2s_jax.models.families import make_module
         from l2s_jax.models.lora import Adapters
         from l2s_jax.models.tuning import Tuned
@@ -53,6 +59,7 @@ class TunedStage(BundleStage):
 
         learnt = self.learnt()
         directory, (dtype, encoder_dtype) = self._frozen.directory, self.context.dtypes
+        distributed.on_primary(lambda: self.record.follow(self._frozen.record))
         system, params, frozen = bundle.load(
             directory, dtype=dtype, encoder_dtype=encoder_dtype, mesh=self.context.mesh
         )

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,9 +29,9 @@ from l2s_jax.settings.sections import Settings
 SHARED = "shared"
 _RECORD = "stage.json"
 # Keys of a record that are no inputs.
-_VERSION, _RUN, _SOURCES = "version", "run", "sources"
+_VERSION, _RUN, _SOURCES, _EXTENDED = "version", "run", "sources", "extended"
 # Trained for longer, a model is the same one, further on.
-_STEPS = "train.steps"
+_STEPS, _SCHEDULE = "train.steps", "train.schedule"
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -55,10 +55,12 @@ class Record:
         if not files.is_file(self._path):
             return None
         found = sealed.without_hash(read_json(self._path), self._path)
-        train = found.get("train", {"steps": 0})
+        train, extended = found.get("train", {"steps": 0}), found.get(_EXTENDED, [])
+        are_steps = isinstance(extended, list) and all(type(steps) is int for steps in extended)
         for name, value, kind in (
             (_VERSION, found.get(_VERSION, 0), int),
             (_RUN, found.get(_RUN, ""), str),
+            (_EXTENDED, extended if are_steps else None, list),
             ("train.steps", train.get("steps", 0) if isinstance(train, dict) else None, int),
         ):
             if type(value) is not kind or (_VERSION in found) != (_RUN in found):
@@ -77,11 +79,16 @@ class Record:
         return found[_RUN]
 
     def write(
-        self, inputs: Mapping[str, Any], version: int, sources: Mapping[str, str] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        version: int,
+        sources: Mapping[str, str] | None = None,
+        extended: Sequence[int] = (),
     ) -> None:
         """Records inputs; the run stays the one that it was.
 
-        `sources` say for people where the inputs came from, and are not compared.
+        `sources` say for people where the inputs came from, and are not compared. `extended` are
+        steps that a training was to end at and went on from, beside those that are recorded.
         """
         found = self.read()
         if found is None:
@@ -92,9 +99,19 @@ class Record:
             run = found[_RUN]
         files.make_folder(self.directory)
         content = {**plain(inputs), _VERSION: version, _RUN: run}
+        if steps := sorted({*(found or {}).get(_EXTENDED, ()), *extended}):
+            content[_EXTENDED] = steps
         if sources:
             content[_SOURCES] = dict(sources)
         write_json(self._path, sealed.with_hash(content), sort_keys=True)
+
+    def follow(self, other: Record) -> None:
+        """Records that another one's training, from where this one goes on, was extended."""
+        ours, theirs = self.read() or {}, (other.read() or {}).get(_EXTENDED, [])
+        own = ours.get(_EXTENDED, [])
+        if steps := set(theirs) - set(own):
+            content = {**ours, _EXTENDED: sorted([*own, *steps])}
+            write_json(self._path, sealed.with_hash(content), sort_keys=True)
 
     @contextlib.contextmanager
     def filling(self, last: str) -> Iterator[str]:
@@ -159,7 +176,8 @@ def changes(
     if is_old(found):
         return differences(found, plain({**inputs, **old}), common=True)
     changed = differences(
-        {k: v for k, v in found.items() if k not in (_VERSION, _RUN, _SOURCES)}, plain(inputs)
+        {k: v for k, v in found.items() if k not in (_VERSION, _RUN, _SOURCES, _EXTENDED)},
+        plain(inputs),
     )
     return changed if found[_VERSION] == version else ["the code", *changed]
 
@@ -169,6 +187,16 @@ def only_longer(found: Mapping[str, Any], inputs: Mapping[str, Any], changed: li
     if changed != [_STEPS] or not holds(found, _STEPS):
         return False
     return inputs["train"]["steps"] > found["train"]["steps"]
+
+
+def rises_again(found: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of a training rises again where it is extended."""
+    return holds(found, _SCHEDULE) and found["train"]["schedule"] == "cosine"
+
+
+def in_one_go(found: Mapping[str, Any]) -> bool:
+    """Whether a record is of what is made where its inputs are so from the beginning."""
+    return not (found.get(_EXTENDED) and rises_again(found))
 
 
 def holds(values: Mapping[str, Any], key: str) -> bool:

@@ -136,7 +136,7 @@ class Generator:
           seeds: of each prompt, for sampling: the same seed, the same text, whatever the other
             prompts are; without them, the prompts' places 0, 1, 2, ...
           description: names a progress bar on stderr; without it there is none.
-          mismatched: every prompt is decoded with the encoded prompt of another.
+          mismatched: every prompt is decoded with the encoded prompt of another in its batch.
           shared: all processes of a job make the same call. Each answers its share of the batches,
             process 0 gets all outputs, and the others none; on a mesh of all of them, they answer
             each batch together, and all get all.

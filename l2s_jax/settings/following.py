@@ -15,6 +15,6 @@ def are_trackers(names: tuple[Any, ...]) -> bool:
       ValueError: one is not.
     """
     for name in names:
-        if name not in TRACKERS:
+        if not isinstance(name, str) or name not in TRACKERS:
             raise ValueError(f"there is no {name!r}")
     return len(set(names)) == len(names)
