@@ -26,6 +26,7 @@ from l2s_jax.settings.describe import describe
 from l2s_jax.settings.geometry import Model
 from l2s_jax.settings.moved import MOVED
 from l2s_jax.settings.sections import DTYPE, Settings
+from l2s_jax.settings.training import TUNED
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -114,9 +115,16 @@ def training_seed(config: ConfigDict) -> int:
 
 
 def tuned_l2s(config: ConfigDict) -> ConfigDict:
-    """`config.l2s` of the training that goes on with a change of the LLM, `config.llm.tune`."""
+    """`config.l2s` of the training that goes on with a change of the LLM, `config.llm.tune`.
+
+    The change is trained whatever else is; a warm-up takes half of the steps at most.
+    """
     section, tune = ConfigDict(config.l2s.to_dict()), config.llm.tune
-    section.train.update(steps=tune.steps, learning_rate=tune.learning_rate)
+    train = section.train
+    train.update(steps=tune.steps, learning_rate=tune.learning_rate)
+    train.warmup_steps = min(train.warmup_steps, tune.steps // 2)
+    if train.trainable:
+        train.trainable = (*train.trainable, f"{TUNED}/.*")
     return section
 
 

@@ -12,9 +12,11 @@ import small
 import tiny
 
 import l2s_jax
+from l2s_jax.config import default, tuned_l2s
 from l2s_jax.models.lora import Adapters
 from l2s_jax.models.tuning import Tuned
 from l2s_jax.serving import bundle
+from l2s_jax.training import optim
 
 ADAPTERS = Adapters(2, 4.0, ".*(attention|feed_forward)/.*kernel")
 
@@ -63,6 +65,22 @@ def test_the_change_is_of_low_rank(parts):
     np.testing.assert_array_equal(
         changed[untouched[0]][untouched[1]], frozen[untouched[0]][untouched[1]]
     )
+
+
+def test_the_change_is_trained_whatever_else_is():
+    config = default()
+    config.l2s.train.update(trainable=("projector/.*",), warmup_steps=4000)
+    config.llm.tune.update(rank=2, steps=100)
+    train = tuned_l2s(config).train
+    leaf = {"kernel": np.zeros((2, 2))}
+    found = optim.trained_mask(train, {"projector": leaf, "slm": leaf, "llm_lora": leaf})
+    assert found == {
+        "projector": {"kernel": True},
+        "slm": {"kernel": False},
+        "llm_lora": {"kernel": True},
+    }
+    assert (train.steps, train.warmup_steps) == (100, 50)
+    assert config.l2s.train.warmup_steps == 4000
 
 
 CHANGES = """

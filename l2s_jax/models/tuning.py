@@ -15,8 +15,7 @@ from jaxtyping import Array, Key
 
 from l2s_jax.models.lora import Adapted, Adapters
 from l2s_jax.models.systems import LlmToSlm, Params
-
-_LORA = "llm_lora"
+from l2s_jax.settings.training import TUNED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Tuned(Adapted):
         Raises:
           ValueError: the adapters' pattern matches no kernel of the LLM.
         """
-        return {**trained, _LORA: self.adapters.init(key, frozen)}, {"base": frozen}
+        return {**trained, TUNED: self.adapters.init(key, frozen)}, {"base": frozen}
 
     def whole(
         self, trained: Params, frozen: Mapping[str, Params], *, merged: bool = True
     ) -> tuple[LlmToSlm, Any, Any]:
         """See `Adapted.whole`; the LLM is what is adapted."""
-        rest = {name: tree for name, tree in trained.items() if name != _LORA}
+        rest = {name: tree for name, tree in trained.items() if name != TUNED}
         join = self.adapters.merge if merged else self.adapters.beside
-        return self.system, rest, join(trained[_LORA], frozen["base"])
+        return self.system, rest, join(trained[TUNED], frozen["base"])

@@ -150,6 +150,10 @@ class TrainAlways(Train):
 _PATTERN = ".*(attention|feed_forward)/.*kernel"
 
 
+# Where the parameters of a change of the LLM are.
+TUNED = "llm_lora"
+
+
 @dataclasses.dataclass(frozen=True)
 class Tune(Section):
     """A second stage of L2S's training, in which LoRA changes what encodes of the LLM too."""
@@ -162,7 +166,12 @@ class Tune(Section):
         fits=lambda pattern: _are_patterns((pattern,)),
         expected="a pattern",
     )
-    steps: int = setting(1000, "Updates; all else is as `l2s.train` says.", at_least=1)
+    steps: int = setting(
+        1000,
+        "Updates; all else is as `l2s.train` says, but that the change of the LLM is always "
+        "trained, and a warm-up takes half of them at most.",
+        at_least=1,
+    )
     learning_rate: float = setting(1e-4, "Its peak, of all that is trained then.", above=0)
 
 
