@@ -134,10 +134,10 @@ def test_no_gradient_goes_through_what_was_sampled_or_to_the_llm():
     system = small.make_system("add")
     trained, frozen = small.make_params(system)
     batch = small.make_batch(system)
-    key = jax.random.key(3)
+    seeds = jax.random.bits(jax.random.key(3), (len(batch["response_ids"]),), "uint32")
 
     def written(params):
-        return on_policy.write_responses(system, params, frozen, batch, key, policy())
+        return on_policy.write_responses(system, params, frozen, batch, seeds, policy())
 
     def loss(params, llm, responses):
         own = on_policy.with_responses(batch, responses)
@@ -215,6 +215,8 @@ def test_a_system_writes_the_same_from_a_cache_by_lora_and_on_a_mesh():
     small.assert_same(jax.device_get(write(trained, {}, cached, 5)), expected)
     lora = Lora(system, rank=2, alpha=4.0, pattern=".*kernel")
     adapters, base = lora.split(trained, jax.random.key(0))
+    in_parts = on_policy.make_writer(system, cut, 0, small.mesh_of(), accumulation=4)
+    small.assert_same(jax.device_get(in_parts(trained, frozen, batch, 5)), expected)
     by_lora = on_policy.make_writer(lora, cut, 0, small.mesh_of())
     found = jax.device_get(by_lora(adapters, {"base": base, "inner": frozen}, batch, 5))
     small.assert_same(found, expected)
@@ -238,7 +240,7 @@ def fit(directory, name="add", *, share=0.5, wrap=lambda b: b, mesh=(1, 1, 1), *
         trained,
         config,
         batches=wrap(small.make_batches(system, pairs, batch_size=config.batch_size)),
-        validation=[small.make_batch(system, rows=8)],
+        validation=[small.make_batch(system, rows=config.batch_size // config.accumulation)],
         directory=str(directory),
         fingerprint="f",
         seed=SEED,
@@ -326,8 +328,8 @@ def test_a_model_comes_to_agree_with_the_llm_on_what_it_writes(runs):
 
     @jax.jit
     def score(params):
-        key = jax.random.key(7)
-        written = on_policy.write_responses(system, params, frozen, held_out, key, policy())
+        seeds = jax.random.bits(jax.random.key(7), (32,), "uint32")
+        written = on_policy.write_responses(system, params, frozen, held_out, seeds, policy())
         batch = on_policy.with_responses(held_out, written)
         sums = on_policy.own_loss(system, params, (frozen, LLM_PARAMS), batch, None, LLM)[1]
         return sums["loss"] / sums["tokens"], sums["correct"] / sums["tokens"]

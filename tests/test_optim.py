@@ -294,7 +294,7 @@ def fit(directory, batches=100, mesh=(1, 1, 1), **changes):
         batches=small.Stopping(
             small.make_batches(system, small.random_pairs(30, 7), batch_size=8), batches
         ),
-        validation=[small.make_batch(system, rows=8)],
+        validation=[small.make_batch(system, rows=4)],  # as many as a part of a step
         directory=str(directory),
         fingerprint="f",
         seed=0,

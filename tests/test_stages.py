@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from l2s_jax import models
 from l2s_jax.cluster import distributed
 from l2s_jax.config import default
+from l2s_jax.data import batches
 from l2s_jax.evaluation.generators import generator_of
 from l2s_jax.evaluation.stage import EvaluationStage
 from l2s_jax.experiment import token_files, toy
@@ -78,6 +79,21 @@ def stale(root, **changes):
 
 def test_a_finished_run_is_done_and_has_no_stage_that_it_does_not_use(copy):
     assert states(copy) == dict.fromkeys(("labels", "slm", "l2s", "evaluation"), ("done", ""))
+
+
+def test_a_validation_takes_the_parts_of_a_step(copy, monkeypatch):
+    taken, make = [], batches.validation_batches
+
+    def noted(data, **settings):
+        taken.append((settings["batch_size"], len(settings["rows"])))
+        return make(data, **settings)
+
+    monkeypatch.setattr(batches, "validation_batches", noted)
+    config = read_config(str(copy / "run"))
+    with config.unlocked():
+        config.slm.train.update(accumulation=2, batch_size=16)  # on eight devices
+    Experiment(config, str(copy / "run")).make("slm")
+    assert taken == [(8, 8)]
 
 
 @pytest.mark.parametrize(

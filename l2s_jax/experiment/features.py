@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from l2s_jax import models
 from l2s_jax.data.examples import TokenizedExamples
 from l2s_jax.data.table import Example
@@ -16,12 +14,6 @@ from l2s_jax.experiment.context import Context
 from l2s_jax.experiment.llm import LlmStage
 from l2s_jax.experiment.stage import Stage, undone
 from l2s_jax.files import is_file, listed_names, read_json
-
-
-def rows_of(train: ConfigDict, ways: int) -> int:
-    """Prompts that are encoded at a time: as training would, on a mesh that splits them `ways`."""
-    rows = train.batch_size // train.accumulation
-    return train.batch_size if rows % ways else rows
 
 
 class FeatureStage(Stage):
@@ -78,6 +70,7 @@ class FeatureStage(Stage):
         from l2s_jax.cluster import sharding
         from l2s_jax.experiment import feature_cache
         from l2s_jax.models.mix import hidden_width, layers_of
+        from l2s_jax.training.parts import rows_of
 
         context, mesh = self.context, self.context.feature_mesh
         llm, _ = self._llm.encoder(entries=())

@@ -265,6 +265,7 @@ class TrainedStage(RecordedStage):
         from l2s_jax.models.lora import Lora
         from l2s_jax.training import loop
         from l2s_jax.training.distillation import Distillation
+        from l2s_jax.training.parts import rows_of
 
         context, train = self.context, self.section.train
         data, validation, samples, answered = learnt
@@ -280,6 +281,12 @@ class TrainedStage(RecordedStage):
             "batch_size": train.batch_size,
             "rows": sharding.batch_rows(context.mesh, train.batch_size),
         }
+        at_a_time = rows_of(train, sharding.batch_ways(context.mesh))
+        scored = {
+            **settings,
+            "batch_size": at_a_time,
+            "rows": sharding.batch_rows(context.mesh, at_a_time),
+        }
         order = {"seed": self.seed, "buckets": context.buckets, "batch_size": train.batch_size}
         distillation = None
         if data.teacher is not None:
@@ -291,7 +298,7 @@ class TrainedStage(RecordedStage):
             params,
             train,
             batches=training_batches(data, seed=self.seed, **settings),
-            validation=validation_batches(validation, **settings),
+            validation=validation_batches(validation, **scored),
             directory=self.record.directory,
             fingerprint=distributed.on_primary(lambda: self.record.run),
             seed=self.seed,

@@ -18,13 +18,13 @@ from l2s_jax.cluster import sharding
 from l2s_jax.config import label_tokens, training_seed, tuned_l2s
 from l2s_jax.data.tasks import load_task
 from l2s_jax.experiment.checks import Meshes, check_batches
-from l2s_jax.experiment.features import rows_of
 from l2s_jax.plan.program import Program, Work
 from l2s_jax.plan.programs import Compiler, Compilers
 from l2s_jax.plan.slices import Slice, alone
 from l2s_jax.serving.programs import sizes_of
 from l2s_jax.serving.refilled import WORTHWHILE, can_refill, rows_for
 from l2s_jax.settings import search
+from l2s_jax.training.parts import rows_of
 
 log = logging.getLogger(__name__)
 

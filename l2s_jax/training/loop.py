@@ -30,6 +30,7 @@ from l2s_jax.training.distillation import Distillation
 from l2s_jax.training.finite import Watch, all_finite
 from l2s_jax.training.meter import Meter
 from l2s_jax.training.on_policy import OnPolicy
+from l2s_jax.training.parts import rows_of
 from l2s_jax.training.progress import MetricWriter, NoWriter
 from l2s_jax.training.trackers import Trackers
 from l2s_jax.training.update import (
@@ -149,13 +150,13 @@ def fit(
     `directory` and to `trackers` (see progress.py).
 
     All processes of a job call it alike, but for `batches` and `validation`, which give each its
-    own rows (`sharding.batch_rows`). Their number changes nothing else. `validation` is gone
-    through once for each validation, and is scored without `distillation`. There `judge` says more:
-    with `config.select` "quality" a score `val_quality`. With `policy` the system answers the
-    prompts of some batches itself, and these are the responses that it learns; other batches are as
-    without. `examples(step)`, where it is given, has the numbers of a step's examples, for
-    messages. `prng` as of `update.train_step`. Steps that are `compiled` are taken from there, but
-    for those on the system's own responses.
+    own rows (`sharding.batch_rows`). Their number changes nothing else. `validation`, batches of
+    `rows_of` rows, is gone through once for each, and is scored without `distillation`. There
+    `judge` says more: with `config.select` "quality" a score `val_quality`. With `policy` the
+    system answers the prompts of some batches itself, and these are the responses that it learns;
+    other batches are as without. `examples(step)`, where it is given, has the numbers of a step's
+    examples, for messages. `prng` as of `update.train_step`. Steps that are `compiled` are taken
+    from there, but for those on the system's own responses.
 
     Raises:
       NotFinite: more than `config.max_bad_steps` steps in a row had a loss or a gradient that is
@@ -175,7 +176,7 @@ def fit(
     else:
         step_fn = make_step(system, optimizer, config, seed, shardings, distillation, prng=prng)
     if policy:
-        write_fn = on_policy.make_writer(system, policy, seed, mesh)
+        write_fn = on_policy.make_writer(system, policy, seed, mesh, config.accumulation)
         own_step_fn = make_step(
             system, optimizer, config, seed, shardings, llm=policy.llm, prng=prng
         )
@@ -194,7 +195,8 @@ def fit(
         abstract = abstract_state(params, optimizer, config, shardings)
         frozen = sharding.put_parameters(frozen, mesh)
         of_llm = sharding.put_parameters(policy.params, mesh) if policy else {}
-        put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=config.batch_size)
+        put = functools.partial(sharding.put_batch, mesh=mesh)
+        at_a_time = rows_of(config, sharding.batch_ways(mesh))
         start = checkpoints.latest_step
         saved: Mapping[str, Any] = {}
         state: TrainState | None = None  # where nothing is left to be trained
@@ -244,7 +246,7 @@ def fit(
                     if not is_owed:
                         with meter.waiting(), spent.on("data"):
                             batch = next(batches)
-                        placed = put(batch)
+                        placed = put(batch, batch_size=config.batch_size)
                         own = bool(policy) and on_policy.is_own(step, policy.share, seed)
                         llm = policy.llm if policy and own else None
                         run, given = (own_step_fn, (frozen, of_llm)) if own else (step_fn, frozen)
@@ -272,8 +274,8 @@ def fit(
                     scores = None
                     if is_judged:
                         with spent.on("evaluating"), contextlib.suppress(stopping.Cut):
-                            scored = asked_to_stop.until(validation)
-                            found = map(put, writer.telling("validating", scored))
+                            told = writer.telling("validating", asked_to_stop.until(validation))
+                            found = (put(part, batch_size=at_a_time) for part in told)
                             judged = validation_scores(score_fn, _weights(state), frozen, found)
                             is_finite = math.isfinite(judged["val_loss"])
                             watch.check(step, "the loss on the validation split is", is_finite)

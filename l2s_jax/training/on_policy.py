@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int, Key
+from jaxtyping import Array, Bool, Float32, Int, Key, UInt32
 
 from l2s_jax.cluster import sharding
 from l2s_jax.cluster.sharding import AnyArray
@@ -27,6 +27,7 @@ from l2s_jax.models.vocabulary import cut
 from l2s_jax.settings.search import Search
 from l2s_jax.training import chunks
 from l2s_jax.training.answering import answer
+from l2s_jax.training.parts import in_parts, whole
 
 # As GKD samples. Greedy responses would be the same ones in each epoch, but for what was learnt.
 _SAMPLING = Search(temperature=1.0)
@@ -63,14 +64,21 @@ def is_own(step: int, share: float, seed: int) -> bool:
     return math.floor(step * share + phase) > math.floor((step - 1) * share + phase)
 
 
-def make_writer(system: Any, policy: OnPolicy, seed: int, mesh: Mesh) -> Any:
+def make_writer(system: Any, policy: OnPolicy, seed: int, mesh: Mesh, accumulation: int = 1) -> Any:
     """`write_responses` as it is compiled: (params, frozen, batch, step) -> what replaces the
-    batch's responses.
+    batch's responses, which are written in as many parts as a step takes.
     """
 
     def write(params: Params, frozen: Params, batch: Batch, step: AnyArray) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TAG), step)
-        return write_responses(system, params, frozen, batch, key, policy)
+        seeds = jax.random.bits(key, (len(batch["response_ids"]),), jnp.uint32)
+
+        def write_part(part: tuple[Batch, jax.Array]) -> dict[str, jax.Array]:
+            return write_responses(system, params, frozen, *part, policy)
+
+        if accumulation == 1:
+            return write_part((batch, seeds))
+        return whole(jax.lax.map(write_part, in_parts((dict(batch), seeds), accumulation)))
 
     return jax.jit(write, out_shardings=sharding.batch_sharding(mesh))
 
@@ -80,12 +88,13 @@ def write_responses(
     params: Params,
     frozen: Params,
     batch: Batch,
-    key: Key[Array, ""],
+    seeds: UInt32[Array, " B"],
     policy: OnPolicy,
 ) -> dict[str, Array]:
     """{"response_ids", "response_mask"} [B, S] of what the system answers, S as in `batch`.
 
-    Sampled at temperature 1, without dropout. A response that is cut teaches no end.
+    Sampled at temperature 1, each row by its seed, without dropout. A response that is cut teaches
+    no end.
     """
     name = system.prompt_name
     ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]
@@ -97,7 +106,7 @@ def write_responses(
         ids,
         mask,
         jnp.full(rows, min(width, policy.most_tokens), jnp.int32),
-        jax.random.bits(key, (rows,), jnp.uint32),
+        seeds,
         batch.get(f"{name}_hidden"),
         max_new_tokens=width,
         end_ids=policy.end_ids,

@@ -24,6 +24,7 @@ from l2s_jax.training.distillation import Distillation, divergence
 from l2s_jax.training.finite import all_finite
 from l2s_jax.training.flops import training_flops
 from l2s_jax.training.on_policy import own_loss
+from l2s_jax.training.parts import in_parts
 
 
 @runtime_checkable
@@ -171,9 +172,7 @@ def train_step(
         new = gradient(state.params, frozen, rows, dropout_key)
         return jax.tree.map(jnp.add, carry, new), None
 
-    parts = jax.tree.map(
-        lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    parts = in_parts(batch, config.accumulation)
     zero = jax.tree.map(jnp.zeros_like, state.params)
     mean = ("loss", "divergence") if distillation and llm is None else ("loss",)
     sums = {name: jnp.zeros(()) for name in (*mean, "tokens", "correct")}
