@@ -316,6 +316,12 @@ def test_bad_files_are_named(llama, tmp_path, capsys):
         "longrope",
         ggufs.write(tmp_path / "f.gguf", llama, metadata={"llama.rope.scaling.type": "longrope"}),
     )
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    yarn["llama.rope.scaling.yarn_attn_factor"] = 1.5
+    refused(
+        "llama.rope.scaling.yarn_attn_factor is 1.5",
+        ggufs.write(tmp_path / "y.gguf", llama, metadata=yarn),
+    )
     refused(
         "rope_freqs.weight",
         ggufs.write(

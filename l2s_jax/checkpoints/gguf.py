@@ -317,6 +317,10 @@ def _scaling(
         return {"rope_type": "linear", "factor": factor}
     if named != "yarn":
         raise ValueError(f"{header.path}: {prefix}.type is {named!r}, which is not read")
+    for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        # llama.cpp takes -1 for what the type of scaling says.
+        if (value := header.number(f"{prefix}.{name}")) not in (None, 1.0, -1.0):
+            raise ValueError(f"{header.path}: {prefix}.{name} is {value:g}, which is not read")
     scaling = {"rope_type": "yarn", "factor": factor}
     names = {
         "original_context_length": "original_max_position_embeddings",
