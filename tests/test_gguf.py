@@ -330,12 +330,16 @@ def test_bad_files_are_named(llama, tmp_path, capsys):
             tensors={"rope_freqs.weight": np.linspace(1, 8, 16, dtype="f")},
         ),
     )
+    words = ggufs.tokenizer_metadata(byte_level(BYTES, 300), "gpt-2")
     refused(
-        "- model.norm.weight", ggufs.write(tmp_path / "h.gguf", llama, drop=("output_norm.weight",))
+        "- model.norm.weight",
+        ggufs.write(tmp_path / "h.gguf", llama, metadata=words, drop=("output_norm.weight",)),
     )
     refused(
         "+ blk.0.ssm_a",
-        ggufs.write(tmp_path / "i.gguf", llama, tensors={"blk.0.ssm_a": np.ones(3, "f")}),
+        ggufs.write(
+            tmp_path / "i.gguf", llama, metadata=words, tensors={"blk.0.ssm_a": np.ones(3, "f")}
+        ),
     )
 
 
