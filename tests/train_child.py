@@ -9,8 +9,9 @@ import time
 import numpy as np
 import small
 
-from l2s_jax.cluster.sharding import batch_rows
+from l2s_jax.cluster.sharding import batch_rows, batch_ways
 from l2s_jax.training import loop
+from l2s_jax.training.parts import rows_of
 
 STEPS = 24
 
@@ -42,13 +43,15 @@ def run(
     mesh = small.mesh_of(*mesh)
     system = small.make_system(name, dropout_rate=0.1)
     params, frozen = small.make_params(system)
-    rows = batch_rows(mesh, 8)
-    validation = {key: value[rows] for key, value in small.make_batch(system, rows=8).items()}
     config = small.make_train_config(
         STEPS, evaluate_every=3, ema_decay=0.9, learning_rate=1e-2, accumulation=2, warmup_steps=5
     )
     config.update(dropout_rate=0.1, schedule="cosine", select="last")
     config.update(**changes)
+    rows, at_a_time = batch_rows(mesh, 8), rows_of(config, batch_ways(mesh))
+    scored = batch_rows(mesh, at_a_time)
+    held_out = small.make_batch(system, rows=at_a_time)
+    validation = {key: value[scored] for key, value in held_out.items()}
     return loop.fit(
         system,
         frozen,
