@@ -8,6 +8,7 @@ find_config() {
   if [[ $2 == */* || $2 == *.py ]]; then
     file=$2
     [[ $file == /* || ! -f $1/$file ]] || file=$1/$file
+    [[ $file == */* || -f $file ]] || file=configs/$file
   fi
   [[ -f $file ]] || fail "no such config: $file"
   echo "${file#"$PWD"/}"

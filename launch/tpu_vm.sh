@@ -180,7 +180,7 @@ setup() {
   call git archive --format=tar.gz "--output=$archive" HEAD
   to_hosts "$archive" "$name:l2s_jax.tar.gz"
   # The images' own Python is older than 3.11, so uv brings one.
-  on_hosts all "mkdir -p l2s_jax && rm -f l2s_jax/.set_up \
+  on_hosts all "mkdir -p l2s_jax && touch l2s_jax/.setting_up \
 && tar -xzf l2s_jax.tar.gz -C l2s_jax && cd l2s_jax \
 && python3 -m pip install -q --user uv \
 && python3 -m uv venv -q --allow-existing --python 3.11 .venv \
@@ -192,7 +192,7 @@ setup() {
       copy_to_hosts "${sources[i]}" "${places[i]}"
     fi
   done
-  on_hosts all "touch l2s_jax/.set_up"
+  on_hosts all "rm l2s_jax/.setting_up"
 }
 
 run() {
@@ -267,7 +267,7 @@ case $action in
       if "$dry_run" || [[ -n $now ]]; then remove; fi
       create "${spot[@]}"
       setup
-    elif ! on_hosts all "test -f l2s_jax/.set_up"; then
+    elif ! on_hosts all "test -d l2s_jax/.venv && ! test -f l2s_jax/.setting_up"; then
       setup
     fi
     run "$@"

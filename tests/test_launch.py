@@ -133,6 +133,9 @@ def test_a_path_is_that_of_the_caller_and_a_name_that_of_a_config(
         result = run(script, *options, given, cwd=tmp_path, **stand_in)
         assert result.returncode == 0, result.stderr
         assert f"--config={found} " in result.stdout.replace("\\", "")
+    own.unlink()
+    result = run(script, *options, "quickstart.py", cwd=tmp_path, **stand_in)
+    assert "--config=configs/quickstart.py " in result.stdout.replace("\\", "")
     result = run(script, *options, "elsewhere/quickstart.py", cwd=tmp_path, **stand_in)
     assert result.returncode == 2 and "no such config: elsewhere/quickstart.py" in result.stderr
 
@@ -271,7 +274,7 @@ def test_tpu_vm_dry_run(spot: list[str], stand_in: dict[str, str]) -> None:
     assert printed("create", *spot) == [create]
     assert printed("delete") == [delete]
     archive, copy, install, done = printed("setup")
-    assert done == [*install[:-1], "--command=touch l2s_jax/.set_up"]
+    assert done == [*install[:-1], "--command=rm l2s_jax/.setting_up"]
     assert archive[:3] == ["git", "archive", "--format=tar.gz"]
     assert copy[:5] == [*VM, "scp"] and copy[6:] == [
         *("my vm:l2s_jax.tar.gz", "--zone=z-1", "--worker=all"),
@@ -372,11 +375,12 @@ def test_tpu_vm_resume_ends_a_setup_that_was_cut_short(
     tmp_path: pathlib.Path, stand_in: dict[str, str]
 ) -> None:
     gcloud = tmp_path / "bin" / "gcloud"
-    gcloud.write_text(f"{gcloud.read_text()}[[ $* != *'test -f'* ]]\n")
+    gcloud.write_text(f"{gcloud.read_text()}[[ $* != *'test -d'* ]]\n")
     result = run("tpu_vm.sh", "resume", "quickstart", BUCKET="gs://b", **stand_in)
     assert result.returncode == 0, result.stderr
     asked, copied, *rest = [call[3:] for call in calls(stand_in)[1:]]
-    assert "--command=test -f l2s_jax/.set_up" in asked and copied[0] == "scp"
+    assert "--command=test -d l2s_jax/.venv && ! test -f l2s_jax/.setting_up" in asked
+    assert copied[0] == "scp"
     assert [call[0] for call in rest] == ["ssh"] * 4
 
 
