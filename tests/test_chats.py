@@ -58,6 +58,8 @@ def test_a_date_that_nothing_fixes_is_refused(directory):
         for_chat(load_tokenizer(str(directory)), "")
     assert "expected options.strftime_now" in str(error.value)
     assert "\n" not in str(error.value)
+    # A run that was made with such prompts can still be looked at.
+    assert "fox" in text_of(for_chat(load_tokenizer(str(directory)), "", repeatable=False))
 
 
 def test_a_date_that_is_set_is_the_same_on_every_day(directory, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """A comparison's variants: what --vary says, and what is refused before any work."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,9 @@ import tiny
 from l2s_jax.config import default, settled
 from l2s_jax.experiment import room, toy
 from l2s_jax.experiment.grid import make_grid
+from l2s_jax.experiment.stage import RecordedStage
+from l2s_jax.experiment.training import TrainedStage
+from l2s_jax.experiment.workdir import Record
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +230,23 @@ def test_room_is_asked_for_what_the_files_take():
     # (64 pieces, since it is not known how many more the tokenizer has.)
     assert 5000 * 4 * 7 < sizes["slm"] < 9000 * 4 * 7
     assert sizes["l2s"] > sizes["slm"] / 7 * 13
+
+
+def test_a_shared_folder_is_named_as_before_references_were_inputs(tmp_path):
+    def link_of(variant, selection):
+        stage = SimpleNamespace(
+            name="slm",
+            version=1,
+            unnamed=TrainedStage.unnamed,
+            context=SimpleNamespace(shared=str(tmp_path)),
+            record=Record(str(tmp_path / "compare" / variant), "slm"),
+            _changes=lambda found, inputs: [],
+        )
+        os.makedirs(tmp_path / "compare" / variant)
+        inputs = {"train": {"steps": 1}, "selection": {"metric": "bleu", **selection}}
+        RecordedStage._share(stage, inputs)
+        return os.path.basename(os.path.realpath(stage.record.directory))
+
+    before = link_of("a", {})
+    assert before == link_of("b", {"references": "x", "comet": "y"})
+    assert before != link_of("c", {"metric": "chrf"})

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from l2s_jax.tokenizers import load_tokenizer
+from l2s_jax.tokenizers import load_tokenizer, pipelines
 
 CORPUS = ["The quick brown fox 123 4567", "jumps over\n\n1. Mix it.", "Größe,  naïve 漢字 🙂"] * 9
 TEXTS = [
@@ -318,6 +318,17 @@ def test_t5s_own_layout_is_as_transformers_has_it(tmp_path):
     path, _ = write_alone(tmp_path, "t5")
     expected = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer.to_str()
     assert load_tokenizer(path)._tokenizer.to_str() == expected
+
+
+def test_a_class_that_numbers_the_pieces_anew_decides(tmp_path):
+    """As XLM-R's, whose pieces have other ids than SentencePiece's."""
+    path = tmp_path / "spiece.model"
+    path.write_bytes(train(vocab_size=60))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [(model.id_to_piece(id), model.get_score(id)) for id in range(3, len(model))]
+    first = [(piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>")]
+    theirs = tokenizers.Tokenizer(models.Unigram([*first, *pieces], 3, False))
+    assert pipelines.of_sentencepiece(str(path), theirs) is theirs
 
 
 def test_text_goes_on_after_an_unknown_character(tmp_path):

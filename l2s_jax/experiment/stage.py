@@ -80,10 +80,12 @@ class RecordedStage(Stage):
       version: of the code that makes it: higher where that gives another result of the same inputs.
       since: names of inputs that came after there were records. Work that was begun without one is
         no other work, and goes on as it was begun.
+      unnamed: those of them by which a comparison does not name folders, as it did not before.
     """
 
     version: int = 1
     since: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
 
     def __init__(self, context: Context, name: str, *needs: Stage, folder: str = ""):
         """`folder`: where the record is, if not in one of the stage's name."""
@@ -227,7 +229,8 @@ class RecordedStage(Stage):
             return
         name, root = os.path.basename(self.record.directory), self.context.shared
         own = Record(root, name)
-        digest = fingerprint({"stage": self.name, "version": self.version, "inputs": plain(inputs)})
+        named = plain(functools.reduce(without, self.unnamed, inputs))
+        digest = fingerprint({"stage": self.name, "version": self.version, "inputs": named})
         places = (
             Record(root, os.path.join(SHARED, f"{name}-{digest[:16]}{f'-{n}' if n else ''}"))
             for n in itertools.count()

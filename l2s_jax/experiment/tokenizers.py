@@ -127,8 +127,10 @@ class TokenizerStage(RecordedStage):
         plain, chat = self._plain, self.context.config.task.chat
         if not chat.user:
             return plain
+        # What older versions have made is measured as it is.
+        new = self.context.mode == "make"
         try:
-            for_chats = for_chat(plain, chat.system, chat.options.to_dict())
+            for_chats = for_chat(plain, chat.system, chat.options.to_dict(), repeatable=new)
         except ValueError as error:
             raise ValueError(f"config.task.chat: {self._path or self.name}: {error}") from None
         if not for_chats and not self._otherwise:

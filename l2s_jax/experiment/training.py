@@ -64,7 +64,8 @@ class TrainedStage(RecordedStage):
       lessons: what it learns; None: the data's own responses.
     """
 
-    since = (_PRNG, "truncate", "cut_responses", "selection.references", "selection.comet")
+    unnamed = ("selection.references", "selection.comet")
+    since = (_PRNG, "truncate", "cut_responses", *unnamed)
 
     def __init__(
         self,

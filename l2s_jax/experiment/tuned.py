@@ -19,6 +19,7 @@ class TunedStage(BundleStage):
     says of all but steps and learning rate.
     """
 
+    unnamed = (*BundleStage.unnamed, *(f"frozen.{name}" for name in BundleStage.unnamed))
     since = (*BundleStage.since, *(f"frozen.{name}" for name in L2sStage.since))
 
     def __init__(self, context: Context, frozen: L2sStage):

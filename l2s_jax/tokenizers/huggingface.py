@@ -181,18 +181,22 @@ class HuggingFaceTokenizer:
         """Whether the checkpoint says how a chat is written."""
         return bool(self._special.chat_template)
 
-    def for_chat(self, system: str, options: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    def for_chat(
+        self, system: str, options: Mapping[str, Any], *, repeatable: bool = True
+    ) -> HuggingFaceTokenizer:
         """The same tokenizer, for which a prompt is what a user says after the system's message.
 
         `options`: values of other names that the chat template looks at.
 
         Raises:
-          ValueError: its template takes no such messages, or writes the date of today.
+          ValueError: its template takes no such messages, or, where they are to be `repeatable`,
+            writes the date of today.
         """
         special = dataclasses.replace(self._special, system=system, options=dict(options))
         chat = HuggingFaceTokenizer(self._tokenizer, special, origin="the tokenizer")
         chat.encode_prompts(["text"])
-        chat._template.check_repeatable(chat._chat("text"))
+        if repeatable:
+            chat._template.check_repeatable(chat._chat("text"))
         return chat
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:

@@ -62,6 +62,9 @@ def of_sentencepiece(path: str, theirs: Tokenizer) -> Tokenizer:
         return theirs
     made = _from_proto(proto, processor)
     _add_missing(made, theirs)
+    own = made.get_vocab()
+    if any(own.get(token) != id for token, id in theirs.get_vocab().items()):
+        return theirs  # the class numbers tokens in an order of its own, as XLM-R's does
     made.post_processor = theirs.post_processor
     if (text := _difference(processor, made, texts)) is not None:
         raise ValueError(

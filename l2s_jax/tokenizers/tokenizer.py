@@ -115,7 +115,11 @@ def _load_whole(path: str, names: Collection[str]) -> Tokenizer:
 
 
 def for_chat(
-    tokenizer: Tokenizer, system: str, options: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer,
+    system: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    repeatable: bool = True,
 ) -> Tokenizer | None:
     """The tokenizer for prompts that are what a user says, after what the system says.
 
@@ -123,10 +127,11 @@ def for_chat(
     `options` are values of other names that the template looks at.
 
     Raises:
-      ValueError: the template takes no such messages, or writes the date of today.
+      ValueError: the template takes no such messages, or, where prompts are to be `repeatable`,
+        writes the date of today.
     """
     if isinstance(tokenizer, huggingface.HuggingFaceTokenizer) and tokenizer.has_chat_template:
-        return tokenizer.for_chat(system, options or {})
+        return tokenizer.for_chat(system, options or {}, repeatable=repeatable)
     return None
 
 
