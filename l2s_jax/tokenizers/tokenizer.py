@@ -12,21 +12,13 @@ from typing import Any, Protocol
 from l2s_jax.copies import local
 from l2s_jax.files import is_bucket, read_json
 from l2s_jax.gguf_file import is_gguf
-from l2s_jax.hub import PARTS, find, is_name
+from l2s_jax.hub import PARTS, VOCABULARY_FILES, find, is_name
 from l2s_jax.tokenizers import huggingface, reading, sentencepiece
 from l2s_jax.tokenizers.cut import BYTE, CutTokenizer, read_kept
 
 log = logging.getLogger(__name__)
 
 _CHECKED_TEXTS = 1000
-# What a tokenizer may be made from.
-_FILES = {
-    sentencepiece.MODEL_FILE,
-    huggingface.TOKENIZER_FILE,
-    "tokenizer.model",
-    "vocab.json",
-    "tekken.json",
-}
 
 
 class Tokenizer(Protocol):
@@ -95,7 +87,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     if not os.path.isdir(path):
         return reading.load(path) if path.endswith(".json") else sentencepiece.load(path)
     names = set(os.listdir(path))
-    if not names & _FILES:
+    if names.isdisjoint(VOCABULARY_FILES):
         raise ValueError(
             f"{path}: no tokenizer; expected {sentencepiece.MODEL_FILE}, "
             f"{huggingface.TOKENIZER_FILE} or another file that transformers reads"
